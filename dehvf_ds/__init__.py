@@ -1,0 +1,3 @@
+"""DEHVF: parameter-efficient vision-language fine-tuning on DeepSpeed."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,73 @@
+"""What travels from the data to the model: one sample, one batch, and the names of their axes.
+
+Axes, as they stand in annotations everywhere: ``batch`` rows, ``tokens`` text positions, ``vocab``,
+``dim`` LLM width, ``layers`` LLM layers, ``levels`` chosen vision depths, ``slots`` visual tokens of
+one level (class token and patches), ``vision_dim``, ``rank`` width of the visual memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position that takes no part in the loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One row read from a shard, decoded but neither transformed nor tokenised.
+
+    Attributes:
+        key: the sample's unique ``__key__`` within its data set.
+        image: the picture in mode RGB, or None for a text-only row.
+        record: the row's ``.json`` member; its fields depend on the task.
+        epoch: epoch in which it was drawn; augmentation and caption choice are seeded by it.
+    """
+
+    key: str
+    image: Image.Image | None
+    record: dict[str, Any]
+    epoch: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Tensors of one micro-batch, as the model takes them.
+
+    Attributes:
+        input_ids: token ids, padded on the right for training and on the left for generation.
+        attention_mask: 1 at text, 0 at padding.
+        labels: ``input_ids`` at supervised positions, ``IGNORE_INDEX`` elsewhere. A label stands at its
+            own token's position; the model shifts.
+        pixel_values: normalised pictures, zeros where ``has_image`` is False.
+        has_image: whether the row has a picture.
+        keys: the samples' keys, in row order.
+    """
+
+    input_ids: Int[Tensor, "batch tokens"]
+    attention_mask: Int[Tensor, "batch tokens"]
+    labels: Int[Tensor, "batch tokens"]
+    pixel_values: Float[Tensor, "batch 3 height width"]
+    has_image: Bool[Tensor, " batch"]
+    keys: tuple[str, ...] = ()
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """Moves the tensors; ``dtype`` applies to ``pixel_values`` alone."""
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        if dtype is not None:
+            moved["pixel_values"] = moved["pixel_values"].to(dtype)
+        return replace(self, **moved)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The tensors by name, as keyword arguments of the model."""
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}

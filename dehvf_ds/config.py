@@ -1,0 +1,283 @@
+"""What a run is made of: frozen dataclasses, their cross-field checks, YAML and flags.
+
+One owner per number: this configuration owns batch sizes, learning rate, steps and data; the JSON
+given by ``--deepspeed`` owns memory, precision and communication (DESIGN of the repository, README).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+RECIPES_DIR = Path(__file__).parent / "recipes"
+
+
+class UserError(Exception):
+    """A mistake in what the user gave us. Entries print its one line and exit with code 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """LoRA adapters inside every FFN of the frozen LLM.
+
+    Attributes:
+        rank: LoRA rank; 0 switches the adapters off.
+        alpha: LoRA alpha; the delta is scaled by ``alpha / rank``.
+        dropout: dropout probability on the adapters' input.
+        targets: names of the FFN's linear maps that get an adapter.
+    """
+
+    rank: int = 4
+    alpha: float = 8.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("down_proj",)
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, "model.lora.rank must be at least 0")
+        _require(0 <= self.dropout < 1, "model.lora.dropout must lie in [0, 1)")
+        _require(self.rank == 0 or len(self.targets) > 0, "model.lora.targets names no linear map")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The frozen backbones and the branch between them.
+
+    Attributes:
+        language_model: local directory or hub id of an HF decoder.
+        vision_tower: local directory or hub id of an HF vision tower.
+        fusion: ``ffn`` DEHVF; ``prefix`` projected patches before the text; ``none`` text only.
+        router: how a layer weighs the vision levels: ``layer``, ``static`` or ``last``.
+        num_levels: number of vision levels, evenly spaced, the last block included.
+        levels: vision levels by block number (1 is the first block); overrides ``num_levels``.
+        rank: width of the visual memory.
+        router_dim: width of the router's queries and keys.
+        image_size: side of the square picture in pixels; None takes the tower's own.
+        prefix_tokens: visual tokens of ``fusion: prefix``, pooled from the patches; None keeps all.
+        lora: the FFN adapters.
+    """
+
+    language_model: str
+    vision_tower: str
+    fusion: Literal["ffn", "prefix", "none"] = "ffn"
+    router: Literal["layer", "static", "last"] = "layer"
+    num_levels: int = 6
+    levels: tuple[int, ...] | None = None
+    rank: int = 96
+    router_dim: int = 32
+    image_size: int | None = 224
+    prefix_tokens: int | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.num_levels >= 1, "model.num_levels must be at least 1")
+        _require(self.rank >= 1, "model.rank must be at least 1")
+        _require(self.router_dim >= 1, "model.router_dim must be at least 1")
+        if self.levels is not None:
+            _require(len(self.levels) > 0, "model.levels is empty")
+            _require(
+                list(self.levels) == sorted(set(self.levels)) and min(self.levels) >= 1,
+                "model.levels must be rising block numbers, 1 the first",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where samples come from and how they become token ids.
+
+    Attributes:
+        train: directory of training shards with their ``manifest.json``.
+        task: ``caption`` or ``scienceqa``; chooses prompt and target.
+        prompt: the instruction before a caption; None takes the task's own.
+        captions: ``all`` makes one sample of every caption of a picture; ``one`` draws one caption an epoch.
+        max_tokens: longest row in tokens; longer targets are cut.
+        shuffle_window: samples of a stream among which the order is drawn.
+        num_workers: loader processes a rank.
+    """
+
+    train: str
+    task: Literal["caption", "scienceqa"] = "caption"
+    prompt: str | None = None
+    captions: Literal["all", "one"] = "all"
+    max_tokens: int = 128
+    shuffle_window: int = 4096
+    num_workers: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 8, "data.max_tokens must be at least 8")
+        _require(self.shuffle_window >= 1, "data.shuffle_window must be at least 1")
+        _require(self.num_workers >= 0, "data.num_workers must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Sizes, optimizer and schedule of the run.
+
+    Attributes:
+        epochs: passes over the data; fractions are allowed. Ignored when ``steps`` is given.
+        steps: number of optimizer steps.
+        global_batch_size: rows of one optimizer step over all ranks.
+        micro_batch_size: rows of one forward and backward on one rank; accumulation is derived.
+        lr: peak learning rate (AdamW).
+        min_lr_ratio: the cosine's end, as a share of ``lr``.
+        warmup_steps: optimizer steps of linear warm-up.
+        betas: AdamW's moment decays.
+        weight_decay: decoupled weight decay; applied to matrices only.
+        max_grad_norm: global norm that gradients are clipped to; 0 switches clipping off.
+        activation_checkpointing: recompute LLM layers in backward (non-reentrant).
+        max_bad_steps: non-finite steps in a row after which the run stops.
+        save_every: optimizer steps between adapter artifacts; 0 saves at the end only.
+        log_every: optimizer steps between plain log lines when the console is not a terminal.
+    """
+
+    epochs: float = 1.0
+    steps: int | None = None
+    global_batch_size: int = 32
+    micro_batch_size: int = 16
+    lr: float = 2e-3
+    min_lr_ratio: float = 0.0
+    warmup_steps: int = 20
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.02
+    max_grad_norm: float = 1.0
+    activation_checkpointing: bool = False
+    max_bad_steps: int = 5
+    save_every: int = 0
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        _require(self.epochs > 0, "train.epochs must be positive")
+        _require(self.steps is None or self.steps >= 1, "train.steps must be at least 1")
+        _require(self.micro_batch_size >= 1, "train.micro_batch_size must be at least 1")
+        _require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            f"train.global_batch_size {self.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size {self.micro_batch_size}",
+        )
+        _require(self.lr > 0, "train.lr must be positive")
+        _require(self.warmup_steps >= 0, "train.warmup_steps must be at least 0")
+        _require(0 <= self.min_lr_ratio <= 1, "train.min_lr_ratio must lie in [0, 1]")
+        _require(self.max_bad_steps >= 1, "train.max_bad_steps must be at least 1")
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-steps of one optimizer step on ``world_size`` ranks.
+
+        Raises:
+            UserError: the global batch does not divide into micro-batches over these ranks.
+        """
+        rows = self.micro_batch_size * world_size
+        _require(
+            self.global_batch_size % rows == 0,
+            f"train.global_batch_size {self.global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{self.micro_batch_size} x {world_size} ranks; set train.micro_batch_size to a divisor of "
+            f"{self.global_batch_size / world_size:g}",
+        )
+        return self.global_batch_size // rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run.
+
+    Attributes:
+        run_dir: directory that the run writes; created.
+        model: backbones and branch.
+        data: shards and tokens.
+        train: sizes and optimizer.
+        seed: seed of initial values, order and augmentation.
+        deepspeed: path of the DeepSpeed JSON.
+    """
+
+    run_dir: str
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 0
+    deepspeed: str = "ds_configs/zero3.json"
+
+
+def build_parser() -> ArgumentParser:
+    """Builds the parser of ``RunConfig``: ``--config`` for YAML, a dotted flag for every field."""
+    parser = ArgumentParser(
+        prog="train.py", description="Trains DEHVF on DeepSpeed.", exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="config", help="a YAML file, or the name of a packaged recipe")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; ignored")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def parse_run_config(args: Sequence[str], default_recipe: str = "demo") -> RunConfig:
+    """Parses flags and an optional YAML (``--config``) into a checked configuration.
+
+    Flags win over the file. ``--config`` takes a path or the name of a packaged recipe; without it the
+    recipe ``default_recipe`` is taken.
+
+    Raises:
+        UserError: unknown key, wrong type, a missing file, values that contradict each other.
+    """
+    parser = build_parser()
+    try:
+        namespace = parser.instantiate(parser.parse_args(_resolve_recipe(args, default_recipe)))
+    except (ArgumentError, TypeError, yaml.YAMLError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    values = {field.name: namespace[field.name] for field in fields(RunConfig)}
+    return RunConfig(**values)
+
+
+def save_run_config(config: RunConfig, path: Path) -> None:
+    """Writes the resolved configuration as YAML that ``--config`` takes back."""
+    path.write_text(yaml.safe_dump(to_plain(config), sort_keys=False), encoding="utf-8")
+
+
+def load_run_config(path: Path) -> RunConfig:
+    """Reads what ``save_run_config`` wrote.
+
+    Raises:
+        UserError: the file is missing or is not a run's configuration.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; is this a run directory?")
+    return parse_run_config(["--config", str(path)])
+
+
+def to_plain(value: Any) -> Any:
+    """Turns dataclasses and tuples into dictionaries and lists, for YAML and JSON."""
+    if is_dataclass(value):
+        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def _resolve_recipe(args: Sequence[str], default_recipe: str) -> list[str]:
+    """Puts the recipe's path in the place of its name, and the default recipe where none is named."""
+    resolved = list(args)
+    for i, arg in enumerate(resolved):
+        name = arg.removeprefix("--config=") if arg.startswith("--config=") else None
+        if arg == "--config" and i + 1 < len(resolved):
+            resolved[i + 1] = _recipe_path(resolved[i + 1])
+            return resolved
+        if name is not None:
+            resolved[i] = f"--config={_recipe_path(name)}"
+            return resolved
+    return ["--config", _recipe_path(default_recipe), *resolved]
+
+
+def _recipe_path(name: str) -> str:
+    packaged = RECIPES_DIR / f"{name}.yaml"
+    if packaged.is_file():
+        return str(packaged)
+    if not Path(name).is_file():
+        known = ", ".join(sorted(path.stem for path in RECIPES_DIR.glob("*.yaml")))
+        raise UserError(f"--config {name}: no such file, nor a recipe; recipes: {known}")
+    return name
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

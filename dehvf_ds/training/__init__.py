@@ -1,0 +1,1 @@
+"""The training loop, its optimizer, its metrics and what it saves."""
