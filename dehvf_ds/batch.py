@@ -71,3 +71,11 @@ class Batch:
     def inputs(self) -> dict[str, Tensor]:
         """The tensors by name, as keyword arguments of the model."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+
+    def num_supervised(self) -> int:
+        """Positions that a loss is taken at: labels that are not ignored, the first token's apart."""
+        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+
+    def num_tokens(self) -> int:
+        """Text tokens without padding."""
+        return int(self.attention_mask.sum())

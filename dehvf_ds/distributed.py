@@ -1,0 +1,148 @@
+"""Where this process stands among others, and the few collectives that the trainer needs of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dehvf_ds.config import UserError
+
+USER_ERROR_EXIT_CODE = 2
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place in the job.
+
+    Attributes:
+        rank: number of this process among all.
+        local_rank: number among those of its node.
+        size: processes in the job.
+        local_size: processes on this node.
+        device: where this process computes.
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes for all."""
+        return self.rank == 0
+
+
+def read_world(environ: dict[str, str] | None = None) -> World:
+    """Finds out the process's place, whoever launched it.
+
+    ``deepspeed`` and ``torchrun`` set RANK and friends; ``srun`` sets SLURM_*, which is mapped to them
+    in the environment, since DeepSpeed reads them there; alone means one process. Touches no device.
+
+    Args:
+        environ: the environment to read and complete; None means the process's own.
+
+    Raises:
+        UserError: a variable is missing or not a number.
+    """
+    env = os.environ if environ is None else environ
+    if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
+        env["RANK"] = env["SLURM_PROCID"]
+        env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
+        env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+        env["LOCAL_WORLD_SIZE"] = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
+        env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+    env.setdefault("RANK", "0")
+    env.setdefault("WORLD_SIZE", "1")
+    env.setdefault("LOCAL_RANK", "0")
+    env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))
+    try:
+        rank, size, local_rank, local_size = (
+            int(env[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        )
+    except ValueError as error:
+        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE is not a number: {error}") from None
+    if torch.cuda.is_available() and env.get("DS_ACCELERATOR", "cuda") == "cuda":
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+    return World(rank, local_rank, size, local_size, device)
+
+
+def init_process_group(world: World) -> None:
+    """Starts communication: NCCL on CUDA, gloo on the CPU, where threads are shared out among the ranks."""
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        # torchrun sets OMP_NUM_THREADS to 1; every core counts on a CPU run.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+    else:
+        torch.cuda.set_device(world.device)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    import deepspeed
+
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
+    """Sums numbers over all ranks, in double precision. Every rank must call it."""
+    if not torch.distributed.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def barrier() -> None:
+    """Waits for all ranks, where there are any."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def shutdown() -> None:
+    """Ends communication; safe without any."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def run_entry(main: Callable[[list[str]], int | None]) -> None:
+    """Runs an entry's ``main(argv)`` and exits; a user's mistake is one line from rank 0 and code 2."""
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        code = USER_ERROR_EXIT_CODE
+    except KeyboardInterrupt:
+        code = 130
+    finally:
+        shutdown()
+    sys.exit(code)
+
+
+def repair_script_path(entry: str) -> None:
+    """Replaces the package's folder on ``sys.path`` by its parent.
+
+    ``python dehvf_ds/train.py`` puts ``dehvf_ds/`` first on the path, where our module names would
+    shadow other packages' and the package itself might not be found.
+    """
+    package = Path(entry).resolve().parent
+    sys.path[:] = [p for p in sys.path if not p or Path(p).resolve() != package]
+    sys.path.insert(0, str(package.parent))
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]

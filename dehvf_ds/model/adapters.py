@@ -1,0 +1,95 @@
+"""FFN adapters: LoRA by `peft`, inside the FFN of every decoder layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from .configuration import ModelError
+
+ADAPTER_NAME = "default"
+
+
+def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers, each with an FFN named ``mlp``.
+
+    Raises:
+        ModelError: the model has no such layers.
+    """
+    layers = getattr(language_model.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not all(isinstance(getattr(x, "mlp", None), nn.Module) for x in layers):
+        raise ModelError(
+            f"{type(language_model).__name__} is not a decoder whose layers have an FFN named `mlp` "
+            "(Llama, Mistral and Qwen models are)"
+        )
+    return layers
+
+
+def peft_config(language_model: nn.Module, lora: dict[str, Any]) -> LoraConfig:
+    """Builds the PEFT configuration that names each adapted linear map in full.
+
+    Args:
+        language_model: an HF decoder, FFNs not yet wrapped.
+        lora: ``{"rank", "alpha", "dropout", "targets"}``.
+
+    Raises:
+        ModelError: an FFN has no linear map of a target's name.
+    """
+    names = {module: name for name, module in language_model.named_modules()}
+    targets = []
+    for layer in decoder_layers(language_model):
+        for target in lora["targets"]:
+            module = getattr(layer.mlp, target, None)
+            if not isinstance(module, nn.Linear):
+                linear = [n for n, m in layer.mlp.named_children() if isinstance(m, nn.Linear)]
+                raise ModelError(f"the FFN has no linear map {target!r}; it has {', '.join(linear)}")
+            targets.append(names[module])
+    return LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_lora(language_model: nn.Module, lora: dict[str, Any]) -> None:
+    """Injects the adapters in place. Their delta is zero at the start."""
+    inject_adapter_in_model(peft_config(language_model, lora), language_model, adapter_name=ADAPTER_NAME)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Every LoRA layer below ``model``, by its module name; found by type."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The adapters' own parameters, not their frozen base layers'."""
+    parameters = []
+    for layer in lora_layers(model).values():
+        parameters += [layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight]
+    return parameters
+
+
+def fold_lora(model: nn.Module) -> None:
+    """Adds every adapter's delta to its frozen weight and puts the plain linear map back, in place.
+
+    The sum is computed in fp32 and rounded once to the weight's dtype.
+
+    Raises:
+        ModelError: a folded weight is not finite.
+    """
+    for name, layer in lora_layers(model).items():
+        base = layer.get_base_layer()
+        a = layer.lora_A[ADAPTER_NAME].weight.data.float()
+        b = layer.lora_B[ADAPTER_NAME].weight.data.float()
+        folded = base.weight.data.float() + layer.scaling[ADAPTER_NAME] * (b @ a)
+        if not folded.isfinite().all():
+            raise ModelError(f"{name}: folding the adapter gives values that are not finite")
+        base.weight.data = folded.to(base.weight.dtype)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, base)

@@ -1,0 +1,120 @@
+"""The model's configuration: two backbones, the levels between them, and the branch's sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+FUSIONS = ("ffn", "prefix", "none")
+ROUTERS = ("layer", "static", "last")
+
+
+class ModelError(ValueError):
+    """A backbone, a size or an artifact that DEHVF cannot be built from; the message is for users."""
+
+
+def spaced_levels(num_blocks: int, num_levels: int) -> list[int]:
+    """Chooses vision levels by block number: evenly spaced, the last block included.
+
+    Args:
+        num_blocks: blocks of the vision tower.
+        num_levels: how many of them to choose.
+
+    Returns:
+        Rising block numbers in ``1..num_blocks``; 1 is the first block's output.
+
+    Raises:
+        ModelError: the tower has fewer blocks than levels are asked for.
+    """
+    if not 1 <= num_levels <= num_blocks:
+        raise ModelError(f"{num_levels} vision levels asked of a tower with {num_blocks} blocks")
+    return [round(num_blocks * (i + 1) / num_levels) for i in range(num_levels)]
+
+
+class DehvfConfig(PreTrainedConfig):
+    """Configuration of ``DehvfForConditionalGeneration``.
+
+    Args:
+        text_config: configuration of the HF decoder.
+        vision_config: configuration of the HF vision tower.
+        fusion: ``ffn`` (DEHVF), ``prefix`` (projected patches before the text) or ``none``.
+        router: how an LLM layer weighs the levels: ``layer``, ``static`` or ``last``.
+        levels: vision levels by block number, rising; None takes six, evenly spaced.
+        rank: width r of the visual memory.
+        router_dim: width k of the router's queries and keys.
+        image_size: side of the square input picture in pixels; None takes the tower's own.
+        prefix_tokens: visual tokens of ``prefix``, a square number; None keeps every patch.
+        lora: ``{"rank", "alpha", "dropout", "targets"}`` of the FFN adapters, or None without any
+            (``fusion: none`` ablated, or folded into the weights).
+
+    Raises:
+        ModelError: values outside their range.
+    """
+
+    model_type = "dehvf"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        vision_config: PreTrainedConfig | dict[str, Any] | None = None,
+        fusion: str = "ffn",
+        router: str = "layer",
+        levels: Sequence[int] | None = None,
+        rank: int = 96,
+        router_dim: int = 32,
+        image_size: int | None = None,
+        prefix_tokens: int | None = None,
+        lora: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.text_config = _sub_config(text_config, "llama")
+        self.vision_config = _sub_config(vision_config, "clip_vision_model")
+        if fusion not in FUSIONS:
+            raise ModelError(f"fusion {fusion!r} is not one of {', '.join(FUSIONS)}")
+        if router not in ROUTERS:
+            raise ModelError(f"router {router!r} is not one of {', '.join(ROUTERS)}")
+        num_blocks = self.vision_config.num_hidden_layers
+        self.fusion = fusion
+        self.router = router
+        self.levels = list(levels) if levels else spaced_levels(num_blocks, min(6, num_blocks))
+        if max(self.levels) > num_blocks:
+            raise ModelError(f"vision level {max(self.levels)} of a tower with {num_blocks} blocks")
+        self.rank = rank
+        self.router_dim = router_dim
+        self.image_size = image_size or self.vision_config.image_size
+        self.prefix_tokens = prefix_tokens
+        self.lora = dict(lora) if lora else None
+        if fusion == "prefix" and prefix_tokens is not None:
+            side = int(prefix_tokens**0.5)
+            if side * side != prefix_tokens or self.patches_per_side % side:
+                raise ModelError(
+                    f"prefix_tokens {prefix_tokens} does not pool {self.patches_per_side}x"
+                    f"{self.patches_per_side} patches into equal squares"
+                )
+        kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
+        super().__init__(**kwargs)
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along one side of the input picture."""
+        return self.image_size // self.vision_config.patch_size
+
+    @property
+    def num_slots(self) -> int:
+        """Visual tokens M of one level: the class token and the patches."""
+        return self.patches_per_side**2 + 1
+
+    @property
+    def num_layers(self) -> int:
+        """Layers L of the language model."""
+        return self.text_config.num_hidden_layers
+
+
+def _sub_config(value: PreTrainedConfig | dict[str, Any] | None, default_type: str) -> PreTrainedConfig:
+    if isinstance(value, PreTrainedConfig):
+        return value
+    values = dict(value or {})
+    return AutoConfig.for_model(values.pop("model_type", default_type), **values)

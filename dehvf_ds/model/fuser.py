@@ -1,0 +1,78 @@
+"""The hierarchical visual fuser: which depths of the vision tower an LLM layer sees."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+
+class HierarchicalFuser(nn.Module):
+    """Weighs the vision levels for every LLM layer and fuses them.
+
+    Routers (the abstract of arXiv 2508.17638 speaks of weighing by layer; the forms are ours):
+
+    - ``layer``: w_l = softmax(query_l . key_j / sqrt(k)). query_l comes from a learnable embedding of
+      the layer through a small MLP; key_j is a bias-free map of level j's class token, so the weights
+      depend on the picture.
+    - ``static``: one learned softmax per layer, the same for every picture.
+    - ``last``: the deepest level alone, without parameters.
+
+    No router looks at the text: pooling over a sequence would show the answer's tokens in training.
+
+    Args:
+        num_layers: layers L of the language model.
+        num_levels: vision levels J.
+        vision_dim: width of the vision tower.
+        router_dim: width k of queries and keys.
+        router: ``layer``, ``static`` or ``last``.
+    """
+
+    def __init__(
+        self, num_layers: int, num_levels: int, vision_dim: int, router_dim: int, router: str
+    ) -> None:
+        super().__init__()
+        self.num_layers = num_layers
+        self.router = router
+        if router == "layer":
+            self.layer_embedding = nn.Parameter(torch.randn(num_layers, router_dim) * 0.1)
+            # Zero at the start: the query is then the embedding itself.
+            self.w_hidden = nn.Parameter(torch.randn(router_dim, router_dim) / router_dim**0.5)
+            self.w_query = nn.Parameter(torch.zeros(router_dim, router_dim))
+            self.w_key = nn.Parameter(torch.randn(vision_dim, router_dim) / vision_dim**0.5)
+        elif router == "static":
+            self.level_logits = nn.Parameter(torch.zeros(num_layers, num_levels))
+
+    def forward(
+        self,
+        class_tokens: Float[Tensor, "batch levels vision_dim"],
+        projected: Float[Tensor, "batch levels slots rank"],
+        has_image: Bool[Tensor, " batch"],
+    ) -> tuple[Float[Tensor, "batch layers slots rank"], Float[Tensor, "batch layers levels"]]:
+        """Fuses the levels for all layers at once.
+
+        Returns:
+            The memory S, zero on rows without a picture (multiplied, so that every parameter still has
+            a gradient there), and the level weights, which sum to 1 over levels.
+        """
+        weights = self._level_weights(class_tokens)
+        batch, levels, slots, rank = projected.shape
+        masked = weights.to(projected.dtype) * has_image.to(projected.dtype)[:, None, None]
+        fused = masked @ projected.reshape(batch, levels, slots * rank)
+        return fused.reshape(batch, self.num_layers, slots, rank), weights
+
+    def _level_weights(self, class_tokens: Tensor) -> Tensor:
+        batch, levels, _ = class_tokens.shape
+        if self.router == "layer":
+            embedding = self.layer_embedding
+            queries = embedding + F.silu(embedding @ self.w_hidden) @ self.w_query
+            keys = class_tokens @ self.w_key
+            scores = torch.einsum("lk,bjk->blj", queries.float(), keys.float()) / queries.shape[-1] ** 0.5
+            return scores.softmax(dim=-1)
+        if self.router == "static":
+            weights = self.level_logits.float().softmax(dim=-1)
+            return weights.expand(batch, -1, -1)
+        last = torch.zeros(levels, device=class_tokens.device)
+        last[-1] = 1.0
+        return last.expand(batch, self.num_layers, levels)

@@ -1,0 +1,318 @@
+"""DEHVF as a Hugging Face model: a frozen decoder, a frozen vision tower, and the branch between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.initialization import no_init_weights
+from transformers.modeling_outputs import ModelOutput
+
+from .adapters import add_lora, decoder_layers, lora_parameters
+from .configuration import DehvfConfig
+from .fuser import HierarchicalFuser
+from .levels import visual_levels
+from .projector import PrefixProjector, Projector
+from .visual_ffn import MemoryReader, VisualFFN
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class DehvfOutput(ModelOutput):
+    """What a forward returns.
+
+    Attributes:
+        loss: mean cross-entropy over the supervised tokens; 0 without any.
+        loss_sum: its sum, fp32; what the trainer weighs over ranks and micro-steps.
+        num_tokens: supervised tokens, an int64 scalar.
+        logits: ``[batch, tokens, vocab]``; None when labels are given.
+        past_key_values: the decoder's cache.
+        level_weights: the fuser's ``[batch, layers, levels]``, when pictures were encoded.
+    """
+
+    loss: Tensor | None = None
+    loss_sum: Tensor | None = None
+    num_tokens: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    level_weights: Tensor | None = None
+
+
+class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """DEHVF over any HF decoder with an ``mlp`` a layer and any HF vision tower with hidden states.
+
+    ``fusion`` of the configuration selects the method: ``ffn`` embeds the pictures in every FFN and
+    adds no token; ``prefix`` puts projected patches before the text; ``none`` sees no picture. LoRA
+    adapters in the FFNs are on in all of them unless ``config.lora`` is None. At initial values
+    ``ffn`` and ``none`` compute exactly what the language model computes.
+
+    Args:
+        config: sizes and sub-configurations.
+        language_model: loaded decoder to wrap; None builds one with random weights.
+        vision_tower: loaded tower to wrap; None builds one with random weights.
+
+    Raises:
+        ModelError: the decoder lacks the expected structure.
+    """
+
+    config_class = DehvfConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: DehvfConfig,
+        language_model: PreTrainedModel | None = None,
+        vision_tower: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        text_dim = config.text_config.hidden_size
+        vision_dim = config.vision_config.hidden_size
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        layers = decoder_layers(self.language_model)
+        if config.fusion != "none":
+            self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
+        if config.lora is not None:
+            add_lora(self.language_model, config.lora)
+        if config.fusion == "ffn":
+            self.projector = Projector(vision_dim, config.rank)
+            self.fuser = HierarchicalFuser(
+                config.num_layers, len(config.levels), vision_dim, config.router_dim, config.router
+            )
+            self.reader = MemoryReader(text_dim, config.num_slots, config.rank)
+            for layer in layers:
+                layer.mlp = VisualFFN(layer.mlp, self.reader, config.num_slots, config.rank)
+        elif config.fusion == "prefix":
+            scale = getattr(config.text_config, "initializer_range", 0.02)
+            self.prefix_projector = PrefixProjector(vision_dim, text_dim, config.prefix_tokens, scale)
+        # Every module of ours initialises itself and the backbones come with weights of their own.
+        with no_init_weights():
+            self.post_init()
+        self.freeze_backbones()
+
+    # --- parameters ---
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: modules of ours hold their start values from their constructors."""
+
+    def visual_modules(self) -> dict[str, nn.Module]:
+        """The branch's trainable modules by their names in the model, FFN gains included."""
+        own = {"projector", "fuser", "reader", "prefix_projector"}
+        return {
+            name: module
+            for name, module in self.named_modules()
+            if name in own or isinstance(module, VisualFFN)
+        }
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """The exact set that trains, by name: fuser, projector, reader, gains and FFN adapters."""
+        chosen = {id(p) for p in lora_parameters(self.language_model)}
+        for module in self.visual_modules().values():
+            chosen |= {id(p) for p in module.parameters(recurse=False)}
+        return {name: p for name, p in self.named_parameters() if id(p) in chosen}
+
+    def freeze_backbones(self) -> None:
+        """Freezes everything, then frees the trainable set."""
+        self.requires_grad_(False)
+        for parameter in self.trainable_parameters().values():
+            parameter.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> DehvfForConditionalGeneration:
+        """Sets training mode; the frozen tower stays in evaluation mode, without dropout."""
+        super().train(mode)
+        if self.config.fusion != "none":
+            self.vision_tower.eval()
+        return self
+
+    # --- HF plumbing: the decoder owns embeddings and head ---
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's token embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the decoder's token embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The decoder's LM head."""
+        return self.language_model.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        """The decoder's stack of layers."""
+        return self.language_model.get_decoder()
+
+    # --- pictures ---
+
+    def encode_images(
+        self, pixel_values: Float[Tensor, "batch 3 height width"], has_image: Bool[Tensor, " batch"]
+    ) -> tuple[Float[Tensor, "batch layers slots rank"], Float[Tensor, "batch layers levels"]]:
+        """Computes the visual memory of every LLM layer, once per picture (``fusion: ffn``).
+
+        Returns:
+            The memory, zero on rows without a picture, and the fuser's level weights.
+        """
+        features = visual_levels(self.vision_tower, pixel_values, self.config.levels)
+        return self.fuser(features[:, :, 0], self.projector(features), has_image)
+
+    def encode_prefix(
+        self, pixel_values: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch prefix dim"]:
+        """Computes the prefix tokens from the patches of the level before the last (``fusion: prefix``)."""
+        level = max(1, self.config.vision_config.num_hidden_layers - 1)
+        features = visual_levels(self.vision_tower, pixel_values, [level])
+        return self.prefix_projector(features[:, 0, 1:])
+
+    def set_memory(self, memory: Float[Tensor, "batch layers slots rank"] | None) -> None:
+        """Hands each layer its memory, until the next call."""
+        for index, layer in enumerate(decoder_layers(self.language_model)):
+            layer.mlp.memory = None if memory is None else memory[:, index]
+
+    # --- forward ---
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch tokens"] | None = None,
+        attention_mask: Int[Tensor, "batch tokens"] | None = None,
+        pixel_values: Float[Tensor, "batch 3 height width"] | None = None,
+        has_image: Bool[Tensor, " batch"] | None = None,
+        labels: Int[Tensor, "batch tokens"] | None = None,
+        visual_memory: Float[Tensor, "batch layers slots rank"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "batch tokens dim"] | None = None,
+        position_ids: Int[Tensor, "batch tokens"] | None = None,
+        **kwargs: Any,
+    ) -> DehvfOutput:
+        """One pass.
+
+        With ``labels`` logits are computed at the supervised positions alone and only losses are
+        returned. Without, logits at every position, as ``generate`` needs. ``visual_memory`` takes the
+        place of pictures that are encoded already; without either, rows are text-only.
+
+        Raises:
+            ValueError: pictures without ``has_image`` while labels are given.
+        """
+        level_weights = None
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if has_image is None and pixel_values is not None:
+            has_image = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
+        if self.config.fusion == "ffn":
+            if visual_memory is None and pixel_values is not None:
+                visual_memory, level_weights = self.encode_images(pixel_values, has_image)
+            self.set_memory(self._text_only_memory(inputs_embeds) if visual_memory is None else visual_memory)
+        elif self.config.fusion == "prefix" and pixel_values is not None:
+            inputs_embeds, attention_mask, labels = self._prepend_prefix(
+                inputs_embeds, attention_mask, labels, pixel_values, has_image
+            )
+            position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+        if labels is None:
+            out = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            return DehvfOutput(
+                logits=out.logits, past_key_values=out.past_key_values, level_weights=level_weights
+            )
+        hidden = self.get_decoder()(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        loss_sum, num_tokens = self._supervised_loss(hidden, labels)
+        return DehvfOutput(
+            loss=loss_sum / num_tokens.clamp(min=1),
+            loss_sum=loss_sum,
+            num_tokens=num_tokens,
+            level_weights=level_weights,
+        )
+
+    def _supervised_loss(
+        self, hidden: Float[Tensor, "batch tokens dim"], labels: Int[Tensor, "batch tokens"]
+    ) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy and token count; the LM head runs at supervised positions alone."""
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE_INDEX
+        # Two-dimensional before the head: a sliced 3-D tensor makes the CPU copy its weight per row.
+        logits = self.get_output_embeddings()(hidden[:, :-1][supervised])
+        loss_sum = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+        return loss_sum, supervised.sum()
+
+    def _text_only_memory(self, inputs_embeds: Tensor) -> Tensor:
+        config = self.config
+        return inputs_embeds.new_zeros(len(inputs_embeds), config.num_layers, config.num_slots, config.rank)
+
+    def _prepend_prefix(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        pixel_values: Tensor,
+        has_image: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Puts the prefix before the text; rows without a picture mask it and multiply it by 0."""
+        prefix = self.encode_prefix(pixel_values) * has_image.to(inputs_embeds.dtype)[:, None, None]
+        batch, count = prefix.shape[:2]
+        if attention_mask is None:
+            attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
+        mask = has_image.to(attention_mask.dtype)[:, None].expand(batch, count)
+        if labels is not None:
+            labels = torch.cat([labels.new_full((batch, count), IGNORE_INDEX), labels], dim=1)
+        return (
+            torch.cat([prefix.to(inputs_embeds.dtype), inputs_embeds], dim=1),
+            torch.cat([mask, attention_mask], dim=1),
+            labels,
+        )
+
+    # --- generation ---
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Int[Tensor, "batch tokens"] | None = None,
+        pixel_values: Float[Tensor, "batch 3 height width"] | None = None,
+        has_image: Bool[Tensor, " batch"] | None = None,
+        attention_mask: Int[Tensor, "batch tokens"] | None = None,
+        **kwargs: Any,
+    ) -> Int[Tensor, "batch new_tokens"]:
+        """Generates as ``GenerationMixin.generate``, encoding each picture once.
+
+        Args:
+            input_ids: prompts, padded on the left.
+            pixel_values: a picture a row, or None.
+            has_image: rows whose picture counts; None means all.
+            attention_mask: 1 at prompt tokens.
+            **kwargs: whatever ``GenerationMixin.generate`` takes.
+
+        Returns:
+            The new tokens only, whatever ``fusion`` is.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if has_image is None and pixel_values is not None:
+            has_image = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
+        embeds = self.get_input_embeddings()(input_ids)
+        if self.config.fusion == "ffn" and pixel_values is not None:
+            kwargs["visual_memory"], _ = self.encode_images(pixel_values, has_image)
+        elif self.config.fusion == "prefix" and pixel_values is not None:
+            embeds, attention_mask, _ = self._prepend_prefix(
+                embeds, attention_mask, None, pixel_values, has_image
+            )
+        return super().generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)

@@ -1,0 +1,99 @@
+"""Dynamic embedding in the FFN: visual features as key/value memory, computed in rank space."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def read_memory(
+    x: Float[Tensor, "batch tokens dim"],
+    memory: Float[Tensor, "batch slots rank"],
+    gain_in: Float[Tensor, " rank"],
+    gain_out: Float[Tensor, " rank"],
+    w_query: Float[Tensor, "dim rank"],
+    w_out: Float[Tensor, "rank dim"],
+    key_positions: Float[Tensor, "slots rank"],
+    value_positions: Float[Tensor, "slots rank"],
+) -> Float[Tensor, "batch tokens dim"]:
+    """Reads the visual memory for every token (ours).
+
+    q = (x W_q) * a;  A = silu(q (S + P_k)^T / sqrt(r));  result = ((A (S + P_v)) * b) W_o.
+
+    It equals an FFN whose hidden units are the M slots, with keys ((S + P_k) * a) W_q^T and values
+    ((S + P_v) * b) W_o, without ever building those [slots, dim] matrices.
+    """
+    query = (x @ w_query) * gain_in
+    scores = query @ (memory + key_positions).transpose(1, 2) * memory.shape[-1] ** -0.5
+    read = F.silu(scores) @ (memory + value_positions)
+    return (read * gain_out) @ w_out
+
+
+class MemoryReader(nn.Module):
+    """The reader's parameters that all LLM layers share: query and output maps, position memory.
+
+    Registered once on the top model. ``w_out`` is zero at the start, so that the model starts as its
+    frozen language model.
+
+    Args:
+        dim: width d of the language model.
+        num_slots: visual tokens M of a level.
+        rank: width r of the memory.
+    """
+
+    def __init__(self, dim: int, num_slots: int, rank: int) -> None:
+        super().__init__()
+        self.w_query = nn.Parameter(torch.randn(dim, rank) / dim**0.5)
+        self.w_out = nn.Parameter(torch.zeros(rank, dim))
+        self.key_positions = nn.Parameter(torch.randn(num_slots, rank) * 0.02)
+        self.value_positions = nn.Parameter(torch.zeros(num_slots, rank))
+
+    def forward(self, x: Tensor, memory: Tensor, gain_in: Tensor, gain_out: Tensor) -> Tensor:
+        """Calls ``read_memory`` with this module's parameters; shapes as there."""
+        return read_memory(
+            x,
+            memory,
+            gain_in,
+            gain_out,
+            self.w_query,
+            self.w_out,
+            self.key_positions,
+            self.value_positions,
+        )
+
+
+class VisualFFN(nn.Module):
+    """Stands in the place of a decoder layer's FFN and adds what that layer reads from the picture.
+
+    out = FFN(x) + visual(x). The memory is set by the top model's forward and stays until the next one,
+    so that activation checkpointing recomputes with the same memory.
+
+    Args:
+        ffn: the layer's own FFN.
+        reader: the shared reader; referenced, not registered, since it belongs to the top model.
+        num_slots: visual tokens M of a level.
+        rank: width r of the memory.
+    """
+
+    def __init__(self, ffn: nn.Module, reader: MemoryReader, num_slots: int, rank: int) -> None:
+        super().__init__()
+        self.ffn = ffn
+        # Start values hold the scales that made a prototype learn: scores 4/sqrt(r), sums over the M
+        # slots divided by sqrt(M).
+        self.gain_in = nn.Parameter(torch.full((rank,), 4.0))
+        self.gain_out = nn.Parameter(torch.full((rank,), num_slots**-0.5))
+        self._reader = (reader,)
+        self.memory: Tensor | None = None
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        """The layer's FFN plus the visual branch.
+
+        Raises:
+            RuntimeError: the language model was called without the top model, so no memory is set.
+        """
+        if self.memory is None:
+            raise RuntimeError("no visual memory is set; call the DEHVF model, not its language model")
+        visual = self._reader[0](x, self.memory, self.gain_in, self.gain_out)
+        return self.ffn(x) + visual.to(x.device)

@@ -1,0 +1,155 @@
+"""The training loop: which batches make a step, how their tokens are weighed, when to stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dehvf_ds.batch import Batch
+from dehvf_ds.config import TrainConfig
+from dehvf_ds.distributed import World, all_reduce_sum
+from dehvf_ds.training.metrics import (
+    MetricsWriter,
+    StepMetrics,
+    model_flops,
+    peak_flops,
+    peak_memory_bytes,
+)
+from dehvf_ds.training.optim import GradientWatch, learning_rate, set_learning_rate
+
+
+class TrainingError(Exception):
+    """The run cannot go on; the message says why. What was saved stays."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step over all ranks.
+
+    Attributes:
+        loss: mean cross-entropy a supervised token, in nats; 0 without any.
+        num_supervised: tokens that the loss was taken at.
+        num_tokens: text tokens that went through the model.
+    """
+
+    loss: float
+    num_supervised: int
+    num_tokens: int
+
+
+def train_step(engine: Any, micro_batches: list[Batch], world: World, dtype: torch.dtype) -> StepResult:
+    """Forward and backward over one accumulation window, then the optimizer. Every rank must call it.
+
+    Every supervised token of the window counts the same, on whatever rank and in whatever micro-batch it
+    stands: the loss is the sum over all tokens divided by their number over all ranks. DeepSpeed
+    averages gradients over ranks, hence the factor ``world.size``.
+
+    Args:
+        engine: DeepSpeed engine around the model.
+        micro_batches: this rank's share of the window, on any device.
+        world: this process's place.
+        dtype: compute dtype, for the pictures.
+    """
+    own_counts = [sum(b.num_supervised() for b in micro_batches), sum(b.num_tokens() for b in micro_batches)]
+    num_supervised, num_tokens = all_reduce_sum([float(n) for n in own_counts], world.device)
+    # A window without any supervised token walks the same road, with a loss of 0.
+    divisor = max(num_supervised, 1.0)
+    own_loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    for batch in micro_batches:
+        loss_sum = engine(**batch.to(world.device, dtype).inputs()).loss_sum
+        engine.backward(loss_sum * (world.size / divisor), scale_wrt_gas=False)
+        engine.step()
+        own_loss += loss_sum.detach().double()
+    (loss_sum_all,) = all_reduce_sum([own_loss.item()], world.device)
+    return StepResult(loss_sum_all / divisor, int(num_supervised), int(num_tokens))
+
+
+def fit(
+    engine: Any,
+    batches: Iterable[Batch],
+    config: TrainConfig,
+    *,
+    num_steps: int,
+    num_samples: int,
+    num_parameters: int,
+    world: World,
+    dtype: torch.dtype,
+    writer: MetricsWriter | None,
+    save: Callable[[int, int], None],
+) -> None:
+    """Trains for ``num_steps`` optimizer steps.
+
+    Args:
+        engine: DeepSpeed engine around the model.
+        batches: this rank's micro-batches in order, enough for all steps.
+        config: schedule, limits and intervals.
+        num_steps: optimizer steps to take.
+        num_samples: rows in an epoch.
+        num_parameters: parameters of the language model, for the FLOPs.
+        world: this process's place.
+        dtype: compute dtype.
+        writer: where metrics go; None on ranks other than 0.
+        save: called on every rank as ``save(step, samples)`` to write an artifact.
+
+    Raises:
+        TrainingError: a trainable gets no gradient, or too many steps in a row were not finite.
+    """
+    accumulation = config.accumulation(world.size)
+    stream = iter(batches)
+    watch = GradientWatch(engine.module.trainable_parameters())
+    peak = peak_flops(world.device)
+    tokens = skipped = skipped_in_a_row = 0
+    for step in range(1, num_steps + 1):
+        started = time.perf_counter()
+        micro_batches = [next(stream) for _ in range(accumulation)]
+        lr = learning_rate(step - 1, config, num_steps)
+        set_learning_rate(engine.optimizer.param_groups, lr)
+        result = train_step(engine, micro_batches, world, dtype)
+        if step == 1:
+            _require_gradients(watch)
+        taken = engine.was_step_applied()
+        skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
+        skipped += not taken
+        tokens += result.num_tokens
+        seconds = time.perf_counter() - started
+        if writer is not None:
+            samples = step * config.global_batch_size
+            flops = model_flops(num_parameters, result.num_tokens) / seconds / world.size
+            writer.write(
+                StepMetrics(
+                    step=step,
+                    epoch=samples / num_samples,
+                    samples=samples,
+                    tokens=tokens,
+                    loss=result.loss,
+                    grad_norm=float(engine.get_global_grad_norm()) if taken else None,
+                    lr=lr,
+                    seconds=seconds,
+                    samples_per_s=config.global_batch_size / seconds,
+                    tokens_per_s=result.num_tokens / seconds,
+                    mfu=None if peak is None else flops / peak,
+                    memory_bytes=peak_memory_bytes(world.device),
+                    skipped=skipped,
+                )
+            )
+        stop = skipped_in_a_row >= config.max_bad_steps
+        if stop or step == num_steps or (config.save_every and step % config.save_every == 0):
+            # No step was taken since the weights were last good, so these are.
+            save(step, step * config.global_batch_size)
+        if stop:
+            raise TrainingError(
+                f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at step "
+                f"{step}, weights as of step {step - skipped_in_a_row} are saved"
+            )
+
+
+def _require_gradients(watch: GradientWatch) -> None:
+    silent = watch.finish()
+    if silent:
+        raise TrainingError(
+            f"no gradient reached {len(silent)} trainable parameters in the first step: {', '.join(silent[:4])}"
+        )

@@ -1,0 +1,122 @@
+"""One rank of a DeepSpeed job that tests start: trains a tiny model on made-up batches, writes losses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from dehvf_ds.batch import IGNORE_INDEX, Batch
+from dehvf_ds.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from dehvf_ds.distributed import init_process_group, read_world, shutdown
+
+GLOBAL_BATCH = 8
+
+
+def make_rows(step: int, kind: str) -> Batch:
+    """The rows of one optimizer step; ``kind`` mixes text-only rows and uneven lengths in."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    input_ids = torch.randint(3, 64, (GLOBAL_BATCH, 12), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    has_image = torch.ones(GLOBAL_BATCH, dtype=torch.bool)
+    labels = input_ids.clone()
+    labels[:, :3] = IGNORE_INDEX
+    if kind == "mixed":
+        for row in range(GLOBAL_BATCH):
+            length = 5 + (row * 3 + step) % 8
+            attention_mask[row, length:] = 0
+        labels[attention_mask == 0] = IGNORE_INDEX
+        has_image[:] = torch.rand(GLOBAL_BATCH, generator=generator) < 0.5
+        if step % 5 == 1:
+            has_image[:] = False
+        if step % 5 == 2:
+            # The second half of the rows, one rank's share, has nothing to learn from.
+            labels[GLOBAL_BATCH // 2 :] = IGNORE_INDEX
+    pixels = torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=generator)
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        pixel_values=pixels * has_image[:, None, None, None],
+        has_image=has_image,
+    )
+
+
+def take(batch: Batch, start: int, count: int) -> Batch:
+    """Rows ``start .. start + count``."""
+    return Batch(**{name: value[start : start + count] for name, value in batch.inputs().items()})
+
+
+def run_config(directory: Path, case: dict) -> RunConfig:
+    """The run's configuration over the tiny backbones in ``directory``."""
+    return RunConfig(
+        run_dir=str(directory / "run"),
+        model=ModelConfig(
+            language_model=str(directory / "llm"),
+            vision_tower=str(directory / "tower"),
+            fusion=case.get("fusion", "ffn"),
+            router=case.get("router", "layer"),
+            levels=(1, 2, 4),
+            rank=8,
+            router_dim=4,
+            image_size=None,
+            lora=LoraConfig(rank=2),
+        ),
+        data=DataConfig(train="unused"),
+        train=TrainConfig(
+            global_batch_size=GLOBAL_BATCH,
+            micro_batch_size=case["micro_batch_size"],
+            lr=1e-2,
+            warmup_steps=2,
+            activation_checkpointing=case.get("activation_checkpointing", False),
+        ),
+        seed=3,
+    )
+
+
+def main(directory: Path, case: dict) -> None:
+    from dehvf_ds.training.checkpoint import gather_trainables
+    from dehvf_ds.training.engine import (
+        build_engine,
+        build_model_config,
+        compute_dtype,
+        read_deepspeed_json,
+    )
+    from dehvf_ds.training.loop import train_step
+    from dehvf_ds.training.optim import GradientWatch, learning_rate, set_learning_rate
+
+    world = read_world()
+    init_process_group(world)
+    config = run_config(directory, case)
+    ds_config = read_deepspeed_json(str(directory / "ds.json"), config, world.size)
+    engine, model = build_engine(config, build_model_config(config.model), ds_config, world)
+    accumulation = config.train.accumulation(world.size)
+    per_rank = GLOBAL_BATCH // world.size
+    watch = GradientWatch(model.trainable_parameters())
+    losses, taken, silent = [], [], None
+    for step in range(case["steps"]):
+        set_learning_rate(engine.optimizer.param_groups, learning_rate(step, config.train, case["steps"]))
+        rows = make_rows(step, case["kind"])
+        if step in case.get("poison", []):
+            rows.pixel_values[0] = float("nan")
+        micro = [
+            take(rows, world.rank * per_rank + i * config.train.micro_batch_size, config.train.micro_batch_size)
+            for i in range(accumulation)
+        ]
+        losses.append(train_step(engine, micro, world, compute_dtype(ds_config)).loss)
+        taken.append(engine.was_step_applied())
+        if step == 0:
+            silent = watch.finish()
+    trained = gather_trainables(model.trainable_parameters())
+    if world.is_main:
+        optimized = sum(len(g["params"]) for g in engine.optimizer.param_groups)
+        torch.save(trained, directory / "trained.pt")
+        result = {"losses": losses, "taken": taken, "silent": silent, "optimized": optimized}
+        (directory / "result.json").write_text(json.dumps(result))
+    shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
