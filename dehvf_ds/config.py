@@ -56,7 +56,7 @@ class ModelConfig:
         levels: vision levels by block number (1 is the first block); overrides ``num_levels``.
         rank: width of the visual memory.
         router_dim: width of the router's queries and keys.
-        image_size: side of the square picture in pixels; None takes the tower's own.
+        image_size: side of the square picture in pixels; None takes what the tower's processor makes.
         prefix_tokens: visual tokens of ``fusion: prefix``, pooled from the patches; None keeps all.
         lora: the FFN adapters.
     """
@@ -69,7 +69,7 @@ class ModelConfig:
     levels: tuple[int, ...] | None = None
     rank: int = 96
     router_dim: int = 32
-    image_size: int | None = 224
+    image_size: int | None = None
     prefix_tokens: int | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -190,6 +190,7 @@ class RunConfig:
         train: sizes and optimizer.
         seed: seed of initial values, order and augmentation.
         deepspeed: path of the DeepSpeed JSON.
+        overwrite: empty ``run_dir`` where it holds another run; without it such a directory is refused.
     """
 
     run_dir: str
@@ -198,6 +199,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
     deepspeed: str = "ds_configs/zero3.json"
+    overwrite: bool = False
 
 
 def build_parser() -> ArgumentParser:

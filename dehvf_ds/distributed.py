@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -89,6 +89,8 @@ def init_process_group(world: World) -> None:
         os.environ["MASTER_PORT"] = str(_free_port())
     import deepspeed
 
+    # DeepSpeed calls collectives that torch 2.13 renames, at every step of every rank.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
@@ -127,17 +129,6 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
     finally:
         shutdown()
     sys.exit(code)
-
-
-def repair_script_path(entry: str) -> None:
-    """Replaces the package's folder on ``sys.path`` by its parent.
-
-    ``python dehvf_ds/train.py`` puts ``dehvf_ds/`` first on the path, where our module names would
-    shadow other packages' and the package itself might not be found.
-    """
-    package = Path(entry).resolve().parent
-    sys.path[:] = [p for p in sys.path if not p or Path(p).resolve() != package]
-    sys.path.insert(0, str(package.parent))
 
 
 def _free_port() -> int:

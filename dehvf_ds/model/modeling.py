@@ -177,8 +177,11 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def set_memory(self, memory: Float[Tensor, "batch layers slots rank"] | None) -> None:
         """Hands each layer its memory, until the next call."""
-        for index, layer in enumerate(decoder_layers(self.language_model)):
-            layer.mlp.memory = None if memory is None else memory[:, index]
+        layers = decoder_layers(self.language_model)
+        # unbind, not an index a layer: the latter's backward fills a tensor of the whole size each time.
+        slices = [None] * len(layers) if memory is None else memory.unbind(dim=1)
+        for layer, memory_of_layer in zip(layers, slices, strict=True):
+            layer.mlp.memory = memory_of_layer
 
     # --- forward ---
 

@@ -50,10 +50,21 @@ def read_deepspeed_json(path: str, config: RunConfig, world_size: int) -> dict[s
             raise UserError(f"{path}: {key} is set by train.* of the run's configuration; remove it from the JSON")
     if _enabled(given, "fp16"):
         raise UserError(f"{path}: fp16 is not supported; enable bf16, or neither for fp32")
+    if isinstance(given.get("bf16"), dict) and given["bf16"].get("enabled") == "auto":
+        given["bf16"] = given["bf16"] | {"enabled": has_fast_bf16()}
     given |= {key: value for key, (_, value) in owned.items()}
     given.setdefault("zero_optimization", {"stage": 0})
     given.setdefault("steps_per_print", 10**9)
     return given
+
+
+def has_fast_bf16() -> bool:
+    """Whether this device multiplies bf16 matrices in hardware; without that fp32 is several times faster."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # The names of PyTorch's own CPU capability checks; absent ones mean not supported.
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check is not None and check() for check in checks)
 
 
 def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
@@ -61,8 +72,12 @@ def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if _enabled(ds_config, "bf16") else torch.float32
 
 
-def build_model_config(config: ModelConfig) -> DehvfConfig:
+def build_model_config(config: ModelConfig, image_size: int | None = None) -> DehvfConfig:
     """The model's configuration over the run's backbones; reads their configuration files alone.
+
+    Args:
+        config: the run's model settings.
+        image_size: side of the pictures that the tower's processor makes; None takes the tower's own.
 
     Raises:
         UserError: a backbone cannot be read or a size does not fit it.
@@ -77,7 +92,7 @@ def build_model_config(config: ModelConfig) -> DehvfConfig:
             levels=config.levels,
             rank=config.rank,
             router_dim=config.router_dim,
-            image_size=config.image_size,
+            image_size=image_size,
             prefix_tokens=config.prefix_tokens,
             lora=to_plain(config.lora) if config.lora.rank else None,
         )

@@ -1,0 +1,201 @@
+"""From samples to the tensors of one micro-batch: token ids, labels, pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dehvf_ds.batch import IGNORE_INDEX, Batch, Sample
+from dehvf_ds.config import UserError
+from dehvf_ds.data.prompts import Task, build_prompt, build_target
+
+# Prompts end and targets begin like these.
+_SEAM_PROBES = (("picture:", "The dog"), ("Response:", "The answer is"), ("a", "b"))
+
+
+@dataclass(frozen=True)
+class TokenizerTraits:
+    """How a tokenizer behaves where prompt and target meet.
+
+    Attributes:
+        bos: ids that it puts before a text by itself; empty or the begin-of-text id.
+        seam: text put before the target so that its ids continue the prompt's: a space for byte-level BPE,
+            nothing for sentencepiece, which starts every text with one of its own.
+        eos_id: end-of-text id.
+        pad_id: padding id; the end-of-text id where the tokenizer has none.
+    """
+
+    bos: tuple[int, ...]
+    seam: str
+    eos_id: int
+    pad_id: int
+
+
+@lru_cache(maxsize=8)
+def tokenizer_traits(tokenizer: PreTrainedTokenizerBase) -> TokenizerTraits:
+    """Finds out by trial how a tokenizer behaves.
+
+    The seam is the one that makes the ids of prompt and target, taken apart, equal those of the whole text.
+
+    Raises:
+        UserError: the tokenizer has no end-of-text token, or no seam makes prompt and target one text.
+    """
+    eos_id = tokenizer.eos_token_id
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    if not isinstance(eos_id, int):
+        raise UserError(f"tokenizer {name}: no end-of-text token; set eos_token in its tokenizer_config.json")
+    first = tokenizer("a").input_ids[0]
+    adds_bos = first == tokenizer.bos_token_id and first != _ids(tokenizer, "a")[0]
+    for seam in (" ", ""):
+        if all(
+            _ids(tokenizer, prompt) + _ids(tokenizer, seam + target) == _ids(tokenizer, f"{prompt} {target}")
+            for prompt, target in _SEAM_PROBES
+        ):
+            pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos_id
+            return TokenizerTraits((first,) if adds_bos else (), seam, eos_id, pad_id)
+    raise UserError(
+        f"tokenizer {name}: 'prompt' and ' target' taken apart differ from 'prompt target' in ids"
+    )
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, max_tokens: int
+) -> tuple[list[int], list[int]]:
+    """Turns prompt and target into ids and labels: [bos] prompt target eos, target and eos supervised.
+
+    The two are tokenised apart, so that the labels' border cannot drift; ``tokenizer_traits`` keeps the
+    seam. A target that does not fit loses its end, and then its eos too: the model is not taught to stop in
+    the middle. Where the prompt alone fills ``max_tokens`` it is cut and no token is supervised.
+
+    Args:
+        tokenizer: the LLM's tokenizer.
+        prompt: text before the target, without a space at its end.
+        target: text to learn, without a space at its start. Special tokens in it are taken as plain text.
+        max_tokens: longest row.
+
+    Returns:
+        ids and labels, equally long; ``IGNORE_INDEX`` at positions that are not supervised.
+    """
+    traits = tokenizer_traits(tokenizer)
+    head = list(traits.bos) + (_ids(tokenizer, prompt) if prompt else [])
+    tail = [*_target_ids(tokenizer, traits, prompt, target), traits.eos_id]
+    ids = (head + tail)[:max_tokens]
+    labels = ([IGNORE_INDEX] * len(head) + tail)[:max_tokens]
+    # Nothing stands before the first token that could predict it.
+    labels[0] = IGNORE_INDEX
+    return ids, labels
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, answer_prefix: str = "") -> list[int]:
+    """The ids to generate from: [bos] prompt, and the target's first words where evaluation gives them.
+
+    Never cut: a prompt without its end asks another question.
+    """
+    traits = tokenizer_traits(tokenizer)
+    head = list(traits.bos) + (_ids(tokenizer, prompt) if prompt else [])
+    ids = head + (_target_ids(tokenizer, traits, prompt, answer_prefix) if answer_prefix else [])
+    return ids or [traits.eos_id]
+
+
+def num_unsupervised_rows(batch: Batch) -> int:
+    """Rows without a supervised token, of which nothing is learnt; the loop counts and reports them."""
+    return int((batch.labels == IGNORE_INDEX).all(dim=1).sum())
+
+
+class Collator:
+    """Makes one ``Batch`` of samples: right padding for training, left padding for generation."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_transform: Callable[[Image.Image], Float[Tensor, "3 height width"]],
+        *,
+        task: Task,
+        max_tokens: int,
+        prompt: str | None = None,
+        for_generation: bool = False,
+        answer_prefix: str = "",
+        image_size: int | None = None,
+    ):
+        """Keeps what rows are made with.
+
+        Args:
+            tokenizer: the LLM's tokenizer.
+            image_transform: from an RGB picture to normalised pixels.
+            task: chooses prompt and target.
+            max_tokens: longest row in training; prompts of generation are not cut.
+            prompt: the caption task's instruction; None takes the default.
+            for_generation: rows hold the prompt alone and no label.
+            answer_prefix: with ``for_generation``, the target's first words.
+            image_size: side of a text-only row's zeros; None takes ``image_transform.image_size``.
+
+        Raises:
+            UserError: the tokenizer has no end-of-text token or no usable seam.
+        """
+        self._tokenizer = tokenizer
+        self._transform = image_transform
+        self._task: Task = task
+        self._max_tokens = max_tokens
+        self._prompt = prompt
+        self._for_generation = for_generation
+        self._answer_prefix = answer_prefix
+        self._image_size = image_transform.image_size if image_size is None else image_size
+        self._pad_id = tokenizer_traits(tokenizer).pad_id
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """Collates samples into a batch.
+
+        The records' optional field ``image_caption`` describes the picture in words (ScienceQA).
+        """
+        rows = [self._row(sample) for sample in samples]
+        width = max(len(ids) for ids, _ in rows)
+        input_ids = torch.full((len(rows), width), self._pad_id)
+        labels = torch.full((len(rows), width), IGNORE_INDEX)
+        attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for i, (ids, row_labels) in enumerate(rows):
+            place = slice(width - len(ids), width) if self._for_generation else slice(len(ids))
+            input_ids[i, place] = torch.tensor(ids)
+            labels[i, place] = torch.tensor(row_labels)
+            attention_mask[i, place] = 1
+        return Batch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            pixel_values=self._pixels(samples),
+            has_image=torch.tensor([sample.image is not None for sample in samples]),
+            keys=tuple(sample.key for sample in samples),
+        )
+
+    def _row(self, sample: Sample) -> tuple[list[int], list[int]]:
+        prompt = build_prompt(
+            sample.record, self._task, prompt=self._prompt, image_caption=sample.record.get("image_caption")
+        )
+        if self._for_generation:
+            ids = encode_prompt(self._tokenizer, prompt, self._answer_prefix)
+            return ids, [IGNORE_INDEX] * len(ids)
+        return encode(self._tokenizer, prompt, build_target(sample.record, self._task), self._max_tokens)
+
+    def _pixels(self, samples: Sequence[Sample]) -> Float[Tensor, "batch 3 height width"]:
+        pixels = torch.zeros(len(samples), 3, self._image_size, self._image_size)
+        for i, sample in enumerate(samples):
+            if sample.image is not None:
+                pixels[i] = self._transform(sample.image)
+        return pixels
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, plain: bool = False) -> list[int]:
+    # verbose=False: a text above the tokenizer's model_max_length is cut by us, not warned of.
+    return tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=plain).input_ids
+
+
+def _target_ids(
+    tokenizer: PreTrainedTokenizerBase, traits: TokenizerTraits, prompt: str, target: str
+) -> list[int]:
+    return _ids(tokenizer, (traits.seam if prompt else "") + target, plain=True) if target else []

@@ -1,0 +1,118 @@
+"""From a picture's bytes to the tower's pixels."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from transformers import AutoImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
+
+from dehvf_ds.config import UserError
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decodes a picture upright, in mode RGB.
+
+    EXIF orientation is applied; transparency is laid on white (diagrams are often black on nothing); 16-bit
+    grey is scaled to 8 bits, not clipped.
+
+    Raises:
+        ValueError: the bytes are no whole picture of a known format.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            image = ImageOps.exif_transpose(opened)
+    except UnidentifiedImageError as error:
+        raise ValueError("not a readable picture: of no known format") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not a readable picture: {' '.join(str(error).split())}") from error
+    if image.mode.startswith("I") or image.mode == "F":
+        return _scale_to_bytes(image).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+class ImageTransform:
+    """A tower's own image processor as a function of one picture.
+
+    Attributes:
+        image_size: side of the square output in pixels.
+    """
+
+    def __init__(self, processor: BaseImageProcessor):
+        """Wraps a configured processor and learns its output size from a trial picture.
+
+        Raises:
+            UserError: the processor gives pictures that are not square.
+        """
+        self._processor = processor
+        trial, other = (self(Image.new("RGB", size)).shape for size in ((40, 20), (20, 40)))
+        if trial != other or trial[-1] != trial[-2]:
+            raise UserError(
+                f"the vision tower's image processor gives pictures of {trial[-2]} x {trial[-1]} and "
+                f"{other[-2]} x {other[-1]} pixels, not one square; set model.image_size"
+            )
+        self.image_size: int = trial[-1]
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
+        """Resizes, crops and normalises an RGB picture (float32)."""
+        return self._processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+def build_image_transform(vision_tower_dir: str | Path, image_size: int | None) -> ImageTransform:
+    """Builds the transform of a vision tower from its ``preprocessor_config.json``, in the PIL backend.
+
+    Args:
+        vision_tower_dir: local directory or hub id of the tower.
+        image_size: side of the output in pixels: the shortest edge is resized to it and the centre
+            cropped; None keeps the tower's own sizes.
+
+    Raises:
+        UserError: there is no such file, or it is not an image processor's.
+    """
+    directory = Path(vision_tower_dir)
+    if directory.is_dir() and not any((directory / name).is_file() for name in PROCESSOR_FILES):
+        raise UserError(f"{directory}: no {PROCESSOR_FILES[0]}; copy it from where the vision tower came")
+    try:
+        processor = AutoImageProcessor.from_pretrained(str(vision_tower_dir), backend="pil")
+        if image_size is not None:
+            sizes = _sizes_for(processor.size, image_size)
+            processor = AutoImageProcessor.from_pretrained(str(vision_tower_dir), backend="pil", **sizes)
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"model.vision_tower {vision_tower_dir}: no usable image processor: {reason}"
+        ) from None
+    return ImageTransform(processor)
+
+
+def _sizes_for(own_size: Mapping[str, Any] | Any, image_size: int) -> dict[str, Any]:
+    square = {"height": image_size, "width": image_size}
+    if own_size is not None and own_size["height"]:
+        # A tower that squashes to a square (SigLIP) keeps to it.
+        return {"do_resize": True, "size": square, "crop_size": square}
+    return {
+        "do_resize": True,
+        "size": {"shortest_edge": image_size},
+        "do_center_crop": True,
+        "crop_size": square,
+    }
+
+
+def _scale_to_bytes(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.float64)
+    # Mode I holds 16-bit PNGs as well as 8-bit values; F has no range of its own.
+    top = 65535.0 if values.max(initial=0) > 255 else 255.0
+    return Image.fromarray(np.clip(values * (255.0 / top), 0, 255).round().astype(np.uint8))

@@ -1,0 +1,111 @@
+"""Tiny tokenizers, transforms and shards for the tests of the data package."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dehvf_ds.data.index import ShardIndex, ShardRow, write_shards
+
+CORPUS = [
+    "Caption of the picture: The dog runs. A child in a pink dress.",
+    "Response: The answer is A. The answer is B. a b Question: Context: N/A Options: (A) (B)",
+] * 4
+
+
+class TinyTransform:
+    """A stand-in for a tower's transform: the picture's mean colour, 4 x 4."""
+
+    image_size = 4
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        small = image.resize((1, 1))
+        colour = torch.tensor(small.getpixel((0, 0))) / 255
+        return colour[:, None, None].expand(3, 4, 4).clone()
+
+
+def build_byte_bpe(*, add_bos: bool = False) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<bos>", "<eos>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    if add_bos:
+        core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>")
+
+
+def build_sentencepiece_like() -> PreTrainedTokenizerFast:
+    """As LLaMA's: a space is put before every text, even before one that begins with a space."""
+    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    core.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False),
+    )
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def byte_bpe() -> PreTrainedTokenizerFast:
+    return build_byte_bpe()
+
+
+@pytest.fixture(scope="session")
+def byte_bpe_with_bos() -> PreTrainedTokenizerFast:
+    return build_byte_bpe(add_bos=True)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    return build_sentencepiece_like()
+
+
+@pytest.fixture(scope="session")
+def tiny_transform() -> TinyTransform:
+    return TinyTransform()
+
+
+def picture_bytes(colour: tuple[int, int, int] = (200, 30, 10)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (6, 5), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def caption_row(number: int, *, captions: int = 2) -> ShardRow:
+    texts = [f"The dog {number} runs {k}." for k in range(captions)]
+    record = {"image_id": number, "file_name": f"{number}.png", "captions": texts}
+    members = {"json": json.dumps(record).encode(), "png": picture_bytes((number % 256, 0, 0))}
+    return ShardRow(key=f"row{number}", members=members, captions=captions)
+
+
+@pytest.fixture
+def make_shards(tmp_path: Path) -> Callable[..., Path]:
+    def make(num_rows: int = 10, samples_per_shard: int = 4, captions: int = 2) -> Path:
+        output = tmp_path / "shards"
+        rows = (caption_row(i, captions=captions) for i in range(num_rows))
+        write_shards(rows, output, name="tiny", samples_per_shard=samples_per_shard, builder={"test": True})
+        ShardIndex(output).close()
+        return output
+
+    return make

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dehvf_ds.config import DataConfig, UserError
+from dehvf_ds.data.index import ShardIndex, ShardRow, write_shards
+from dehvf_ds.data.loader import build_loader, open_examples, read_all, read_sample
+
+
+@pytest.fixture
+def build(byte_bpe, tiny_transform):
+    def make(config, **place):
+        defaults = {
+            "seed": 5,
+            "rank": 0,
+            "world_size": 1,
+            "micro_batch_size": 4,
+            "accumulation": 1,
+            "start_step": 0,
+            "num_steps": 6,
+        }
+        return build_loader(config, byte_bpe, tiny_transform, **{**defaults, **place})
+
+    return make
+
+
+def data_config(directory, **changes):
+    return DataConfig(train=str(directory), num_workers=0, shuffle_window=8, **changes)
+
+
+def texts(batches, tokenizer):
+    return [
+        tokenizer.decode(ids[mask.bool()])
+        for b in batches
+        for ids, mask in zip(b.input_ids, b.attention_mask, strict=True)
+    ]
+
+
+def test_epoch_holds_every_caption_once(make_shards, build, byte_bpe):
+    config = data_config(make_shards(10, 4))
+    index, examples = open_examples(config, seed=5)
+    assert (len(index), len(examples)) == (10, 20)
+    loader = build(config, num_steps=5)
+    assert len(loader) == 5
+    found = texts(loader, byte_bpe)
+    expected = {f"Caption of the picture: The dog {i} runs {k}.<eos>" for i in range(10) for k in range(2)}
+    assert len(found) == 20
+    assert set(found) == expected
+
+
+def test_pixels_belong_to_their_row(make_shards, build):
+    for batch in build(data_config(make_shards(10, 4)), num_steps=3):
+        numbers = [int(key.removeprefix("row")) for key in batch.keys]
+        assert torch.round(batch.pixel_values[:, 0, 0, 0] * 255).tolist() == numbers
+
+
+def test_one_caption_an_epoch(make_shards, build):
+    batches = list(build(data_config(make_shards(8, 4), captions="one"), num_steps=2))
+    assert sorted(key for batch in batches for key in batch.keys) == [f"row{i}" for i in range(8)]
+
+
+def test_workers_change_nothing(make_shards, build):
+    config = data_config(make_shards(10, 4))
+    alone = list(build(config))
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    for workers in (1, 2):
+        shared = list(build(replace(config, num_workers=workers)))
+        assert [b.keys for b in shared] == [b.keys for b in alone]
+        for a, b in zip(shared, alone, strict=True):
+            assert torch.equal(a.input_ids, b.input_ids)
+            assert torch.equal(a.pixel_values, b.pixel_values)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_ranks_share_the_steps_of_one(make_shards, build):
+    config = data_config(make_shards(10, 4))
+    alone = [sorted(batch.keys) for batch in build(config, micro_batch_size=8)]
+    ranks = [list(build(config, rank=r, world_size=2, micro_batch_size=2, accumulation=2)) for r in (0, 1)]
+    together = [
+        sorted(key for rank in ranks for batch in rank[2 * step : 2 * step + 2] for key in batch.keys)
+        for step in range(6)
+    ]
+    assert together == alone
+
+
+def test_resume_is_the_rest(make_shards, build):
+    config = data_config(make_shards(10, 4))
+    whole = [batch.keys for batch in build(config, num_steps=6)]
+    assert [batch.keys for batch in build(config, start_step=4, num_steps=2)] == whole[4:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_sample_is_one_line(make_shards, build, workers):
+    directory = make_shards(4, 4)
+    path, offset, _ = ShardIndex(directory).locate(2)
+    data = bytearray(path.read_bytes())
+    begin = data.index(b"\x89PNG", offset)
+    data[begin : begin + 40] = bytes(40)
+    path.write_bytes(bytes(data))
+    loader = build(replace(data_config(directory), num_workers=workers))
+    with pytest.raises(UserError, match=r"tiny-000000.tar: sample row2: not a readable picture") as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
+    assert multiprocessing.active_children() == []
+
+
+def test_sample_that_lost_its_picture(tmp_path):
+    row = ShardRow(key="a", members={"json": b'{"file_name": "a.jpg", "captions": ["x"]}'}, captions=1)
+    text_only = ShardRow(key="b", members={"json": b'{"image": "b.png", "image_missing": true}'})
+    broken = ShardRow(key="c", members={"json": b"{"})
+    write_shards([row, text_only, broken], tmp_path / "s", name="s", samples_per_shard=5, builder={})
+    index = ShardIndex(tmp_path / "s")
+    with pytest.raises(UserError, match="sample a: its record names a picture"):
+        read_sample(index, 0)
+    assert read_sample(index, 1).image is None
+    with pytest.raises(UserError, match=r"sample c: its \.json is not JSON"):
+        read_sample(index, 2)
+
+
+def test_shards_of_another_task(tmp_path, make_shards):
+    problem = ShardRow(key="p", members={"json": b'{"question": "?"}'})
+    write_shards([problem], tmp_path / "p", name="p", samples_per_shard=5, builder={})
+    with pytest.raises(UserError, match=r"sample 0 has no caption, as data\.task caption needs"):
+        open_examples(data_config(tmp_path / "p"), seed=0)
+    with pytest.raises(UserError, match="holds captions, not problems"):
+        open_examples(data_config(make_shards(), task="scienceqa"), seed=0)
+    assert len(open_examples(data_config(tmp_path / "p", task="scienceqa"), seed=0)[1]) == 1
+
+
+def test_evaluation_reads_every_row_once(make_shards):
+    index = ShardIndex(make_shards(7, 3))
+    shares = [[s.key for s in read_all(index, rank=r, world_size=3)] for r in range(3)]
+    assert shares == [["row0", "row3", "row6"], ["row1", "row4"], ["row2", "row5"]]
+    sample = next(read_all(index))
+    assert sample.image.size == (6, 5)
+    assert sample.record["captions"] == ["The dog 0 runs 0.", "The dog 0 runs 1."]
+
+
+def test_workers_outlive_the_signals_of_an_ending_job(make_shards, build):
+    config = replace(data_config(make_shards(10, 4)), num_workers=1)
+    iterator = iter(build(config, num_steps=60))
+    next(iterator)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        os.kill(worker.pid, number)
+    # A stranger's SIGTERM: sent by a process that is not the worker's parent.
+    os.waitpid(os.posix_spawn("/bin/sh", ["sh", "-c", f"kill -TERM {worker.pid}"], os.environ), 0)
+    assert len(list(iterator)) == 59
+    del iterator
+    worker.join(10)
+    assert not worker.is_alive()
+
+
+def test_parent_ends_its_worker(make_shards, build):
+    config = replace(data_config(make_shards(10, 4)), num_workers=1)
+    iterator = iter(build(config, num_steps=60))
+    next(iterator)
+    (worker,) = multiprocessing.active_children()
+    begin = time.monotonic()
+    iterator.close()
+    del iterator
+    worker.join(10)
+    assert not worker.is_alive()
+    assert time.monotonic() - begin < 5

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dehvf_ds.config import UserError
+from dehvf_ds.data.transforms import build_image_transform, decode_image
+
+DINOV2 = {
+    "image_processor_type": "BitImageProcessor",
+    "size": {"shortest_edge": 256},
+    "crop_size": {"height": 224, "width": 224},
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def tower(tmp_path):
+    def make(config):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK"])
+def test_modes_become_rgb(mode):
+    kind = "JPEG" if mode == "CMYK" else "PNG"
+    image = decode_image(encoded(Image.new("RGB", (8, 6), (255, 255, 255)).convert(mode), kind))
+    assert (image.mode, image.size) == ("RGB", (8, 6))
+    assert image.getpixel((3, 3)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_on_white(mode):
+    black_on_nothing = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    black_on_nothing.putpixel((0, 0), (0, 0, 0, 255))
+    image = decode_image(encoded(black_on_nothing.convert(mode)))
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
+
+
+def test_palette_with_transparency():
+    image = Image.new("P", (2, 1))
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    image.putpixel((1, 0), 1)
+    found = decode_image(encoded(image, transparency=b"\x00\xff"))
+    assert [found.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (10, 20, 30)]
+
+
+def test_sixteen_bits_are_scaled():
+    grey = Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16))
+    found = decode_image(encoded(grey))
+    assert [found.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).size == (4, 8)
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", encoded(Image.effect_noise((90, 90), 9), "JPEG")[:700]])
+def test_unreadable_pictures(data):
+    with pytest.raises(ValueError, match="not a readable picture"):
+        decode_image(data)
+
+
+def test_tower_of_dinov2(tower):
+    own = build_image_transform(tower(DINOV2), None)
+    assert own.image_size == 224
+    transform = build_image_transform(tower(DINOV2), 98)
+    pixels = transform(Image.new("RGB", (50, 30), (255, 0, 128)))
+    assert (pixels.dtype, tuple(pixels.shape), transform.image_size) == (torch.float32, (3, 98, 98), 98)
+    expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (128 / 255 - 0.406) / 0.225]
+    torch.testing.assert_close(pixels.mean((1, 2)), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_image_size_is_edge_and_crop(tower):
+    transform = build_image_transform(tower(DINOV2), 20)
+    image = Image.new("RGB", (60, 20), (255, 255, 255))
+    image.paste((0, 0, 0), (20, 0, 40, 20))
+    assert transform(image).max() < 0  # the middle third and nothing else
+
+
+@pytest.mark.parametrize("kind", ["CLIPImageProcessor", "CLIPImageProcessorFast", "SiglipImageProcessor"])
+@pytest.mark.parametrize("size", [None, 32])
+def test_other_towers(tower, kind, size):
+    transform = build_image_transform(tower({"image_processor_type": kind}), size)
+    assert transform(Image.new("RGB", (50, 30))).shape == (3, size or 224, size or 224)
+
+
+def test_tower_without_its_file(tmp_path):
+    with pytest.raises(UserError, match=r"no preprocessor_config.json; copy it"):
+        build_image_transform(tmp_path, 224)
+
+
+def test_file_of_no_processor(tower):
+    with pytest.raises(UserError, match="no usable image processor"):
+        build_image_transform(tower({"image_processor_type": "NoSuchProcessor"}), 224)
+
+
+def test_tower_that_gives_no_square(tower):
+    config = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False}
+    with pytest.raises(UserError, match=r"not one square; set model\.image_size"):
+        build_image_transform(tower(config), None)
+    assert build_image_transform(tower(config), 32).image_size == 32

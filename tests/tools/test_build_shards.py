@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dehvf_ds.data.index import ShardIndex
+from dehvf_ds.data.loader import read_all
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "build_shards.py"
+FLICKR = SCRIPT.parents[1].parent / "shared" / "data" / "flickr8k"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("build_shards", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["build_shards"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(tool, capsys):
+    def call(*arguments):
+        code = tool.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def picture(path, colour=(9, 9, 9)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (6, 4), colour).save(path)
+    return path
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def coco(tmp_path):
+    for i in (1, 2, 3):
+        picture(tmp_path / "images" / f"COCO_{i}.jpg", (i, i, i))
+    return write_json(
+        tmp_path / "captions.json",
+        {
+            "images": [{"id": i, "file_name": f"COCO_{i}.jpg"} for i in (2, 1, 3)],
+            "annotations": [
+                {"id": 7, "image_id": 1, "caption": " One é.\n"},
+                {"id": 8, "image_id": 2, "caption": "Two."},
+                {"id": 9, "image_id": 1, "caption": "Uno."},
+                {"id": 10, "image_id": 2, "caption": " "},
+            ],
+        },
+    )
+
+
+def test_coco(run, coco, tmp_path):
+    arguments = ["coco", "--annotations", coco, "--images", tmp_path / "images"]
+    code, out, err = run(
+        *arguments, "--output", tmp_path / "out", "--samples-per-shard", 1, "--name", "train"
+    )
+    assert code == 0, err
+    assert "2 samples, 3 captions, 2 shards" in out
+    assert err == "note: left out 1 empty captions and 1 pictures without a caption\n"
+    index = ShardIndex(tmp_path / "out")
+    samples = list(read_all(index))
+    assert [s.key for s in samples] == ["COCO_2", "COCO_1"]
+    assert samples[1].record == {"image_id": 1, "file_name": "COCO_1.jpg", "captions": ["One é.", "Uno."]}
+    assert index.captions.tolist() == [1, 2]
+    assert index.read(0)["jpg"] == (tmp_path / "images" / "COCO_2.jpg").read_bytes()
+    assert index.locate(0)[0].name == "train-000000.tar"
+    assert index.manifest["builder"]["annotations"] == str(coco)
+    assert index.manifest["builder"]["samples_per_shard"] == 1
+
+
+def test_same_input_same_bytes(run, coco, tmp_path):
+    for name in ("a", "b"):
+        assert (
+            run("coco", "--annotations", coco, "--images", tmp_path / "images", "--output", tmp_path / name)[
+                0
+            ]
+            == 0
+        )
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+@pytest.fixture
+def karpathy(tmp_path):
+    picture(tmp_path / "images" / "val2014" / "a.jpg")
+    picture(tmp_path / "images" / "b.b.jpg")
+    picture(tmp_path / "images" / "c.jpeg")
+
+    def image(name, split, number, **more):
+        sentences = [{"raw": f"{name} {k}", "tokens": []} for k in range(2)]
+        return {"filename": name, "split": split, "imgid": number, "sentences": sentences, **more}
+
+    images = [
+        image("a.jpg", "train", 0, filepath="val2014", cocoid=77),
+        image("b.b.jpg", "restval", 1),
+        image("c.jpeg", "test", 2),
+    ]
+    return write_json(tmp_path / "dataset_coco.json", {"dataset": "coco", "images": images})
+
+
+@pytest.mark.parametrize(
+    ("split", "keys", "ids"),
+    [("train", ["a"], [77]), ("train+restval", ["a", "b_b"], [77, 1]), ("test", ["c"], [2])],
+)
+def test_karpathy(run, karpathy, tmp_path, split, keys, ids):
+    arguments = ["karpathy", "--dataset", karpathy, "--images", tmp_path / "images", "--split", split]
+    code, _, err = run(*arguments, "--output", tmp_path / "out")
+    assert code == 0, err
+    samples = list(read_all(ShardIndex(tmp_path / "out")))
+    assert [s.key for s in samples] == keys
+    assert [s.record["image_id"] for s in samples] == ids
+    assert all(s.image is not None and len(s.record["captions"]) == 2 for s in samples)
+
+
+def test_csv(run, tmp_path):
+    for name in ("a.b.jpg", "a_b.png"):
+        picture(tmp_path / "images" / name)
+    table = tmp_path / "captions.txt"
+    table.write_text('image,caption\na.b.jpg,"A dog, running ."\na_b.png,A cat .\na.b.jpg,Dog .\n')
+    code, _, err = run(
+        "csv", "--captions", table, "--images", tmp_path / "images", "--output", tmp_path / "out"
+    )
+    assert code == 0, err
+    samples = list(read_all(ShardIndex(tmp_path / "out")))
+    assert [(s.key, s.record["captions"]) for s in samples] == [
+        ("a_b", ["A dog, running .", "Dog ."]),
+        ("a_b-2", ["A cat ."]),
+    ]
+
+
+@pytest.fixture
+def scienceqa(tmp_path):
+    base = {"question": "?", "choices": ["x", "y"], "answer": 0, "hint": "", "split": "test"}
+    problems = {"3": {**base, "image": "image.png"}, "12": {**base, "image": None}}
+    write_json(tmp_path / "problems.json", problems)
+    write_json(tmp_path / "pid_splits.json", {"test": ["12", "3"], "minitest": ["3", "4"]})
+    return tmp_path
+
+
+def test_scienceqa(run, scienceqa, tmp_path):
+    picture(scienceqa / "images" / "test" / "3" / "image.png")
+    code, out, err = run("scienceqa", "--root", scienceqa, "--split", "test", "--output", tmp_path / "out")
+    assert (code, err) == (0, "")
+    samples = list(read_all(ShardIndex(tmp_path / "out")))
+    assert [(s.key, s.record["pid"], s.image is None) for s in samples] == [
+        ("000012", "12", True),
+        ("000003", "3", False),
+    ]
+    assert "2 samples, 0 captions" in out
+
+
+def test_scienceqa_without_pictures(run, scienceqa, tmp_path):
+    arguments = ["scienceqa", "--root", scienceqa, "--split", "test", "--output", tmp_path / "out"]
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert err.startswith(f"error: {scienceqa / 'images/test/3/image.png'}: no such picture of 1")
+    code, _, err = run(*arguments, "--allow-missing-images")
+    assert code == 0
+    assert "1 of 1 pictures are missing" in err
+    samples = list(read_all(ShardIndex(tmp_path / "out")))
+    assert samples[1].record["image_missing"] is True
+    assert samples[1].image is None
+
+
+def one_line_error(result, *parts):
+    code, _, err = result
+    err = "".join(line for line in err.splitlines(keepends=True) if not line.startswith("note: "))
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err
+
+
+def test_mistakes_are_one_line(run, coco, karpathy, scienceqa, tmp_path):
+    images, out = tmp_path / "images", ["--output", tmp_path / "out"]
+    coco_with = ["coco", "--images", images, *out, "--annotations"]
+    csv_with = ["csv", "--images", images, *out, "--captions"]
+
+    one_line_error(run(*coco_with, tmp_path / "no.json"), "no.json: no such file")
+    one_line_error(
+        run(*coco_with, karpathy), "not COCO captions: needs an object with images and annotations"
+    )
+    one_line_error(run(*coco_with, write_json(tmp_path / "l.json", [])), "not COCO captions")
+    (tmp_path / "bad.json").write_text("{")
+    one_line_error(run(*coco_with, tmp_path / "bad.json"), "bad.json: not JSON")
+    stray = {"images": [], "annotations": [{"id": 4, "image_id": 5, "caption": "x"}]}
+    one_line_error(run(*coco_with, write_json(tmp_path / "s.json", stray)), "unknown image_id")
+    shape = {"images": [{"id": 1}], "annotations": []}
+    one_line_error(
+        run(*coco_with, write_json(tmp_path / "f.json", shape)), "an entry lacks a field", "file_name"
+    )
+
+    one_line_error(
+        run("karpathy", "--dataset", karpathy, "--images", images, "--split", "train+dev", *out),
+        "has no split 'dev'; it has restval (1), test (1), train (1)",
+    )
+    one_line_error(run("scienceqa", "--root", scienceqa, "--split", "dev", *out), "it has test, minitest")
+    one_line_error(run("scienceqa", "--root", scienceqa, "--split", "minitest", *out), "no problem 4")
+
+    table = tmp_path / "t.csv"
+    table.write_text("file,text\n")
+    one_line_error(run(*csv_with, table), "not the header image,caption")
+    table.write_text("image,caption\na.jpg,one, two\n")
+    one_line_error(run(*csv_with, table), "line 2: 3 fields, not 2")
+    table.write_text("image,caption\nx.jpg,one\ny.jpg,two\nz.jpg,three\n")
+    one_line_error(run(*csv_with, table), "x.jpg: no such picture (and 2 others) of 3")
+    picture(images / "x.gif")
+    table.write_text("image,caption\nx.gif,one\n")
+    one_line_error(run(*csv_with, table), "x.gif", "convert it")
+    table.write_text("image,caption\n")
+    one_line_error(run(*csv_with, table), "no sample to write")
+
+    arguments = ["coco", "--annotations", coco, "--images", images]
+    one_line_error(run(*arguments, "--output", images), "not empty; give another --output")
+    one_line_error(run(*arguments, *out, "--samples-per-shard", 0), "must be at least 1")
+    one_line_error(run(*arguments, "--output", coco), str(coco))
+
+
+@pytest.mark.skipif(not FLICKR.is_dir(), reason=f"real photographs are not at {FLICKR}")
+def test_real_photographs(run, tmp_path):
+    dataset = FLICKR / "dataset_flickr8k.json"
+    code, out, err = run(
+        *["karpathy", "--dataset", dataset, "--images", FLICKR / "Images", "--split", "val"],
+        *["--output", tmp_path / "out", "--samples-per-shard", 32],
+    )
+    assert code == 0, err
+    assert "70 samples, 350 captions, 3 shards" in out
+    samples = list(read_all(ShardIndex(tmp_path / "out"), rank=1, world_size=7))
+    assert len(samples) == 10
+    assert all(min(s.image.size) > 100 for s in samples)
