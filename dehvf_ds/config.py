@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
+
+ConfigT = TypeVar("ConfigT")
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
@@ -202,15 +204,70 @@ class RunConfig:
     overwrite: bool = False
 
 
-def build_parser() -> ArgumentParser:
-    """Builds the parser of ``RunConfig``: ``--config`` for YAML, a dotted flag for every field."""
-    parser = ArgumentParser(
-        prog="train.py", description="Trains DEHVF on DeepSpeed.", exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_argument("--config", action="config", help="a YAML file, or the name of a packaged recipe")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; ignored")
-    parser.add_class_arguments(RunConfig)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """One evaluation of a trained model.
+
+    Attributes:
+        model: run directory, adapter artifact or merged model directory.
+        data: directory of evaluation shards with their ``manifest.json``.
+        task: what is scored; ``coco`` is captioning.
+        split: name of the split in the output; None takes the name of ``data``.
+        output: where ``TASK-SPLIT/`` is written; None means ``eval/`` of the run.
+        batch_size: rows decoded together on one rank.
+        max_new_tokens: longest answer in tokens.
+        max_samples: rows to evaluate, from the first; None means all.
+        prompt: instruction; None takes the one that the model was trained with.
+        dtype: compute dtype; ``auto`` takes the model's, or fp32 where bf16 is slow.
+        language_model: where the decoder lies now; None takes the path it was trained with.
+        vision_tower: where the tower lies now; None takes the path it was trained with.
+        loss: also measure the loss a token over all references.
+    """
+
+    model: str
+    data: str
+    task: Literal["coco"] = "coco"
+    split: str | None = None
+    output: str | None = None
+    batch_size: int = 16
+    max_new_tokens: int = 40
+    max_samples: int | None = None
+    prompt: str | None = None
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    language_model: str | None = None
+    vision_tower: str | None = None
+    loss: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "batch_size must be at least 1")
+        _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
+        _require(self.max_samples is None or self.max_samples >= 1, "max_samples must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Captions or answers from the shell.
+
+    Attributes:
+        model: run directory, adapter artifact or merged model directory.
+        image: one or more picture files.
+        prompt: instruction or question; None takes the one that the model was trained with.
+        max_new_tokens: longest answer in tokens.
+        dtype: compute dtype; ``auto`` takes the model's, or fp32 where bf16 is slow.
+        language_model: where the decoder lies now; None takes the path it was trained with.
+        vision_tower: where the tower lies now; None takes the path it was trained with.
+    """
+
+    model: str
+    image: list[str]
+    prompt: str | None = None
+    max_new_tokens: int = 40
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    language_model: str | None = None
+    vision_tower: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
 
 
 def parse_run_config(args: Sequence[str], default_recipe: str = "demo") -> RunConfig:
@@ -222,13 +279,17 @@ def parse_run_config(args: Sequence[str], default_recipe: str = "demo") -> RunCo
     Raises:
         UserError: unknown key, wrong type, a missing file, values that contradict each other.
     """
-    parser = build_parser()
-    try:
-        namespace = parser.instantiate(parser.parse_args(_resolve_recipe(args, default_recipe)))
-    except (ArgumentError, TypeError, yaml.YAMLError) as error:
-        raise UserError(" ".join(str(error).split())) from None
-    values = {field.name: namespace[field.name] for field in fields(RunConfig)}
-    return RunConfig(**values)
+    return _parse(RunConfig, _resolve_recipe(args, default_recipe), "Trains DEHVF on DeepSpeed.")
+
+
+def parse_eval_config(args: Sequence[str]) -> EvalConfig:
+    """Parses the flags of ``eval.py``, or a YAML of them. Raises ``UserError`` as ``parse_run_config``."""
+    return _parse(EvalConfig, args, "Evaluates a trained DEHVF model.")
+
+
+def parse_generate_config(args: Sequence[str]) -> GenerateConfig:
+    """Parses the flags of ``generate.py``. Raises ``UserError`` as ``parse_run_config``."""
+    return _parse(GenerateConfig, args, "Describes pictures with a trained DEHVF model.")
 
 
 def save_run_config(config: RunConfig, path: Path) -> None:
@@ -254,6 +315,18 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [to_plain(item) for item in value]
     return value
+
+
+def _parse(config_class: type[ConfigT], args: Sequence[str], description: str) -> ConfigT:
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a YAML file; for training also a recipe's name")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; ignored")
+    parser.add_class_arguments(config_class)
+    try:
+        namespace = parser.instantiate(parser.parse_args(list(args)))
+    except (ArgumentError, TypeError, yaml.YAMLError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    return config_class(**{field.name: namespace[field.name] for field in fields(config_class)})
 
 
 def _resolve_recipe(args: Sequence[str], default_recipe: str) -> list[str]:

@@ -17,6 +17,7 @@ if not __package__:
 
 from dehvf_ds.config import RunConfig, UserError, parse_run_config, save_run_config
 from dehvf_ds.data.loader import build_loader, open_examples
+from dehvf_ds.data.prompts import CAPTION_PROMPT
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.distributed import World, barrier, init_process_group, read_world, run_entry
@@ -37,7 +38,11 @@ def main(argv: list[str]) -> int:
     # All that can be wrong is looked at before processes meet and weights load.
     ds_config = read_deepspeed_json(config.deepspeed, config, world.size)
     transform = build_image_transform(config.model.vision_tower, config.model.image_size)
-    model_config = build_model_config(config.model, transform.image_size)
+    model_config = build_model_config(
+        config.model,
+        image_size=transform.image_size,
+        prompt=(config.data.prompt or CAPTION_PROMPT) if config.data.task == "caption" else None,
+    )
     tokenizer = load_tokenizer(config.model.language_model)
     _, examples = open_examples(config.data, seed=config.seed)
     num_steps = planned_steps(config, len(examples))
@@ -73,7 +78,7 @@ def main(argv: list[str]) -> int:
         )
 
     def save(step: int, samples: int) -> None:
-        info = {"step": step, "samples": samples, "data": {"task": config.data.task, "prompt": config.data.prompt}}
+        info = {"step": step, "samples": samples, "task": config.data.task}
         save_artifact(run_dir / "adapter", model, config.model, world, dtype, info)
 
     writer = MetricsWriter(run_dir, num_steps, config.train.log_every) if world.is_main else None

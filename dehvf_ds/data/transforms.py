@@ -49,6 +49,7 @@ class ImageTransform:
 
     Attributes:
         image_size: side of the square output in pixels.
+        processor: the configured image processor.
     """
 
     def __init__(self, processor: BaseImageProcessor):
@@ -57,7 +58,7 @@ class ImageTransform:
         Raises:
             UserError: the processor gives pictures that are not square.
         """
-        self._processor = processor
+        self.processor = processor
         trial, other = (self(Image.new("RGB", size)).shape for size in ((40, 20), (20, 40)))
         if trial != other or trial[-1] != trial[-2]:
             raise UserError(
@@ -68,7 +69,7 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
         """Resizes, crops and normalises an RGB picture (float32)."""
-        return self._processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
 def build_image_transform(vision_tower_dir: str | Path, image_size: int | None) -> ImageTransform:
@@ -76,8 +77,8 @@ def build_image_transform(vision_tower_dir: str | Path, image_size: int | None) 
 
     Args:
         vision_tower_dir: local directory or hub id of the tower.
-        image_size: side of the output in pixels: the shortest edge is resized to it and the centre
-            cropped; None keeps the tower's own sizes.
+        image_size: side of the output in pixels. None, or the size that the processor makes anyway, keeps
+            its own way of resizing; for another the shortest edge is resized to it and the centre cropped.
 
     Raises:
         UserError: there is no such file, or it is not an image processor's.
@@ -87,7 +88,7 @@ def build_image_transform(vision_tower_dir: str | Path, image_size: int | None) 
         raise UserError(f"{directory}: no {PROCESSOR_FILES[0]}; copy it from where the vision tower came")
     try:
         processor = AutoImageProcessor.from_pretrained(str(vision_tower_dir), backend="pil")
-        if image_size is not None:
+        if image_size is not None and _output_size(processor) != image_size:
             sizes = _sizes_for(processor.size, image_size)
             processor = AutoImageProcessor.from_pretrained(str(vision_tower_dir), backend="pil", **sizes)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
@@ -96,6 +97,13 @@ def build_image_transform(vision_tower_dir: str | Path, image_size: int | None) 
             f"model.vision_tower {vision_tower_dir}: no usable image processor: {reason}"
         ) from None
     return ImageTransform(processor)
+
+
+def _output_size(processor: BaseImageProcessor) -> int | None:
+    try:
+        return ImageTransform(processor).image_size
+    except UserError:
+        return None
 
 
 def _sizes_for(own_size: Mapping[str, Any] | Any, image_size: int) -> dict[str, Any]:

@@ -47,7 +47,8 @@ class DehvfConfig(PreTrainedConfig):
         image_size: side of the square input picture in pixels; None takes the tower's own.
         prefix_tokens: visual tokens of ``prefix``, a square number; None keeps every patch.
         lora: ``{"rank", "alpha", "dropout", "targets"}`` of the FFN adapters, or None without any
-            (``fusion: none`` ablated, or folded into the weights).
+            (ablated, or folded into the weights).
+        prompt: the instruction that captions were trained with; what ``generate`` is best given.
 
     Raises:
         ModelError: values outside their range.
@@ -68,6 +69,7 @@ class DehvfConfig(PreTrainedConfig):
         image_size: int | None = None,
         prefix_tokens: int | None = None,
         lora: dict[str, Any] | None = None,
+        prompt: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.text_config = _sub_config(text_config, "llama")
@@ -87,6 +89,7 @@ class DehvfConfig(PreTrainedConfig):
         self.image_size = image_size or self.vision_config.image_size
         self.prefix_tokens = prefix_tokens
         self.lora = dict(lora) if lora else None
+        self.prompt = prompt
         if fusion == "prefix" and prefix_tokens is not None:
             side = int(prefix_tokens**0.5)
             if side * side != prefix_tokens or self.patches_per_side % side:

@@ -1,47 +1,20 @@
-"""Weights in and out: frozen backbones, the adapter artifact, and the merged model directory."""
+"""Models as a whole: built over their backbones, found where a run left them, merged for export."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .adapters import ADAPTER_NAME, fold_lora, peft_config
-from .configuration import DehvfConfig, ModelError
+from .adapters import fold_lora
+from .artifact import CONFIG_FILE, base_identity, load_adapter, read_manifest
+from .backbones import load_backbone, load_backbone_config
+from .configuration import DehvfConfig, ModelError, spaced_levels
 from .modeling import DehvfForConditionalGeneration
 
-ARTIFACT_FILES = ("visual.safetensors", "dehvf_config.json", "manifest.json")
-_LORA_FILE = "adapter_model.safetensors"
-# Fields of a backbone's configuration that say nothing about its weights.
-_LOOSE_FIELDS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
-
-
-def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
-    """Reads a backbone's configuration from a directory or hub id.
-
-    Of a two-tower checkpoint (CLIP) the vision part is taken when ``vision``.
-
-    Raises:
-        ModelError: nothing readable is there, or a vision part is asked of a model without one.
-    """
-    kind = "vision tower" if vision else "language model"
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{kind} {source}: {_first_line(error)}") from None
-    if vision:
-        config = getattr(config, "vision_config", config)
-        if not hasattr(config, "patch_size"):
-            raise ModelError(f"vision tower {source}: a {config.model_type} model has no patches")
-    return config
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_config(
@@ -58,8 +31,6 @@ def build_config(
     Raises:
         ModelError: a backbone cannot be read or a setting does not fit it.
     """
-    from .configuration import spaced_levels
-
     vision_config = load_backbone_config(vision_tower, vision=True)
     if not settings.get("levels") and num_levels is not None:
         settings["levels"] = spaced_levels(vision_config.num_hidden_layers, num_levels)
@@ -86,10 +57,10 @@ def load_model(
     Raises:
         ModelError: a checkpoint lacks weights, or does not have the expected structure.
     """
-    decoder = _load_backbone(AutoModelForCausalLM, language_model, config.text_config, dtype)
+    decoder = load_backbone(language_model, config.text_config, dtype, vision=False)
     tower = None
     if config.fusion != "none":
-        tower = _load_backbone(AutoModel, vision_tower, config.vision_config, dtype)
+        tower = load_backbone(vision_tower, config.vision_config, dtype, vision=True)
     torch.manual_seed(seed)
     model = DehvfForConditionalGeneration(config, decoder, tower)
     for parameter in model.trainable_parameters().values():
@@ -97,170 +68,100 @@ def load_model(
     return model
 
 
-def load_from_adapter(
-    directory: Path | str,
-    *,
-    dtype: torch.dtype | None = None,
-    language_model: str | None = None,
-    vision_tower: str | None = None,
-) -> DehvfForConditionalGeneration:
-    """Loads the base models and applies an adapter artifact to them.
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained model on disk, found and checked but not loaded.
+
+    Attributes:
+        path: the adapter artifact or merged directory.
+        config: the model's configuration.
+        dtype: compute dtype that it was trained or written in.
+        language_model: directory or hub id of the decoder; None for a merged directory.
+        vision_tower: directory or hub id of the tower; None for a merged directory.
+    """
+
+    path: Path
+    config: DehvfConfig
+    dtype: torch.dtype
+    language_model: str | None = None
+    vision_tower: str | None = None
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer lies."""
+        return self.language_model or str(self.path)
+
+    @property
+    def processor_source(self) -> str:
+        """Where the image processor lies."""
+        return self.vision_tower or str(self.path)
+
+    def load(self, dtype: str = "auto", *, fast_bf16: bool = True) -> DehvfForConditionalGeneration:
+        """Loads the model, whole, on the CPU, in evaluation mode.
+
+        Args:
+            dtype: ``fp32``, ``bf16``, or ``auto`` for its own.
+            fast_bf16: whether the device computes bf16 well; without that ``auto`` means fp32.
+
+        Raises:
+            ModelError: a base model or a tensor does not fit.
+        """
+        compute = _DTYPES[dtype] if dtype != "auto" else self.dtype if fast_bf16 else torch.float32
+        if self.language_model is None or self.vision_tower is None:
+            return DehvfForConditionalGeneration.from_pretrained(self.path, dtype=compute).eval()
+        model = load_model(self.config, self.language_model, self.vision_tower, dtype=compute)
+        load_adapter(model, self.path)
+        return model.eval()
+
+
+def find_trained(
+    path: Path | str, language_model: str | None = None, vision_tower: str | None = None
+) -> TrainedModel:
+    """Finds a trained model: a run directory, its adapter artifact, or a merged directory.
 
     Args:
-        directory: the artifact, ``RUN_DIR/adapter``.
-        dtype: compute dtype; None takes the run's.
-        language_model: where the decoder lies now; None takes the manifest's path.
-        vision_tower: where the tower lies now; None takes the manifest's path.
+        path: one of the three.
+        language_model: where the decoder lies now; None takes the artifact's path.
+        vision_tower: where the tower lies now; None takes the artifact's path.
 
     Raises:
-        ModelError: a file of the artifact is missing, or a base differs from the trained one.
+        ModelError: there is none, its files are damaged, or a base differs from the trained one.
     """
-    directory = Path(directory)
-    manifest = read_manifest(directory)
-    config = DehvfConfig.from_json_file(str(directory / "dehvf_config.json"))
-    bases = {
-        "language_model": language_model or manifest["bases"]["language_model"]["path"],
-        "vision_tower": vision_tower or manifest["bases"]["vision_tower"]["path"],
-    }
-    for name, source in bases.items():
+    path = Path(path)
+    if (path / "config.json").is_file():
+        config = load_backbone_config(str(path), vision=False)
+        if not isinstance(config, DehvfConfig):
+            raise ModelError(f"{path}: holds a {config.model_type} model, not a DEHVF one")
+        return TrainedModel(path, config, config.dtype or torch.float32)
+    if not (path / CONFIG_FILE).is_file() and (path / "adapter" / CONFIG_FILE).is_file():
+        path = path / "adapter"
+    if not (path / CONFIG_FILE).is_file():
+        raise ModelError(f"{path}: neither a run with an adapter, nor an adapter, nor a merged model")
+    manifest = read_manifest(path)
+    given = {"language_model": language_model, "vision_tower": vision_tower}
+    sources = {name: source or manifest["bases"][name]["path"] for name, source in given.items()}
+    for name, source in sources.items():
         found = base_identity(source, vision=name == "vision_tower")["config"]
         wanted = manifest["bases"][name]["config"]
         differing = sorted(key for key in wanted if found.get(key) != wanted[key])
         if differing:
             raise ModelError(
-                f"{source} is not the {name.replace('_', ' ')} that {directory} was trained on: "
+                f"{source} is not the {name.replace('_', ' ')} that {path} was trained on: "
                 f"{', '.join(differing)} differ"
             )
-    dtype = dtype or getattr(torch, manifest["dtype"])
-    model = load_model(config, **bases, dtype=dtype)
-    load_adapter(model, directory)
-    return model.eval()
+    config = DehvfConfig.from_json_file(str(path / CONFIG_FILE))
+    return TrainedModel(path, config, getattr(torch, manifest["dtype"]), **sources)
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """Reads an artifact's manifest and checks that its files are whole.
-
-    Raises:
-        ModelError: a file is missing or its hash differs.
-    """
-    path = directory / "manifest.json"
-    if not path.is_file():
-        raise ModelError(f"{directory}: no manifest.json; not an adapter artifact")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    for name, digest in manifest["files"].items():
-        if not (directory / name).is_file():
-            raise ModelError(f"{directory / name}: missing")
-        if _sha256(directory / name) != digest:
-            raise ModelError(f"{directory / name}: changed since it was written (sha256 differs)")
-    return manifest
-
-
-def base_identity(source: str, *, vision: bool) -> dict[str, Any]:
-    """What tells one base model from another: its path and the weight-shaping configuration fields."""
-    config = load_backbone_config(source, vision=vision).to_dict()
-    return {"path": source, "config": {k: v for k, v in config.items() if k not in _LOOSE_FIELDS}}
-
-
-def save_adapter(
-    directory: Path,
-    tensors: Mapping[str, Tensor],
-    model: DehvfForConditionalGeneration,
-    *,
-    language_model: str,
-    vision_tower: str,
-    dtype: torch.dtype,
-    info: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes the adapter artifact: everything that was trained, and the names of what was not.
-
-    It is written beside its final name and then renamed, so that a crash leaves the previous one.
-
-    Args:
-        directory: final name; an artifact there is replaced.
-        tensors: every trainable tensor by its name in the model, whole, fp32.
-        model: the model, for its configuration.
-        language_model: path or hub id of the decoder.
-        vision_tower: path or hub id of the tower.
-        dtype: compute dtype of the run.
-        info: more for the manifest, JSON values (step, samples, task).
-
-    Raises:
-        ModelError: ``tensors`` is not exactly the trainable set, or holds values that are not finite.
-    """
-    wanted = set(model.trainable_parameters())
-    if set(tensors) != wanted:
-        raise ModelError(f"adapter tensors differ from the trainable set: {sorted(set(tensors) ^ wanted)[:4]}")
-    broken = [name for name, tensor in tensors.items() if tensor.numel() == 0 or not tensor.isfinite().all()]
-    if broken:
-        raise ModelError(f"not written, empty or not finite: {', '.join(broken[:4])}")
-    part = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    visual = {n: t.contiguous() for n, t in tensors.items() if ".lora_" not in n}
-    save_file(visual, part / "visual.safetensors")
-    model.config.to_json_file(str(part / "dehvf_config.json"), use_diff=False)
-    if model.config.lora is not None:
-        lora = {_to_peft_name(n): t.contiguous() for n, t in tensors.items() if ".lora_" in n}
-        (part / "lora").mkdir()
-        save_file(lora, part / "lora" / _LORA_FILE, metadata={"format": "pt"})
-        saved = model.language_model.peft_config[ADAPTER_NAME]
-        saved.base_model_name_or_path = language_model
-        saved.inference_mode = True
-        saved.save_pretrained(str(part / "lora"))
-    files = sorted(p.relative_to(part).as_posix() for p in part.rglob("*") if p.is_file())
-    manifest = {
-        "format": 1,
-        "dtype": str(dtype).removeprefix("torch."),
-        "bases": {
-            "language_model": base_identity(language_model, vision=False),
-            "vision_tower": base_identity(vision_tower, vision=True),
-        },
-        "files": {name: _sha256(part / name) for name in files},
-        **(info or {}),
-    }
-    (part / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-    old = directory.with_name(directory.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    part.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def load_adapter(model: DehvfForConditionalGeneration, directory: Path | str) -> None:
-    """Copies an artifact's tensors into a model; every trainable must be there with its shape.
-
-    Raises:
-        ModelError: a tensor is missing, unexpected or of another shape.
-    """
-    directory = Path(directory)
-    tensors = load_file(directory / "visual.safetensors")
-    lora_file = directory / "lora" / _LORA_FILE
-    parameters = model.trainable_parameters()
-    if lora_file.is_file():
-        by_peft_name = {_to_peft_name(name): name for name in parameters if ".lora_" in name}
-        for name, tensor in load_file(lora_file).items():
-            tensors[by_peft_name.get(name, name)] = tensor
-    if set(tensors) != set(parameters):
-        raise ModelError(
-            f"{directory}: tensors do not fit the model: {sorted(set(tensors) ^ set(parameters))[:4]}"
-        )
-    for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
-            raise ModelError(
-                f"{directory}: {name} has shape {list(tensors[name].shape)}, not {list(parameter.shape)}"
-            )
-        parameter.data.copy_(tensors[name])
-
-
-def save_merged(model: DehvfForConditionalGeneration, directory: Path) -> None:
+def save_merged(model: DehvfForConditionalGeneration, directory: Path, dtype: torch.dtype) -> None:
     """Folds the LoRA adapters into the frozen weights and writes a Hugging Face model directory.
 
     The visual branch depends on the picture and stays a module. ``model`` is changed.
 
     Args:
-        model: a whole model on one device.
-        directory: created; must not exist.
+        model: a whole fp32 model on one device.
+        directory: created.
+        dtype: dtype of the weights that are written.
     """
     fold_lora(model)
     model.config.lora = None
@@ -268,34 +169,7 @@ def save_merged(model: DehvfForConditionalGeneration, directory: Path) -> None:
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         if hasattr(model.language_model, attribute):
             delattr(model.language_model, attribute)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
     model.save_pretrained(directory)
-
-
-def _load_backbone(
-    auto_class: type, source: str, config: PreTrainedConfig, dtype: torch.dtype
-) -> PreTrainedModel:
-    try:
-        model, info = auto_class.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: {_first_line(error)}") from None
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(f"{source}: the checkpoint lacks {len(missing)} weights, {missing[0]} among them")
-    return model
-
-
-def _to_peft_name(name: str) -> str:
-    """``language_model.model.layers.0.mlp[.ffn].down_proj.lora_A.default.weight`` as PEFT names it."""
-    parts = [p for p in name.split(".") if p != ADAPTER_NAME]
-    if "ffn" in parts:
-        parts.remove("ffn")
-    return "base_model.model." + ".".join(parts[1:])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dehvf_ds.config import ModelConfig
 from dehvf_ds.distributed import World, barrier
 from dehvf_ds.model import DehvfForConditionalGeneration
-from dehvf_ds.model.weights import save_adapter
+from dehvf_ds.model.artifact import save_adapter
 
 
 def gather_trainables(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

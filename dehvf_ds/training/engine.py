@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dehvf_ds.config import ModelConfig, RunConfig, UserError, to_plain
-from dehvf_ds.distributed import World
+from dehvf_ds.distributed import World, has_fast_bf16
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration, ModelError
 from dehvf_ds.model.weights import build_config, load_model
 from dehvf_ds.training.optim import parameter_groups
@@ -58,26 +58,20 @@ def read_deepspeed_json(path: str, config: RunConfig, world_size: int) -> dict[s
     return given
 
 
-def has_fast_bf16() -> bool:
-    """Whether this device multiplies bf16 matrices in hardware; without that fp32 is several times faster."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # The names of PyTorch's own CPU capability checks; absent ones mean not supported.
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(check is not None and check() for check in checks)
-
-
 def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
     """The dtype that a DeepSpeed configuration computes in: bf16 or fp32."""
     return torch.bfloat16 if _enabled(ds_config, "bf16") else torch.float32
 
 
-def build_model_config(config: ModelConfig, image_size: int | None = None) -> DehvfConfig:
+def build_model_config(
+    config: ModelConfig, *, image_size: int | None = None, prompt: str | None = None
+) -> DehvfConfig:
     """The model's configuration over the run's backbones; reads their configuration files alone.
 
     Args:
         config: the run's model settings.
         image_size: side of the pictures that the tower's processor makes; None takes the tower's own.
+        prompt: instruction that the run trains with, kept for those who generate.
 
     Raises:
         UserError: a backbone cannot be read or a size does not fit it.
@@ -93,6 +87,7 @@ def build_model_config(config: ModelConfig, image_size: int | None = None) -> De
             rank=config.rank,
             router_dim=config.router_dim,
             image_size=image_size,
+            prompt=prompt,
             prefix_tokens=config.prefix_tokens,
             lora=to_plain(config.lora) if config.lora.rank else None,
         )

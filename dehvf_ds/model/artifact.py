@@ -1,0 +1,161 @@
+"""The adapter artifact: everything that was trained, and the identity of what was not.
+
+    visual.safetensors   projector, fuser, reader and FFN gains, fp32
+    lora/                the FFN adapters in PEFT's own layout, with the base LLM's names
+    dehvf_config.json    the model's configuration
+    manifest.json        base models, hashes of the files, where training stood
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .adapters import ADAPTER_NAME
+from .backbones import load_backbone_config
+from .configuration import ModelError
+from .modeling import DehvfForConditionalGeneration
+
+CONFIG_FILE = "dehvf_config.json"
+MANIFEST_FILE = "manifest.json"
+VISUAL_FILE = "visual.safetensors"
+LORA_FILE = "lora/adapter_model.safetensors"
+# Fields of a backbone's configuration that say nothing about its weights.
+_LOOSE_FIELDS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
+
+
+def save_adapter(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    model: DehvfForConditionalGeneration,
+    *,
+    language_model: str,
+    vision_tower: str,
+    dtype: torch.dtype,
+    info: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the adapter artifact: everything that was trained, and the names of what was not.
+
+    It is written beside its final name and then renamed, so that a crash leaves the previous one.
+
+    Args:
+        directory: final name; an artifact there is replaced.
+        tensors: every trainable tensor by its name in the model, whole, fp32.
+        model: the model, for its configuration.
+        language_model: path or hub id of the decoder.
+        vision_tower: path or hub id of the tower.
+        dtype: compute dtype of the run.
+        info: more for the manifest, JSON values (step, samples, task).
+
+    Raises:
+        ModelError: ``tensors`` is not exactly the trainable set, or holds values that are not finite.
+    """
+    wanted = set(model.trainable_parameters())
+    if set(tensors) != wanted:
+        raise ModelError(f"adapter tensors differ from the trainable set: {sorted(set(tensors) ^ wanted)[:4]}")
+    broken = [name for name, tensor in tensors.items() if tensor.numel() == 0 or not tensor.isfinite().all()]
+    if broken:
+        raise ModelError(f"not written, empty or not finite: {', '.join(broken[:4])}")
+    part = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    visual = {n: t.contiguous() for n, t in tensors.items() if ".lora_" not in n}
+    save_file(visual, part / VISUAL_FILE)
+    model.config.to_json_file(str(part / CONFIG_FILE), use_diff=False)
+    if model.config.lora is not None:
+        lora = {_to_peft_name(n): t.contiguous() for n, t in tensors.items() if ".lora_" in n}
+        (part / "lora").mkdir()
+        save_file(lora, part / LORA_FILE, metadata={"format": "pt"})
+        saved = model.language_model.peft_config[ADAPTER_NAME]
+        saved.base_model_name_or_path = language_model
+        saved.inference_mode = True
+        saved.save_pretrained(str(part / "lora"))
+    files = sorted(p.relative_to(part).as_posix() for p in part.rglob("*") if p.is_file())
+    manifest = {
+        "format": 1,
+        "dtype": str(dtype).removeprefix("torch."),
+        "bases": {
+            "language_model": base_identity(language_model, vision=False),
+            "vision_tower": base_identity(vision_tower, vision=True),
+        },
+        "files": {name: _sha256(part / name) for name in files},
+        **(info or {}),
+    }
+    (part / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+    old = directory.with_name(directory.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    part.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Reads an artifact's manifest and checks that its files are whole.
+
+    Raises:
+        ModelError: a file is missing or its hash differs.
+    """
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
+        raise ModelError(f"{directory}: no manifest.json; not an adapter artifact")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for name, digest in manifest["files"].items():
+        if not (directory / name).is_file():
+            raise ModelError(f"{directory / name}: missing")
+        if _sha256(directory / name) != digest:
+            raise ModelError(f"{directory / name}: changed since it was written (sha256 differs)")
+    return manifest
+
+
+def base_identity(source: str, *, vision: bool) -> dict[str, Any]:
+    """What tells one base model from another: its path and the weight-shaping configuration fields."""
+    config = json.loads(load_backbone_config(source, vision=vision).to_json_string(use_diff=False))
+    return {"path": source, "config": {k: v for k, v in config.items() if k not in _LOOSE_FIELDS}}
+
+
+def load_adapter(model: DehvfForConditionalGeneration, directory: Path | str) -> None:
+    """Copies an artifact's tensors into a model; every trainable must be there with its shape.
+
+    Raises:
+        ModelError: a tensor is missing, unexpected or of another shape.
+    """
+    directory = Path(directory)
+    tensors = load_file(directory / VISUAL_FILE)
+    lora_file = directory / LORA_FILE
+    parameters = model.trainable_parameters()
+    if lora_file.is_file():
+        by_peft_name = {_to_peft_name(name): name for name in parameters if ".lora_" in name}
+        for name, tensor in load_file(lora_file).items():
+            tensors[by_peft_name.get(name, name)] = tensor
+    if set(tensors) != set(parameters):
+        raise ModelError(
+            f"{directory}: tensors do not fit the model: {sorted(set(tensors) ^ set(parameters))[:4]}"
+        )
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise ModelError(
+                f"{directory}: {name} has shape {list(tensors[name].shape)}, not {list(parameter.shape)}"
+            )
+        parameter.data.copy_(tensors[name])
+
+
+def _to_peft_name(name: str) -> str:
+    """``language_model.model.layers.0.mlp[.ffn].down_proj.lora_A.default.weight`` as PEFT names it."""
+    parts = [p for p in name.split(".") if p != ADAPTER_NAME]
+    if "ffn" in parts:
+        parts.remove("ffn")
+    return "base_model.model." + ".".join(parts[1:])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_model, text_config, vision_config
+from peft import PeftModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from dehvf_ds.model import ModelError
+from dehvf_ds.model.artifact import load_adapter, save_adapter
+from dehvf_ds.model.weights import build_config, find_trained, load_model, save_merged
+
+LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["gate_proj", "down_proj"]}
+
+
+@pytest.fixture
+def bases(tmp_path: Path) -> dict[str, str]:
+    torch.manual_seed(5)
+    AutoModelForCausalLM.from_config(text_config()).save_pretrained(tmp_path / "llm")
+    AutoModel.from_config(vision_config()).save_pretrained(tmp_path / "tower")
+    return {"language_model": str(tmp_path / "llm"), "vision_tower": str(tmp_path / "tower")}
+
+
+def trained_model(bases: dict[str, str], **settings):
+    config = build_config(**bases, num_levels=2, rank=8, router_dim=4, lora=LORA, **settings)
+    model = load_model(config, **bases, dtype=torch.float32, seed=1).eval()
+    torch.manual_seed(2)
+    for parameter in model.trainable_parameters().values():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def save(model, bases: dict[str, str], directory: Path) -> None:
+    tensors = {name: p.data.clone() for name, p in model.trainable_parameters().items()}
+    save_adapter(directory, tensors, model, **bases, dtype=torch.float32, info={"step": 7})
+
+
+@pytest.mark.parametrize("fusion", ["ffn", "prefix", "none"])
+def test_base_and_artifact_make_the_trained_model_again(tmp_path, bases, inputs, fusion) -> None:
+    model = trained_model(bases, fusion=fusion)
+    save(model, bases, tmp_path / "run" / "adapter")
+    found = find_trained(tmp_path / "run")
+    loaded = found.load()
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert json.loads((tmp_path / "run/adapter/manifest.json").read_text())["step"] == 7
+
+
+def test_peft_loads_the_adapters_alone_on_the_plain_base(tmp_path, bases, inputs) -> None:
+    model = trained_model(bases, fusion="none")
+    save(model, bases, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(bases["language_model"])
+    plain = PeftModel.from_pretrained(base, tmp_path / "adapter" / "lora").eval()
+    ids = inputs["input_ids"]
+    torch.testing.assert_close(plain(ids).logits, model(ids).logits)
+    with plain.disable_adapter():
+        assert not torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("fusion", ["ffn", "prefix", "none"])
+def test_the_merged_directory_answers_as_the_trained_model(tmp_path, bases, inputs, fusion) -> None:
+    model = trained_model(bases, fusion=fusion)
+    inputs.pop("labels")
+    expected = model(**inputs).logits
+    save_merged(model, tmp_path / "merged", torch.float32)
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    assert not any("lora_" in name for name in merged.state_dict())
+    torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_changed_byte_is_named(tmp_path, bases) -> None:
+    save(trained_model(bases), bases, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "visual.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ModelError, match=r"visual\.safetensors: changed since it was written"):
+        find_trained(tmp_path / "adapter")
+
+
+def test_another_base_is_refused_by_name(tmp_path, bases) -> None:
+    save(trained_model(bases), bases, tmp_path / "adapter")
+    config = text_config()
+    config.num_hidden_layers = 3
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(ModelError, match="is not the language model .* num_hidden_layers differ"):
+        find_trained(tmp_path / "adapter", language_model=str(tmp_path / "other"))
+
+
+def test_values_that_are_not_finite_leave_the_previous_artifact(tmp_path, bases) -> None:
+    model = trained_model(bases)
+    save(model, bases, tmp_path / "adapter")
+    before = (tmp_path / "adapter" / "manifest.json").read_bytes()
+    next(iter(model.trainable_parameters().values())).data[0] = float("nan")
+    with pytest.raises(ModelError, match="not finite"):
+        save(model, bases, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "manifest.json").read_bytes() == before
+
+
+def test_an_artifact_of_other_sizes_is_refused(tmp_path, bases) -> None:
+    save(trained_model(bases), bases, tmp_path / "adapter")
+    with pytest.raises(ModelError, match="do not fit the model"):
+        load_adapter(build_model(router="last"), tmp_path / "adapter")
+
+
+def test_a_backbone_checkpoint_without_a_weight_is_refused(tmp_path, bases) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = Path(bases["language_model"]) / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.2.mlp.down_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights, .*layers\.2\.mlp\.down_proj"):
+        trained_model(bases)
+
+
+def test_a_directory_without_a_model_is_named(tmp_path) -> None:
+    with pytest.raises(ModelError, match="nowhere: neither a run"):
+        find_trained(tmp_path / "nowhere")

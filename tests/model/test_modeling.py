@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import LORA, build_model, text_config, vision_config
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig, GPT2Config, LlamaConfig
+
+from dehvf_ds.batch import IGNORE_INDEX
+from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration, ModelError, modeling
+
+BACKBONES = [("llama", "clip"), ("mistral", "dino")]
+FUSIONS = ["ffn", "prefix", "none"]
+
+
+def test_the_ignored_label_is_one_number() -> None:
+    assert modeling.IGNORE_INDEX == IGNORE_INDEX
+
+
+@pytest.mark.parametrize(("text", "vision"), BACKBONES)
+@pytest.mark.parametrize("fusion", ["ffn", "none"])
+def test_at_the_start_hidden_states_equal_the_base_models(text: str, vision: str, fusion: str, inputs) -> None:
+    model = build_model(text, vision, fusion=fusion)
+    torch.manual_seed(0)
+    base = type(model.language_model)(text_config(text)).eval()
+    base.load_state_dict(
+        {
+            name.replace(".ffn.", ".").replace(".base_layer", ""): value
+            for name, value in model.language_model.state_dict().items()
+            if "lora_" not in name and "gain_" not in name
+        }
+    )
+    seen = []
+    hook = model.get_decoder().register_forward_hook(lambda m, a, out: seen.append(out.last_hidden_state))
+    model(inputs["input_ids"], pixel_values=inputs["pixel_values"], has_image=inputs["has_image"])
+    hook.remove()
+    assert torch.equal(seen[0], base.model(inputs["input_ids"]).last_hidden_state)
+
+
+def test_the_trainable_set_is_exactly_the_branch_and_the_adapters() -> None:
+    model = build_model()
+    layers = range(4)
+    lora = [
+        f"language_model.model.layers.{i}.mlp.ffn.down_proj.lora_{ab}.default.weight" for i in layers for ab in "AB"
+    ]
+    gains = [f"language_model.model.layers.{i}.mlp.gain_{end}" for i in layers for end in ("in", "out")]
+    fuser = [f"fuser.{name}" for name in ("layer_embedding", "w_hidden", "w_query", "w_key")]
+    reader = [f"reader.{name}" for name in ("w_query", "w_out", "key_positions", "value_positions")]
+    expected = {*lora, *gains, *fuser, *reader, "projector.w_down", "projector.bias"}
+    assert set(model.trainable_parameters()) == expected
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == expected
+    count = 4 * 2 * (48 + 32) + 4 * 2 * 8 + (4 * 4 + 2 * 16 + 24 * 4) + (2 * 32 * 8 + 2 * 17 * 8) + (24 * 8 + 8)
+    assert sum(p.numel() for p in model.trainable_parameters().values()) == count
+
+
+LLAMA = {
+    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+}
+CLIP_L = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+}
+
+
+@pytest.mark.parametrize(("size", "lora_rank", "expected"), [("7B", 8, 5_159_552), ("13B", 4, 4_585_472)])
+def test_trainable_counts_at_full_size(size: str, lora_rank: int, expected: int) -> None:
+    config = DehvfConfig(
+        text_config=LlamaConfig(**LLAMA[size]),
+        vision_config=CLIPVisionConfig(**CLIP_L),
+        rank=128,
+        lora=LORA | {"rank": lora_rank},
+    )
+    with torch.device("meta"):
+        model = DehvfForConditionalGeneration(config)
+    count = sum(p.numel() for p in model.trainable_parameters().values())
+    assert 4e6 <= count <= 6e6
+    assert count == expected
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_loss_equals_cross_entropy_over_all_logits(fusion: str, inputs) -> None:
+    model = build_model(fusion=fusion, trained=True)
+    output = model(**inputs)
+    labels = inputs.pop("labels")
+    logits = model(**inputs).logits[:, -labels.shape[1] :]
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(output.loss_sum, expected, rtol=1e-5, atol=1e-5)
+    assert output.num_tokens == (labels[:, 1:] != IGNORE_INDEX).sum()
+    torch.testing.assert_close(output.loss, expected / output.num_tokens)
+
+
+@pytest.mark.parametrize("fusion", ["ffn", "prefix"])
+def test_a_row_without_picture_does_not_see_its_pixels_and_others_do(fusion: str, inputs) -> None:
+    model = build_model(fusion=fusion, trained=True)
+    labels = inputs.pop("labels")
+    before = model(**inputs).logits[:, -labels.shape[1] :]
+    inputs["pixel_values"] = torch.randn_like(inputs["pixel_values"])
+    after = model(**inputs).logits[:, -labels.shape[1] :]
+    torch.testing.assert_close(after[1], before[1])
+    assert not torch.allclose(after[0], before[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("fusion", ["ffn", "prefix"])
+def test_rows_without_any_picture_still_reach_every_trainable(fusion: str, inputs) -> None:
+    model = build_model(fusion=fusion, trained=True)
+    inputs["has_image"][:] = False
+    model(**inputs).loss.backward()
+    absent = [name for name, p in model.trainable_parameters().items() if p.grad is None]
+    assert absent == []
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_activation_checkpointing_changes_no_gradient(fusion: str, inputs) -> None:
+    plain, checkpointed = (build_model(fusion=fusion, trained=True).train() for _ in range(2))
+    checkpointed.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    plain(**inputs).loss.backward()
+    checkpointed(**inputs).loss.backward()
+    theirs = checkpointed.trainable_parameters()
+    for name, parameter in plain.trainable_parameters().items():
+        torch.testing.assert_close(theirs[name].grad, parameter.grad, msg=name)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_cached_batched_generation_equals_decoding_each_row_without_cache(fusion: str, inputs) -> None:
+    model = build_model(fusion=fusion, trained=True)
+    lengths = [10, 7, 10]
+    ids = inputs["input_ids"].clone()
+    mask = torch.ones_like(ids)
+    ids[1] = torch.cat([torch.zeros(3, dtype=torch.long), ids[1, :7]])
+    mask[1, :3] = 0
+    arguments = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    batched = model.generate(
+        ids, inputs["pixel_values"], inputs["has_image"], pad_token_id=0, **arguments
+    )
+    for row, length in enumerate(lengths):
+        text = ids[row : row + 1, -length:]
+        for step in range(6):
+            logits = model(
+                text,
+                pixel_values=inputs["pixel_values"][row : row + 1],
+                has_image=inputs["has_image"][row : row + 1],
+            ).logits[0, -1]
+            best = logits.topk(2).values
+            assert best[0] - best[1] > 1e-4, "a near-tie: choose another seed"
+            assert batched[row, step] == logits.argmax()
+            text = torch.cat([text, batched[row : row + 1, step : step + 1]], dim=1)
+
+
+def test_the_picture_is_encoded_once_for_a_whole_generation(inputs) -> None:
+    model = build_model(trained=True)
+    calls = []
+    model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    model.generate(
+        inputs["input_ids"], inputs["pixel_values"], max_new_tokens=5, do_sample=False, pad_token_id=0
+    )
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("text", "vision"), BACKBONES)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_saved_and_loaded_weights_are_the_same_bits(tmp_path, text: str, vision: str, fusion: str) -> None:
+    model = build_model(text, vision, fusion=fusion, trained=True)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert isinstance(loaded, DehvfForConditionalGeneration)
+    saved, found = model.state_dict(), loaded.state_dict()
+    assert saved.keys() == found.keys()
+    assert all(torch.equal(saved[name], found[name]) for name in saved)
+    assert set(loaded.trainable_parameters()) == set(model.trainable_parameters())
+
+
+def test_a_decoder_without_mlp_is_refused_by_name() -> None:
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64)
+    with pytest.raises(ModelError, match="GPT2LMHeadModel is not a decoder"):
+        DehvfForConditionalGeneration(DehvfConfig(text_config=config, vision_config=vision_config()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fusion": "soup"}, "fusion 'soup' is not one of"),
+        ({"router": "token"}, "router 'token' is not one of"),
+        ({"levels": [9]}, "vision level 9 of a tower with 4 blocks"),
+        ({"fusion": "prefix", "prefix_tokens": 5}, "prefix_tokens 5 does not pool 4x4 patches"),
+        ({"lora": LORA | {"targets": ["fc1"]}}, "no linear map 'fc1'; it has gate_proj, up_proj, down_proj"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        build_model(**settings)
