@@ -69,7 +69,9 @@ def read_world(environ: dict[str, str] | None = None) -> World:
             int(env[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         )
     except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE is not a number: {error}") from None
+        raise UserError(
+            f"RANK, WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE is not a number: {error}"
+        ) from None
     if torch.cuda.is_available() and env.get("DS_ACCELERATOR", "cuda") == "cuda":
         device = torch.device("cuda", local_rank)
     else:
@@ -101,7 +103,9 @@ def has_fast_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # The names of PyTorch's own CPU capability checks; absent ones mean not supported.
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    checks = (
+        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
     return any(check is not None and check() for check in checks)
 
 

@@ -126,7 +126,9 @@ def _score_and_write(
     print(f"metrics: {output / 'metrics.json'}   examples: {output / 'examples.png'}", flush=True)
 
 
-def _mean_loss(model, index: ShardIndex, own_rows, collator: Collator, batch_size: int, world: World) -> float:
+def _mean_loss(
+    model, index: ShardIndex, own_rows, collator: Collator, batch_size: int, world: World
+) -> float:
     rows = (
         read_sample(index, row, caption=caption)
         for row in own_rows

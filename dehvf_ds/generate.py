@@ -1,6 +1,6 @@
 """Describes pictures, or answers about them, from the shell.
 
-    python dehvf_ds/generate.py --model DIR --image FILE [FILE ...] [--prompt TEXT]
+python dehvf_ds/generate.py --model DIR --image FILE [FILE ...] [--prompt TEXT]
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from dehvf_ds.data.loader import build_loader, open_examples
 from dehvf_ds.data.prompts import CAPTION_PROMPT
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
-from dehvf_ds.distributed import World, barrier, init_process_group, read_world, run_entry
+from dehvf_ds.distributed import barrier, init_process_group, read_world, run_entry
 from dehvf_ds.training.checkpoint import save_artifact
 from dehvf_ds.training.engine import build_engine, build_model_config, compute_dtype, read_deepspeed_json
 from dehvf_ds.training.loop import TrainingError, fit
@@ -118,8 +118,8 @@ def planned_steps(config: RunConfig, num_samples: int) -> int:
     steps = int(config.train.epochs * num_samples) // config.train.global_batch_size
     if steps == 0:
         raise UserError(
-            f"{config.data.train}: {num_samples} samples x {config.train.epochs:g} epochs do not fill one batch "
-            f"of train.global_batch_size {config.train.global_batch_size}"
+            f"{config.data.train}: {num_samples} samples x {config.train.epochs:g} epochs do not fill one "
+            f"batch of train.global_batch_size {config.train.global_batch_size}"
         )
     return steps
 

@@ -1,66 +1,7 @@
-"""Tiny backbones that every test builds for itself, offline."""
-
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    Dinov2Config,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-)
-
-from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
-
-LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["down_proj"]}
-
-
-def text_config(kind: str = "llama") -> PreTrainedConfig:
-    """A four-layer decoder of width 32."""
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-        "max_position_embeddings": 128,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    return {"llama": LlamaConfig, "mistral": MistralConfig}[kind](**sizes)
-
-
-def vision_config(kind: str = "clip") -> PreTrainedConfig:
-    """A four-block tower of width 24 on 16 patches."""
-    sizes = {
-        "hidden_size": 24,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "image_size": 16,
-        "patch_size": 4,
-    }
-    if kind == "clip":
-        return CLIPVisionConfig(**sizes, intermediate_size=48)
-    return Dinov2Config(**sizes)
-
-
-def build_model(
-    text: str = "llama", vision: str = "clip", *, seed: int = 0, trained: bool = False, **settings
-) -> DehvfForConditionalGeneration:
-    """A tiny model. ``trained`` moves every trainable off its start value, so that the branch acts."""
-    settings = {"rank": 8, "router_dim": 4, "levels": [1, 2, 4], "lora": LORA} | settings
-    torch.manual_seed(seed)
-    model = DehvfForConditionalGeneration(
-        DehvfConfig(text_config=text_config(text), vision_config=vision_config(vision), **settings)
-    )
-    if trained:
-        for parameter in model.trainable_parameters().values():
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    return model.eval()
 
 
 @pytest.fixture

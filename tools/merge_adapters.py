@@ -1,13 +1,12 @@
 """Exports a run: folds its FFN adapters into the frozen weights and writes a Hugging Face directory.
 
-    python tools/merge_adapters.py --checkpoint RUN_DIR --output DIR [--dtype bf16|fp16|fp32] [--force]
+python tools/merge_adapters.py --checkpoint RUN_DIR --output DIR [--dtype bf16|fp16|fp32] [--force]
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -31,7 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="run directory or adapter artifact")
     parser.add_argument("--output", required=True, type=Path, help="directory to write")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="dtype of the weights; default: the base LLM's")
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), help="dtype of the weights; default: the base LLM's"
+    )
     parser.add_argument("--language-model", help="where the decoder lies now, if it was moved")
     parser.add_argument("--vision-tower", help="where the tower lies now, if it was moved")
     parser.add_argument("--force", action="store_true", help="replace an output that is not empty")

@@ -38,8 +38,8 @@ def score_captions(
         raise UserError(f"{len(bare)} pictures have no reference caption, {bare[0]} the first")
     if shutil.which("java") is None:
         raise UserError(
-            "caption scores need a Java runtime for PTB tokenization and METEOR, and there is no `java` on the "
-            "PATH; install one (Debian and Ubuntu: apt-get install default-jre-headless)"
+            "caption scores need a Java runtime (PTB tokenization, METEOR) and no `java` is on the PATH; "
+            "install one (Debian and Ubuntu: apt-get install default-jre-headless)"
         )
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider

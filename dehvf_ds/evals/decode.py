@@ -39,7 +39,9 @@ def greedy_answers(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        for key, text in zip(batch.keys, tokenizer.batch_decode(new_ids, skip_special_tokens=True), strict=True):
+        for key, text in zip(
+            batch.keys, tokenizer.batch_decode(new_ids, skip_special_tokens=True), strict=True
+        ):
             yield key, " ".join(text.split())
 
 

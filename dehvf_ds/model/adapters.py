@@ -20,7 +20,9 @@ def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
         ModelError: the model has no such layers.
     """
     layers = getattr(language_model.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not all(isinstance(getattr(x, "mlp", None), nn.Module) for x in layers):
+    if not isinstance(layers, nn.ModuleList) or not all(
+        isinstance(getattr(x, "mlp", None), nn.Module) for x in layers
+    ):
         raise ModelError(
             f"{type(language_model).__name__} is not a decoder whose layers have an FFN named `mlp` "
             "(Llama, Mistral and Qwen models are)"

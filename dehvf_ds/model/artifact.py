@@ -1,9 +1,9 @@
 """The adapter artifact: everything that was trained, and the identity of what was not.
 
-    visual.safetensors   projector, fuser, reader and FFN gains, fp32
-    lora/                the FFN adapters in PEFT's own layout, with the base LLM's names
-    dehvf_config.json    the model's configuration
-    manifest.json        base models, hashes of the files, where training stood
+visual.safetensors   projector, fuser, reader and FFN gains, fp32
+lora/                the FFN adapters in PEFT's own layout, with the base LLM's names
+dehvf_config.json    the model's configuration
+manifest.json        base models, hashes of the files, where training stood
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ MANIFEST_FILE = "manifest.json"
 VISUAL_FILE = "visual.safetensors"
 LORA_FILE = "lora/adapter_model.safetensors"
 # Fields of a backbone's configuration that say nothing about its weights.
-_LOOSE_FIELDS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
+_LOOSE_FIELDS = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "use_cache",
+}
 
 
 def save_adapter(
@@ -60,7 +67,9 @@ def save_adapter(
     """
     wanted = set(model.trainable_parameters())
     if set(tensors) != wanted:
-        raise ModelError(f"adapter tensors differ from the trainable set: {sorted(set(tensors) ^ wanted)[:4]}")
+        raise ModelError(
+            f"adapter tensors differ from the trainable set: {sorted(set(tensors) ^ wanted)[:4]}"
+        )
     broken = [name for name, tensor in tensors.items() if tensor.numel() == 0 or not tensor.isfinite().all()]
     if broken:
         raise ModelError(f"not written, empty or not finite: {', '.join(broken[:4])}")

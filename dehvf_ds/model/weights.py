@@ -35,7 +35,9 @@ def build_config(
     if not settings.get("levels") and num_levels is not None:
         settings["levels"] = spaced_levels(vision_config.num_hidden_layers, num_levels)
     return DehvfConfig(
-        text_config=load_backbone_config(language_model, vision=False), vision_config=vision_config, **settings
+        text_config=load_backbone_config(language_model, vision=False),
+        vision_config=vision_config,
+        **settings,
     )
 
 
@@ -165,10 +167,7 @@ def save_merged(model: DehvfForConditionalGeneration, directory: Path, dtype: to
     """
     fold_lora(model)
     model.config.lora = None
-    # PEFT's mark on the decoder would make transformers save an adapter in the place of the model.
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        if hasattr(model.language_model, attribute):
-            delattr(model.language_model, attribute)
+    vars(model.language_model).pop("peft_config", None)  # nothing of PEFT is left in it
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype

@@ -35,6 +35,8 @@ def read_deepspeed_json(path: str, config: RunConfig, world_size: int) -> dict[s
         raise UserError(f"--deepspeed {path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--deepspeed {path}: {error}") from None
+    if not isinstance(given, dict):
+        raise UserError(f"--deepspeed {path}: not a JSON object")
     train = config.train
     owned = {
         "train_batch_size": ("train.global_batch_size", train.global_batch_size),
@@ -47,7 +49,9 @@ def read_deepspeed_json(path: str, config: RunConfig, world_size: int) -> dict[s
             raise UserError(f"{path}: {key} is {given[key]}, but {ours} is {value}; remove it from the JSON")
     for key in ("optimizer", "scheduler"):
         if key in given:
-            raise UserError(f"{path}: {key} is set by train.* of the run's configuration; remove it from the JSON")
+            raise UserError(
+                f"{path}: {key} is set by train.* of the run's configuration; remove it from the JSON"
+            )
     if _enabled(given, "fp16"):
         raise UserError(f"{path}: fp16 is not supported; enable bf16, or neither for fp32")
     if isinstance(given.get("bf16"), dict) and given["bf16"].get("enabled") == "auto":

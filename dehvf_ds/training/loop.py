@@ -142,8 +142,8 @@ def fit(
             save(step, step * config.global_batch_size)
         if stop:
             raise TrainingError(
-                f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at step "
-                f"{step}, weights as of step {step - skipped_in_a_row} are saved"
+                f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at "
+                f"step {step}, weights as of step {step - skipped_in_a_row} are saved"
             )
 
 
@@ -151,5 +151,6 @@ def _require_gradients(watch: GradientWatch) -> None:
     silent = watch.finish()
     if silent:
         raise TrainingError(
-            f"no gradient reached {len(silent)} trainable parameters in the first step: {', '.join(silent[:4])}"
+            f"no gradient reached {len(silent)} trainable parameters in the first step: "
+            f"{', '.join(silent[:4])}"
         )

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_model, text_config, vision_config
 from peft import PeftModel
+from tiny_models import build_model, text_config, vision_config
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dehvf_ds.model import ModelError
@@ -86,7 +86,7 @@ def test_another_base_is_refused_by_name(tmp_path, bases) -> None:
     config = text_config()
     config.num_hidden_layers = 3
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
-    with pytest.raises(ModelError, match="is not the language model .* num_hidden_layers differ"):
+    with pytest.raises(ModelError, match=r"is not the language model .* num_hidden_layers differ"):
         find_trained(tmp_path / "adapter", language_model=str(tmp_path / "other"))
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import vision_config
+from tiny_models import vision_config
 from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
 
 from dehvf_ds.model import ModelError
@@ -37,7 +37,9 @@ def test_levels_are_the_towers_hidden_states_brought_to_one_scale(kind: str) -> 
     assert features.shape == (2, 2, 17, 24)
     assert not features.requires_grad
     state = tower(pixels, output_hidden_states=True).hidden_states[4]
-    expected = (state - state.mean(-1, keepdim=True)) / (state.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    expected = (state - state.mean(-1, keepdim=True)) / (
+        state.var(-1, unbiased=False, keepdim=True) + 1e-5
+    ).sqrt()
     torch.testing.assert_close(features[:, 1], expected, rtol=1e-4, atol=1e-4)
 
 

