@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,25 +134,33 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
-def shutdown() -> None:
-    """Ends communication; safe without any."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def run_entry(main: Callable[[list[str]], int | None]) -> None:
     """Runs an entry's ``main(argv)`` and exits; a user's mistake is one line from rank 0 and code 2."""
     try:
-        code = main(sys.argv[1:])
+        code = main(sys.argv[1:]) or 0
     except UserError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
         code = 130
-    finally:
-        shutdown()
-    sys.exit(code)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    if not torch.distributed.is_initialized():
+        sys.exit(code)
+    if code == 0:
+        # After an error the other ranks may be gone, and this would wait for them.
+        torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: in one of some ten runs a thread of torch or DeepSpeed still wants the interpreter
+    # while it is torn down, and a finished run ended with "terminate called" and SIGABRT.
+    os._exit(code)
 
 
 def _free_port() -> int:

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         UserError: no such run, a base that does not fit, or an output that is in use.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Exports a run as a Hugging Face model.")
     parser.add_argument("--checkpoint", required=True, help="run directory or adapter artifact")
     parser.add_argument("--output", required=True, type=Path, help="directory to write")
     parser.add_argument(

@@ -87,7 +87,8 @@ def test_two_ranks_equal_plain_pytorch(job: Path, name: str) -> None:
     assert result["silent"] == []
     assert trained.keys() == parameters.keys()
     for key, value in parameters.items():
-        torch.testing.assert_close(trained[key], value, rtol=1e-3, atol=1e-4, msg=key)
+        # By norm: where a gradient is rounding noise, Adam's step is that noise at full size.
+        assert (trained[key] - value).norm() <= 1e-3 * value.norm() + 1e-5, key
     # The comparison is not of two models that stand still.
     assert max(expected) - min(expected) > 1e-3
 

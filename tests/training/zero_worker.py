@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 
 from dehvf_ds.batch import IGNORE_INDEX, Batch
 from dehvf_ds.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
-from dehvf_ds.distributed import init_process_group, read_world, shutdown
+from dehvf_ds.distributed import init_process_group, read_world, run_entry
 
 GLOBAL_BATCH = 8
 
@@ -68,7 +67,7 @@ def run_config(directory: Path, case: dict) -> RunConfig:
         train=TrainConfig(
             global_batch_size=GLOBAL_BATCH,
             micro_batch_size=case["micro_batch_size"],
-            lr=1e-2,
+            lr=2e-3,
             warmup_steps=2,
             activation_checkpointing=case.get("activation_checkpointing", False),
         ),
@@ -116,8 +115,7 @@ def main(directory: Path, case: dict) -> None:
         torch.save(trained, directory / "trained.pt")
         result = {"losses": losses, "taken": taken, "silent": silent}
         (directory / "result.json").write_text(json.dumps(result))
-    shutdown()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    run_entry(lambda args: main(Path(args[0]), json.loads(args[1])))

@@ -1,0 +1,209 @@
+"""The entries as a user starts them: whole small runs, and every mistake in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import vision_config
+from training.launch import REPOSITORY, run_ranks
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from tools.build_shards import main as build_shards
+from tools.make_scenes import main as make_scenes
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and an end of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<eos>", *alphabet])}, merges=[]))
+    core.add_special_tokens(["<eos>"])
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Tiny backbones, scenes in shards, a recipe and a DeepSpeed JSON, ready for every test here."""
+    root = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    llm = LlamaConfig(
+        vocab_size=260,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    AutoModelForCausalLM.from_config(llm).save_pretrained(root / "llm")
+    tokenizer().save_pretrained(root / "llm")
+    AutoModel.from_config(vision_config()).save_pretrained(root / "tower")
+    size = {"height": 16, "width": 16}
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size).save_pretrained(root / "tower")
+    assert make_scenes(["--output", str(root / "scenes"), "--train", "24", "--val", "4", "--test", "4"]) == 0
+    for split in ("train", "test"):
+        annotations = root / f"scenes/annotations/captions_{split}.json"
+        images = root / f"scenes/images/{split}"
+        arguments = ["coco", "--annotations", str(annotations), "--images", str(images)]
+        assert build_shards([*arguments, "--output", str(root / split), "--samples-per-shard", "5"]) == 0
+    (root / "recipe.yaml").write_text(
+        f"""
+run_dir: {root}/runs/recipe
+model: {{language_model: {root}/llm, vision_tower: {root}/tower, rank: 8, router_dim: 4, num_levels: 2}}
+data: {{train: {root}/train, max_tokens: 64, num_workers: 1}}
+train: {{steps: 4, global_batch_size: 8, micro_batch_size: 2, save_every: 3, warmup_steps: 1, log_every: 1}}
+"""
+    )
+    zero3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    (root / "ds.json").write_text(json.dumps(zero3))
+    return root
+
+
+def arguments(world: Path, run: str, *more: str) -> list[str]:
+    fixed = ["--config", str(world / "recipe.yaml"), "--deepspeed", str(world / "ds.json")]
+    return [*fixed, "--run_dir", str(world / "runs" / run), *more]
+
+
+def start(entry: str, args: list[str], **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs an entry by its path in a process of its own, from another folder, as a user may."""
+    environment = os.environ | {
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / entry), *args],
+        env=environment | env,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def losses(world: Path, run: str) -> list[float]:
+    lines = (world / "runs" / run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["train/loss"] for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("java") is None, reason="no Java runtime")
+def test_train_evaluate_generate_merge_load(world: Path) -> None:
+    run = world / "runs" / "two"
+    run_ranks(REPOSITORY / "dehvf_ds/train.py", arguments(world, "two"), 2)
+    run_ranks(REPOSITORY / "dehvf_ds/train.py", arguments(world, "one", "--data.num_workers", "0"), 1)
+    # The same rows on one rank without workers and on two ranks with one each: the order is the same.
+    assert losses(world, "two") == pytest.approx(losses(world, "one"), rel=1e-5)
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.jsonl", "tensorboard", "adapter"}
+    assert json.loads((run / "adapter/manifest.json").read_text())["step"] == 4
+
+    data = ["--data", str(world / "test"), "--batch_size", "3", "--max_new_tokens", "8", "--loss", "true"]
+    run_ranks(REPOSITORY / "dehvf_ds/eval.py", ["--model", str(run), *data], 2)
+    metrics = json.loads((run / "eval/coco-test/metrics.json").read_text())
+    assert metrics["num_samples"] == 4
+    assert 4 < metrics["loss"] < 7
+    written = (run / "eval/coco-test/predictions.jsonl").read_text().splitlines()
+    predictions = {line["key"]: line["prediction"] for line in map(json.loads, written)}
+    assert len(predictions) == 4
+    assert (run / "eval/coco-test/examples.png").stat().st_size > 1000
+
+    merged = world / "merged"
+    result = start("tools/merge_adapters.py", ["--checkpoint", str(run), "--output", str(merged)])
+    assert result.returncode == 0, result.stderr
+    picture = sorted((world / "scenes/images/test").iterdir())[0]
+    answers = [
+        start("dehvf_ds/generate.py", ["--model", str(d), "--image", str(picture), "--max_new_tokens", "8"])
+        for d in (run, merged)
+    ]
+    assert [a.returncode for a in answers] == [0, 0], answers[1].stderr
+    assert answers[0].stdout.splitlines()[-1] == answers[1].stdout.splitlines()[-1]
+
+    from PIL import Image
+
+    model = AutoModelForImageTextToText.from_pretrained(merged).eval()
+    processor = AutoProcessor.from_pretrained(merged)
+    inputs = processor(images=[Image.open(picture).convert("RGB")], text=[model.config.prompt])
+    ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    text = processor.batch_decode(ids, skip_special_tokens=True)[0]
+    assert " ".join(text.split()) == answers[1].stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_losses_that_are_not_finite_stop_the_run_and_keep_the_artifact(world: Path) -> None:
+    tower = world / "nan_tower"
+    shutil.copytree(world / "tower", tower)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tower / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("patch_embedding.weight"))
+    tensors[name][:] = float("nan")
+    save_file(tensors, tower / "model.safetensors", metadata={"format": "pt"})
+    more = ["--train.steps", "9", "--train.max_bad_steps", "3", "--model.vision_tower", str(tower)]
+    result = start("dehvf_ds/train.py", arguments(world, "nan", *more))
+    assert result.returncode == 1
+    assert "3 steps in a row had a loss or gradient that is not finite; stopped at step 3" in result.stderr
+    assert losses(world, "nan") == [None, None, None]
+    assert (world / "runs/nan/adapter/manifest.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("entry", "more", "message"),
+    [
+        ("train", ["--config", "nowhere.yaml"], "error: --config nowhere.yaml: no such file, nor a recipe"),
+        ("train", ["--train.lrr", "1"], "lrr"),
+        ("train", ["--deepspeed", "/nowhere/ds.json"], "--deepspeed /nowhere/ds.json: no such file"),
+        ("train", ["--data.train", "/nowhere"], "/nowhere"),
+        ("train", ["--model.language_model", "/nowhere/llm"], "/nowhere/llm"),
+        ("train", ["--model.vision_tower", "/nowhere/tower"], "/nowhere/tower"),
+        ("train", ["--train.micro_batch_size", "3"], "global_batch_size 8 is not a multiple of"),
+        ("train", ["--model.num_levels", "9"], "9 vision levels asked of a tower with 4 blocks"),
+        (
+            "eval",
+            ["--model", "/nowhere", "--data", "{world}/test"],
+            "/nowhere: neither a run with an adapter",
+        ),
+        ("eval", ["--model", "{world}", "--data", "/nowhere"], "/nowhere"),
+        ("generate", ["--model", "{world}", "--image", "/nowhere.png"], "/nowhere.png"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(world: Path, entry: str, more: list[str], message: str) -> None:
+    given = [text.format(world=world) for text in more]
+    args = arguments(world, "bad", *given) if entry == "train" else given
+    if "--config" in given:
+        args = given
+    result = start(f"dehvf_ds/{entry}.py", args)
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in result.stderr
+    assert not (world / "runs" / "bad").exists()
+
+
+@pytest.mark.slow
+def test_a_directory_that_holds_a_run_is_refused(world: Path) -> None:
+    (world / "runs/used").mkdir(parents=True)
+    (world / "runs/used/metrics.jsonl").write_text("")
+    result = start("dehvf_ds/train.py", arguments(world, "used"))
+    assert result.returncode == 2
+    assert "holds a run" in result.stderr
