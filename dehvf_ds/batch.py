@@ -76,6 +76,10 @@ class Batch:
         """Positions that a loss is taken at: labels that are not ignored, the first token's apart."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
+    def num_unsupervised_rows(self) -> int:
+        """Rows without a supervised token, of which nothing is learnt (a prompt as long as the row)."""
+        return int((self.labels[:, 1:] == IGNORE_INDEX).all(dim=1).sum())
+
     def num_tokens(self) -> int:
         """Text tokens without padding."""
         return int(self.attention_mask.sum())

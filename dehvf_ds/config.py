@@ -326,7 +326,7 @@ def _parse(config_class: type[ConfigT], args: Sequence[str], description: str) -
         namespace = parser.instantiate(parser.parse_args(list(args)))
     except (ArgumentError, TypeError, yaml.YAMLError) as error:
         raise UserError(" ".join(str(error).split())) from None
-    return config_class(**{field.name: namespace[field.name] for field in fields(config_class)})
+    return config_class(**{field.name: namespace[field.name] for field in fields(config_class)})  # pyright: ignore[reportArgumentType]
 
 
 def _resolve_recipe(args: Sequence[str], default_recipe: str) -> list[str]:

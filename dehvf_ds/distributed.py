@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from dehvf_ds.config import UserError
@@ -128,6 +129,15 @@ def gather_to_main(items: list[Any], world: World) -> list[Any]:
     return [item for part in parts for item in part] if world.is_main else []
 
 
+def seed_micro_step(seed: int, step: int, micro_step: int, rank: int) -> None:
+    """Seeds torch's generators from where the run stands, so that no generator state need be saved.
+
+    Ranks and micro-steps draw different dropout masks; the same place in a run draws the same ones.
+    """
+    entropy = np.random.SeedSequence([seed & (2**64 - 1), step, micro_step, rank])
+    torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
 def barrier() -> None:
     """Waits for all ranks, where there are any."""
     if torch.distributed.is_initialized():
@@ -139,8 +149,12 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        # Before the ranks meet they all find the same mistake; after, a damaged sample is one rank's own.
+        if rank == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
+        elif torch.distributed.is_initialized():
+            print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         code = USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
         code = 130

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from PIL import Image
+
 # Run as a script, dehvf_ds/ is first on the path, where our module names would shadow other packages'.
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -62,7 +64,7 @@ def main(argv: list[str]) -> int:
     transform = build_image_transform(trained.processor_source, trained.config.image_size)
     init_process_group(world)
     try:
-        model = trained.load(config.dtype, fast_bf16=has_fast_bf16()).to(world.device)
+        model = trained.load(config.dtype, fast_bf16=has_fast_bf16()).to(world.device)  # pyright: ignore[reportArgumentType]
     except ModelError as error:
         raise UserError(str(error)) from None
 
@@ -117,7 +119,7 @@ def _score_and_write(
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     shown = _spread(records, NUM_EXAMPLES)
     contact_sheet(
-        [records[i].image for i in shown],
+        [records[i].image or Image.new("RGB", (1, 1), "white") for i in shown],
         [predictions[i]["prediction"] for i in shown],
         output / "examples.png",
         references=[references[records[i].key][0] for i in shown],

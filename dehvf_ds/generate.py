@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     samples = [Sample(key=path, image=_read_image(path), record={}) for path in config.image]
     try:
         trained = find_trained(config.model, config.language_model, config.vision_tower)
-        model = trained.load(config.dtype, fast_bf16=has_fast_bf16()).to(read_world().device)
+        model = trained.load(config.dtype, fast_bf16=has_fast_bf16()).to(read_world().device)  # pyright: ignore[reportArgumentType]
     except ModelError as error:
         raise UserError(str(error)) from None
     tokenizer = load_tokenizer(trained.tokenizer_source)

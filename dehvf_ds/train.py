@@ -87,6 +87,7 @@ def main(argv: list[str]) -> int:
             engine,
             loader,
             config.train,
+            seed=config.seed,
             num_steps=num_steps,
             num_samples=len(examples),
             num_parameters=num_language,

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--checkpoint {args.checkpoint} is merged already")
         # Folded in fp32 and rounded once.
         model = trained.load("fp32")
-        dtype = DTYPES[args.dtype] if args.dtype else trained.config.text_config.dtype or torch.float32
+        dtype = DTYPES[args.dtype] if args.dtype else trained.base_dtype
         part = output.with_name(output.name + ".partial")
         shutil.rmtree(part, ignore_errors=True)
         save_merged(model, part, dtype)

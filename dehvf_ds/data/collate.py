@@ -104,11 +104,6 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, answer_prefix
     return ids or [traits.eos_id]
 
 
-def num_unsupervised_rows(batch: Batch) -> int:
-    """Rows without a supervised token, of which nothing is learnt; the loop counts and reports them."""
-    return int((batch.labels == IGNORE_INDEX).all(dim=1).sum())
-
-
 class Collator:
     """Makes one ``Batch`` of samples: right padding for training, left padding for generation."""
 

@@ -7,13 +7,14 @@ from typing import Any
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from .configuration import ModelError
 
 ADAPTER_NAME = "default"
 
 
-def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
+def decoder_layers(language_model: PreTrainedModel) -> list[Any]:
     """The decoder's layers, each with an FFN named ``mlp``.
 
     Raises:
@@ -27,10 +28,10 @@ def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
             f"{type(language_model).__name__} is not a decoder whose layers have an FFN named `mlp` "
             "(Llama, Mistral and Qwen models are)"
         )
-    return layers
+    return list(layers)
 
 
-def peft_config(language_model: nn.Module, lora: dict[str, Any]) -> LoraConfig:
+def peft_config(language_model: PreTrainedModel, lora: dict[str, Any]) -> LoraConfig:
     """Builds the PEFT configuration that names each adapted linear map in full.
 
     Args:
@@ -59,7 +60,7 @@ def peft_config(language_model: nn.Module, lora: dict[str, Any]) -> LoraConfig:
     )
 
 
-def add_lora(language_model: nn.Module, lora: dict[str, Any]) -> None:
+def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]) -> None:
     """Injects the adapters in place. Their delta is zero at the start."""
     inject_adapter_in_model(peft_config(language_model, lora), language_model, adapter_name=ADAPTER_NAME)
 
@@ -71,10 +72,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The adapters' own parameters, not their frozen base layers'."""
-    parameters = []
-    for layer in lora_layers(model).values():
-        parameters += [layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight]
-    return parameters
+    return [parameter for layer in lora_layers(model).values() for parameter in _lora_pair(layer)]
 
 
 def fold_lora(model: nn.Module) -> None:
@@ -87,11 +85,14 @@ def fold_lora(model: nn.Module) -> None:
     """
     for name, layer in lora_layers(model).items():
         base = layer.get_base_layer()
-        a = layer.lora_A[ADAPTER_NAME].weight.data.float()
-        b = layer.lora_B[ADAPTER_NAME].weight.data.float()
+        a, b = (parameter.data.float() for parameter in _lora_pair(layer))
         folded = base.weight.data.float() + layer.scaling[ADAPTER_NAME] * (b @ a)
         if not folded.isfinite().all():
             raise ModelError(f"{name}: folding the adapter gives values that are not finite")
         base.weight.data = folded.to(base.weight.dtype)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)
+
+
+def _lora_pair(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    return layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -42,7 +44,7 @@ def load_backbone(
     Raises:
         ModelError: the checkpoint cannot be read or lacks weights.
     """
-    auto_class = AutoModel if vision else AutoModelForCausalLM
+    auto_class: Any = AutoModel if vision else AutoModelForCausalLM
     try:
         model, info = auto_class.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as error:

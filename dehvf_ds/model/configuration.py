@@ -55,7 +55,7 @@ class DehvfConfig(PreTrainedConfig):
     """
 
     model_type = "dehvf"
-    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012  # pyright: ignore
 
     def __init__(
         self,

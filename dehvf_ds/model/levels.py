@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 
 def visual_levels(
-    tower: nn.Module,
+    tower: PreTrainedModel,
     pixel_values: Float[Tensor, "batch 3 height width"],
     levels: Sequence[int],
 ) -> Float[Tensor, "batch levels slots vision_dim"]:
@@ -36,7 +37,7 @@ def visual_levels(
         return F.layer_norm(stacked, stacked.shape[-1:])
 
 
-def _num_patches(tower: nn.Module, pixel_values: Tensor) -> int:
+def _num_patches(tower: PreTrainedModel, pixel_values: Tensor) -> int:
     size = tower.config.patch_size
     return (pixel_values.shape[-2] // size) * (pixel_values.shape[-1] // size)
 

@@ -146,7 +146,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Replaces the decoder's token embedding."""
         self.language_model.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> Any:
         """The decoder's LM head."""
         return self.language_model.get_output_embeddings()
 
@@ -157,14 +157,19 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     # --- pictures ---
 
     def encode_images(
-        self, pixel_values: Float[Tensor, "batch 3 height width"], has_image: Bool[Tensor, " batch"]
+        self, pixel_values: Float[Tensor, "batch 3 height width"], has_image: Bool[Tensor, " batch"] | None
     ) -> tuple[Float[Tensor, "batch layers slots rank"], Float[Tensor, "batch layers levels"]]:
         """Computes the visual memory of every LLM layer, once per picture (``fusion: ffn``).
+
+        Args:
+            pixel_values: pictures, normalised for the tower.
+            has_image: rows whose picture counts; None means all.
 
         Returns:
             The memory, zero on rows without a picture, and the fuser's level weights.
         """
         features = visual_levels(self.vision_tower, pixel_values, self.config.levels)
+        has_image = _presence(pixel_values, has_image)
         return self.fuser(features[:, :, 0], self.projector(features), has_image)
 
     def encode_prefix(
@@ -204,27 +209,25 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         returned. Without, logits at every position, as ``generate`` needs. ``visual_memory`` takes the
         place of pictures that are encoded already; without either, rows are text-only.
 
-        Raises:
-            ValueError: pictures without ``has_image`` while labels are given.
+        Pictures without ``has_image`` all count.
         """
         level_weights = None
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if has_image is None and pixel_values is not None:
-            has_image = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
+        embeds: Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.fusion == "ffn":
             if visual_memory is None and pixel_values is not None:
                 visual_memory, level_weights = self.encode_images(pixel_values, has_image)
-            self.set_memory(self._text_only_memory(inputs_embeds) if visual_memory is None else visual_memory)
+            if visual_memory is None:
+                visual_memory = self._text_only_memory(embeds)
+            self.set_memory(visual_memory)
         elif self.config.fusion == "prefix" and pixel_values is not None:
-            inputs_embeds, attention_mask, labels = self._prepend_prefix(
-                inputs_embeds, attention_mask, labels, pixel_values, has_image
+            embeds, attention_mask, labels = self._prepend_prefix(
+                embeds, attention_mask, labels, pixel_values, has_image
             )
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
         if labels is None:
             out = self.language_model(
-                inputs_embeds=inputs_embeds,
+                inputs_embeds=embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -234,7 +237,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 logits=out.logits, past_key_values=out.past_key_values, level_weights=level_weights
             )
         hidden = self.get_decoder()(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=False,
@@ -268,9 +271,10 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None,
         labels: Tensor | None,
         pixel_values: Tensor,
-        has_image: Tensor,
+        has_image: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Puts the prefix before the text; rows without a picture mask it and multiply it by 0."""
+        has_image = _presence(pixel_values, has_image)
         prefix = self.encode_prefix(pixel_values) * has_image.to(inputs_embeds.dtype)[:, None, None]
         batch, count = prefix.shape[:2]
         if attention_mask is None:
@@ -289,7 +293,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Int[Tensor, "batch tokens"] | None = None,
+        input_ids: Int[Tensor, "batch tokens"],
         pixel_values: Float[Tensor, "batch 3 height width"] | None = None,
         has_image: Bool[Tensor, " batch"] | None = None,
         attention_mask: Int[Tensor, "batch tokens"] | None = None,
@@ -309,8 +313,6 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if has_image is None and pixel_values is not None:
-            has_image = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
         embeds = self.get_input_embeddings()(input_ids)
         if self.config.fusion == "ffn" and pixel_values is not None:
             kwargs["visual_memory"], _ = self.encode_images(pixel_values, has_image)
@@ -318,4 +320,12 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             embeds, attention_mask, _ = self._prepend_prefix(
                 embeds, attention_mask, None, pixel_values, has_image
             )
-        return super().generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        return super().generate(  # pyright: ignore[reportAttributeAccessIssue]
+            inputs_embeds=embeds, attention_mask=attention_mask, **kwargs
+        )
+
+
+def _presence(pixel_values: Tensor, has_image: Tensor | None) -> Tensor:
+    if has_image is not None:
+        return has_image
+    return torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)

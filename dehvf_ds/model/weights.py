@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from .adapters import fold_lora
 from .artifact import CONFIG_FILE, base_identity, load_adapter, read_manifest
@@ -70,6 +71,11 @@ def load_model(
     return model
 
 
+def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype that a checkpoint's configuration names; fp32 where it names none."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
 @dataclass(frozen=True)
 class TrainedModel:
     """A trained model on disk, found and checked but not loaded.
@@ -92,6 +98,11 @@ class TrainedModel:
     def tokenizer_source(self) -> str:
         """Where the tokenizer lies."""
         return self.language_model or str(self.path)
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Dtype that the base language model was stored in."""
+        return _stored_dtype(self.config.text_config)
 
     @property
     def processor_source(self) -> str:
@@ -134,7 +145,7 @@ def find_trained(
         config = load_backbone_config(str(path), vision=False)
         if not isinstance(config, DehvfConfig):
             raise ModelError(f"{path}: holds a {config.model_type} model, not a DEHVF one")
-        return TrainedModel(path, config, config.dtype or torch.float32)
+        return TrainedModel(path, config, _stored_dtype(config))
     if not (path / CONFIG_FILE).is_file() and (path / "adapter" / CONFIG_FILE).is_file():
         path = path / "adapter"
     if not (path / CONFIG_FILE).is_file():

@@ -11,7 +11,7 @@ import torch
 
 from dehvf_ds.batch import Batch
 from dehvf_ds.config import TrainConfig
-from dehvf_ds.distributed import World, all_reduce_sum
+from dehvf_ds.distributed import World, all_reduce_sum, seed_micro_step
 from dehvf_ds.training.metrics import (
     MetricsWriter,
     StepMetrics,
@@ -34,14 +34,18 @@ class StepResult:
         loss: mean cross-entropy a supervised token, in nats; 0 without any.
         num_supervised: tokens that the loss was taken at.
         num_tokens: text tokens that went through the model.
+        num_unsupervised_rows: rows that nothing was learnt of.
     """
 
     loss: float
     num_supervised: int
     num_tokens: int
+    num_unsupervised_rows: int
 
 
-def train_step(engine: Any, micro_batches: list[Batch], world: World, dtype: torch.dtype) -> StepResult:
+def train_step(
+    engine: Any, micro_batches: list[Batch], world: World, dtype: torch.dtype, *, seed: int, step: int
+) -> StepResult:
     """Forward and backward over one accumulation window, then the optimizer. Every rank must call it.
 
     Every supervised token of the window counts the same, on whatever rank and in whatever micro-batch it
@@ -53,19 +57,23 @@ def train_step(engine: Any, micro_batches: list[Batch], world: World, dtype: tor
         micro_batches: this rank's share of the window, on any device.
         world: this process's place.
         dtype: compute dtype, for the pictures.
+        seed: the run's seed, for dropout.
+        step: number of this optimizer step, for dropout.
     """
-    own_counts = [sum(b.num_supervised() for b in micro_batches), sum(b.num_tokens() for b in micro_batches)]
-    num_supervised, num_tokens = all_reduce_sum([float(n) for n in own_counts], world.device)
+    counts = ((b.num_supervised(), b.num_tokens(), b.num_unsupervised_rows()) for b in micro_batches)
+    own = [float(sum(column)) for column in zip(*counts, strict=True)]
+    num_supervised, num_tokens, unsupervised_rows = all_reduce_sum(own, world.device)
     # A window without any supervised token walks the same road, with a loss of 0.
     divisor = max(num_supervised, 1.0)
     own_loss = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in micro_batches:
+    for micro_step, batch in enumerate(micro_batches):
+        seed_micro_step(seed, step, micro_step, world.rank)
         loss_sum = engine(**batch.to(world.device, dtype).inputs()).loss_sum
         engine.backward(loss_sum * (world.size / divisor), scale_wrt_gas=False)
         engine.step()
         own_loss += loss_sum.detach().double()
     (loss_sum_all,) = all_reduce_sum([own_loss.item()], world.device)
-    return StepResult(loss_sum_all / divisor, int(num_supervised), int(num_tokens))
+    return StepResult(loss_sum_all / divisor, int(num_supervised), int(num_tokens), int(unsupervised_rows))
 
 
 def fit(
@@ -73,6 +81,7 @@ def fit(
     batches: Iterable[Batch],
     config: TrainConfig,
     *,
+    seed: int,
     num_steps: int,
     num_samples: int,
     num_parameters: int,
@@ -87,6 +96,7 @@ def fit(
         engine: DeepSpeed engine around the model.
         batches: this rank's micro-batches in order, enough for all steps.
         config: schedule, limits and intervals.
+        seed: the run's seed, for dropout.
         num_steps: optimizer steps to take.
         num_samples: rows in an epoch.
         num_parameters: parameters of the language model, for the FLOPs.
@@ -102,19 +112,20 @@ def fit(
     stream = iter(batches)
     watch = GradientWatch(engine.module.trainable_parameters())
     peak = peak_flops(world.device)
-    tokens = skipped = skipped_in_a_row = 0
+    tokens = skipped = skipped_in_a_row = unsupervised_rows = 0
     for step in range(1, num_steps + 1):
         started = time.perf_counter()
         micro_batches = [next(stream) for _ in range(accumulation)]
         lr = learning_rate(step - 1, config, num_steps)
         set_learning_rate(engine.optimizer.param_groups, lr)
-        result = train_step(engine, micro_batches, world, dtype)
+        result = train_step(engine, micro_batches, world, dtype, seed=seed, step=step)
         if step == 1:
             _require_gradients(watch)
         taken = engine.was_step_applied()
         skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
         skipped += not taken
         tokens += result.num_tokens
+        unsupervised_rows += result.num_unsupervised_rows
         seconds = time.perf_counter() - started
         if writer is not None:
             samples = step * config.global_batch_size
@@ -126,7 +137,7 @@ def fit(
                     samples=samples,
                     tokens=tokens,
                     loss=result.loss,
-                    grad_norm=float(engine.get_global_grad_norm()) if taken else None,
+                    grad_norm=_number(engine.get_global_grad_norm()) if taken else None,
                     lr=lr,
                     seconds=seconds,
                     samples_per_s=config.global_batch_size / seconds,
@@ -134,6 +145,7 @@ def fit(
                     mfu=None if peak is None else flops / peak,
                     memory_bytes=peak_memory_bytes(world.device),
                     skipped=skipped,
+                    unsupervised_rows=unsupervised_rows,
                 )
             )
         stop = skipped_in_a_row >= config.max_bad_steps
@@ -154,3 +166,7 @@ def _require_gradients(watch: GradientWatch) -> None:
             f"no gradient reached {len(silent)} trainable parameters in the first step: "
             f"{', '.join(silent[:4])}"
         )
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)

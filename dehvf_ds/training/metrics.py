@@ -34,6 +34,7 @@ class StepMetrics:
         mfu: model FLOPs utilisation; None where the device's peak is not known.
         memory_bytes: peak memory of rank 0: CUDA's allocator, or the process on a CPU.
         skipped: steps not taken so far because the gradient was not finite.
+        unsupervised_rows: rows so far that had no token to learn, their prompt being too long.
     """
 
     step: int
@@ -49,6 +50,7 @@ class StepMetrics:
     mfu: float | None
     memory_bytes: int
     skipped: int
+    unsupervised_rows: int
 
 
 _JSON_NAMES = {"loss": "train/loss", "grad_norm": "train/grad_norm"}

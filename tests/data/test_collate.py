@@ -13,7 +13,6 @@ from dehvf_ds.data.collate import (
     Collator,
     encode,
     encode_prompt,
-    num_unsupervised_rows,
     tokenizer_traits,
 )
 
@@ -135,10 +134,9 @@ def test_rows_without_supervision_are_counted_not_dropped(byte_bpe, tiny_transfo
     collator = Collator(byte_bpe, tiny_transform, task="caption", max_tokens=8, prompt="Caption of " * 8)
     batch = collator([row(), row()])
     assert batch.input_ids.shape == (2, 8)
-    assert num_unsupervised_rows(batch) == 2
-    assert (
-        num_unsupervised_rows(Collator(byte_bpe, tiny_transform, task="caption", max_tokens=64)([row()])) == 0
-    )
+    assert batch.num_unsupervised_rows() == 2
+    whole = Collator(byte_bpe, tiny_transform, task="caption", max_tokens=64)([row()])
+    assert whole.num_unsupervised_rows() == 0
 
 
 def test_long_text_prints_nothing(byte_bpe, caplog):

@@ -22,6 +22,7 @@ def step(number: int, loss: float) -> StepMetrics:
         mfu=None,
         memory_bytes=1000,
         skipped=0,
+        unsupervised_rows=0,
     )
 
 

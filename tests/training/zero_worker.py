@@ -94,6 +94,7 @@ def main(directory: Path, case: dict) -> None:
     accumulation = config.train.accumulation(world.size)
     per_rank = GLOBAL_BATCH // world.size
     watch = GradientWatch(model.trainable_parameters())
+    dtype = compute_dtype(ds_config)
     losses, taken, silent = [], [], None
     for step in range(case["steps"]):
         set_learning_rate(engine.optimizer.param_groups, learning_rate(step, config.train, case["steps"]))
@@ -106,7 +107,7 @@ def main(directory: Path, case: dict) -> None:
             )
             for i in range(accumulation)
         ]
-        losses.append(train_step(engine, micro, world, compute_dtype(ds_config)).loss)
+        losses.append(train_step(engine, micro, world, dtype, seed=config.seed, step=step).loss)
         taken.append(engine.was_step_applied())
         if step == 0:
             silent = watch.finish()
