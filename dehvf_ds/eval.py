@@ -23,7 +23,7 @@ from dehvf_ds.batch import Batch, Sample
 from dehvf_ds.config import EvalConfig, UserError, parse_eval_config, to_plain
 from dehvf_ds.data.collate import Collator
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.loader import read_sample
+from dehvf_ds.data.loader import read_all, read_sample
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.distributed import (
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     prompt = config.prompt or trained.config.prompt
     settings = {"task": "caption", "prompt": prompt}
     prompts = Collator(tokenizer, transform, **settings, max_tokens=512, for_generation=True)
-    rows = (read_sample(index, row) for row in own_rows)
+    rows = islice(read_all(index, rank=world.rank, world_size=world.size), len(own_rows))
     batches = (prompts(group) for group in _groups(rows, config.batch_size))
     own = []
     for row, (key, text) in zip(
@@ -100,7 +100,7 @@ def _score_and_write(
     loss: float | None,
     output: Path,
 ) -> None:
-    records = [read_sample(index, row) for row in range(len(predictions))]
+    records = list(islice(read_all(index), len(predictions)))
     references = {sample.key: sample.record["captions"] for sample in records}
     scores, each = score_captions(references, {item["key"]: item["prediction"] for item in predictions})
     output.mkdir(parents=True, exist_ok=True)

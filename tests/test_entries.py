@@ -64,6 +64,15 @@ def world(tmp_path_factory) -> Path:
         images = root / f"scenes/images/{split}"
         arguments = ["coco", "--annotations", str(annotations), "--images", str(images)]
         assert build_shards([*arguments, "--output", str(root / split), "--samples-per-shard", "5"]) == 0
+    arguments = [
+        "--root",
+        str(root / "scenes/scienceqa"),
+        "--split",
+        "train",
+        "--output",
+        str(root / "scienceqa"),
+    ]
+    assert build_shards(["scienceqa", *arguments]) == 0
     (root / "recipe.yaml").write_text(
         f"""
 run_dir: {root}/runs/recipe
@@ -145,6 +154,15 @@ def test_train_evaluate_generate_merge_load(world: Path) -> None:
     ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     text = processor.batch_decode(ids, skip_special_tokens=True)[0]
     assert " ".join(text.split()) == answers[1].stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_questions_with_and_without_pictures_train_on_two_ranks(world: Path) -> None:
+    more = ["--data.task", "scienceqa", "--data.train", str(world / "scienceqa"), "--data.max_tokens", "400"]
+    run_ranks(REPOSITORY / "dehvf_ds/train.py", arguments(world, "questions", *more), 2)
+    found = losses(world, "questions")
+    assert len(found) == 4
+    assert all(0 < loss < 7 for loss in found)
 
 
 @pytest.mark.slow
