@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DATA := demo_data
 RANKS ?= 2
+# DeepSpeed compiles its CPU communication at first use, with the environment's own ninja.
+export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: demo test check format clean help
 
@@ -41,8 +43,8 @@ $(DATA)/scenes/.done: $(INSTALLED) tools/make_scenes.py tools/build_shards.py
 	done
 	touch $@
 
-LAUNCH := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed
-TRAIN := $(LAUNCH) --num_accelerators $(RANKS) dehvf_ds/train.py --deepspeed ds_configs/zero3.json --overwrite true
+TRAIN := $(BIN)/deepspeed --num_accelerators $(RANKS) dehvf_ds/train.py --deepspeed ds_configs/zero3.json \
+         --overwrite true
 
 demo: $(DATA)/backbones/.done $(DATA)/scenes/.done
 	$(TRAIN)
