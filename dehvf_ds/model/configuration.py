@@ -41,7 +41,8 @@ class DehvfConfig(PreTrainedConfig):
         vision_config: configuration of the HF vision tower.
         fusion: ``ffn`` (DEHVF), ``prefix`` (projected patches before the text) or ``none``.
         router: how an LLM layer weighs the levels: ``layer``, ``static`` or ``last``.
-        levels: vision levels by block number, rising; None takes six, evenly spaced.
+        levels: vision levels by block number, rising; None takes six, evenly spaced. ``router: last``
+            keeps the deepest alone.
         rank: width r of the visual memory.
         router_dim: width k of the router's queries and keys.
         image_size: side of the square input picture in pixels; None takes the tower's own.
@@ -84,6 +85,8 @@ class DehvfConfig(PreTrainedConfig):
         self.levels = list(levels) if levels else spaced_levels(num_blocks, min(6, num_blocks))
         if max(self.levels) > num_blocks:
             raise ModelError(f"vision level {max(self.levels)} of a tower with {num_blocks} blocks")
+        if router == "last":
+            self.levels = self.levels[-1:]  # the others would be projected and weighed 0
         self.rank = rank
         self.router_dim = router_dim
         self.image_size = image_size or self.vision_config.image_size

@@ -188,6 +188,12 @@ def test_saved_and_loaded_weights_are_the_same_bits(tmp_path, text: str, vision:
     assert set(loaded.trainable_parameters()) == set(model.trainable_parameters())
 
 
+def test_the_router_last_projects_the_deepest_level_alone(inputs) -> None:
+    model = build_model(router="last", trained=True)
+    assert model.config.levels == [4]
+    assert model(**inputs).level_weights.shape == (3, 4, 1)
+
+
 def test_a_decoder_without_mlp_is_refused_by_name() -> None:
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64)
     with pytest.raises(ModelError, match="GPT2LMHeadModel is not a decoder"):
