@@ -49,11 +49,11 @@ def main(argv: list[str]) -> int:
     _require_fresh(config)
 
     init_process_group(world)
+    engine, model = build_engine(config, model_config, ds_config, world)
     run_dir = Path(config.run_dir)
     if world.is_main:
         _start_run_dir(config, run_dir)
     barrier()
-    engine, model = build_engine(config, model_config, ds_config, world)
     loader = build_loader(
         config.data,
         tokenizer,

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPImageProcessorPil,
+    GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
@@ -55,6 +56,8 @@ def world(tmp_path_factory) -> Path:
     )
     AutoModelForCausalLM.from_config(llm).save_pretrained(root / "llm")
     tokenizer().save_pretrained(root / "llm")
+    gpt2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=260)
+    AutoModelForCausalLM.from_config(gpt2).save_pretrained(root / "gpt2")
     AutoModel.from_config(vision_config()).save_pretrained(root / "tower")
     size = {"height": 16, "width": 16}
     CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size).save_pretrained(root / "tower")
@@ -193,6 +196,13 @@ def test_losses_that_are_not_finite_stop_the_run_and_keep_the_artifact(world: Pa
         ("train", ["--data.train", "/nowhere"], "/nowhere"),
         ("train", ["--model.language_model", "/nowhere/llm"], "/nowhere/llm"),
         ("train", ["--model.vision_tower", "/nowhere/tower"], "/nowhere/tower"),
+        ("train", ["--model.language_model", "{world}/tower"], "a clip_vision_model model has no LM head"),
+        (
+            "train",
+            ["--model.language_model", "{world}/gpt2"],
+            "GPT2LMHeadModel is not a decoder whose layers",
+        ),
+        ("train", ["--model.lora.targets", "[fc1]"], "no linear map 'fc1'"),
         ("train", ["--train.micro_batch_size", "3"], "global_batch_size 8 is not a multiple of"),
         ("train", ["--model.num_levels", "9"], "9 vision levels asked of a tower with 4 blocks"),
         (

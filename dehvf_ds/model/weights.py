@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from .adapters import fold_lora
 from .artifact import CONFIG_FILE, base_identity, load_adapter, read_manifest
@@ -35,11 +35,10 @@ def build_config(
     vision_config = load_backbone_config(vision_tower, vision=True)
     if not settings.get("levels") and num_levels is not None:
         settings["levels"] = spaced_levels(vision_config.num_hidden_layers, num_levels)
-    return DehvfConfig(
-        text_config=load_backbone_config(language_model, vision=False),
-        vision_config=vision_config,
-        **settings,
-    )
+    text_config = load_backbone_config(language_model, vision=False)
+    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"language model {language_model}: a {text_config.model_type} model has no LM head")
+    return DehvfConfig(text_config=text_config, vision_config=vision_config, **settings)
 
 
 def load_model(

@@ -70,7 +70,7 @@ def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
 def build_model_config(
     config: ModelConfig, *, image_size: int | None = None, prompt: str | None = None
 ) -> DehvfConfig:
-    """The model's configuration over the run's backbones; reads their configuration files alone.
+    """The model's configuration over the run's backbones, checked; reads their configuration files alone.
 
     Args:
         config: the run's model settings.
@@ -81,7 +81,7 @@ def build_model_config(
         UserError: a backbone cannot be read or a size does not fit it.
     """
     try:
-        return build_config(
+        built = build_config(
             config.language_model,
             config.vision_tower,
             num_levels=config.num_levels,
@@ -95,8 +95,12 @@ def build_model_config(
             prefix_tokens=config.prefix_tokens,
             lora=to_plain(config.lora) if config.lora.rank else None,
         )
-    except ModelError as error:
-        raise UserError(str(error)) from None
+        # Without weights, to find out in a second whether the decoder has the structure that is needed.
+        with torch.device("meta"):
+            DehvfForConditionalGeneration(built)
+    except ValueError as error:
+        raise UserError(f"model: {' '.join(str(error).split())}") from None
+    return built
 
 
 def build_engine(
