@@ -144,7 +144,8 @@ def build_engine(
         betas=config.train.betas,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    # ZeRO-2 casts buffers to bf16 with the module; rotary frequencies must stay fp32.
+    # On the device, which DeepSpeed sees to only where nothing is partitioned, and in their own dtype: rotary
+    # frequencies must stay fp32, and DeepSpeed did not always leave buffers out of its cast to bf16.
     for name, buffer in buffers.items():
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, buffer)

@@ -28,13 +28,14 @@ def job(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_deepspeed(job: Path, case: dict, stage: int, num_ranks: int = 2) -> tuple[dict, dict]:
+def run_deepspeed(job: Path, case: dict, stage: int, *, bf16: bool = False) -> tuple[dict, dict]:
     """Losses and trained tensors of a DeepSpeed job. Threshold 0 partitions every parameter."""
     zero = {"stage": stage, "reduce_bucket_size": 100_000}
     if stage == 3:
         zero |= {"stage3_param_persistence_threshold": 0}
-    (job / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
-    run_ranks(WORKER, [str(job), json.dumps(case)], num_ranks)
+    precision = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}
+    (job / "ds.json").write_text(json.dumps({"zero_optimization": zero, **precision}))
+    run_ranks(WORKER, [str(job), json.dumps(case)], 2)
     return json.loads((job / "result.json").read_text()), torch.load(job / "trained.pt")
 
 
@@ -91,6 +92,19 @@ def test_two_ranks_equal_plain_pytorch(job: Path, name: str) -> None:
         assert (trained[key] - value).norm() <= 1e-3 * value.norm() + 1e-5, key
     # The comparison is not of two models that stand still.
     assert max(expected) - min(expected) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [3, 2])
+def test_bf16_follows_fp32_and_keeps_its_buffers_in_fp32(job: Path, stage: int) -> None:
+    case = {"kind": "mixed", "micro_batch_size": 2, "steps": 8}
+    expected, _ = run_plain(job, case)
+    result, trained = run_deepspeed(job, case, stage, bf16=True)
+    assert result["losses"] == pytest.approx(expected, rel=1e-2)
+    assert result["losses"] != pytest.approx(expected, rel=1e-6)
+    # Rotary frequencies among them: rounded to bf16 they would turn far positions wrong.
+    assert result["buffers"] == ["torch.float32"]
+    assert {value.dtype for value in trained.values()} == {torch.float32}
 
 
 @pytest.mark.slow

@@ -114,7 +114,8 @@ def main(directory: Path, case: dict) -> None:
     trained = gather_trainables(model.trainable_parameters())
     if world.is_main:
         torch.save(trained, directory / "trained.pt")
-        result = {"losses": losses, "taken": taken, "silent": silent}
+        buffers = sorted({str(b.dtype) for b in model.buffers() if b.is_floating_point()})
+        result = {"buffers": buffers, "losses": losses, "taken": taken, "silent": silent}
         (directory / "result.json").write_text(json.dumps(result))
 
 
