@@ -100,8 +100,9 @@ def _score_and_write(
     loss: float | None,
     output: Path,
 ) -> None:
-    records = list(islice(read_all(index), len(predictions)))
-    references = {sample.key: sample.record["captions"] for sample in records}
+    # One row at a time: the pictures of a whole split would not fit into memory.
+    members = (index.read(row) for row in range(len(predictions)))
+    references = {item["__key__"]: json.loads(item["json"])["captions"] for item in members}
     scores, each = score_captions(references, {item["key"]: item["prediction"] for item in predictions})
     output.mkdir(parents=True, exist_ok=True)
     with (output / "predictions.jsonl").open("w", encoding="utf-8") as file:
@@ -117,12 +118,12 @@ def _score_and_write(
         "arguments": to_plain(config),
     }
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    shown = _spread(records, NUM_EXAMPLES)
+    shown = _spread(len(predictions), NUM_EXAMPLES)
     contact_sheet(
-        [records[i].image or Image.new("RGB", (1, 1), "white") for i in shown],
+        [read_sample(index, i).image or Image.new("RGB", (1, 1), "white") for i in shown],
         [predictions[i]["prediction"] for i in shown],
         output / "examples.png",
-        references=[references[records[i].key][0] for i in shown],
+        references=[references[predictions[i]["key"]][0] for i in shown],
     )
     print("  ".join(f"{name} {value:.1f}" for name, value in scores.items()))
     print(f"metrics: {output / 'metrics.json'}   examples: {output / 'examples.png'}", flush=True)
@@ -152,10 +153,10 @@ def _groups(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
         yield group
 
 
-def _spread(items: list, count: int) -> list[int]:
-    """Indices of ``count`` items, evenly spaced."""
-    count = min(count, len(items))
-    return [i * len(items) // count for i in range(count)]
+def _spread(total: int, count: int) -> list[int]:
+    """``count`` of the indices below ``total``, evenly spaced."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
 
 
 if __name__ == "__main__":
