@@ -28,12 +28,14 @@ class Sample:
         image: the picture in mode RGB, or None for a text-only row.
         record: the row's ``.json`` member; its fields depend on the task.
         epoch: epoch in which it was drawn; augmentation and caption choice are seeded by it.
+        example: its number among the epoch's examples, for the same purpose.
     """
 
     key: str
     image: Image.Image | None
     record: dict[str, Any]
     epoch: int = 0
+    example: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class Batch:
         pixel_values: normalised pictures, zeros where ``has_image`` is False.
         has_image: whether the row has a picture.
         keys: the samples' keys, in row order.
+        replaced: for each damaged sample in whose place another stands, its shard and what is wrong.
     """
 
     input_ids: Int[Tensor, "batch tokens"]
@@ -56,6 +59,7 @@ class Batch:
     pixel_values: Float[Tensor, "batch 3 height width"]
     has_image: Bool[Tensor, " batch"]
     keys: tuple[str, ...] = ()
+    replaced: tuple[tuple[str, str], ...] = ()
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """Moves the tensors; ``dtype`` applies to ``pixel_values`` alone."""

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         trained = find_trained(config.model, config.language_model, config.vision_tower)
     except ModelError as error:
         raise UserError(str(error)) from None
-    if not all(index.captions):
+    if index.num_without_captions:
         raise UserError(f"{config.data}: holds rows without captions; --task coco cannot score them")
     output = _output_dir(config)
     tokenizer = load_tokenizer(trained.tokenizer_source)

@@ -15,8 +15,9 @@ if not __package__:
 from dehvf_ds.batch import Sample
 from dehvf_ds.config import UserError, parse_generate_config
 from dehvf_ds.data.collate import Collator
+from dehvf_ds.data.images import decode_image
 from dehvf_ds.data.tokenizer import load_tokenizer
-from dehvf_ds.data.transforms import build_image_transform, decode_image
+from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.distributed import has_fast_bf16, read_world, run_entry
 from dehvf_ds.evals.decode import greedy_answers
 from dehvf_ds.model import ModelError

@@ -16,7 +16,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from dehvf_ds.config import RunConfig, UserError, parse_run_config, save_run_config
-from dehvf_ds.data.loader import build_loader, open_examples
+from dehvf_ds.data.loader import build_loader, epoch_samples, open_examples
 from dehvf_ds.data.prompts import CAPTION_PROMPT
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
@@ -44,8 +44,11 @@ def main(argv: list[str]) -> int:
         prompt=(config.data.prompt or CAPTION_PROMPT) if config.data.task == "caption" else None,
     )
     tokenizer = load_tokenizer(config.model.language_model)
-    _, examples = open_examples(config.data, seed=config.seed)
-    num_steps = planned_steps(config, len(examples))
+    index, examples = open_examples(config.data, seed=config.seed)
+    if world.is_main:
+        index.check_sizes()
+    samples_per_epoch = epoch_samples(config.data, len(examples), config.train.global_batch_size)
+    num_steps = planned_steps(config, samples_per_epoch)
     _require_fresh(config)
 
     init_process_group(world)
@@ -63,7 +66,7 @@ def main(argv: list[str]) -> int:
         world_size=world.size,
         micro_batch_size=config.train.micro_batch_size,
         accumulation=config.train.accumulation(world.size),
-        start_step=0,
+        start_sample=0,
         num_steps=num_steps,
     )
     dtype = compute_dtype(ds_config)
@@ -89,7 +92,8 @@ def main(argv: list[str]) -> int:
             config.train,
             seed=config.seed,
             num_steps=num_steps,
-            num_samples=len(examples),
+            epoch_samples=samples_per_epoch,
+            max_bad_share=config.data.max_bad_share,
             num_parameters=num_language,
             world=world,
             dtype=dtype,
@@ -110,6 +114,10 @@ def main(argv: list[str]) -> int:
 
 def planned_steps(config: RunConfig, num_samples: int) -> int:
     """Optimizer steps of the run: ``train.steps``, or full batches in ``train.epochs`` passes.
+
+    Args:
+        config: the run.
+        num_samples: samples that an epoch consumes.
 
     Raises:
         UserError: the data do not fill one batch.

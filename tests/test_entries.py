@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from dehvf_ds.data.index import ShardIndex
 from tools.build_shards import main as build_shards
 from tools.make_scenes import main as make_scenes
 
@@ -166,6 +167,73 @@ def test_questions_with_and_without_pictures_train_on_two_ranks(world: Path) -> 
     found = losses(world, "questions")
     assert len(found) == 4
     assert all(0 < loss < 7 for loss in found)
+
+
+def build_chats(world: Path) -> Path:
+    """Shards of conversations: of one turn and of two, with a picture and without."""
+    pictures = sorted((world / "scenes/images/train").iterdir())[:8]
+    chats = []
+    for i, picture in enumerate(pictures):
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"Scene {i}."}]
+        if i % 2:
+            turns += [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]
+        chats.append({"id": str(i), "conversations": turns} | ({"image": picture.name} if i % 3 else {}))
+    (world / "chats.json").write_text(json.dumps(chats))
+    given = ["--json", str(world / "chats.json"), "--images", str(world / "scenes/images/train")]
+    assert build_shards(["llava", *given, "--output", str(world / "chats")]) == 0
+    return world / "chats"
+
+
+@pytest.mark.slow
+def test_conversations_train_on_two_ranks_from_a_pipe(world: Path) -> None:
+    chats = build_chats(world)
+    elsewhere = world / "elsewhere"
+    elsewhere.mkdir()
+    for shard in chats.glob("*.tar"):
+        shard.rename(elsewhere / shard.name)
+    more = ["--data.task", "chat", "--data.train", str(chats), "--data.max_tokens", "100"]
+    more += ["--data.location", f"pipe:cat {elsewhere}/{{}}", "--data.cache_dir", str(world / "cache")]
+    run_ranks(REPOSITORY / "dehvf_ds/train.py", arguments(world, "chats", *more), 2)
+    found = losses(world, "chats")
+    assert len(found) == 4
+    assert all(0 < loss < 7 for loss in found)
+
+
+def damage(directory: Path, share: int) -> None:
+    """Changes a byte in one of ``share`` samples."""
+    index = ShardIndex(directory)
+    for row in range(0, len(index), share):
+        name, offset, size = index.locate(row)
+        data = bytearray((directory / name).read_bytes())
+        data[offset + size // 2] ^= 1
+        (directory / name).write_bytes(bytes(data))
+
+
+@pytest.mark.slow
+def test_damaged_samples_stop_the_run_or_are_replaced_and_counted(world: Path) -> None:
+    shards = world / "damaged"
+    shutil.copytree(world / "train", shards)
+    damage(shards, 3)
+    data = ["--data.train", str(shards), "--data.num_workers", "1"]
+    result = start("dehvf_ds/train.py", arguments(world, "raise", *data))
+    assert result.returncode == 2
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert "not the bytes that the index was made of" in line
+    assert "Traceback" not in result.stderr
+
+    replacing = [*data, "--data.on_bad", "replace", "--data.max_bad_share"]
+    outputs = run_ranks(REPOSITORY / "dehvf_ds/train.py", arguments(world, "replace", *replacing, "0.5"), 2)
+    lines = (world / "runs/replace/metrics.jsonl").read_text().splitlines()
+    replaced = json.loads(lines[-1])["replaced"]
+    assert len(lines) == 4
+    assert 4 < replaced < 20
+    assert f"replaced {replaced} damaged samples; by shard: coco-00000" in outputs[0]
+    assert "".join(outputs).count("replaced a damaged sample: ") == replaced
+
+    result = start("dehvf_ds/train.py", arguments(world, "too-bad", *replacing, "0.001"))
+    assert result.returncode == 1
+    assert "samples are damaged, more than data.max_bad_share 0.001 of them; by shard: coco-" in result.stderr
+    assert (world / "runs/too-bad/adapter/manifest.json").is_file()
 
 
 @pytest.mark.slow

@@ -13,8 +13,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dehvf_ds.batch import IGNORE_INDEX, Batch, Sample
-from dehvf_ds.config import UserError
-from dehvf_ds.data.prompts import Task, build_prompt, build_target
+from dehvf_ds.config import ScienceqaConfig, UserError
+from dehvf_ds.data.chat import (
+    bos_ids,
+    encode_chat,
+    encode_chat_prompt,
+    parse_conversation,
+    tokenizer_name,
+)
+from dehvf_ds.data.prompts import QCM_A, Task, build_prompt, build_target
+from dehvf_ds.data.transforms import ImageTransform
 
 # Prompts end and targets begin like these.
 _SEAM_PROBES = (("picture:", "The dog"), ("Response:", "The answer is"), ("a", "b"))
@@ -48,21 +56,17 @@ def tokenizer_traits(tokenizer: PreTrainedTokenizerBase) -> TokenizerTraits:
         UserError: the tokenizer has no end-of-text token, or no seam makes prompt and target one text.
     """
     eos_id = tokenizer.eos_token_id
-    name = tokenizer.name_or_path or type(tokenizer).__name__
+    name = tokenizer_name(tokenizer)
     if not isinstance(eos_id, int):
-        raise UserError(f"tokenizer {name}: no end-of-text token; set eos_token in its tokenizer_config.json")
-    first = tokenizer("a").input_ids[0]
-    adds_bos = first == tokenizer.bos_token_id and first != _ids(tokenizer, "a")[0]
+        raise UserError(f"{name}: no end-of-text token; set eos_token in its tokenizer_config.json")
     for seam in (" ", ""):
         if all(
             _ids(tokenizer, prompt) + _ids(tokenizer, seam + target) == _ids(tokenizer, f"{prompt} {target}")
             for prompt, target in _SEAM_PROBES
         ):
             pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos_id
-            return TokenizerTraits((first,) if adds_bos else (), seam, eos_id, pad_id)
-    raise UserError(
-        f"tokenizer {name}: 'prompt' and ' target' taken apart differ from 'prompt target' in ids"
-    )
+            return TokenizerTraits(bos_ids(tokenizer), seam, eos_id, pad_id)
+    raise UserError(f"{name}: 'prompt' and ' target' taken apart differ from 'prompt target' in ids")
 
 
 def encode(
@@ -110,26 +114,28 @@ class Collator:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        image_transform: Callable[[Image.Image], Float[Tensor, "3 height width"]],
+        image_transform: ImageTransform,
         *,
         task: Task,
         max_tokens: int,
         prompt: str | None = None,
+        scienceqa: ScienceqaConfig = QCM_A,
+        augment: Callable[[Image.Image, Sample], Image.Image] | None = None,
         for_generation: bool = False,
         answer_prefix: str = "",
-        image_size: int | None = None,
     ):
         """Keeps what rows are made with.
 
         Args:
             tokenizer: the LLM's tokenizer.
-            image_transform: from an RGB picture to normalised pixels.
+            image_transform: from an RGB picture to normalised pixels; text-only rows get zeros of its size.
             task: chooses prompt and target.
             max_tokens: longest row in training; prompts of generation are not cut.
             prompt: the caption task's instruction; None takes the default.
+            scienceqa: form of ScienceQA's prompt and target.
+            augment: gives another view of a sample's picture, in training only.
             for_generation: rows hold the prompt alone and no label.
-            answer_prefix: with ``for_generation``, the target's first words.
-            image_size: side of a text-only row's zeros; None takes ``image_transform.image_size``.
+            answer_prefix: with ``for_generation``, the target's first words; not for conversations.
 
         Raises:
             UserError: the tokenizer has no end-of-text token or no usable seam.
@@ -139,15 +145,17 @@ class Collator:
         self._task: Task = task
         self._max_tokens = max_tokens
         self._prompt = prompt
+        self._scienceqa = scienceqa
+        self._augment = None if for_generation else augment
         self._for_generation = for_generation
         self._answer_prefix = answer_prefix
-        self._image_size = image_transform.image_size if image_size is None else image_size
         self._pad_id = tokenizer_traits(tokenizer).pad_id
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Collates samples into a batch.
 
-        The records' optional field ``image_caption`` describes the picture in words (ScienceQA).
+        Raises:
+            UserError: a conversation is damaged or does not suit the tokenizer; the line names the sample.
         """
         rows = [self._row(sample) for sample in samples]
         width = max(len(ids) for ids, _ in rows)
@@ -169,20 +177,36 @@ class Collator:
         )
 
     def _row(self, sample: Sample) -> tuple[list[int], list[int]]:
-        prompt = build_prompt(
-            sample.record, self._task, prompt=self._prompt, image_caption=sample.record.get("image_caption")
-        )
+        if self._task == "chat":
+            return self._chat_row(sample)
+        record, scienceqa = sample.record, self._scienceqa
+        prompt = build_prompt(record, self._task, prompt=self._prompt, scienceqa=scienceqa)
         if self._for_generation:
-            ids = encode_prompt(self._tokenizer, prompt, self._answer_prefix)
-            return ids, [IGNORE_INDEX] * len(ids)
-        return encode(self._tokenizer, prompt, build_target(sample.record, self._task), self._max_tokens)
+            return _without_labels(encode_prompt(self._tokenizer, prompt, self._answer_prefix))
+        target = build_target(record, self._task, scienceqa=scienceqa)
+        return encode(self._tokenizer, prompt, target, self._max_tokens)
+
+    def _chat_row(self, sample: Sample) -> tuple[list[int], list[int]]:
+        try:
+            messages = parse_conversation(sample.record, needs_answer=not self._for_generation)
+            if self._for_generation:
+                return _without_labels(encode_chat_prompt(self._tokenizer, messages))
+            return encode_chat(self._tokenizer, messages, self._max_tokens)
+        except UserError as error:
+            raise UserError(f"sample {sample.key}: {error}") from None
 
     def _pixels(self, samples: Sequence[Sample]) -> Float[Tensor, "batch 3 height width"]:
-        pixels = torch.zeros(len(samples), 3, self._image_size, self._image_size)
+        size = self._transform.image_size
+        pixels = torch.zeros(len(samples), 3, size, size)
         for i, sample in enumerate(samples):
             if sample.image is not None:
-                pixels[i] = self._transform(sample.image)
+                view = self._augment(sample.image, sample) if self._augment else sample.image
+                pixels[i] = self._transform(view)
         return pixels
+
+
+def _without_labels(ids: list[int]) -> tuple[list[int], list[int]]:
+    return ids, [IGNORE_INDEX] * len(ids)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, plain: bool = False) -> list[int]:

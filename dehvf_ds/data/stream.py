@@ -1,93 +1,124 @@
 """The order of the samples: a pure function of (seed, epoch), the same on any number of ranks and workers.
 
-A fixed number of canonical streams share the rows: each owns a stretch of shards, permutes it anew
+A fixed number C of canonical streams share the examples: each owns a stretch of shards, permutes it anew
 every epoch, and is read in turn with the others. That gives one global sequence of positions without an end:
 position p belongs to stream p mod C, and the epochs follow one another in it. Each optimizer step takes the
 next ``global_batch_size`` positions, so all ranks take equally many steps, every step is full, and the state
 to resume from is one number: the samples consumed. Ours; the streams are after MosaicML Streaming's
 canonical nodes.
+
+What reading costs: a rank whose world size divides C reads the shards of its own C / world size streams,
+nearly the same ones in every epoch: the stretches' bounds move by fewer than 2 C examples, or stay where C
+divides the epoch. With another world size a rank reads from other ranks' streams too. A stream goes through
+its shards one after another, and inside the ``window`` examples stand in a random order: each is one read,
+scattered over about the window's length. So about C / world size x (1 + window / examples of a shard) shards
+are in use at a time. The window holds numbers, not samples: 16 bytes for each of its examples and streams. A
+longer one spreads the captions of a picture further apart and scatters the reads over more shards.
+
+Bucketing reads nothing but the lengths of a window of steps ahead. It makes the rows of a step alike: long
+texts stand together, and with them whatever else goes along with length, such as the source of a row. Which
+rows a window of steps holds stays as drawn, and how many each stream gives to a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
-from typing import Literal
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Int64, UInt64
+from jaxtyping import Int64
+
+from dehvf_ds.data.draw import Purpose, random_words
 
 MAX_STREAMS = 64
 """Canonical streams. A part of the order: a change of this number changes every run's samples."""
 
-_PURPOSE_SHARDS, _PURPOSE_WINDOW, _PURPOSE_CAPTION = range(3)
+Value = TypeVar("Value")
 
 
-class Examples:
-    """What one epoch goes through: every caption of every row, or every row once.
+class Recent(Generic[Value]):
+    """Values of integer keys, made on first touch; the longest unused leaves when there are too many."""
 
-    An example's number counts rows in stored order, the captions of a row next to one another.
+    def __init__(self, make: Callable[..., Value], size: int):
+        """Keeps at most ``size`` values of ``make(*key)``."""
+        self._make = make
+        self._size = size
+        self._kept: OrderedDict[tuple[int, ...], Value] = OrderedDict()
+
+    def __call__(self, *key: int) -> Value:
+        """The key's value."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        else:
+            self._kept[key] = self._make(*key)
+            if len(self._kept) > self._size:
+                self._kept.popitem(last=False)
+        return self._kept[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucketing:
+    """Rows of similar length in each optimizer step.
+
+    Attributes:
+        steps: optimizer steps of a window, inside which the rows change places.
+        global_batch_size: rows of an optimizer step. A part of the order, which without bucketing does not
+            depend on it.
+        lengths: lengths of an epoch's examples in any unit, as ``Examples.lengths``.
     """
 
-    def __init__(
-        self,
-        captions: Int64[np.ndarray, " rows"],
-        shard_rows: Sequence[int],
-        *,
-        mode: Literal["all", "one"],
-        seed: int,
-    ):
-        """Counts the examples.
+    steps: int
+    global_batch_size: int
+    lengths: Callable[[int, Int64[np.ndarray, " examples"]], Int64[np.ndarray, " examples"]]
 
-        Args:
-            captions: captions of each row; 0 counts as one example without a caption.
-            shard_rows: rows of each shard; they sum to ``len(captions)``.
-            mode: ``all`` makes k examples of a row of k captions, ``one`` a single one.
-            seed: seed of the caption choice of ``one``.
-        """
-        self._captions = captions
-        self._mode = mode
-        self._seed = seed
-        row_ends = np.cumsum(shard_rows, dtype=np.int64)
-        if mode == "all":
-            self._ends = np.cumsum(np.maximum(captions, 1), dtype=np.int64)
-            ends = self._ends[row_ends - 1]
-        else:
-            ends = row_ends
-        self.shard_sizes: tuple[int, ...] = tuple(np.diff(ends, prepend=0).tolist())
-        """Examples of each shard, as ``SampleOrder`` takes them."""
 
-    def __len__(self) -> int:
-        """Examples of one epoch."""
-        return sum(self.shard_sizes)
+class _Stretch(NamedTuple):
+    """A stream's examples in one epoch: pieces of shards in their drawn order.
 
-    def resolve(self, epoch: int, example: int) -> tuple[int, int | None]:
-        """The row of an example and which of its captions to take; None where the row has none."""
-        if self._mode == "all":
-            row = int(np.searchsorted(self._ends, example, side="right"))
-            count = int(self._captions[row])
-            return row, example - int(self._ends[row]) + count if count else None
-        count = int(self._captions[example])
-        if count == 0:
-            return example, None
-        # The remainder's bias, count / 2**64, is nothing.
-        return example, int(_draw(self._seed, epoch, example, _PURPOSE_CAPTION, 1)[0] % np.uint64(count))
+    Of its places, ``left_out`` from ``hole`` on are not used in this epoch.
+    """
+
+    ends: Int64[np.ndarray, " pieces"]
+    offsets: Int64[np.ndarray, " pieces"]
+    hole: int
+    left_out: int
+    block: int
+    shift: int
+
+    def bounds(self, number: int) -> tuple[int, int]:
+        """First place and end of a block of the second pass."""
+        begin = number * self.block - self.shift
+        return max(begin, 0), min(begin + self.block, int(self.ends[-1]))
+
+    def examples(self, places: Int64[np.ndarray, " places"]) -> Int64[np.ndarray, " places"]:
+        """The examples at places of the pieces' row."""
+        return places + self.offsets[np.searchsorted(self.ends, places, side="right")]
 
 
 class SampleOrder:
     """The endless global sequence of (epoch, example).
 
-    Costs: a stream's order is drawn when its first position is asked for, 8 bytes and about 0.2 us an
-    example, and kept for about two epochs. A rank whose world size divides the number of streams
-    asks for its own streams only.
+    A position is found without its predecessors: the shards of its stream and one or two blocks of half a
+    window are drawn, about 0.1 us an example of the window, and kept for the positions that follow.
 
     Attributes:
-        num_examples: examples of one epoch; each stands exactly once in it.
+        num_examples: N, the examples to choose from.
+        epoch_length: U, positions of an epoch; no example stands twice in it.
         num_streams: C, the largest power of two that neither ``MAX_STREAMS`` nor the number of shards
             nor that of examples is below. It never depends on the world size.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], *, seed: int, window: int):
+    def __init__(
+        self,
+        shard_sizes: Sequence[int],
+        *,
+        seed: int,
+        window: int,
+        epoch_length: int | None = None,
+        bucketing: Bucketing | None = None,
+    ):
         """Prepares the order.
 
         Args:
@@ -95,46 +126,121 @@ class SampleOrder:
             seed: seed of the run.
             window: examples among which a stream's order is drawn: shards are permuted, then every example
                 moves by less than this. A window as long as the stream shuffles it whole.
+            epoch_length: examples of an epoch, all of them if None. With fewer, others are left out of each
+                epoch, one run of neighbours in each stream's order.
+            bucketing: lets the rows of each stream change places for steps of similar length.
+
+        Raises:
+            ValueError: ``epoch_length`` is not between 1 and the number of examples.
         """
-        self._shard_ends = np.cumsum(shard_sizes, dtype=np.int64)
+        # Repeated ends are those of empty shards.
+        self._shard_ends = np.unique(np.cumsum(shard_sizes, dtype=np.int64))
         self.num_examples = int(self._shard_ends[-1])
+        self.epoch_length = self.num_examples if epoch_length is None else epoch_length
+        if not 1 <= self.epoch_length <= self.num_examples:
+            raise ValueError(f"an epoch of {self.epoch_length} out of {self.num_examples} examples")
         shards = sum(size > 0 for size in shard_sizes)
         self.num_streams = 1 << (min(MAX_STREAMS, shards, self.num_examples).bit_length() - 1)
         self._seed = seed
         self._window = window
-        self._drawn: dict[tuple[int, int], Int64[np.ndarray, " examples"]] = {}
+        self._bucketing = bucketing
+        # Streams are read in turn: each keeps what it reads from now, and what an epoch's bound adds.
+        self._stretches = Recent(self._draw_stretch, 2 * self.num_streams)
+        self._first_passes = Recent(self._draw_first_pass, 2 * self.num_streams)
+        self._blocks = Recent(self._draw_block, 2 * self.num_streams)
+        self._buckets = Recent(self._draw_bucket, 2 * self.num_streams)
 
     def sample_at(self, position: int) -> tuple[int, int]:
         """The epoch and the example at a global position (0 is the run's first)."""
-        epoch, index = divmod(position, self.num_examples)
-        order = self._stream_order(epoch, position % self.num_streams)
-        return epoch, int(order[index // self.num_streams])
+        epoch, index = divmod(position, self.epoch_length)
+        stream = position % self.num_streams
+        if self._bucketing is None:
+            return epoch, self._example(epoch, stream, index // self.num_streams)
+        span = self._bucketing.steps * self._bucketing.global_batch_size
+        window = position // span
+        # The stream's first position in the window is less than C after the window's begin in the epoch.
+        turn = min(position - window * span, index) // self.num_streams
+        return epoch, int(self._buckets(epoch, stream, window)[turn])
 
-    def _stream_order(self, epoch: int, stream: int) -> Int64[np.ndarray, " examples"]:
-        if (epoch, stream) not in self._drawn:
-            if len(self._drawn) >= 2 * self.num_streams:
-                self._drawn.pop(next(iter(self._drawn)))
-            self._drawn[epoch, stream] = self._draw_stream(epoch, stream)
-        return self._drawn[epoch, stream]
+    def _example(self, epoch: int, stream: int, turn: int) -> int:
+        """The stream's example number ``turn`` of the epoch, before bucketing."""
+        stretch = self._stretches(epoch, stream)
+        place = turn if turn < stretch.hole else turn + stretch.left_out
+        number = (place + stretch.shift) // stretch.block
+        return int(self._blocks(epoch, stream, number)[place - stretch.bounds(number)[0]])
 
-    def _draw_stream(self, epoch: int, stream: int) -> Int64[np.ndarray, " examples"]:
-        # A stream's first index in the epoch; where C does not divide N it moves by one from epoch to
-        # epoch, and the stretches' bounds with it, so that position mod C names the stream for ever.
-        firsts = (np.arange(self.num_streams) - epoch * self.num_examples) % self.num_streams
-        ends = np.cumsum((self.num_examples - firsts + self.num_streams - 1) // self.num_streams)
+    def _draw_stretch(self, epoch: int, stream: int) -> _Stretch:
+        used = self._deal(self.epoch_length, epoch)
+        # Where C divides the epoch, ``used`` is the same in all of them; so are then the stretches' bounds.
+        turn = epoch if self.epoch_length % self.num_streams else 0
+        left_out = self._deal(self.num_examples - self.epoch_length, turn)
+        ends = np.cumsum(used + left_out)
         begin, end = int(ends[stream - 1]) if stream else 0, int(ends[stream])
+        inner = np.searchsorted(self._shard_ends, begin, side="right"), np.searchsorted(self._shard_ends, end)
+        cuts = np.concatenate([[begin], self._shard_ends[slice(*inner)], [end]])
+        pieces = self._permute(Purpose.SHARDS, epoch, stream, 0, len(cuts) - 1)
+        ends = np.cumsum(np.diff(cuts)[pieces])
+        word = random_words(self._seed, Purpose.LEFT_OUT, epoch, stream, 0, 1)[0]
+        whole = self._window >= end - begin
+        block = end - begin if whole else (self._window + 1) // 2
+        return _Stretch(
+            ends=ends,
+            offsets=cuts[pieces + 1] - ends,
+            hole=int(word) % (int(used[stream]) + 1),
+            left_out=int(left_out[stream]),
+            block=block,
+            shift=0 if whole else block // 2,
+        )
 
-        inner = self._shard_ends[(self._shard_ends > begin) & (self._shard_ends < end)]
-        cuts = np.unique(np.concatenate([[begin], inner, [end]]))
-        pieces = [np.arange(a, b, dtype=np.int64) for a, b in pairwise(cuts)]
-        keys = _draw(self._seed, epoch, stream, _PURPOSE_SHARDS, len(pieces))
-        order = np.concatenate([pieces[i] for i in np.argsort(keys, kind="stable")])
+    def _deal(self, count: int, epoch: int) -> Int64[np.ndarray, " streams"]:
+        """Each stream's share of ``count``, dealt in turn, every epoch from where the last one stopped.
 
-        keys = _draw(self._seed, epoch, stream, _PURPOSE_WINDOW, len(order))
-        if self._window < len(order):
-            unit = (keys >> np.uint64(11)).astype(np.float64) * 2.0**-53
-            keys = np.arange(len(order)) + unit * self._window
-        return order[np.argsort(keys, kind="stable")]
+        So position mod C names the stream in every epoch, even where C does not divide the epoch.
+        """
+        first = (np.arange(self.num_streams) - epoch * count) % self.num_streams
+        return (count - first + self.num_streams - 1) // self.num_streams
+
+    def _draw_block(self, epoch: int, stream: int, number: int) -> Int64[np.ndarray, " examples"]:
+        """A block of the second pass, which stands half a block before those of the first."""
+        stretch = self._stretches(epoch, stream)
+        begin, end = stretch.bounds(number)
+        places = begin + self._permute(Purpose.SECOND_PASS, epoch, stream, number, end - begin)
+        # Without a shift one pass says all: the block is the whole stretch, or a single example.
+        if stretch.shift:
+            first = begin // stretch.block
+            before = range(first, (end - 1) // stretch.block + 1)
+            passed = np.concatenate([self._first_passes(epoch, stream, b) for b in before])
+            places = passed[places - first * stretch.block]
+        return stretch.examples(places)
+
+    def _draw_first_pass(self, epoch: int, stream: int, number: int) -> Int64[np.ndarray, " places"]:
+        stretch = self._stretches(epoch, stream)
+        begin = number * stretch.block
+        end = min(begin + stretch.block, int(stretch.ends[-1]))
+        return begin + self._permute(Purpose.FIRST_PASS, epoch, stream, number, end - begin)
+
+    def _draw_bucket(self, epoch: int, stream: int, window: int) -> Int64[np.ndarray, " examples"]:
+        """A stream's examples in a window of steps, as far as the window lies in the epoch."""
+        assert self._bucketing is not None
+        steps, rows = self._bucketing.steps, self._bucketing.global_batch_size
+        first = epoch * self.epoch_length
+        begin = max(window * steps * rows, first)
+        end = min((window + 1) * steps * rows, first + self.epoch_length)
+        positions = np.arange(begin + (stream - begin) % self.num_streams, end, self.num_streams)
+        turns = ((positions - first) // self.num_streams).tolist()
+        drawn = np.array([self._example(epoch, stream, turn) for turn in turns], dtype=np.int64)
+        # All streams draw the same order of the steps, so that the short ones of each meet in one step.
+        keys = random_words(self._seed, Purpose.STEPS, 0, 0, window, steps)[positions // rows % steps]
+        dealt = np.empty_like(drawn)
+        by_length = np.argsort(self._bucketing.lengths(epoch, drawn), kind="stable")
+        dealt[np.argsort(keys, kind="stable")] = drawn[by_length]
+        return dealt
+
+    def _permute(
+        self, purpose: Purpose, epoch: int, stream: int, number: int, count: int
+    ) -> Int64[np.ndarray, " count"]:
+        words = random_words(self._seed, purpose, epoch, stream, number, count)
+        return np.argsort(words, kind="stable")
 
 
 def micro_batches(
@@ -144,13 +250,14 @@ def micro_batches(
     world_size: int,
     micro_batch_size: int,
     accumulation: int,
-    start_step: int,
+    start_sample: int,
     num_steps: int,
 ) -> Iterator[list[tuple[int, int]]]:
     """Yields one rank's micro-batches, ``accumulation`` to an optimizer step.
 
-    Step s takes positions [s G, (s + 1) G), G = micro_batch_size x accumulation x world_size; rank r takes
-    those that leave r when divided by the world size, in rising order.
+    Step s takes positions [start_sample + s G, start_sample + (s + 1) G), G = micro_batch_size x accumulation
+    x world_size; rank r takes every world_size-th from its r-th on, in rising order. A rank keeps its streams
+    over a resumption if ``start_sample`` is a multiple of the world size.
 
     Args:
         order: the global sequence.
@@ -158,15 +265,9 @@ def micro_batches(
         world_size: number of ranks.
         micro_batch_size: rows of a micro-batch.
         accumulation: micro-batches of an optimizer step.
-        start_step: first step; it resumes after ``start_step * G`` samples consumed.
+        start_sample: samples consumed before, by any number of ranks and with any batch size.
         num_steps: steps to yield.
     """
-    for first in range(start_step * accumulation, (start_step + num_steps) * accumulation):
-        row = first * micro_batch_size
-        yield [order.sample_at((row + i) * world_size + rank) for i in range(micro_batch_size)]
-
-
-def _draw(seed: int, epoch: int, number: int, purpose: int, count: int) -> UInt64[np.ndarray, " count"]:
-    """Random 64-bit words; raw, for numpy promises those across versions, not ``Generator``'s methods."""
-    entropy = np.random.SeedSequence([seed & (2**64 - 1), epoch, number, purpose])
-    return np.random.PCG64(entropy).random_raw(count)
+    for first in range(0, num_steps * accumulation * micro_batch_size, micro_batch_size):
+        begin = start_sample + first * world_size + rank
+        yield [order.sample_at(begin + i * world_size) for i in range(micro_batch_size)]

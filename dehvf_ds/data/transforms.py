@@ -1,15 +1,13 @@
-"""From a picture's bytes to the tower's pixels."""
+"""From a picture to the tower's pixels, by the tower's own image processor."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jaxtyping import Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
@@ -17,31 +15,6 @@ from transformers.image_processing_utils import BaseImageProcessor
 from dehvf_ds.config import UserError
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """Decodes a picture upright, in mode RGB.
-
-    EXIF orientation is applied; transparency is laid on white (diagrams are often black on nothing); 16-bit
-    grey is scaled to 8 bits, not clipped.
-
-    Raises:
-        ValueError: the bytes are no whole picture of a known format.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            image = ImageOps.exif_transpose(opened)
-    except UnidentifiedImageError as error:
-        raise ValueError("not a readable picture: of no known format") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a readable picture: {' '.join(str(error).split())}") from error
-    if image.mode.startswith("I") or image.mode == "F":
-        return _scale_to_bytes(image).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
 
 
 class ImageTransform:
@@ -117,10 +90,3 @@ def _sizes_for(own_size: Mapping[str, Any] | Any, image_size: int) -> dict[str, 
         "do_center_crop": True,
         "crop_size": square,
     }
-
-
-def _scale_to_bytes(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
-    # Mode I holds 16-bit PNGs as well as 8-bit values; F has no range of its own.
-    top = 65535.0 if values.max(initial=0) > 255 else 255.0
-    return Image.fromarray(np.clip(values * (255.0 / top), 0, 255).round().astype(np.uint8))

@@ -29,12 +29,14 @@ class StepMetrics:
         grad_norm: global norm of the gradient before clipping; None where it is not finite.
         lr: learning rate of this step.
         seconds: wall time of this step.
+        data_seconds: of these, what rank 0 waited for the loader.
         samples_per_s: rows a second in this step.
         tokens_per_s: text tokens a second in this step.
         mfu: model FLOPs utilisation; None where the device's peak is not known.
         memory_bytes: peak memory of rank 0: CUDA's allocator, or the process on a CPU.
         skipped: steps not taken so far because the gradient was not finite.
         unsupervised_rows: rows so far that had no token to learn, their prompt being too long.
+        replaced: damaged samples so far in whose place another stood.
     """
 
     step: int
@@ -45,12 +47,14 @@ class StepMetrics:
     grad_norm: float | None
     lr: float
     seconds: float
+    data_seconds: float
     samples_per_s: float
     tokens_per_s: float
     mfu: float | None
     memory_bytes: int
     skipped: int
     unsupervised_rows: int
+    replaced: int
 
 
 _JSON_NAMES = {"loss": "train/loss", "grad_norm": "train/grad_norm"}

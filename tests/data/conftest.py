@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dehvf_ds.data.index import ShardIndex, ShardRow, write_shards
+from dehvf_ds.data.index import ShardIndex, write_shards
+from dehvf_ds.data.shards import ShardRow
 
 CORPUS = [
     "Caption of the picture: The dog runs. A child in a pink dress.",
@@ -66,6 +68,30 @@ def build_sentencepiece_like() -> PreTrainedTokenizerFast:
     )
 
 
+def build_llama(directory: Path, *, legacy: bool) -> PreTrainedTokenizerBase:
+    """LLaMA's kind: a sentencepiece BPE with byte fallback, read from ``tokenizer.model`` as a 7B's is."""
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([*CORPUS, "USER: What is it? ASSISTANT: A dog. The wind pushes the kite."]),
+        model_prefix=str(directory / "tokenizer"),
+        model_type="bpe",
+        vocab_size=420,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        **{"add_bos_token": True, "add_eos_token": False, "legacy": legacy},
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return AutoTokenizer.from_pretrained(directory)
+
+
 @pytest.fixture(scope="session")
 def byte_bpe() -> PreTrainedTokenizerFast:
     return build_byte_bpe()
@@ -79,6 +105,16 @@ def byte_bpe_with_bos() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def sentencepiece_like() -> PreTrainedTokenizerFast:
     return build_sentencepiece_like()
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> PreTrainedTokenizerBase:
+    return build_llama(tmp_path_factory.mktemp("llama"), legacy=False)
+
+
+@pytest.fixture(scope="session")
+def llama_legacy(tmp_path_factory) -> PreTrainedTokenizerBase:
+    return build_llama(tmp_path_factory.mktemp("llama_legacy"), legacy=True)
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +132,7 @@ def caption_row(number: int, *, captions: int = 2) -> ShardRow:
     texts = [f"The dog {number} runs {k}." for k in range(captions)]
     record = {"image_id": number, "file_name": f"{number}.png", "captions": texts}
     members = {"json": json.dumps(record).encode(), "png": picture_bytes((number % 256, 0, 0))}
-    return ShardRow(key=f"row{number}", members=members, captions=captions)
+    return ShardRow(key=f"row{number}", members=members)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from dehvf_ds.batch import IGNORE_INDEX, Sample
-from dehvf_ds.config import UserError
+from dehvf_ds.config import ScienceqaConfig, UserError
+from dehvf_ds.data.chat import encode_chat, encode_chat_prompt, parse_conversation
 from dehvf_ds.data.collate import (
     Collator,
     encode,
@@ -17,6 +19,22 @@ from dehvf_ds.data.collate import (
 )
 
 PROMPT, TARGET = "Caption of the picture:", "The dog runs."
+PROBLEM = {
+    "question": "a",
+    "choices": ["b", "a"],
+    "answer": 0,
+    "image_caption": "a dog",
+    "lecture": "The dog runs.",
+    "solution": "A child.",
+}
+TALK = {
+    "conversations": [
+        {"from": "human", "value": "<image>\nThe dog?"},
+        {"from": "gpt", "value": "A child."},
+        {"from": "human", "value": "A dress?"},
+        {"from": "gpt", "value": "The dog runs."},
+    ]
+}
 
 
 @pytest.fixture(params=["byte_bpe", "byte_bpe_with_bos", "sentencepiece_like"])
@@ -106,9 +124,8 @@ def test_training_batch(byte_bpe, tiny_transform):
 
 def test_generation_batch(byte_bpe_with_bos, tiny_transform):
     tokenizer = byte_bpe_with_bos
-    problem = {"question": "a", "choices": ["b", "a"], "answer": 0}
     rows = [
-        Sample(key=str(i), image=None, record={**problem, "hint": hint})
+        Sample(key=str(i), image=None, record={**PROBLEM, "hint": hint})
         for i, hint in enumerate(["", "a b a b"])
     ]
     collator = Collator(
@@ -128,6 +145,69 @@ def test_generation_batch(byte_bpe_with_bos, tiny_transform):
         assert kept[0] == tokenizer.bos_token_id
         assert tokenizer.decode(kept).endswith("Response: The answer is")
         assert (ids[~mask.bool()] == tokenizer.eos_token_id).all()
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (None, "Context: N/A\nOptions: (A) b (B) a\nResponse: The answer is A."),
+        (
+            ScienceqaConfig(image_captions=True),
+            "Context: a dog\nOptions: (A) b (B) a\nResponse: The answer is A.",
+        ),
+        (
+            ScienceqaConfig(lecture=True, solution=True),
+            "Context: N/A\nOptions: (A) b (B) a\nResponse: The answer is A. BECAUSE: The dog runs. A child.",
+        ),
+    ],
+)
+def test_scienceqa_form(byte_bpe, tiny_transform, form, text):
+    """The picture's caption is shown to the model only where the configuration says so."""
+    settings = {} if form is None else {"scienceqa": form}
+    collator = Collator(byte_bpe, tiny_transform, task="scienceqa", max_tokens=512, **settings)
+    batch = collator([Sample(key="a", image=None, record=PROBLEM)])
+    assert byte_bpe.decode(batch.input_ids[0]) == f"Question: a\n{text}<eos>"
+
+
+def test_chat_batches(tokenizer, tiny_transform):
+    samples = [Sample(key="a", image=None, record=TALK), row("b")]
+    samples[1].record.update(TALK, conversations=TALK["conversations"][:2])
+    messages = parse_conversation(TALK)
+    batch = Collator(tokenizer, tiny_transform, task="chat", max_tokens=512)(samples)
+    whole, short = encode_chat(tokenizer, messages, 512), encode_chat(tokenizer, messages[:2], 512)
+    assert (batch.input_ids[0].tolist(), batch.labels[0].tolist()) == whole
+    assert batch.labels[1].tolist() == short[1] + [IGNORE_INDEX] * (len(whole[1]) - len(short[1]))
+    assert batch.has_image.tolist() == [False, True]
+    batch = Collator(tokenizer, tiny_transform, task="chat", max_tokens=8, for_generation=True)(samples)
+    assert batch.input_ids[0].tolist() == encode_chat_prompt(tokenizer, messages)
+    question = encode_chat_prompt(tokenizer, messages[:1])
+    assert batch.input_ids[1].tolist()[-len(question) :] == question
+    assert (batch.labels == IGNORE_INDEX).all()
+
+
+def test_damaged_conversation_names_its_sample(byte_bpe, tiny_transform):
+    collator = Collator(byte_bpe, tiny_transform, task="chat", max_tokens=64)
+    with pytest.raises(UserError, match=r"^sample x7: the conversation has no turns"):
+        collator([Sample(key="x7", image=None, record={})])
+
+
+def test_augmented_in_training_only(byte_bpe, tiny_transform):
+    def to_green(image, sample):
+        assert (image.getpixel((0, 0)), sample.epoch) == ((255, 0, 0), 3)
+        return Image.new("RGB", image.size, (0, 255, 0))
+
+    samples = [replace(row("a"), epoch=3), replace(row("b", image=False), epoch=3)]
+    for for_generation, colour in ((False, [0.0, 1.0, 0.0]), (True, [1.0, 0.0, 0.0])):
+        collator = Collator(
+            byte_bpe,
+            tiny_transform,
+            task="caption",
+            max_tokens=64,
+            augment=to_green,
+            for_generation=for_generation,
+        )
+        pixels = collator(samples).pixel_values
+        assert pixels[:, :, 0, 0].tolist() == [colour, [0.0, 0.0, 0.0]]
 
 
 def test_rows_without_supervision_are_counted_not_dropped(byte_bpe, tiny_transform):

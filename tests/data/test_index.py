@@ -11,22 +11,25 @@ import pytest
 import webdataset
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data import index as index_module
-from dehvf_ds.data.index import INDEX_NAME, MANIFEST_NAME, ShardIndex, ShardRow, write_shards
+from dehvf_ds.data.index import INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME, ShardIndex, write_shards
+from dehvf_ds.data.shards import DamagedSample, ShardRow
 
 
 def test_every_sample_is_read_from_its_own_bytes(make_shards):
-    index = ShardIndex.open(make_shards(10, 4))
+    index = ShardIndex(make_shards(10, 4))
     assert len(index) == 10
     assert index.shard_rows == (4, 4, 2)
+    assert index.shard_examples == (8, 8, 4)
     assert index.captions.tolist() == [2] * 10
+    assert index.text_lengths.tolist() == [len("The dog 0 runs 0.")] * 20
+    assert index.num_without_captions == 0
     for i in (0, 9, 3, 4, 7):
         members = index.read(i)
         assert members["__key__"] == f"row{i}"
         assert json.loads(members["json"])["image_id"] == i
         assert members["png"].startswith(b"\x89PNG")
-    path, offset, size = index.locate(5)
-    assert path.name == "tiny-000001.tar"
+    name, offset, size = index.locate(5)
+    assert name == "tiny-000001.tar"
     assert offset % tarfile.BLOCKSIZE == size % tarfile.BLOCKSIZE == 0
 
 
@@ -46,13 +49,6 @@ def test_index_travels_to_a_worker_by_directory(make_shards):
     copy = pickle.loads(pickle.dumps(index))
     assert copy.read(3) == index.read(3)
     assert len(pickle.dumps(index)) < 1000
-
-
-def test_few_shards_stay_open(make_shards, monkeypatch):
-    monkeypatch.setattr(index_module, "MAX_OPEN_SHARDS", 2)
-    index = ShardIndex(make_shards(10, 1))
-    assert [index.read(i)["__key__"] for i in [*range(10), 0]] == [f"row{i}" for i in [*range(10), 0]]
-    assert len(index._open_files) == 2
 
 
 def test_sample_number_out_of_range(make_shards):
@@ -77,11 +73,13 @@ def _break(directory, what):
         (directory / INDEX_NAME).unlink()
     elif what == "bad index":
         (directory / INDEX_NAME).write_bytes(b"no numpy")
+    elif what == "no lengths":
+        (directory / LENGTHS_NAME).unlink()
+    elif what == "other name":
+        text = (directory / MANIFEST_NAME).read_text()
+        (directory / MANIFEST_NAME).write_text(text.replace("tiny-000001.tar", "../x.tar"))
     elif what == "short index":
         np.save(directory / INDEX_NAME, np.load(directory / INDEX_NAME)[:-1])
-    elif what == "other index":
-        table = np.load(directory / INDEX_NAME)
-        np.save(directory / INDEX_NAME, table[::-1].copy())
     elif what == "no shard":
         shard.unlink()
     elif what == "cut shard":
@@ -94,12 +92,13 @@ def _break(directory, what):
         ("no manifest", r"manifest.json: no such file; build shards"),
         ("no json", r"manifest.json: not a manifest"),
         ("no fields", r"manifest.json: not a manifest of shards: KeyError"),
-        ("version", r"format version 99, this program reads 1"),
+        ("version", r"format version 99, this program reads 2"),
+        ("other name", r"shard name '../x.tar' is not a plain file name"),
+        ("no lengths", r"text_lengths.npy: no such file"),
         ("sum", r"num_samples 11 is not the sum"),
         ("no index", r"index.npy: no such file"),
         ("bad index", r"index.npy: not an index"),
-        ("short index", r"index.npy: int64 \(9, 3\) where manifest.json promises int64 \(10, 3\)"),
-        ("other index", r"index.npy: disagrees with tiny-00000"),
+        ("short index", r"index.npy: int64 \(9, 4\) where manifest.json promises int64 \(10, 4\)"),
         ("no shard", r"tiny-000001.tar: no such shard"),
         ("cut shard", r"tiny-000001.tar: \d+ bytes where manifest.json promises \d+; copy the shard again"),
     ],
@@ -108,7 +107,7 @@ def test_broken_directories_are_refused_in_one_line(make_shards, what, message):
     directory = make_shards(10, 4)
     _break(directory, what)
     with pytest.raises(UserError, match=message) as caught:
-        ShardIndex(directory)
+        ShardIndex(directory).check_sizes()
     assert "\n" not in str(caught.value)
     assert str(directory) in str(caught.value)
 
@@ -120,24 +119,43 @@ def test_missing_directory(tmp_path):
         ShardIndex(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("part", ["first header", "last header"])
-def test_damaged_sample_is_never_returned_in_part(make_shards, part):
+@pytest.mark.parametrize("place", ["first header", "last header", "record", "picture", "padding"])
+def test_any_changed_byte_is_noticed(make_shards, place):
     directory = make_shards(4, 4)
-    path, offset, _ = ShardIndex(directory).locate(1)
-    data = bytearray(path.read_bytes())
+    name, offset, size = ShardIndex(directory).locate(1)
+    data = bytearray((directory / name).read_bytes())
     # json is the first member, png the second; each has one block of header.
-    begin = offset if part == "first header" else offset + 1024
-    assert data[begin : begin + 4] == b"row1"
-    data[begin : begin + 512] = b"\xff" * 512
-    path.write_bytes(bytes(data))
+    at = {
+        "first header": 1,
+        "record": 512 + 30,
+        "last header": 1025,
+        "picture": 1536 + 40,
+        "padding": size - 1,
+    }
+    data[offset + at[place]] ^= 1
+    (directory / name).write_bytes(bytes(data))
     index = ShardIndex(directory)
     assert index.read(0)["__key__"] == "row0"
-    if part == "first header":
-        with pytest.raises(UserError, match=re.escape(str(path))):
-            index.read(1)
-    else:
-        # The record names a picture; read_sample refuses the row without one.
-        assert "png" not in index.read(1)
+    with pytest.raises(DamagedSample, match=re.escape(f"{directory}: {name}: sample 1")):
+        index.read(1)
+
+
+def test_index_of_other_shards_gives_no_other_sample(make_shards):
+    directory = make_shards(8, 4)
+    np.save(directory / INDEX_NAME, np.roll(np.load(directory / INDEX_NAME), 4, axis=0))
+    index = ShardIndex(directory)
+    for row in range(8):
+        with pytest.raises(DamagedSample):
+            index.read(row)
+
+
+def test_a_key_in_two_shards_is_named(tmp_path):
+    rows = [ShardRow(key=key, members={"json": b"{}"}) for key in ("a", "b", "c", "a")]
+    with pytest.raises(
+        UserError, match=r"key 'a' is given to two samples, in x-000000.tar and in x-000001.tar"
+    ):
+        write_shards(rows, tmp_path / "out", name="x", samples_per_shard=2, builder={})
+    assert not (tmp_path / "out" / MANIFEST_NAME).exists()
 
 
 def test_writing_is_deterministic_and_leaves_no_part(tmp_path, make_shards):
@@ -145,7 +163,13 @@ def test_writing_is_deterministic_and_leaves_no_part(tmp_path, make_shards):
     first.rename(tmp_path / "other")
     second = make_shards(6, 4)
     names = sorted(path.name for path in second.iterdir())
-    assert names == ["index.npy", "manifest.json", "tiny-000000.tar", "tiny-000001.tar"]
+    assert names == [
+        "index.npy",
+        "manifest.json",
+        "text_lengths.npy",
+        "tiny-000000.tar",
+        "tiny-000001.tar",
+    ]
     for name in names:
         assert (tmp_path / "other" / name).read_bytes() == (second / name).read_bytes()
 
@@ -153,18 +177,14 @@ def test_writing_is_deterministic_and_leaves_no_part(tmp_path, make_shards):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "no sample to write"),
-        ([ShardRow(key="a.b", members={"json": b"{}"})], "dot or slash"),
-        ([ShardRow(key="a", members={"json": b"{}"})] * 2, "given to two samples"),
+        ([], "no sample to index"),
+        ([ShardRow(key="a.b", members={"json": b"{}"})], "dot, slash or space"),
+        ([ShardRow(key=k, members={"json": b"{}"}) for k in "aba"], "key 'a' is given to two samples"),
+        ([ShardRow(key="a", members={"json": b"[]"})], "text is not usable: not an object; repair it"),
+        ([ShardRow(key="a", members={"json": b'{"captions": [" "]}'})], "has an empty caption"),
     ],
 )
 def test_unfit_rows(tmp_path, rows, message):
     with pytest.raises(UserError, match=message):
-        write_shards(rows, tmp_path / "out", name="x", samples_per_shard=2, builder={})
+        write_shards(rows, tmp_path / "out", name="x", samples_per_shard=3, builder={})
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
-
-
-def test_full_directory_is_refused(tmp_path, make_shards):
-    directory = make_shards(2)
-    with pytest.raises(UserError, match="not empty"):
-        write_shards([], directory, name="x", samples_per_shard=2, builder={})

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from dehvf_ds.config import DataConfig, UserError
-from dehvf_ds.data.index import ShardIndex, ShardRow, write_shards
-from dehvf_ds.data.loader import build_loader, open_examples, read_all, read_sample
+from dehvf_ds.data.index import ShardIndex, write_shards
+from dehvf_ds.data.loader import build_loader, epoch_samples, open_examples, read_all, read_sample
+from dehvf_ds.data.shards import DamagedSample, ShardRow
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def build(byte_bpe, tiny_transform):
             "world_size": 1,
             "micro_batch_size": 4,
             "accumulation": 1,
-            "start_step": 0,
+            "start_sample": 0,
             "num_steps": 6,
         }
         return build_loader(config, byte_bpe, tiny_transform, **{**defaults, **place})
@@ -66,12 +67,14 @@ def test_one_caption_an_epoch(make_shards, build):
     assert sorted(key for batch in batches for key in batch.keys) == [f"row{i}" for i in range(8)]
 
 
+# Torch advises against more workers than cores.
+@pytest.mark.filterwarnings(r"ignore:\s*This DataLoader will create:UserWarning")
 def test_workers_change_nothing(make_shards, build):
     config = data_config(make_shards(10, 4))
     alone = list(build(config))
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    for workers in (1, 2):
+    for workers in (1, 2, 3, 4):
         shared = list(build(replace(config, num_workers=workers)))
         assert [b.keys for b in shared] == [b.keys for b in alone]
         for a, b in zip(shared, alone, strict=True):
@@ -94,34 +97,98 @@ def test_ranks_share_the_steps_of_one(make_shards, build):
 def test_resume_is_the_rest(make_shards, build):
     config = data_config(make_shards(10, 4))
     whole = [batch.keys for batch in build(config, num_steps=6)]
-    assert [batch.keys for batch in build(config, start_step=4, num_steps=2)] == whole[4:]
+    assert [batch.keys for batch in build(config, start_sample=16, num_steps=2)] == whole[4:]
+
+
+def test_resume_on_other_ranks_is_the_rest(make_shards, build):
+    config = data_config(make_shards(10, 4), bucket_steps=2)
+    whole = [batch.keys for batch in build(config, micro_batch_size=4, accumulation=2, num_steps=5)]
+    for world_size, micro_batch_size in ((2, 2), (4, 2), (8, 1)):
+        place = {"world_size": world_size, "micro_batch_size": micro_batch_size}
+        place["accumulation"] = 8 // world_size // micro_batch_size
+        ranks = [
+            list(build(config, rank=rank, **place, start_sample=16, num_steps=3))
+            for rank in range(world_size)
+        ]
+        rest = [key for rank in ranks for batch in rank for key in batch.keys]
+        assert sorted(rest) == sorted(key for keys in whole[4:] for key in keys)
+
+
+def test_dropped_tail(make_shards, build):
+    config = data_config(make_shards(10, 4), tail="drop")
+    assert epoch_samples(config, 20, 8) == 16
+    assert epoch_samples(replace(config, tail="wrap"), 20, 8) == 20
+    with pytest.raises(UserError, match=r"do not fill one batch of train.global_batch_size 32"):
+        epoch_samples(config, 20, 32)
+    batches = list(build(config, micro_batch_size=8, num_steps=4))
+    for epoch in (batches[:2], batches[2:]):
+        assert len({tuple(ids.tolist()) for batch in epoch for ids in batch.input_ids}) == 16
+
+
+def damage(directory, rows):
+    """Flips a byte in the pictures of these rows."""
+    index = ShardIndex(directory)
+    for row in rows:
+        name, offset, _ = index.locate(row)
+        data = bytearray((directory / name).read_bytes())
+        data[data.index(b"\x89PNG", offset) + 20] ^= 1
+        (directory / name).write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_samples_are_replaced_by_others_of_their_shard(make_shards, build, workers):
+    directory = make_shards(10, 4)
+    sound = list(build(data_config(directory), num_steps=5))
+    damage(directory, [1, 5, 6])
+    config = replace(data_config(directory, on_bad="replace"), num_workers=workers)
+    found = list(build(config, num_steps=5))
+    assert [batch.keys for batch in build(config, num_steps=5)] == [batch.keys for batch in found]
+    replaced = 0
+    for before, after in zip(sound, found, strict=True):
+        assert len(after.keys) == 4
+        notes = list(after.replaced)
+        for old, new in zip(before.keys, after.keys, strict=True):
+            if old in ("row1", "row5", "row6"):
+                shard, message = notes.pop(0)
+                assert int(new.removeprefix("row")) // 4 == int(old.removeprefix("row")) // 4
+                assert new not in ("row1", "row5", "row6")
+                assert shard == f"tiny-00000{int(old.removeprefix('row')) // 4}.tar"
+                assert f"sample {old.removeprefix('row')} (" in message
+                replaced += 1
+            else:
+                assert new == old
+        assert notes == []
+    assert replaced == 6
+
+
+def test_a_shard_without_a_sound_sample_stops_the_run(make_shards, build):
+    directory = make_shards(8, 4)
+    damage(directory, range(4, 8))
+    with pytest.raises(UserError, match=r"nor could 15 others of its shard take its place"):
+        list(build(data_config(directory, on_bad="replace"), num_steps=4))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damaged_sample_is_one_line(make_shards, build, workers):
     directory = make_shards(4, 4)
-    path, offset, _ = ShardIndex(directory).locate(2)
-    data = bytearray(path.read_bytes())
-    begin = data.index(b"\x89PNG", offset)
-    data[begin : begin + 40] = bytes(40)
-    path.write_bytes(bytes(data))
+    damage(directory, [2])
     loader = build(replace(data_config(directory), num_workers=workers))
-    with pytest.raises(UserError, match=r"tiny-000000.tar: sample row2: not a readable picture") as caught:
+    with pytest.raises(UserError, match=r"000000.tar: sample 2 .* not the bytes that") as caught:
         list(loader)
     assert "\n" not in str(caught.value)
     assert multiprocessing.active_children() == []
 
 
 def test_sample_that_lost_its_picture(tmp_path):
-    row = ShardRow(key="a", members={"json": b'{"file_name": "a.jpg", "captions": ["x"]}'}, captions=1)
+    row = ShardRow(key="a", members={"json": b'{"file_name": "a.jpg", "captions": ["x"]}'})
     text_only = ShardRow(key="b", members={"json": b'{"image": "b.png", "image_missing": true}'})
-    broken = ShardRow(key="c", members={"json": b"{"})
+    broken = ShardRow(key="c", members={"json": b"{}", "png": b"no picture"})
     write_shards([row, text_only, broken], tmp_path / "s", name="s", samples_per_shard=5, builder={})
     index = ShardIndex(tmp_path / "s")
-    with pytest.raises(UserError, match="sample a: its record names a picture"):
+    with pytest.raises(DamagedSample, match=r"sample 0 \(a\): its record names a picture"):
         read_sample(index, 0)
     assert read_sample(index, 1).image is None
-    with pytest.raises(UserError, match=r"sample c: its \.json is not JSON"):
+    with pytest.raises(DamagedSample, match=r"sample 2 \(c\): not a readable picture"):
         read_sample(index, 2)
 
 
@@ -130,7 +197,7 @@ def test_shards_of_another_task(tmp_path, make_shards):
     write_shards([problem], tmp_path / "p", name="p", samples_per_shard=5, builder={})
     with pytest.raises(UserError, match=r"sample 0 has no caption, as data\.task caption needs"):
         open_examples(data_config(tmp_path / "p"), seed=0)
-    with pytest.raises(UserError, match="holds captions, not problems"):
+    with pytest.raises(UserError, match=r"holds captions, not rows as data.task scienceqa needs"):
         open_examples(data_config(make_shards(), task="scienceqa"), seed=0)
     assert len(open_examples(data_config(tmp_path / "p", task="scienceqa"), seed=0)[1]) == 1
 

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import io
 import json
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.transforms import build_image_transform, decode_image
+from dehvf_ds.data.transforms import build_image_transform
 
 DINOV2 = {
     "image_processor_type": "BitImageProcessor",
@@ -20,12 +18,6 @@ DINOV2 = {
 }
 
 
-def encoded(image, kind="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 @pytest.fixture
 def tower(tmp_path):
     def make(config):
@@ -33,48 +25,6 @@ def tower(tmp_path):
         return tmp_path
 
     return make
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK"])
-def test_modes_become_rgb(mode):
-    kind = "JPEG" if mode == "CMYK" else "PNG"
-    image = decode_image(encoded(Image.new("RGB", (8, 6), (255, 255, 255)).convert(mode), kind))
-    assert (image.mode, image.size) == ("RGB", (8, 6))
-    assert image.getpixel((3, 3)) == (255, 255, 255)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparency_is_laid_on_white(mode):
-    black_on_nothing = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
-    black_on_nothing.putpixel((0, 0), (0, 0, 0, 255))
-    image = decode_image(encoded(black_on_nothing.convert(mode)))
-    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
-
-
-def test_palette_with_transparency():
-    image = Image.new("P", (2, 1))
-    image.putpalette([0, 0, 0, 10, 20, 30])
-    image.putpixel((1, 0), 1)
-    found = decode_image(encoded(image, transparency=b"\x00\xff"))
-    assert [found.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (10, 20, 30)]
-
-
-def test_sixteen_bits_are_scaled():
-    grey = Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16))
-    found = decode_image(encoded(grey))
-    assert [found.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
-
-
-def test_exif_orientation_is_applied():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    assert decode_image(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).size == (4, 8)
-
-
-@pytest.mark.parametrize("data", [b"", b"no picture", encoded(Image.effect_noise((90, 90), 9), "JPEG")[:700]])
-def test_unreadable_pictures(data):
-    with pytest.raises(ValueError, match="not a readable picture"):
-        decode_image(data)
 
 
 def test_tower_of_dinov2(tower):

@@ -17,12 +17,14 @@ def step(number: int, loss: float) -> StepMetrics:
         grad_norm=None if loss != loss else 1.0,
         lr=1e-3,
         seconds=2.0,
+        data_seconds=0.1,
         samples_per_s=4.0,
         tokens_per_s=50.0,
         mfu=None,
         memory_bytes=1000,
         skipped=0,
         unsupervised_rows=0,
+        replaced=0,
     )
 
 

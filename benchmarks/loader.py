@@ -1,0 +1,85 @@
+"""How long a training step waits for the loader, with a stand-in that sleeps as long as a step takes.
+
+    python benchmarks/loader.py --data demo_data/flickr8k/train --workers 0 1 2 --step-seconds 2.7
+
+Prints images/s of the loader alone, and the share of the time that a sleeping step waited, for each number of
+workers. The first batch (start of the workers) is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dehvf_ds.config import DataConfig
+from dehvf_ds.data.loader import TrainingLoader, build_loader
+from dehvf_ds.data.tokenizer import load_tokenizer
+from dehvf_ds.data.transforms import build_image_transform
+
+
+def main() -> None:
+    """Parses the flags and measures each number of workers."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", default="demo_data/scenes/shards/train")
+    parser.add_argument("--language-model", default="demo_data/backbones/smollm2-135m")
+    parser.add_argument("--vision-tower", default="demo_data/backbones/dinov2-small")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batches", type=int, default=30)
+    parser.add_argument("--step-seconds", type=float, default=2.7, help="what the stand-in sleeps a batch")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{args.data}, micro-batches of {args.batch}")
+    for workers in args.workers:
+        rate, _ = run(build(args, workers), 0.0)
+        line = f"{workers} workers: {rate * args.batch:.0f} images/s alone"
+        if args.step_seconds and workers:
+            _, share = run(build(args, workers), args.step_seconds)
+            line += f"; waits {100 * share:.2f} % of the time at {args.step_seconds:g} s a step"
+        print(line, flush=True)
+
+
+def build(args: argparse.Namespace, workers: int) -> TrainingLoader:
+    """A loader of the flags' data; its augmentation is off."""
+    config = replace(DataConfig(train=args.data), num_workers=workers)
+    return build_loader(
+        config,
+        load_tokenizer(args.language_model),
+        build_image_transform(args.vision_tower, None),
+        seed=0,
+        rank=0,
+        world_size=1,
+        micro_batch_size=args.batch,
+        accumulation=1,
+        start_sample=0,
+        num_steps=args.batches + 1,
+    )
+
+
+def run(loader: TrainingLoader, step_seconds: float) -> tuple[float, float]:
+    """Batches a second, and the share of the time that was spent waiting for them."""
+    batches = iter(loader)
+    next(batches)
+    # The workers fill their queues while the first step runs.
+    time.sleep(step_seconds)
+    started, waited, count = time.perf_counter(), 0.0, 0
+    while True:
+        asked = time.perf_counter()
+        if next(batches, None) is None:
+            break
+        waited += time.perf_counter() - asked
+        count += 1
+        time.sleep(step_seconds)
+    seconds = time.perf_counter() - started
+    return count / seconds, waited / seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Conversations: from the JSON of LLaVA and ShareGPT to token ids, the loss on the answers alone.
+
+No visual token enters the sequence, so a conversation is text; the tokenizer's own chat template writes it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from dehvf_ds.batch import IGNORE_INDEX
+from dehvf_ds.config import UserError
+
+Messages = Sequence[Mapping[str, str]]
+"""Turns in order, each with ``role`` (``system``, ``user`` or ``assistant``) and ``content``."""
+
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if not loop.first %}{{ ' ' }}{% endif %}"
+    "{% if message.role == 'user' %}{{ 'USER: ' + message.content }}"
+    "{% elif message.role == 'assistant' %}{{ 'ASSISTANT: ' + message.content + eos_token }}"
+    "{% else %}{{ message.content }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+"""Ours, near Vicuna's, for tokenizers that have none: ``USER: q ASSISTANT: a</s> USER: ...``."""
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_PLACEHOLDER = re.compile(r"(?:\r?\n| )<(?:image|video)>|<(?:image|video)>(?:\r?\n| )?")
+_ZERO_WIDTH_SPACE = "\u200b"
+
+
+def parse_conversation(record: Mapping[str, Any], *, needs_answer: bool = True) -> list[dict[str, str]]:
+    """Reads ``conversations`` of a LLaVA or ShareGPT record.
+
+    ``<image>`` and ``<video>`` leave a user's turn, with the line break or space beside them: they mark the
+    place of visual tokens, and there are none. Space around a turn goes too.
+
+    Args:
+        record: ``{"conversations": [{"from": "human", "value": ".."}, {"from": "gpt", "value": ".."}, ..]}``;
+            speakers are human or user, gpt or assistant, and system.
+        needs_answer: whether a conversation without an assistant's turn is an error, as it is in training.
+
+    Returns:
+        The turns, as chat templates take them.
+
+    Raises:
+        UserError: no turns, an unknown speaker, a text that is no string, two turns of one speaker in a row,
+            an answer without a question, or no answer.
+    """
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise UserError("the conversation has no turns (conversations is empty or missing)")
+    messages = [_parse_turn(turn, number) for number, turn in enumerate(turns, start=1)]
+    _check_order([message["role"] for message in messages])
+    if needs_answer and all(message["role"] != "assistant" for message in messages):
+        raise UserError("the conversation has no turn of the assistant, so nothing is to be learnt of it")
+    return messages
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, max_tokens: int
+) -> tuple[list[int], list[int]]:
+    """Turns a conversation into ids and labels: the answers are supervised, each with its end-of-turn token.
+
+    The text is written and tokenised as a whole. An answer's place in it is found by writing the turns before
+    it, as generation does, and the two must agree in text and in ids: where they drift, the model would learn
+    to continue a prompt that it never meets. Space that the template puts behind an end-of-turn token is not
+    supervised.
+
+    A special token spelled out in a turn gets a zero-width space behind its first character. It reads the
+    same, but whoever types one can neither end a turn nor fake an answer.
+
+    Args:
+        tokenizer: the LLM's tokenizer; without a chat template it gets ``PLAIN_CHAT_TEMPLATE``.
+        messages: the turns, as ``parse_conversation`` gives them.
+        max_tokens: longest row; what is above it is cut off at the end.
+
+    Returns:
+        ids and labels, equally long; ``IGNORE_INDEX`` at positions that are not supervised.
+
+    Raises:
+        UserError: the template refuses the conversation or does not write it turn by turn; or the tokenizer
+            gives no character offsets, or joins an answer's first characters with those before it.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(f"{tokenizer_name(tokenizer)}: gives no character offsets; it needs a tokenizer.json")
+    messages = _defuse(tokenizer, messages)
+    text = _render(tokenizer, messages)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    bos = _own_bos(tokenizer)
+    ids = [*bos, *encoding.input_ids]
+    starts = [0] * len(bos) + [start for start, _ in encoding.offset_mapping]
+    labels = [IGNORE_INDEX] * len(ids)
+    for prompt, end in _answer_places(tokenizer, messages, text):
+        prompt_ids = [*bos, *_ids(tokenizer, prompt)]
+        first = len(prompt_ids)
+        if first >= max_tokens:
+            break
+        if ids[:first] != prompt_ids:
+            raise UserError(
+                f"{tokenizer_name(tokenizer)}: an answer joins with the tokens before it, which generation "
+                "would not meet; its chat template cannot be used for training by turns"
+            )
+        last = next((i for i in range(first, len(ids)) if starts[i] >= end), len(ids))
+        labels[first:last] = ids[first:last]
+    # Nothing stands before the first token that could predict it.
+    labels[0] = IGNORE_INDEX
+    return ids[:max_tokens], labels[:max_tokens]
+
+
+def encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """The ids to generate the assistant's next turn from; an answer that closes ``messages`` is left out.
+
+    Never cut: a conversation without its end asks another question.
+
+    Raises:
+        UserError: the template refuses the conversation.
+    """
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    text = _render(tokenizer, _defuse(tokenizer, asked), for_generation=True)
+    return [*_own_bos(tokenizer), *_ids(tokenizer, text)]
+
+
+@lru_cache(maxsize=8)
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that a tokenizer puts before a text by itself: none, or the begin-of-text id."""
+    first = tokenizer("a").input_ids[0]
+    return (first,) if first == tokenizer.bos_token_id and first != _ids(tokenizer, "a")[0] else ()
+
+
+def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """``tokenizer NAME``, as messages to the user call it."""
+    return f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
+
+
+def _parse_turn(turn: Any, number: int) -> dict[str, str]:
+    speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
+    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise UserError(
+            f"turn {number} of the conversation: unknown speaker {speaker!r}; known: {', '.join(_ROLES)}"
+        )
+    if not isinstance(text, str):
+        raise UserError(f"turn {number} of the conversation: value is {type(text).__name__}, not a text")
+    return {"role": role, "content": (_PLACEHOLDER.sub("", text) if role == "user" else text).strip()}
+
+
+def _check_order(roles: Sequence[str]) -> None:
+    for number, (role, before) in enumerate(zip(roles[1:], roles, strict=False), start=2):
+        if role == before:
+            raise UserError(f"turn {number} of the conversation: {role} speaks twice in a row")
+    if "assistant" in roles and "user" not in roles[: roles.index("assistant")]:
+        raise UserError("the conversation begins with the assistant, not with a question")
+
+
+def _answer_places(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str
+) -> Iterator[tuple[str, int]]:
+    """Yields, for each answer in ``text``, all that stands before it and the character where it ends."""
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = _render(tokenizer, messages[:turn], for_generation=True)
+        answered = _render(tokenizer, messages[: turn + 1])
+        if not (text.startswith(answered) and answered.startswith(prompt)):
+            raise UserError(
+                f"{tokenizer_name(tokenizer)}: its chat template writes a turn otherwise once others follow, "
+                "so it cannot be used for training by turns"
+            )
+        yield prompt, len(answered.rstrip())
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, for_generation: bool = False) -> str:
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            chat_template=None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE,
+            add_generation_prompt=for_generation,
+            tokenize=False,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{tokenizer_name(tokenizer)}: its chat template fails: {reason}") from None
+    assert isinstance(text, str)
+    return text
+
+
+def _own_bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What stands before the text: a tokenizer's own template writes it, ours leaves it to us."""
+    return () if tokenizer.chat_template else bos_ids(tokenizer)
+
+
+def _defuse(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[dict[str, str]]:
+    pattern = _special_tokens(tokenizer)
+    return [
+        {
+            "role": message["role"],
+            "content": pattern.sub(lambda m: m[0][0] + _ZERO_WIDTH_SPACE + m[0][1:], message["content"]),
+        }
+        for message in messages
+    ]
+
+
+@lru_cache(maxsize=8)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    texts = sorted(added.union(tokenizer.all_special_tokens), key=len, reverse=True)
+    # Without any, a pattern that matches nowhere.
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # verbose=False: a text above the tokenizer's model_max_length is cut by us, not warned of.
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
