@@ -150,11 +150,12 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        line = " ".join(str(error).split())
         # Before the ranks meet they all find the same mistake; after, a damaged sample is one rank's own.
         if rank == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {line}", file=sys.stderr, flush=True)
         elif torch.distributed.is_initialized():
-            print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+            print(f"error (rank {rank}): {line}", file=sys.stderr, flush=True)
         code = USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
         code = 130

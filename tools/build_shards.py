@@ -30,15 +30,12 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data import sources
-from dehvf_ds.data.building import (
-    BuildSettings,
-    adopt_shards,
-    build_shards,
-    describe_file,
-    verify_shards,
-)
-from dehvf_ds.data.sources import SourceRow
+from dehvf_ds.data.building import sources
+from dehvf_ds.data.building.adopt import adopt_shards
+from dehvf_ds.data.building.plan import BuildSettings, describe_file
+from dehvf_ds.data.building.sources import SourceRow
+from dehvf_ds.data.building.verify import verify_shards
+from dehvf_ds.data.building.write import build_shards
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 MAX_SHOWN = 20

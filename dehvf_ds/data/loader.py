@@ -21,7 +21,7 @@ from dehvf_ds.data.examples import Examples
 from dehvf_ds.data.images import build_augment, decode_image
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.prompts import Task
-from dehvf_ds.data.shards import IMAGE_MEMBERS, DamagedSample, parse_record
+from dehvf_ds.data.shards import IMAGE_MEMBERS, DamagedSample, names_picture, parse_record
 from dehvf_ds.data.stream import Bucketing, SampleOrder, micro_batches
 from dehvf_ds.data.transforms import ImageTransform
 
@@ -56,8 +56,7 @@ def read_sample(
     record = parse_record(members)
     where = f"{members['__url__']} ({members['__key__']})"
     picture = next((members[name] for name in IMAGE_MEMBERS if name in members), None)
-    names_picture = bool(record.get("file_name") or record.get("image")) and not record.get("image_missing")
-    if picture is None and names_picture:
+    if picture is None and names_picture(record):
         raise DamagedSample(
             f"{where}: its record names a picture, but the shard holds none; build the shards again"
         )

@@ -202,6 +202,11 @@ def parse_record(members: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
+def names_picture(record: dict[str, Any]) -> bool:
+    """Whether the record belongs to a picture that should be there."""
+    return bool(record.get("file_name") or record.get("image")) and not record.get("image_missing")
+
+
 def text_lengths(record: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
     """Number of captions, and the characters of each example's text without its prompt (for bucketing)."""
     if captions := record.get("captions"):

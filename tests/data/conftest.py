@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from sentencepiece import SentencePieceTrainer
+from tiny_shards import write_shards
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dehvf_ds.data.index import ShardIndex, write_shards
+from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.shards import ShardRow
 
 CORPUS = [

@@ -9,9 +9,11 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
+from tiny_shards import write_shards
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.index import INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME, ShardIndex, write_shards
+from dehvf_ds.data.index import ShardIndex
+from dehvf_ds.data.manifest import INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME
 from dehvf_ds.data.shards import DamagedSample, ShardRow
 
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_shards import write_shards
 
 from dehvf_ds.config import DataConfig, UserError
-from dehvf_ds.data.index import ShardIndex, write_shards
+from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.loader import build_loader, epoch_samples, open_examples, read_all, read_sample
 from dehvf_ds.data.shards import DamagedSample, ShardRow
 

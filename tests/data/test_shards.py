@@ -8,9 +8,11 @@ import tarfile
 
 import numpy as np
 import pytest
+from tiny_shards import write_shards
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.index import ShardIndex, write_index, write_shards
+from dehvf_ds.data.index import ShardIndex
+from dehvf_ds.data.manifest import write_index
 from dehvf_ds.data.shards import (
     DamagedSample,
     ShardRow,

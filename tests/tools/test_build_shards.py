@@ -25,6 +25,8 @@ FLICKR = SCRIPT.parents[1].parent / "shared" / "data" / "flickr8k"
 @pytest.fixture(scope="module")
 def tool():
     spec = importlib.util.spec_from_file_location("build_shards", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["build_shards"] = module
     spec.loader.exec_module(module)
@@ -426,7 +428,7 @@ def test_real_photographs(run, tmp_path):
     assert "70 samples, 350 captions, 3 shards" in out
     samples = list(read_all(ShardIndex(tmp_path / "out")))
     assert len(samples) == 70
-    assert all(min(s.image.size) > 60 for s in samples)
+    assert all(s.image is not None and min(s.image.size) > 60 for s in samples)
 
 
 def test_plain_lines_without_a_terminal(run, coco, tmp_path, monkeypatch, tool):

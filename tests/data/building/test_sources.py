@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.sources import read_coco, read_csv, read_karpathy, read_llava, read_scienceqa
+from dehvf_ds.data.building.sources import read_coco, read_csv, read_karpathy, read_llava, read_scienceqa
 
-SCIENCEQA = Path(__file__).parents[3] / "shared" / "data" / "scienceqa"
+SCIENCEQA = Path(__file__).resolve().parents[4] / "shared" / "data" / "scienceqa"
 ESCAPES = ["../x.jpg", "a/../../x.jpg", "/etc/x.jpg", "a\0.jpg"]
 
 

@@ -1,0 +1,1 @@
+"""Shard directories made, taken over and checked; used by ``tools/build_shards.py`` alone."""

@@ -1,0 +1,154 @@
+"""Which row goes into which shard, under which key: decided before a picture is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tarfile import BLOCKSIZE
+from typing import Any
+
+from dehvf_ds.config import UserError
+from dehvf_ds.data.building.sources import SourceRow
+from dehvf_ds.data.shards import one_line
+
+MEMBER_OF_SUFFIX = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+MAX_KEY_LENGTH = 80
+STAT_THREADS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings:
+    """How rows become shards.
+
+    Attributes:
+        samples_per_shard: samples of a shard; None where ``bytes_per_shard`` says when one is full.
+        bytes_per_shard: largest sum of the source files' sizes in a shard (a single larger row is one, too).
+        shorter_side: pictures with a longer one are resized to this shorter side and stored as JPEG.
+        jpeg_quality: quality of those, 1 to 100.
+        skip_bad: leave out rows whose picture has no bytes or cannot be decoded for resizing.
+    """
+
+    samples_per_shard: int | None = 1000
+    bytes_per_shard: int | None = None
+    shorter_side: int | None = None
+    jpeg_quality: int = 90
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_shard", "bytes_per_shard", "shorter_side", "jpeg_quality"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if self.jpeg_quality > 100:
+            raise UserError(f"--jpeg-quality {self.jpeg_quality}: must be at most 100")
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """One sample of the plan: its key, its record as it is stored, its picture and that file's size."""
+
+    key: str
+    record: bytes
+    image: Path | None
+    image_bytes: int
+
+
+def plan_shards(rows: Sequence[SourceRow], settings: BuildSettings) -> list[list[PlannedRow]]:
+    """Gives every row its key and its shard; looks at every picture's size and at no picture's bytes.
+
+    Raises:
+        UserError: a picture is missing, of an unknown kind or empty, or a record cannot be stored.
+    """
+    sizes = _check_pictures(rows, skip_bad=settings.skip_bad)
+    keys = _unique_keys([row.name for row in rows])
+    shards, filled = [[]], 0
+    for row, key, image_bytes in zip(rows, keys, sizes, strict=True):
+        planned = PlannedRow(key, _encode_record(row, key), row.image, image_bytes)
+        num_bytes = image_bytes + len(planned.record)
+        full = len(shards[-1]) == settings.samples_per_shard
+        if settings.bytes_per_shard is not None:
+            full = bool(shards[-1]) and filled + num_bytes > settings.bytes_per_shard
+        if full:
+            shards.append([])
+            filled = 0
+        shards[-1].append(planned)
+        filled += num_bytes
+    return shards
+
+
+def stored_bytes(row: PlannedRow) -> int:
+    """Size of a sample in its shard when the picture is copied: a header block and whole blocks a member."""
+    members = [len(row.record), *([] if row.image is None else [row.image_bytes])]
+    return sum(BLOCKSIZE * (1 + -(-size // BLOCKSIZE)) for size in members)
+
+
+def describe_file(path: Path) -> dict[str, str]:
+    """A file's name and hash: what a manifest says of it, the same on every machine."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with path.open("rb") as file:
+        return {"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _check_pictures(rows: Sequence[SourceRow], *, skip_bad: bool) -> list[int]:
+    """Size of each row's picture in bytes, 0 without one."""
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        sizes = list(pool.map(_file_bytes, [row.image for row in rows]))
+    paths = [(row.image, size) for row, size in zip(rows, sizes, strict=True) if row.image is not None]
+    if missing := [path for path, size in paths if size is None]:
+        raise UserError(
+            f"{missing[0]}: no such picture{_others(missing)} of {len(paths)}; look at --images or --root"
+        )
+    for path, _ in paths:
+        if path.suffix.lower() not in MEMBER_OF_SUFFIX:
+            known = ", ".join(MEMBER_OF_SUFFIX)
+            raise UserError(f"{path}: a picture's name ends in one of {known}; convert it")
+    empty = [path for path, size in paths if size == 0]
+    if empty and not skip_bad:
+        raise UserError(
+            f"{empty[0]}: a picture of 0 bytes{_others(empty)}; copy it again, or leave such rows out "
+            "with --skip-bad"
+        )
+    return [size or 0 for size in sizes]
+
+
+def _others(found: Sequence[Any]) -> str:
+    return f" (and {len(found) - 1} others)" if len(found) > 1 else ""
+
+
+def _file_bytes(path: Path | None) -> int | None:
+    """A file's size; None if there is no such file, 0 for no path."""
+    if path is None:
+        return 0
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _encode_record(row: SourceRow, key: str) -> bytes:
+    try:
+        return json.dumps(row.record, ensure_ascii=False, sort_keys=True).encode()
+    except ValueError as error:
+        raise UserError(f"sample {key}: its record is not fit for UTF-8: {one_line(error)}") from None
+
+
+def _unique_keys(names: Sequence[str]) -> list[str]:
+    """Keys of plain characters; a number sets names apart that become equal."""
+    used: set[str] = set()
+    last: dict[str, int] = {}
+    keys = []
+    for name in names:
+        stem = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:MAX_KEY_LENGTH] or "sample"
+        key = stem
+        while key in used:
+            last[stem] = last.get(stem, 1) + 1
+            key = f"{stem}-{last[stem]}"
+        used.add(key)
+        keys.append(key)
+    return keys

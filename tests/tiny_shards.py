@@ -1,0 +1,24 @@
+"""Shard directories for tests, without files to build them from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dehvf_ds.data.manifest import shard_name, write_index
+from dehvf_ds.data.shards import ShardRow, write_shard
+
+
+def write_shards(
+    rows: Iterable[ShardRow], output: Path, *, name: str, samples_per_shard: int, builder: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes rows as a shard directory in this process; returns the manifest."""
+    output.mkdir(parents=True, exist_ok=True)
+    names, tables = [], []
+    rows = iter(rows)
+    while group := list(islice(rows, samples_per_shard)):
+        names.append(shard_name(name, len(names)))
+        tables.append(write_shard(group, output / names[-1]))
+    return write_index(output, names, tables, builder)
