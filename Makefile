@@ -9,7 +9,7 @@ RANKS ?= 2
 # DeepSpeed compiles its CPU communication at first use, with the environment's own ninja.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test check format clean help
+.PHONY: demo test chaos check format clean help
 
 help:
 	@echo "make demo    prepare, train, evaluate, export and show the demo (about 20 minutes on two CPU cores)"
@@ -58,6 +58,10 @@ demo: $(DATA)/backbones/.done $(DATA)/scenes/.done
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Kills a two-rank run at 20 moments and compares it with one that was never killed; some ten minutes.
+chaos: $(INSTALLED)
+	CHAOS_KILLS=20 $(BIN)/python -m pytest -s tests/training/test_chaos.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -145,6 +145,8 @@ class DataConfig:
         on_bad: a damaged sample: ``raise`` stops the run, ``replace`` puts another of its shard in its place.
         max_bad_share: with ``replace``, share of replaced samples (after the first 1,000) that stops the run.
         num_workers: loader processes a rank.
+        val: directory of validation shards; None validates nothing.
+        val_samples: captions, problems or chats of ``val`` to take, from the first; 0 means all.
     """
 
     train: str
@@ -163,8 +165,11 @@ class DataConfig:
     on_bad: Literal["raise", "replace"] = "raise"
     max_bad_share: float = 0.01
     num_workers: int = 2
+    val: str | None = None
+    val_samples: int = 0
 
     def __post_init__(self) -> None:
+        _require(self.val_samples >= 0, "data.val_samples must be at least 0")
         _require(self.cache_gb > 0, "data.cache_gb must be positive")
         _require(self.max_tokens >= 8, "data.max_tokens must be at least 8")
         _require(self.shuffle_window >= 1, "data.shuffle_window must be at least 1")
@@ -190,7 +195,11 @@ class TrainConfig:
         max_grad_norm: global norm that gradients are clipped to; 0 switches clipping off.
         activation_checkpointing: recompute LLM layers in backward (non-reentrant).
         max_bad_steps: non-finite steps in a row after which the run stops.
-        save_every: optimizer steps between adapter artifacts; 0 saves at the end only.
+        save_every: optimizer steps between checkpoints; 0 keeps none but that of a run asked to stop.
+        keep_checkpoints: newest checkpoints that are kept, beside the best.
+        eval_every: optimizer steps between validations on ``data.val``; 0 validates at the end only.
+        levels_every: optimizer steps between the numbers of level weights and gains; 0 leaves them out.
+        timeout_minutes: how long a rank waits for a silent other before the job fails.
         log_every: optimizer steps between plain log lines when the console is not a terminal.
     """
 
@@ -207,6 +216,10 @@ class TrainConfig:
     activation_checkpointing: bool = False
     max_bad_steps: int = 5
     save_every: int = 0
+    keep_checkpoints: int = 2
+    eval_every: int = 0
+    levels_every: int = 50
+    timeout_minutes: float = 30.0
     log_every: int = 10
 
     def __post_init__(self) -> None:
@@ -222,6 +235,11 @@ class TrainConfig:
         _require(self.warmup_steps >= 0, "train.warmup_steps must be at least 0")
         _require(0 <= self.min_lr_ratio <= 1, "train.min_lr_ratio must lie in [0, 1]")
         _require(self.max_bad_steps >= 1, "train.max_bad_steps must be at least 1")
+        _require(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1")
+        _require(self.log_every >= 1, "train.log_every must be at least 1")
+        _require(self.timeout_minutes > 0, "train.timeout_minutes must be positive")
+        for name in ("save_every", "eval_every", "levels_every"):
+            _require(getattr(self, name) >= 0, f"train.{name} must be at least 0")
 
     def accumulation(self, world_size: int) -> int:
         """Micro-steps of one optimizer step on ``world_size`` ranks.
@@ -251,6 +269,9 @@ class RunConfig:
         seed: seed of initial values, order and augmentation.
         deepspeed: path of the DeepSpeed JSON.
         overwrite: empty ``run_dir`` where it holds another run; without it such a directory is refused.
+        resume: ``auto`` goes on from the run directory's newest checkpoint, if there is one; ``never``; or a
+            checkpoint's path.
+        init_from: run directory or adapter artifact whose trained weights a new run starts from.
     """
 
     run_dir: str
@@ -260,6 +281,8 @@ class RunConfig:
     seed: int = 0
     deepspeed: str = "ds_configs/zero3.json"
     overwrite: bool = False
+    resume: str = "auto"
+    init_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ import torch
 from dehvf_ds.config import UserError
 
 USER_ERROR_EXIT_CODE = 2
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,13 @@ def read_world(environ: dict[str, str] | None = None) -> World:
     return World(rank, local_rank, size, local_size, device)
 
 
-def init_process_group(world: World) -> None:
-    """Starts communication: NCCL on CUDA, gloo on the CPU, where threads are shared out among the ranks."""
+def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
+    """Starts communication: NCCL on CUDA, gloo on the CPU, where threads are shared out among the ranks.
+
+    Args:
+        world: this process's place.
+        timeout_minutes: how long a rank waits for the others before it fails.
+    """
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         # torchrun sets OMP_NUM_THREADS to 1; every core counts on a CPU run.
@@ -97,7 +105,8 @@ def init_process_group(world: World) -> None:
     # DeepSpeed calls collectives that torch 2.13 renames, at every step of every rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    timeout = timedelta(minutes=timeout_minutes)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
 def has_fast_bf16() -> bool:
@@ -127,6 +136,31 @@ def gather_to_main(items: list[Any], world: World) -> list[Any]:
     parts: list[Any] = [None] * world.size
     torch.distributed.all_gather_object(parts, items)
     return [item for part in parts for item in part] if world.is_main else []
+
+
+def on_main(world: World, function: Callable[[], Result]) -> Result:
+    """Runs a function on rank 0 and gives its result to all. Every rank must call it.
+
+    Args:
+        world: this process's place.
+        function: what rank 0 runs; its result must pickle.
+
+    Raises:
+        UserError: the one that the function raised, on every rank.
+    """
+    if not torch.distributed.is_initialized():
+        return function()
+    outcome: list[Any] = [None]
+    if world.is_main:
+        try:
+            outcome = [(function(), None)]
+        except UserError as error:
+            outcome = [(None, str(error))]
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    result, mistake = outcome[0]
+    if mistake is not None:
+        raise UserError(mistake)
+    return result
 
 
 def seed_micro_step(seed: int, step: int, micro_step: int, rank: int) -> None:

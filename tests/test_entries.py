@@ -126,7 +126,8 @@ def test_train_evaluate_generate_merge_load(world: Path) -> None:
     run_ranks(REPOSITORY / "dehvf_ds/train.py", arguments(world, "one", "--data.num_workers", "0"), 1)
     # The same rows on one rank without workers and on two ranks with one each: the order is the same.
     assert losses(world, "two") == pytest.approx(losses(world, "one"), rel=1e-5)
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.jsonl", "tensorboard", "adapter"}
+    parts = {"config.yaml", "metrics.jsonl", "tensorboard", "adapter", "checkpoints"}
+    assert {path.name for path in run.iterdir()} == parts
     assert json.loads((run / "adapter/manifest.json").read_text())["step"] == 4
 
     data = ["--data", str(world / "test"), "--batch_size", "3", "--max_new_tokens", "8", "--loss", "true"]

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from dehvf_ds.batch import Batch, Sample
+from dehvf_ds.batch import IGNORE_INDEX, Batch, Sample
 from dehvf_ds.config import DataConfig, UserError
 from dehvf_ds.data.chat import parse_conversation
 from dehvf_ds.data.collate import Collator
@@ -26,6 +26,7 @@ from dehvf_ds.data.stream import Bucketing, SampleOrder, micro_batches
 from dehvf_ds.data.transforms import ImageTransform
 
 PREFETCHED_BATCHES = 4
+PADDING_ROW = -1
 MAX_ATTEMPTS = 16
 """Samples that are tried in a damaged one's place."""
 
@@ -176,16 +177,11 @@ def build_loader(
         scienceqa=config.scienceqa,
         augment=build_augment(config.augment, seed=seed),
     )
-    if config.num_workers:
-        # Workers are forked after the tokenizer has run; without this it prints a warning in each.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # A random crop shows a part of the picture at the tower's size.
     shorter_side = round(image_transform.image_size / config.augment.min_crop**0.5)
-    return TrainingLoader(
-        _TrainingRows(
-            index, examples, shorter_side, task=config.task, replace_bad=config.on_bad == "replace"
-        ),
-        batch_sampler=_MicroBatches(
+    return _build_torch_loader(
+        _Rows(index, examples, shorter_side, task=config.task, replace_bad=config.on_bad == "replace"),
+        _MicroBatches(
             lambda: micro_batches(
                 order,
                 rank=rank,
@@ -197,12 +193,78 @@ def build_loader(
             ),
             num_steps * accumulation,
         ),
-        collate_fn=_OrError(collator),
+        collator,
         num_workers=config.num_workers,
+        seed=seed,
+    )
+
+
+def build_validation_loader(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    image_transform: ImageTransform,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+) -> TrainingLoader:
+    """Builds one rank's loader of the validation rows, in stored order; every caption is one.
+
+    Every rank gets equally many micro-batches: where the rows do not fill them, rows without anything
+    supervised follow, so that the summed loss and token count are those of the rows alone. It can be
+    iterated again and again.
+
+    Args:
+        config: ``val`` and ``val_samples`` among the rest.
+        tokenizer: the LLM's tokenizer.
+        image_transform: the tower's transform.
+        rank: this rank.
+        world_size: number of ranks.
+        micro_batch_size: rows of a micro-batch.
+
+    Raises:
+        UserError: the shards are unusable or hold rows of another task.
+    """
+    assert config.val is not None
+    config = replace(config, train=config.val, location=None, captions="all")
+    index, examples = open_examples(config, seed=0)
+    num_rows = min(len(examples), config.val_samples or len(examples))
+    num_batches = -(-num_rows // (micro_batch_size * world_size))
+    own = range(rank, num_batches * micro_batch_size * world_size, world_size)
+    drawn = [(0, row if row < num_rows else PADDING_ROW) for row in own]
+    batches = [drawn[i : i + micro_batch_size] for i in range(0, len(drawn), micro_batch_size)]
+    collator = Collator(
+        tokenizer,
+        image_transform,
+        task=config.task,
+        max_tokens=config.max_tokens,
+        prompt=config.prompt,
+        scienceqa=config.scienceqa,
+    )
+    return _build_torch_loader(
+        _Rows(index, examples, image_transform.image_size, task=config.task, replace_bad=False),
+        _MicroBatches(lambda: iter(batches), len(batches)),
+        collator,
+        num_workers=min(config.num_workers, 1),
+        seed=0,
+    )
+
+
+def _build_torch_loader(
+    rows: Dataset, batches: _MicroBatches, collator: Collator, *, num_workers: int, seed: int
+) -> TrainingLoader:
+    if num_workers:
+        # Workers are forked after the tokenizer has run; without this it prints a warning in each.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return TrainingLoader(
+        rows,
+        batch_sampler=batches,
+        collate_fn=_OrError(collator),
+        num_workers=num_workers,
         # Forked workers share the maps of the index; started anew they would each open it.
-        multiprocessing_context="fork" if config.num_workers else None,
+        multiprocessing_context="fork" if num_workers else None,
         worker_init_fn=_init_worker,
-        prefetch_factor=PREFETCHED_BATCHES if config.num_workers else None,
+        prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
         # Its own generator: an iteration must not draw from the one that dropout uses.
         generator=torch.Generator().manual_seed(seed),
     )
@@ -230,9 +292,10 @@ class _Drawn:
 
     sample: Sample
     damage: tuple[str, str] | None = None
+    is_padding: bool = False
 
 
-class _TrainingRows(Dataset):
+class _Rows(Dataset):
     """Examples by (epoch, number). A ``UserError`` is returned, for a worker's raise would wrap it."""
 
     def __init__(
@@ -247,6 +310,8 @@ class _TrainingRows(Dataset):
     def __getitem__(self, drawn: tuple[int, int]) -> _Drawn | UserError:
         epoch, example = drawn
         try:
+            if example == PADDING_ROW:
+                return _Drawn(self._read(epoch, 0), is_padding=True)
             return _Drawn(self._read(epoch, example))
         except DamagedSample as error:
             return self._read_other(epoch, example, error) if self._replace_bad else UserError(str(error))
@@ -299,6 +364,9 @@ class _OrError:
             batch = self._collator([row.sample for row in drawn])
         except UserError as error:
             return UserError(str(error))
+        for number, row in enumerate(drawn):
+            if row.is_padding:
+                batch.labels[number] = IGNORE_INDEX
         return replace(batch, replaced=tuple(row.damage for row in drawn if row.damage))
 
 

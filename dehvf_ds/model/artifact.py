@@ -20,23 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .adapters import ADAPTER_NAME
-from .backbones import load_backbone_config
 from .configuration import ModelError
+from .identity import base_identity
 from .modeling import DehvfForConditionalGeneration
 
 CONFIG_FILE = "dehvf_config.json"
 MANIFEST_FILE = "manifest.json"
 VISUAL_FILE = "visual.safetensors"
 LORA_FILE = "lora/adapter_model.safetensors"
-# Fields of a backbone's configuration that say nothing about its weights.
-_LOOSE_FIELDS = {
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "architectures",
-    "use_cache",
-}
 
 
 def save_adapter(
@@ -89,11 +80,11 @@ def save_adapter(
         saved.save_pretrained(str(part / "lora"))
     files = sorted(p.relative_to(part).as_posix() for p in part.rglob("*") if p.is_file())
     manifest = {
-        "format": 1,
+        "format": 2,  # format 1 had no sketch of the base models' weights
         "dtype": str(dtype).removeprefix("torch."),
         "bases": {
             "language_model": base_identity(language_model, vision=False),
-            "vision_tower": base_identity(vision_tower, vision=True),
+            "vision_tower": base_identity(vision_tower, vision=True, weights=model.config.fusion != "none"),
         },
         "files": {name: _sha256(part / name) for name in files},
         **(info or {}),
@@ -123,12 +114,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         if _sha256(directory / name) != digest:
             raise ModelError(f"{directory / name}: changed since it was written (sha256 differs)")
     return manifest
-
-
-def base_identity(source: str, *, vision: bool) -> dict[str, Any]:
-    """What tells one base model from another: its path and the weight-shaping configuration fields."""
-    config = json.loads(load_backbone_config(source, vision=vision).to_json_string(use_diff=False))
-    return {"path": source, "config": {k: v for k, v in config.items() if k not in _LOOSE_FIELDS}}
 
 
 def load_adapter(model: DehvfForConditionalGeneration, directory: Path | str) -> None:

@@ -10,9 +10,10 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from .adapters import fold_lora
-from .artifact import CONFIG_FILE, base_identity, load_adapter, read_manifest
+from .artifact import CONFIG_FILE, load_adapter, read_manifest
 from .backbones import load_backbone, load_backbone_config
 from .configuration import DehvfConfig, ModelError, spaced_levels
+from .identity import check_base
 from .modeling import DehvfForConditionalGeneration
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -126,6 +127,18 @@ class TrainedModel:
         return model.eval()
 
 
+def find_adapter(path: Path | str) -> Path:
+    """The adapter artifact of a run directory or checkpoint, or the artifact itself.
+
+    Raises:
+        ModelError: there is none.
+    """
+    for directory in (Path(path), Path(path) / "adapter"):
+        if (directory / CONFIG_FILE).is_file():
+            return directory
+    raise ModelError(f"{path}: neither a run with an adapter, nor an adapter, nor a merged model")
+
+
 def find_trained(
     path: Path | str, language_model: str | None = None, vision_tower: str | None = None
 ) -> TrainedModel:
@@ -145,22 +158,12 @@ def find_trained(
         if not isinstance(config, DehvfConfig):
             raise ModelError(f"{path}: holds a {config.model_type} model, not a DEHVF one")
         return TrainedModel(path, config, _stored_dtype(config))
-    if not (path / CONFIG_FILE).is_file() and (path / "adapter" / CONFIG_FILE).is_file():
-        path = path / "adapter"
-    if not (path / CONFIG_FILE).is_file():
-        raise ModelError(f"{path}: neither a run with an adapter, nor an adapter, nor a merged model")
+    path = find_adapter(path)
     manifest = read_manifest(path)
     given = {"language_model": language_model, "vision_tower": vision_tower}
     sources = {name: source or manifest["bases"][name]["path"] for name, source in given.items()}
     for name, source in sources.items():
-        found = base_identity(source, vision=name == "vision_tower")["config"]
-        wanted = manifest["bases"][name]["config"]
-        differing = sorted(key for key in wanted if found.get(key) != wanted[key])
-        if differing:
-            raise ModelError(
-                f"{source} is not the {name.replace('_', ' ')} that {path} was trained on: "
-                f"{', '.join(differing)} differ"
-            )
+        check_base(manifest["bases"][name], source, vision=name == "vision_tower", owner=str(path))
     config = DehvfConfig.from_json_file(str(path / CONFIG_FILE))
     return TrainedModel(path, config, getattr(torch, manifest["dtype"]), **sources)
 

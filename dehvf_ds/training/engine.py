@@ -11,17 +11,21 @@ import torch
 from dehvf_ds.config import ModelConfig, RunConfig, UserError, to_plain
 from dehvf_ds.distributed import World, has_fast_bf16
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration, ModelError
-from dehvf_ds.model.weights import build_config, load_model
+from dehvf_ds.model.artifact import load_adapter
+from dehvf_ds.model.weights import build_config, find_adapter, load_model
 from dehvf_ds.training.optim import parameter_groups
 
 
-def read_deepspeed_json(path: str, config: RunConfig, world_size: int) -> dict[str, Any]:
+def read_deepspeed_json(
+    path: str, config: RunConfig, world_size: int, local_size: int | None = None
+) -> dict[str, Any]:
     """Reads the DeepSpeed JSON and completes it with what our configuration owns.
 
     Args:
         path: the JSON file.
         config: the run; owner of batch sizes, clipping, optimizer and schedule.
         world_size: ranks of the job.
+        local_size: ranks of a node, for hpZ's ``auto``; None means all are of one node.
 
     Returns:
         A configuration for ``deepspeed.initialize`` and ``HfDeepSpeedConfig``.
@@ -56,6 +60,7 @@ def read_deepspeed_json(path: str, config: RunConfig, world_size: int) -> dict[s
         raise UserError(f"{path}: fp16 is not supported; enable bf16, or neither for fp32")
     if isinstance(given.get("bf16"), dict) and given["bf16"].get("enabled") == "auto":
         given["bf16"] = given["bf16"] | {"enabled": has_fast_bf16()}
+    _fill_hpz(path, given, world_size, local_size or world_size)
     given |= {key: value for key, (_, value) in owned.items()}
     given.setdefault("zero_optimization", {"stage": 0})
     given.setdefault("steps_per_print", 10**9)
@@ -118,6 +123,7 @@ def build_engine(
     from transformers.integrations import HfDeepSpeedConfig
 
     dtype = compute_dtype(ds_config)
+    _share_hpz_groups()
     # Only referenced weakly by transformers: it must live until the weights are loaded.
     partitioning = HfDeepSpeedConfig(ds_config)
     try:
@@ -131,6 +137,12 @@ def build_engine(
     except ModelError as error:
         raise UserError(str(error)) from None
     del partitioning
+    if config.init_from is not None:
+        try:
+            # Now, while the parameters are whole.
+            load_adapter(model, find_adapter(config.init_from))
+        except ModelError as error:
+            raise UserError(f"--init_from {config.init_from}: {error}") from None
     if config.train.activation_checkpointing:
         model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     trainable = model.trainable_parameters()
@@ -151,6 +163,36 @@ def build_engine(
         setattr(model.get_submodule(owner), attribute, buffer)
     engine.train()
     return engine, model
+
+
+def _fill_hpz(path: str, given: dict[str, Any], world_size: int, local_size: int) -> None:
+    """Gives hpZ's second copy of the weights the size of a node where the JSON says ``auto``."""
+    zero = given.get("zero_optimization", {})
+    size = zero.get("zero_hpz_partition_size", 1)
+    if size == "auto":
+        # On a single node the copy would cost memory for nothing.
+        size = zero["zero_hpz_partition_size"] = local_size if local_size < world_size else 1
+    if world_size > size and world_size % size:
+        raise UserError(
+            f"{path}: zero_hpz_partition_size {size} does not divide the {world_size} ranks; set it to the "
+            "GPUs of a node, or to auto"
+        )
+
+
+def _share_hpz_groups() -> None:
+    """Lets hpZ load two backbones: DeepSpeed makes its groups in each load, and asserts there are none yet.
+
+    DeepSpeed issues 4901 and 7066, in 0.19.8.
+    """
+    from deepspeed.utils import groups
+
+    create = groups._create_zero_param_parallel_group
+
+    def create_once(group_size: int) -> None:
+        if groups._get_zero_param_intra_parallel_group() is None:
+            create(group_size)
+
+    groups._create_zero_param_parallel_group = create_once
 
 
 def _enabled(ds_config: dict[str, Any], precision: str) -> bool:

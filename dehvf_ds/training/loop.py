@@ -1,4 +1,4 @@
-"""The training loop: which batches make a step, how their tokens are weighed, when to stop."""
+"""The training loop: which batches make a step, how their tokens are weighed, when to save, when to stop."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from dehvf_ds.batch import Batch
 from dehvf_ds.config import TrainConfig
 from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, seed_micro_step
+from dehvf_ds.training.checkpoint import Progress
+from dehvf_ds.training.levels import level_metrics
 from dehvf_ds.training.metrics import (
     MetricsWriter,
     StepMetrics,
@@ -22,6 +26,7 @@ from dehvf_ds.training.metrics import (
     peak_memory_bytes,
 )
 from dehvf_ds.training.optim import GradientWatch, learning_rate, set_learning_rate
+from dehvf_ds.training.signals import StopRequest
 
 MIN_SAMPLES_OF_SHARE = 1000
 """Samples before the share of damaged ones is looked at; one among the first ten says nothing."""
@@ -33,7 +38,49 @@ class TrainingError(Exception):
     """The run cannot go on; the message says why. What was saved stays."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the loop needs to know of the run.
+
+    Attributes:
+        config: schedule, limits and intervals.
+        world: this process's place.
+        dtype: compute dtype.
+        seed: the run's seed, for dropout.
+        num_steps: optimizer steps of the whole run.
+        epoch_samples: rows that an epoch consumes.
+        max_bad_share: share of replaced samples above which the run stops.
+        num_parameters: parameters of the language model, for the FLOPs.
+    """
+
+    config: TrainConfig
+    world: World
+    dtype: torch.dtype
+    seed: int
+    num_steps: int
+    epoch_samples: int
+    max_bad_share: float
+    num_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actions:
+    """What the loop calls; on every rank.
+
+    Attributes:
+        checkpoint: writes a checkpoint of where the run stands.
+        finish: writes the adapter artifact of where the run stands.
+        validate: measures the validation loss; None where the stop request came in between.
+        renew: says that the run is alive.
+    """
+
+    checkpoint: Callable[[Progress], object]
+    finish: Callable[[Progress], None]
+    validate: Callable[[], float | None] | None = None
+    renew: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
     """One optimizer step over all ranks.
 
@@ -43,6 +90,8 @@ class StepResult:
         num_tokens: text tokens that went through the model.
         num_unsupervised_rows: rows that nothing was learnt of.
         num_replaced: damaged samples that others stood in for.
+        num_stopping: ranks that were asked to stop.
+        level_weights: of this rank's last micro-batch, mean over its pictures; None without any.
     """
 
     loss: float
@@ -50,10 +99,19 @@ class StepResult:
     num_tokens: int
     num_unsupervised_rows: int
     num_replaced: int
+    num_stopping: int
+    level_weights: Float[Tensor, "layers levels"] | None = None
 
 
 def train_step(
-    engine: Any, micro_batches: list[Batch], world: World, dtype: torch.dtype, *, seed: int, step: int
+    engine: Any,
+    micro_batches: list[Batch],
+    world: World,
+    dtype: torch.dtype,
+    *,
+    seed: int,
+    step: int,
+    stopping: bool = False,
 ) -> StepResult:
     """Forward and backward over one accumulation window, then the optimizer. Every rank must call it.
 
@@ -68,126 +126,122 @@ def train_step(
         dtype: compute dtype, for the pictures.
         seed: the run's seed, for dropout.
         step: number of this optimizer step, for dropout.
+        stopping: whether this rank was asked to stop; the step is taken all the same.
     """
     counts = (
         (b.num_supervised(), b.num_tokens(), b.num_unsupervised_rows(), len(b.replaced))
         for b in micro_batches
     )
     own = [float(sum(column)) for column in zip(*counts, strict=True)]
-    num_supervised, *others = all_reduce_sum(own, world.device)
+    num_supervised, num_tokens, unsupervised, replaced, num_stopping = all_reduce_sum(
+        [*own, float(stopping)], world.device
+    )
     # A window without any supervised token walks the same road, with a loss of 0.
     divisor = max(num_supervised, 1.0)
     own_loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    weights = None
     for micro_step, batch in enumerate(micro_batches):
         seed_micro_step(seed, step, micro_step, world.rank)
-        loss_sum = engine(**batch.to(world.device, dtype).inputs()).loss_sum
-        engine.backward(loss_sum * (world.size / divisor), scale_wrt_gas=False)
+        output = engine(**batch.to(world.device, dtype).inputs())
+        engine.backward(output.loss_sum * (world.size / divisor), scale_wrt_gas=False)
         engine.step()
-        own_loss += loss_sum.detach().double()
+        own_loss += output.loss_sum.detach().double()
+        if output.level_weights is not None and batch.has_image.any():
+            weights = output.level_weights.detach()[batch.has_image.to(world.device)].mean(dim=0)
     (loss_sum_all,) = all_reduce_sum([own_loss.item()], world.device)
-    return StepResult(loss_sum_all / divisor, int(num_supervised), *map(int, others))
+    return StepResult(
+        loss=loss_sum_all / divisor,
+        num_supervised=int(num_supervised),
+        num_tokens=int(num_tokens),
+        num_unsupervised_rows=int(unsupervised),
+        num_replaced=int(replaced),
+        num_stopping=int(num_stopping),
+        level_weights=weights,
+    )
 
 
 def fit(
     engine: Any,
     batches: Iterable[Batch],
-    config: TrainConfig,
+    job: Job,
+    progress: Progress,
+    actions: Actions,
     *,
-    seed: int,
-    num_steps: int,
-    epoch_samples: int,
-    max_bad_share: float,
-    num_parameters: int,
-    world: World,
-    dtype: torch.dtype,
     writer: MetricsWriter | None,
-    save: Callable[[int, int], None],
-) -> None:
-    """Trains for ``num_steps`` optimizer steps.
+    stop: StopRequest,
+) -> bool:
+    """Trains from where ``progress`` stands to the run's last step.
 
     Args:
         engine: DeepSpeed engine around the model.
-        batches: this rank's micro-batches in order, enough for all steps.
-        config: schedule, limits and intervals.
-        seed: the run's seed, for dropout.
-        num_steps: optimizer steps to take.
-        epoch_samples: rows that an epoch consumes.
-        max_bad_share: share of replaced samples above which the run stops.
-        num_parameters: parameters of the language model, for the FLOPs.
-        world: this process's place.
-        dtype: compute dtype.
+        batches: this rank's micro-batches from there on, enough for all steps.
+        job: the run.
+        progress: where the run stands; changed.
+        actions: what is called to save and to validate.
         writer: where metrics go; None on ranks other than 0.
-        save: called on every rank as ``save(step, samples)`` to write an artifact.
+        stop: a request to stop, as this rank heard it.
+
+    Returns:
+        Whether the run is finished; False if it stopped on request, with a checkpoint.
 
     Raises:
         TrainingError: a trainable gets no gradient, too many steps in a row were not finite, or too many
             samples are damaged.
     """
+    config, world = job.config, job.world
     accumulation = config.accumulation(world.size)
     stream = iter(batches)
     watch = GradientWatch(engine.module.trainable_parameters())
-    peak = peak_flops(world.device)
-    tokens = skipped = skipped_in_a_row = unsupervised_rows = replaced = 0
     damage = DamageLog(world)
-    for step in range(1, num_steps + 1):
+    for step in range(progress.step + 1, job.num_steps + 1):
         started = time.perf_counter()
         micro_batches = [next(stream) for _ in range(accumulation)]
         data_seconds = time.perf_counter() - started
-        lr = learning_rate(step - 1, config, num_steps)
+        lr = learning_rate(step - 1, config, job.num_steps)
         set_learning_rate(engine.optimizer.param_groups, lr)
-        result = train_step(engine, micro_batches, world, dtype, seed=seed, step=step)
-        if step == 1:
+        result = train_step(
+            engine, micro_batches, world, job.dtype, seed=job.seed, step=step, stopping=stop.requested
+        )
+        if watch is not None:
             _require_gradients(watch)
+            watch = None
         taken = engine.was_step_applied()
-        skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
-        skipped += not taken
-        tokens += result.num_tokens
-        unsupervised_rows += result.num_unsupervised_rows
-        replaced += result.num_replaced
+        _count(progress, result, config, taken=taken)
         damage.add(micro_batches)
         seconds = time.perf_counter() - started
-        samples = step * config.global_batch_size
+        last = step == job.num_steps
+        more = {}
+        if config.levels_every and (step % config.levels_every == 0 or step == 1 or last):
+            more |= level_metrics(engine.module, result.level_weights)
+        if actions.validate and (last or (config.eval_every and step % config.eval_every == 0)):
+            more |= _validate(actions.validate, progress)
         if writer is not None:
-            flops = model_flops(num_parameters, result.num_tokens) / seconds / world.size
-            writer.write(
-                StepMetrics(
-                    step=step,
-                    epoch=samples / epoch_samples,
-                    samples=samples,
-                    tokens=tokens,
-                    loss=result.loss,
-                    grad_norm=_number(engine.get_global_grad_norm()) if taken else None,
-                    lr=lr,
-                    seconds=seconds,
-                    data_seconds=data_seconds,
-                    samples_per_s=config.global_batch_size / seconds,
-                    tokens_per_s=result.num_tokens / seconds,
-                    mfu=None if peak is None else flops / peak,
-                    memory_bytes=peak_memory_bytes(world.device),
-                    skipped=skipped,
-                    unsupervised_rows=unsupervised_rows,
-                    replaced=replaced,
-                )
-            )
-        stop = skipped_in_a_row >= config.max_bad_steps
-        if stop or step == num_steps or (config.save_every and step % config.save_every == 0):
+            grad_norm = _number(engine.get_global_grad_norm()) if taken else None
+            writer.write(_step_metrics(job, progress, result, lr, grad_norm, seconds, data_seconds), more)
+        if actions.renew is not None:
+            actions.renew()
+        if progress.skipped_in_a_row >= config.max_bad_steps:
             # No step was taken since the weights were last good, so these are.
-            save(step, samples)
-        if stop:
+            actions.finish(progress)
             raise TrainingError(
-                f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at "
-                f"step {step}, weights as of step {step - skipped_in_a_row} are saved"
+                f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; "
+                f"stopped at step {step}, weights as of step {step - progress.skipped_in_a_row} are saved"
             )
-        if replaced > max_bad_share * max(samples, MIN_SAMPLES_OF_SHARE):
-            save(step, samples)
+        if progress.replaced > job.max_bad_share * max(progress.samples, MIN_SAMPLES_OF_SHARE):
+            actions.finish(progress)
             raise TrainingError(
-                f"{replaced} of {samples} samples are damaged, more than data.max_bad_share "
-                f"{max_bad_share:g} of them; by shard: {damage.by_shard()}"
+                f"{progress.replaced} of {progress.samples} samples are damaged, more than "
+                f"data.max_bad_share {job.max_bad_share:g} of them; by shard: {damage.by_shard()}"
             )
-    if replaced:
-        by_shard = damage.by_shard()
-        if world.is_main:
-            print(f"replaced {replaced} damaged samples; by shard: {by_shard}", file=sys.stderr, flush=True)
+        if result.num_stopping and not last:
+            actions.checkpoint(progress)
+            return False
+        if config.save_every and (step % config.save_every == 0 or last):
+            actions.checkpoint(progress)
+    if progress.replaced:
+        damage.report()
+    actions.finish(progress)
+    return True
 
 
 class DamageLog:
@@ -207,10 +261,71 @@ class DamageLog:
 
     def by_shard(self) -> str:
         """The shards with the most damaged samples over all ranks; every rank must call it."""
+        return ", ".join(f"{shard} {count}" for shard, count in self._total().most_common(8))
+
+    def report(self) -> None:
+        """Prints how many there were; every rank must call it."""
+        total = self._total()
+        if self._world.is_main:
+            listed = ", ".join(f"{shard} {count}" for shard, count in total.most_common(8))
+            line = f"replaced {total.total()} damaged samples; by shard: {listed}"
+            print(line, file=sys.stderr, flush=True)
+
+    def _total(self) -> Counter[str]:
         total: Counter[str] = Counter()
         for shard, count in gather_to_main(list(self._counts.items()), self._world):
             total[shard] += count
-        return ", ".join(f"{shard} {count}" for shard, count in total.most_common(8))
+        return total
+
+
+def _count(progress: Progress, result: StepResult, config: TrainConfig, *, taken: bool) -> None:
+    progress.step += 1
+    progress.samples += config.global_batch_size
+    progress.tokens += result.num_tokens
+    progress.skipped += not taken
+    progress.skipped_in_a_row = 0 if taken else progress.skipped_in_a_row + 1
+    progress.unsupervised_rows += result.num_unsupervised_rows
+    progress.replaced += result.num_replaced
+
+
+def _validate(validate: Callable[[], float | None], progress: Progress) -> dict[str, float]:
+    loss = validate()
+    if loss is None:
+        return {}
+    if progress.best_loss is None or loss < progress.best_loss:
+        progress.best_loss, progress.best_step = loss, progress.step
+    return {"val/loss": loss}
+
+
+def _step_metrics(
+    job: Job,
+    progress: Progress,
+    result: StepResult,
+    lr: float,
+    grad_norm: float | None,
+    seconds: float,
+    data_seconds: float,
+) -> StepMetrics:
+    peak = peak_flops(job.world.device)
+    flops = model_flops(job.num_parameters, result.num_tokens) / seconds / job.world.size
+    return StepMetrics(
+        step=progress.step,
+        epoch=progress.samples / job.epoch_samples,
+        samples=progress.samples,
+        tokens=progress.tokens,
+        loss=result.loss,
+        grad_norm=grad_norm,
+        lr=lr,
+        seconds=seconds,
+        data_seconds=data_seconds,
+        samples_per_s=job.config.global_batch_size / seconds,
+        tokens_per_s=result.num_tokens / seconds,
+        mfu=None if peak is None else flops / peak,
+        memory_bytes=peak_memory_bytes(job.world.device),
+        skipped=progress.skipped,
+        unsupervised_rows=progress.unsupervised_rows,
+        replaced=progress.replaced,
+    )
 
 
 def _require_gradients(watch: GradientWatch) -> None:

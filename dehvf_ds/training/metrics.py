@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,14 +92,17 @@ class MetricsWriter:
         run_dir: ``metrics.jsonl`` and ``tensorboard/`` are written there.
         num_steps: steps of the run, for the bar.
         log_every: steps between plain lines when the console is not a terminal.
+        start_step: steps that an earlier part of the run has done; what it wrote of later ones is removed.
     """
 
-    def __init__(self, run_dir: Path, num_steps: int, log_every: int) -> None:
+    def __init__(self, run_dir: Path, num_steps: int, log_every: int, start_step: int = 0) -> None:
         # Imported late: it takes seconds, and ranks other than 0 do without.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._file = (run_dir / "metrics.jsonl").open("w", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+        keep_lines(run_dir / "metrics.jsonl", start_step)
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._start_step = start_step
         self._num_steps = num_steps
         self._log_every = log_every
         console = Console(file=sys.stdout)
@@ -112,13 +116,15 @@ class MetricsWriter:
                 TimeRemainingColumn(),
                 console=console,
             )
-            self._task = self._bar.add_task("train", total=num_steps, loss=float("nan"), speed=0.0)
+            self._task = self._bar.add_task(
+                "train", total=num_steps, completed=start_step, loss=float("nan"), speed=0.0
+            )
             self._bar.start()
         self._elapsed_s = 0.0
 
-    def write(self, metrics: StepMetrics) -> None:
-        """Writes one step everywhere."""
-        values = {_JSON_NAMES.get(k, k): v for k, v in asdict(metrics).items()}
+    def write(self, metrics: StepMetrics, more: Mapping[str, float] | None = None) -> None:
+        """Writes one step everywhere; ``more`` holds what is not measured in every step, by name."""
+        values = {_JSON_NAMES.get(k, k): v for k, v in asdict(metrics).items()} | dict(more or {})
         # NaN is not JSON: a loss that is not finite is null.
         self._file.write(json.dumps({k: _finite(v) for k, v in values.items()}) + "\n")
         self._file.flush()
@@ -131,10 +137,12 @@ class MetricsWriter:
                 self._task, completed=metrics.step, loss=metrics.loss, speed=metrics.samples_per_s
             )
         elif metrics.step % self._log_every == 0 or metrics.step in (1, self._num_steps):
-            left_s = self._elapsed_s / metrics.step * (self._num_steps - metrics.step)
+            done = metrics.step - self._start_step
+            left_s = self._elapsed_s / done * (self._num_steps - metrics.step)
+            validated = f"  val {more['val/loss']:.4f}" if more and "val/loss" in more else ""
             print(
                 f"step {metrics.step}/{self._num_steps}  loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  "
-                f"{metrics.samples_per_s:.1f} samples/s  {left_s / 60:.1f} min left",
+                f"{metrics.samples_per_s:.1f} samples/s  {left_s / 60:.1f} min left{validated}",
                 flush=True,
             )
 
@@ -144,6 +152,21 @@ class MetricsWriter:
             self._bar.stop()
         self._file.close()
         self._tensorboard.close()
+
+
+def keep_lines(path: Path, last_step: int) -> None:
+    """Cuts a metrics file after the line of ``last_step``: a resumed run writes the later ones anew."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        # The last line of a killed run may be half a one.
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    path.write_text("".join(kept), encoding="utf-8")
 
 
 def _finite(value: object) -> object:

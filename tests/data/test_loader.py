@@ -10,9 +10,17 @@ import pytest
 import torch
 from tiny_shards import write_shards
 
+from dehvf_ds.batch import IGNORE_INDEX
 from dehvf_ds.config import DataConfig, UserError
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.loader import build_loader, epoch_samples, open_examples, read_all, read_sample
+from dehvf_ds.data.loader import (
+    build_loader,
+    build_validation_loader,
+    epoch_samples,
+    open_examples,
+    read_all,
+    read_sample,
+)
 from dehvf_ds.data.shards import DamagedSample, ShardRow
 
 
@@ -238,3 +246,22 @@ def test_parent_ends_its_worker(make_shards, build):
     worker.join(10)
     assert not worker.is_alive()
     assert time.monotonic() - begin < 5
+
+
+def test_validation_rows_are_the_same_on_any_ranks(make_shards, byte_bpe, tiny_transform):
+    config = DataConfig(train="unused", val=str(make_shards(5, 2)), val_samples=9, num_workers=0)
+    for world_size in (1, 2, 3, 4):
+        found, batches = [], set()
+        for rank in range(world_size):
+            loader = build_validation_loader(
+                config, byte_bpe, tiny_transform, rank=rank, world_size=world_size, micro_batch_size=2
+            )
+            own = list(loader)
+            assert [batch.keys for batch in loader] == [batch.keys for batch in own]
+            batches.add(len(own))
+            for batch in own:
+                supervised = (batch.labels != IGNORE_INDEX).any(dim=1)
+                found += [byte_bpe.decode(ids) for ids in batch.input_ids[supervised]]
+        assert len(batches) == 1
+        expected = [f"Caption of the picture: The dog {i} runs {k}.<eos>" for i in range(5) for k in range(2)]
+        assert sorted(found) == expected[:9]

@@ -90,6 +90,44 @@ def test_another_base_is_refused_by_name(tmp_path, bases) -> None:
         find_trained(tmp_path / "adapter", language_model=str(tmp_path / "other"))
 
 
+def test_a_base_with_other_weights_is_refused_by_name(tmp_path, bases) -> None:
+    save(trained_model(bases), bases, tmp_path / "adapter")
+    torch.manual_seed(6)
+    AutoModelForCausalLM.from_config(text_config()).save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        ModelError, match=r"adapter was trained on .*llm; .*other differs from it in the weights"
+    ):
+        find_trained(tmp_path / "adapter", language_model=str(tmp_path / "other"))
+    AutoModel.from_config(vision_config()).save_pretrained(tmp_path / "other_tower")
+    with pytest.raises(ModelError, match=r"other_tower differs from it in the weights"):
+        find_trained(tmp_path / "adapter", vision_tower=str(tmp_path / "other_tower"))
+
+
+def test_the_same_base_in_half_precision_is_taken(tmp_path, bases) -> None:
+    save(trained_model(bases), bases, tmp_path / "adapter")
+    half = AutoModelForCausalLM.from_pretrained(bases["language_model"], dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half", max_shard_size="20KB")
+    find_trained(tmp_path / "adapter", language_model=str(tmp_path / "half"))
+
+
+def test_the_tower_of_a_model_that_does_not_look_needs_no_weights(tmp_path, bases) -> None:
+    model = trained_model(bases, fusion="none")
+    (Path(bases["vision_tower"]) / "model.safetensors").unlink()
+    save(model, bases, tmp_path / "adapter")
+    find_trained(tmp_path / "adapter")
+
+
+def test_an_artifact_of_format_1_has_no_sketch_and_loads(tmp_path, bases) -> None:
+    save(trained_model(bases), bases, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["format"] = 1
+    for identity in manifest["bases"].values():
+        del identity["sketch"]
+    file.write_text(json.dumps(manifest))
+    find_trained(tmp_path / "adapter").load()
+
+
 def test_values_that_are_not_finite_leave_the_previous_artifact(tmp_path, bases) -> None:
     model = trained_model(bases)
     save(model, bases, tmp_path / "adapter")

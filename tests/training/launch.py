@@ -11,8 +11,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 
 
-def run_ranks(script: Path | str, args: list[str], num_ranks: int, timeout_s: int = 240) -> list[str]:
-    """Runs ``num_ranks`` processes to their end and returns their outputs; all must succeed."""
+def start_ranks(script: Path | str, args: list[str], num_ranks: int) -> list[subprocess.Popen[str]]:
+    """Starts ``num_ranks`` processes of one job."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -38,6 +38,12 @@ def run_ranks(script: Path | str, args: list[str], num_ranks: int, timeout_s: in
                 text=True,
             )
         )
+    return processes
+
+
+def run_ranks(script: Path | str, args: list[str], num_ranks: int, timeout_s: int = 240) -> list[str]:
+    """Runs ``num_ranks`` processes to their end and returns their outputs; all must succeed."""
+    processes = start_ranks(script, args, num_ranks)
     try:
         outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
     finally:

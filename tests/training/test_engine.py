@@ -24,6 +24,18 @@ def written(tmp_path: Path, content: dict) -> str:
     return str(path)
 
 
+def test_hpz_auto_is_the_size_of_a_node(tmp_path) -> None:
+    path = written(tmp_path, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}})
+    sizes = [
+        read_deepspeed_json(path, CONFIG, world_size=world, local_size=local)["zero_optimization"]
+        for world, local in ((4, 2), (2, 2), (1, 1))
+    ]
+    assert [zero["zero_hpz_partition_size"] for zero in sizes] == [2, 1, 1]
+    path = written(tmp_path, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}})
+    with pytest.raises(UserError, match="zero_hpz_partition_size 3 does not divide the 4 ranks"):
+        read_deepspeed_json(path, CONFIG, world_size=4)
+
+
 def test_sizes_and_clipping_come_from_our_configuration(tmp_path: Path) -> None:
     read = read_deepspeed_json(written(tmp_path, {"train_batch_size": "auto"}), CONFIG, world_size=2)
     assert read["train_batch_size"] == 32

@@ -76,7 +76,6 @@ def run_config(directory: Path, case: dict) -> RunConfig:
 
 
 def main(directory: Path, case: dict) -> None:
-    from dehvf_ds.training.checkpoint import gather_trainables
     from dehvf_ds.training.engine import (
         build_engine,
         build_model_config,
@@ -85,6 +84,7 @@ def main(directory: Path, case: dict) -> None:
     )
     from dehvf_ds.training.loop import train_step
     from dehvf_ds.training.optim import GradientWatch, learning_rate, set_learning_rate
+    from dehvf_ds.training.state import gather_trainables
 
     world = read_world()
     init_process_group(world)

@@ -1,0 +1,205 @@
+"""Holds the plan's memory formula against the peak of a real training process on the CPU.
+
+    python benchmarks/memory.py --micro-batch 8 32
+    python benchmarks/memory.py --fusion none --malloc default
+
+Each case is a fresh process: one rank, the trainer's own engine (ZeRO-3, fp32) and its own training step on
+random captions, a few optimizer steps. Measured is the peak resident memory of the steps less what the
+process had after its imports and one step of an 8 x 8 map; loading is a peak of its own. Predicted is
+training/planning.py, nothing fitted.
+
+`--malloc returned` (default) makes glibc give every freed block of 64 KiB or more back to the system, so
+that resident memory is memory in use. `default` leaves glibc alone: it keeps freed blocks of up to 32 MB in
+its heap, where they stay resident, and the excess is the allocator's, not the step's. On a GPU PyTorch's
+caching allocator has such an excess too; the share of a GPU that a plan leaves empty stands for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+MALLOC = {
+    "returned": {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
+    },
+    "default": {},
+}
+PROMPT_TOKENS = 8
+MIB = 2**20
+
+
+def main() -> None:
+    """Parses the flags, runs every case, prints a line for each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--language-model", default="demo_data/backbones/smollm2-135m")
+    parser.add_argument("--vision-tower", default="demo_data/backbones/dinov2-small")
+    parser.add_argument("--fusion", default="ffn", choices=["ffn", "prefix", "none"])
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--tokens", type=int, default=48, help="tokens of the longest row")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--malloc", default="returned", choices=sorted(MALLOC))
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(run_case(args, **json.loads(args.case))))
+        return
+    print(f"fusion {args.fusion}, {args.tokens} tokens, {args.steps} steps, malloc {args.malloc}; MiB")
+    print("rows  recompute  weights+state  activations  predicted  measured  pred./meas.  after load  load")
+    for rows in args.micro_batch:
+        for checkpointing in (False, True):
+            found = in_fresh_process(args, {"rows": rows, "checkpointing": checkpointing})
+            predicted = found["fixed_bytes"] + found["activation_bytes"]
+            values = [found["fixed_bytes"], found["activation_bytes"], predicted, found["measured_bytes"]]
+            fixed, activations, predicted, measured = (value / MIB for value in values)
+            print(
+                f"{rows:4d}  {'on' if checkpointing else 'off':9s}  {fixed:13.0f}  {activations:11.0f}  "
+                f"{predicted:9.0f}  {measured:8.0f}  {predicted / measured:11.3f}  "
+                f"{found['rest_bytes'] / MIB:10.0f}  {found['load_bytes'] / MIB:4.0f}",
+                flush=True,
+            )
+
+
+def in_fresh_process(args: argparse.Namespace, case: dict) -> dict:
+    """Runs one case in a process of its own and returns its numbers."""
+    environment = os.environ | MALLOC[args.malloc] | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, __file__, *sys.argv[1:], "--case", json.dumps(case)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"case {case} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def run_case(args: argparse.Namespace, rows: int, checkpointing: bool) -> dict[str, int]:
+    """Builds the engine, takes the steps, measures and predicts; bytes."""
+    import deepspeed  # noqa: F401  counts as an import, not as the run's
+    import torch
+
+    from dehvf_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+    from dehvf_ds.data.transforms import build_image_transform
+    from dehvf_ds.distributed import init_process_group, read_world
+    from dehvf_ds.model import DehvfForConditionalGeneration
+    from dehvf_ds.training.engine import build_engine, build_model_config, compute_dtype, read_deepspeed_json
+    from dehvf_ds.training.loop import train_step
+    from dehvf_ds.training.planning import (
+        FP32_BYTES,
+        Work,
+        Zero,
+        activation_peak_bytes,
+        count_shapes,
+        gradient_bytes,
+        optimizer_bytes,
+        parameter_bytes,
+        trainable_bytes,
+    )
+
+    world = read_world()
+    init_process_group(world)
+    image_size = build_image_transform(args.vision_tower, None).image_size
+    config = RunConfig(
+        run_dir="unused",
+        model=ModelConfig(
+            language_model=args.language_model, vision_tower=args.vision_tower, fusion=args.fusion
+        ),
+        data=DataConfig(train="unused"),
+        train=TrainConfig(
+            global_batch_size=rows, micro_batch_size=rows, activation_checkpointing=checkpointing
+        ),
+    )
+    repository = Path(__file__).resolve().parent.parent
+    given = json.loads((repository / "ds_configs/zero3.json").read_text())
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "fp32.json"
+        path.write_text(json.dumps(given | {"bf16": {"enabled": False}}))
+        ds_config = read_deepspeed_json(str(path), config, world.size)
+    model_config = build_model_config(config.model, image_size=image_size)
+    # Counted before the engine: partitioned parameters have no elements.
+    with torch.device("meta"):
+        shapes = count_shapes(DehvfForConditionalGeneration(model_config), 0)
+    warm_up(ds_config)
+    baseline = resident_bytes("VmRSS")
+    engine, _ = build_engine(config, model_config, ds_config, world)
+    load = resident_bytes("VmHWM") - baseline
+    rest = resident_bytes("VmRSS") - baseline
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    for step in range(1, args.steps + 1):
+        batch = random_batch(rows, args.tokens, shapes.vocab, image_size, args.fusion != "none", step)
+        train_step(engine, [batch], world, compute_dtype(ds_config), seed=0, step=step)
+    measured = resident_bytes("VmHWM") - baseline
+    work = Work(
+        rows=rows,
+        tokens=args.tokens,
+        supervised=batch.num_supervised(),
+        element_bytes=torch.float32.itemsize,
+        checkpointing=checkpointing,
+    )
+    zero = Zero.from_json(ds_config)
+    fixed = (
+        parameter_bytes(shapes.frozen, 0, "ZeRO-3", 1, 1, FP32_BYTES)
+        + trainable_bytes(shapes, "ZeRO-3", 1, FP32_BYTES)
+        + optimizer_bytes(shapes, 1)
+        + gradient_bytes(shapes, 1, FP32_BYTES)
+        # Host memory counts once it is touched: of the bucket, as much as there are gradients.
+        + min(zero.reduce_bucket, shapes.trainable) * FP32_BYTES
+    )
+    return {
+        "fixed_bytes": fixed,
+        "activation_bytes": activation_peak_bytes(shapes, work),
+        "measured_bytes": measured,
+        "rest_bytes": rest,
+        "load_bytes": load,
+    }
+
+
+def warm_up(ds_config: dict[str, Any]) -> None:
+    """Takes a step of a single small map: DeepSpeed imports some 560 modules only then, of 60 MiB."""
+    import deepspeed
+    import torch
+
+    model = torch.nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    engine.backward(engine(torch.ones(1, 8)).sum())
+    engine.step()
+
+
+def random_batch(rows: int, tokens: int, vocab: int, image_size: int, pictures: bool, seed: int):
+    """Captions of random tokens, the second row shorter than the others, with pictures of noise."""
+    import torch
+
+    from dehvf_ds.batch import IGNORE_INDEX, Batch
+
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(10, vocab, (rows, tokens), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1:2, tokens // 2 :] = 0
+    labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
+    labels[:, :PROMPT_TOKENS] = IGNORE_INDEX
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        pixel_values=torch.randn(rows, 3, image_size, image_size, generator=generator),
+        has_image=torch.full((rows,), pictures),
+    )
+
+
+def resident_bytes(field: str) -> int:
+    """A memory field of this process as Linux counts it: ``VmRSS`` now, ``VmHWM`` at its peak."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""A request to stop: a signal sets a flag, and the loop stops all ranks together after a step."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+REQUEUE_EXIT_CODE = 85
+"""Exit code of a run that saved itself on request: please start it again."""
+
+
+class StopRequest:
+    """Whether this process was asked to stop.
+
+    Installed before weights load, so that a signal in the warm-up is not lost. A second signal changes
+    nothing; a scheduler's SIGKILL comes anyway. Loader workers put handlers of their own.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def install(self) -> None:
+        """Takes the signals over."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True

@@ -1,0 +1,92 @@
+"""A run that is killed again and again, checkpoint writing included, is the run that was never killed.
+
+Three kills in the suite; ``make chaos`` sets CHAOS_KILLS to 20.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+from training.launch import REPOSITORY, run_ranks, start_ranks
+from training.resume_world import build_world, recipe
+
+from dehvf_ds.training.checkpoint import find_checkpoint
+
+TRAIN = REPOSITORY / "dehvf_ds/train.py"
+KILLS = int(os.environ.get("CHAOS_KILLS", "3"))
+STEPS = 12 + 6 * KILLS
+COMPARED = ("step", "samples", "tokens", "train/loss", "train/grad_norm", "lr")
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(tmp_path: Path) -> None:
+    world = build_world(tmp_path)
+    (world / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    fixed = ["--config", recipe(world), "--deepspeed", str(world / "ds.json")]
+    fixed += ["--train.steps", str(STEPS), "--train.save_every", "2", "--model.lora.dropout", "0.1"]
+    run_ranks(TRAIN, [*fixed, "--run_dir", str(world / "calm")], 2)
+
+    chaotic = [*fixed, "--run_dir", str(world / "chaos")]
+    draw = random.Random(int(os.environ.get("CHAOS_SEED", "0")))
+    for kill in range(KILLS):
+        processes = start_ranks(TRAIN, chaotic, 2)
+        # Every other one while a checkpoint is being written, the rest whenever.
+        moment = wait_for_a_part if kill % 2 == 0 else wait_a_while
+        print(f"kill {kill + 1}: {moment(world / 'chaos', draw)}", flush=True)
+        for process in draw.sample(processes, 2):
+            process.kill()
+        for process in processes:
+            process.communicate(timeout=60)
+        found = find_checkpoint(world / "chaos", "auto")
+        print(f"  left: {found.path.name if found else 'no checkpoint'}", flush=True)
+    run_ranks(TRAIN, chaotic, 2)
+
+    calm, chaos = (read(world / run / "metrics.jsonl") for run in ("calm", "chaos"))
+    assert chaos == calm
+    assert len(calm) == STEPS
+    adapters = [(world / run / "adapter/visual.safetensors").read_bytes() for run in ("calm", "chaos")]
+    assert adapters[0] == adapters[1]
+    assert list((world / "chaos/checkpoints").glob(".*")) == []
+
+
+def wait_for_a_part(run_dir: Path, draw: random.Random) -> str:
+    """Until a checkpoint is half written, the drawn one from now on."""
+    for _ in range(draw.randint(1, 3)):
+        while not (parts := list(run_dir.glob("checkpoints/.step_*.part"))):
+            time.sleep(0.0005)
+        name = parts[0].name
+        if draw.random() < 0.5:
+            break
+        while (run_dir / "checkpoints" / name).exists():
+            time.sleep(0.0005)
+    return f"while {name} was written"
+
+
+def wait_a_while(run_dir: Path, draw: random.Random) -> str:
+    """Until some steps after the start, and a moment more."""
+    path = run_dir / "metrics.jsonl"
+    before = path.stat().st_mtime if path.exists() else 0
+    while not path.exists() or path.stat().st_mtime == before:
+        time.sleep(0.01)
+    seconds = draw.uniform(0, 1.5)
+    time.sleep(seconds)
+    return f"{seconds:.2f} s after the first new step"
+
+
+def read(path: Path) -> list[dict]:
+    return [{k: json.loads(line)[k] for k in COMPARED} for line in path.read_text().splitlines()]
+
+
+def test_a_torn_line_of_a_killed_run_is_dropped(tmp_path: Path) -> None:
+    from dehvf_ds.training.metrics import keep_lines
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    keep_lines(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    keep_lines(tmp_path / "absent", 2)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+
+from dehvf_ds.config import UserError
+from dehvf_ds.training import lease as lease_module
+from dehvf_ds.training.lease import LEASE_FILE, Lease
+
+
+def test_a_second_job_is_refused_until_the_first_ends(tmp_path):
+    first = Lease(tmp_path / "run")
+    with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on "):
+        Lease(tmp_path / "run")
+    first.release()
+    assert not (tmp_path / "run" / LEASE_FILE).exists()
+    Lease(tmp_path / "run").release()
+
+
+def test_a_killed_job_leaves_no_lease_behind(tmp_path):
+    child = os.fork()
+    if child == 0:
+        Lease(tmp_path)
+        os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    assert (tmp_path / LEASE_FILE).exists()
+    Lease(tmp_path).release()
+
+
+@pytest.mark.parametrize("alive", [False, True])
+def test_another_hosts_lease_is_waited_for(tmp_path, monkeypatch, alive, capsys):
+    path = tmp_path / LEASE_FILE
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "job": "42"}))
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if alive:
+            path.touch()
+        else:
+            past = time.time() - lease_module.STALE_S - 1
+            os.utime(path, (past, past))
+
+    past = time.time() - 60
+    os.utime(path, (past, past))
+    monkeypatch.setattr(lease_module.time, "sleep", sleep)
+    if alive:
+        with pytest.raises(UserError, match="in use by process 7 on elsewhere, job 42"):
+            Lease(tmp_path)
+    else:
+        Lease(tmp_path).release()
+    assert len(waited) == 1
+    assert "was in use by process 7 on elsewhere, job 42; waiting" in capsys.readouterr().out
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run_dir .*file/run: "):
+        Lease(tmp_path / "file" / "run")
