@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import nn
-
 from dehvf_ds.model import DehvfForConditionalGeneration
+from dehvf_ds.model.adapters import decoder_layers
 from dehvf_ds.training.metrics import model_flops
 
 GIB = 2**30
@@ -217,7 +216,7 @@ def count_shapes(model: DehvfForConditionalGeneration, persistence_threshold: in
 
 
 def _input_width(model: DehvfForConditionalGeneration, target: str) -> int:
-    mlp: nn.Module = model.get_decoder().layers[0].mlp  # pyright: ignore[reportIndexIssue, reportAssignmentType, reportAttributeAccessIssue]
+    mlp = decoder_layers(model.language_model)[0].mlp
     return getattr(getattr(mlp, "ffn", mlp), target).in_features
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from dehvf_ds.training.planning import (
     Cluster,
     Estimate,
     Shapes,
+    Strategy,
     Work,
     Zero,
     activation_peak_bytes,
@@ -203,12 +205,12 @@ def test_where_the_frozen_weights_lie(shapes: Shapes) -> None:
     assert host_load_bytes(shapes, "ZeRO-2", 8, 2) == 8 * whole
 
 
-def plan(shapes: Shapes, work: Work, cluster: Cluster = CLUSTER, strategy="ZeRO-3") -> Estimate:
+def plan(shapes: Shapes, work: Work, cluster: Cluster = CLUSTER, strategy: Strategy = "ZeRO-3") -> Estimate:
     return estimate(shapes, work, ZERO, strategy, cluster, accumulation=1, overhead_bytes=0.0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_more_gpus_need_no_more_memory_each(strategy, shapes: Shapes, work: Work) -> None:
+def test_more_gpus_need_no_more_memory_each(strategy: Strategy, shapes: Shapes, work: Work) -> None:
     totals = [
         plan(shapes, work, replace(CLUSTER, nodes=n, gpus_per_node=g), strategy).total_bytes
         for n, g in [(1, 2), (1, 4), (1, 8), (2, 8), (4, 8)]
@@ -333,7 +335,7 @@ def count_gathers(directory: Path, checkpointing: bool) -> None:
     with torch.device("meta"):
         shapes = count_shapes(DehvfForConditionalGeneration(model_config), 0)
     engine, model = build_engine(config, model_config, ds_config, world)
-    frozen = [p for p in model.parameters() if not p.requires_grad]
+    frozen: list[Any] = [p for p in model.parameters() if not p.requires_grad]
     gathered = live = 0
     collective = partitioning.dist.allgather_fn
 
