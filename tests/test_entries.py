@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import vision_config
+from tiny_models import byte_tokenizer, vision_config
 from training.launch import REPOSITORY, run_ranks
 from transformers import (
     AutoModel,
@@ -21,24 +21,11 @@ from transformers import (
     CLIPImageProcessorPil,
     GPT2Config,
     LlamaConfig,
-    PreTrainedTokenizerFast,
 )
 
 from dehvf_ds.data.index import ShardIndex
 from tools.build_shards import main as build_shards
 from tools.make_scenes import main as make_scenes
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and an end of text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<eos>", *alphabet])}, merges=[]))
-    core.add_special_tokens(["<eos>"])
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +43,7 @@ def world(tmp_path_factory) -> Path:
         bos_token_id=None,
     )
     AutoModelForCausalLM.from_config(llm).save_pretrained(root / "llm")
-    tokenizer().save_pretrained(root / "llm")
+    byte_tokenizer().save_pretrained(root / "llm")
     gpt2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=260)
     AutoModelForCausalLM.from_config(gpt2).save_pretrained(root / "gpt2")
     AutoModel.from_config(vision_config()).save_pretrained(root / "tower")

@@ -20,7 +20,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,6 @@ class Checkpoints:
         engine: the DeepSpeed engine.
         dtype: compute dtype of the run.
         data_digest: what tells the training shards from others.
-        failed: checkpoints that could not be written.
     """
 
     config: RunConfig
@@ -142,7 +141,6 @@ class Checkpoints:
     engine: Any
     dtype: torch.dtype
     data_digest: str
-    failed: int = field(default=0, init=False)
 
     def save(self, progress: Progress) -> bool:
         """Writes a checkpoint of this step. Every rank must call it.
@@ -163,11 +161,9 @@ class Checkpoints:
             return ""
 
         failure = on_main(self.world, write)
-        if failure:
-            self.failed += 1
-            if self.world.is_main:
-                message = f"checkpoint of step {progress.step} not written: {failure}; the run goes on"
-                print(f"warning: {message}", file=sys.stderr, flush=True)
+        if failure and self.world.is_main:
+            message = f"checkpoint of step {progress.step} not written: {failure}; the run goes on"
+            print(f"warning: {message}", file=sys.stderr, flush=True)
         return not failure
 
     def _write(self, progress: Progress, tensors: Mapping[str, Tensor], optimizer_steps: int) -> None:

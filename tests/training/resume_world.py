@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tiny_models import text_config, vision_config
+from tiny_models import byte_tokenizer, text_config, vision_config
 from tiny_shards import write_shards
-from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil
 
 from dehvf_ds.data.shards import ShardRow
 
@@ -22,7 +22,7 @@ def build_world(root: Path) -> Path:
     # One id a byte; the tokenizer's end of text is 0.
     llm.vocab_size, llm.bos_token_id, llm.eos_token_id = 260, None, 0
     AutoModelForCausalLM.from_config(llm).save_pretrained(root / "llm")
-    _tokenizer().save_pretrained(root / "llm")
+    byte_tokenizer().save_pretrained(root / "llm")
     AutoModel.from_config(vision_config()).save_pretrained(root / "tower")
     size = {"height": 16, "width": 16}
     CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size).save_pretrained(root / "tower")
@@ -61,15 +61,3 @@ def _row(number: int) -> ShardRow:
         Image.new("RGB", (20, 18), (number * 7 % 256, 30, 200)).save(file, "PNG")
         members["png"] = file.getvalue()
     return ShardRow(key=f"row{number}", members={"json": json.dumps(record).encode(), **members})
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and an end of text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<eos>", *alphabet])}, merges=[]))
-    core.add_special_tokens(["<eos>"])
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
