@@ -6,7 +6,7 @@
 Each case is a fresh process: one rank, the trainer's own engine (ZeRO-3, fp32) and its own training step on
 random captions, a few optimizer steps. Measured is the peak resident memory of the steps less what the
 process had after its imports and one step of an 8 x 8 map; loading is a peak of its own. Predicted is
-training/planning.py, nothing fitted.
+training/planning/, nothing fitted.
 
 `--malloc returned` (default) makes glibc give every freed block of 64 KiB or more back to the system, so
 that resident memory is memory in use. `default` leaves glibc alone: it keeps freed blocks of up to 32 MB in
@@ -89,19 +89,19 @@ def run_case(args: argparse.Namespace, rows: int, checkpointing: bool) -> dict[s
     from dehvf_ds.data.transforms import build_image_transform
     from dehvf_ds.distributed import init_process_group, read_world
     from dehvf_ds.model import DehvfForConditionalGeneration
-    from dehvf_ds.training.engine import build_engine, build_model_config, compute_dtype, read_deepspeed_json
-    from dehvf_ds.training.loop import train_step
-    from dehvf_ds.training.planning import (
+    from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json
+    from dehvf_ds.training.engine import build_engine, build_model_config
+    from dehvf_ds.training.planning.activations import activation_peak_bytes
+    from dehvf_ds.training.planning.memory import (
         FP32_BYTES,
-        Work,
-        Zero,
-        activation_peak_bytes,
-        count_shapes,
         gradient_bytes,
         optimizer_bytes,
         parameter_bytes,
         trainable_bytes,
     )
+    from dehvf_ds.training.planning.shapes import Work, count_shapes
+    from dehvf_ds.training.planning.zero import Zero
+    from dehvf_ds.training.step import train_step
 
     world = read_world()
     init_process_group(world)

@@ -7,6 +7,7 @@ one level (class token and patches), ``vision_dim``, ``rank`` width of the visua
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -83,6 +84,18 @@ class Batch:
     def num_unsupervised_rows(self) -> int:
         """Rows without a supervised token, of which nothing is learnt (a prompt as long as the row)."""
         return int((self.labels[:, 1:] == IGNORE_INDEX).all(dim=1).sum())
+
+    def checksum(self) -> int:
+        """Sum over the rows of the CRC-32 of key and token ids.
+
+        Free of the rows' order and padding, so that sums over micro-batches and ranks tell whether two
+        optimizer steps saw the same rows.
+        """
+        keys = self.keys or ("",) * len(self.input_ids)
+        rows = zip(keys, self.input_ids.cpu(), self.attention_mask.bool().cpu(), strict=True)
+        return sum(
+            zlib.crc32(ids[mask].numpy().tobytes(), zlib.crc32(key.encode())) for key, ids, mask in rows
+        )
 
     def num_tokens(self) -> int:
         """Text tokens without padding."""

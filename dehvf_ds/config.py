@@ -18,6 +18,9 @@ ConfigT = TypeVar("ConfigT")
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
+SWITCHES = ("--dry_run", "--overwrite")
+"""Flags that mean true where no value follows."""
+
 
 class UserError(Exception):
     """A mistake in what the user gave us. Entries print its one line and exit with code 2."""
@@ -272,6 +275,7 @@ class RunConfig:
         resume: ``auto`` goes on from the run directory's newest checkpoint, if there is one; ``never``; or a
             checkpoint's path.
         init_from: run directory or adapter artifact whose trained weights a new run starts from.
+        dry_run: check everything, read a batch of each set, take a step of a scaled-down copy; write nothing.
     """
 
     run_dir: str
@@ -283,6 +287,7 @@ class RunConfig:
     overwrite: bool = False
     resume: str = "auto"
     init_from: str | None = None
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,10 +409,26 @@ def _parse(config_class: type[ConfigT], args: Sequence[str], description: str) -
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; ignored")
     parser.add_class_arguments(config_class)
     try:
-        namespace = parser.instantiate(parser.parse_args(list(args)))
+        namespace = parser.instantiate(parser.parse_args(_normalized(args)))
     except (ArgumentError, TypeError, yaml.YAMLError) as error:
         raise UserError(" ".join(str(error).split())) from None
     return config_class(**{field.name: namespace[field.name] for field in fields(config_class)})  # pyright: ignore[reportArgumentType]
+
+
+def _normalized(args: Sequence[str]) -> list[str]:
+    """Takes ``--dry-run`` for ``--dry_run true``: dashes in names, and a switch without a value."""
+    result: list[str] = []
+    for number, arg in enumerate(args):
+        if not arg.startswith("--"):
+            result.append(arg)
+            continue
+        name, separator, value = arg.partition("=")
+        name = "--" + name.removeprefix("--").replace("-", "_")
+        result.append(name + separator + value)
+        bare = not separator and (number + 1 == len(args) or args[number + 1].startswith("--"))
+        if bare and name in SWITCHES:
+            result[-1] = f"{name}=true"
+    return result
 
 
 def _resolve_recipe(args: Sequence[str], default_recipe: str) -> list[str]:

@@ -15,7 +15,8 @@ from training.launch import REPOSITORY
 from transformers import AutoModelForCausalLM
 
 from dehvf_ds.config import UserError
-from dehvf_ds.plan import PlanConfig, main, split_flags
+from dehvf_ds.plan import main, split_flags
+from dehvf_ds.training.planning.place import PlanConfig
 
 RECIPE_13B = ["--config", "coco_llama13b", "--gpus-per-node", "8", "--nodes", "2", "--gpu", "H100-80G"]
 
@@ -46,7 +47,7 @@ def test_the_key_lines_of_13b_on_16_gpus(capsys: pytest.CaptureFixture[str]) -> 
     assert lines[1] == (
         "parameters: LLM 13.016 B, tower 0.303 B frozen; trainable 4,585,088 (3,031,040 in LoRA)"
     )
-    assert "planned with 16: start with --train.micro_batch_size 16" in lines[3]
+    assert lines[2].startswith("step: 256 rows = 16 GPUs x 16 rows x 1 micro-steps; 64 tokens a row")
     for expected in (
         "                            ZeRO-3  ZeRO-3 + hpZ  ZeRO-3 + offload  ZeRO-2",
         "frozen LLM                    1.52          4.55              0.00   24.24",
@@ -60,6 +61,11 @@ def test_the_key_lines_of_13b_on_16_gpus(capsys: pytest.CaptureFixture[str]) -> 
     (recommended,) = (line for line in lines if line.startswith("recommended: "))
     assert recommended.startswith("recommended: ZeRO-2 (zero2.json): it gathers nothing")
     assert any(line.startswith("Assumed: MFU 0.5 of 989 TFLOP/s") for line in lines)
+
+
+def test_a_micro_batch_that_does_not_divide_is_lowered_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, *RECIPE_13B, "--train.micro_batch_size", "32")
+    assert "planned with 16: start with --train.micro_batch_size 16" in lines[3]
 
 
 def test_the_parts_sum_to_the_total(capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +89,31 @@ def test_slow_links_make_hpz_or_replicas_worth_their_memory(capsys: pytest.Captu
     lines = printed(capsys, *RECIPE_13B, "--internode-gb-s", "1", "--overhead-gib", "50")
     (recommended,) = (line for line in lines if line.startswith("recommended: "))
     assert recommended.startswith("recommended: ZeRO-3 + hpZ (zero3_hpz.json)")
-    assert "set zero_hpz_partition_size to 8" in recommended
+
+
+def hpz_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int | str, *args: str) -> list[str]:
+    """The 13B plan with an hpZ file of its own, told from the shipped one by its bucket of 1.86 GiB."""
+    zero = {"stage": 3, "zero_hpz_partition_size": size, "reduce_bucket_size": 1_000_000_000}
+    content = {"bf16": {"enabled": "auto"}, "zero_optimization": zero}
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    return printed(capsys, *RECIPE_13B, "--deepspeed", str(tmp_path / "ds.json"), *args)
+
+
+def test_hpz_auto_is_a_node_and_zero3_on_a_single_one(tmp_path: Path, capsys) -> None:
+    lines = hpz_plan(tmp_path, capsys, "auto")
+    assert values(lines, "gradient buckets") == pytest.approx([0.04, 1.86, 0.04, 0.07])
+    assert not any("zero_hpz_partition_size" in line for line in lines)
+    lines = hpz_plan(tmp_path, capsys, "auto", "--nodes", "1")
+    assert values(lines, "gradient buckets") == pytest.approx([1.86, 0.04, 0.04, 0.07])
+    plain, hpz, *_ = values(lines, "frozen LLM")
+    assert plain == hpz
+
+
+def test_an_hpz_size_that_is_no_node_is_said(tmp_path: Path, capsys) -> None:
+    lines = hpz_plan(tmp_path, capsys, 4)
+    assert any("zero_hpz_partition_size 4 is planned as 8, auto's value here" in line for line in lines)
+    lines = hpz_plan(tmp_path, capsys, 8, "--nodes", "1")
+    assert any("zero_hpz_partition_size 8 is planned as 1, auto's value here" in line for line in lines)
 
 
 def test_dashes_underscores_and_equal_signs() -> None:

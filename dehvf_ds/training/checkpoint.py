@@ -14,9 +14,7 @@ The frozen weights are not in it; their identity is, in the artifact's manifest.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -26,105 +24,31 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from dehvf_ds.config import ModelConfig, RunConfig, UserError, load_run_config, to_plain
+from dehvf_ds.config import ModelConfig, RunConfig, UserError, to_plain
 from dehvf_ds.distributed import World, on_main
 from dehvf_ds.model import DehvfForConditionalGeneration, ModelError
-from dehvf_ds.model.artifact import read_manifest, save_adapter
-from dehvf_ds.model.identity import check_base
-from dehvf_ds.training.state import gather_state, gather_trainables, load_state
-
-FORMAT_VERSION = 1
-STATE_FILE = "state.safetensors"
-INFO_FILE = "state.json"
-LATEST_FILE = "latest"
-BEST_FILE = "best"
-
-# What may differ between the parts of one run: paths, speed, and what is looked at.
-FREE_KEYS = (
-    "run_dir",
-    "deepspeed",
-    "overwrite",
-    "resume",
-    "init_from",
-    "model.language_model",
-    "model.vision_tower",
-    "data.train",
-    "data.location",
-    "data.cache_dir",
-    "data.cache_gb",
-    "data.on_bad",
-    "data.max_bad_share",
-    "data.num_workers",
-    "data.val",
-    "data.val_samples",
-    "train.micro_batch_size",
-    "train.activation_checkpointing",
-    "train.max_bad_steps",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "train.eval_every",
-    "train.levels_every",
-    "train.log_every",
-    "train.timeout_minutes",
+from dehvf_ds.model.artifact import save_adapter
+from dehvf_ds.training.durable import flush_to_disk, read_pointer, size_and_hash, write_pointer
+from dehvf_ds.training.progress import Progress
+from dehvf_ds.training.resume import (
+    BEST_FILE,
+    FORMAT_VERSION,
+    INFO_FILE,
+    LATEST_FILE,
+    STATE_FILE,
+    Checkpoint,
+    checkpoints_dir,
+    step_dirs,
 )
-
-
-@dataclass
-class Progress:
-    """Where a run stands, counted over all ranks.
-
-    Attributes:
-        step: optimizer steps done, those skipped for gradients that are not finite included.
-        samples: rows consumed.
-        tokens: text tokens seen.
-        skipped: steps that were not taken.
-        skipped_in_a_row: of these, how many the last ones.
-        unsupervised_rows: rows that had nothing to learn.
-        replaced: damaged samples in whose place another stood.
-        best_loss: lowest validation loss so far.
-        best_step: its step.
-    """
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    unsupervised_rows: int = 0
-    replaced: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk, verified.
-
-    Attributes:
-        path: its directory.
-        progress: where the run stood.
-        optimizer_steps: steps that the optimizer had taken.
-        config: the run's configuration, plain.
-        data_digest: what tells the training shards from others.
-    """
-
-    path: Path
-    progress: Progress
-    optimizer_steps: int
-    config: dict[str, Any]
-    data_digest: str
-
-    def load_tensors(self) -> dict[str, Tensor]:
-        """Reads the state's tensors."""
-        return load_file(self.path / STATE_FILE)
+from dehvf_ds.training.state import gather_state, gather_trainables, load_state
 
 
 @dataclass
 class Checkpoints:
-    """Writes and finds a run's checkpoints.
+    """Writes a run's checkpoints, and puts one back into an engine.
 
     Attributes:
         config: the run.
@@ -184,7 +108,7 @@ class Checkpoints:
                 "optimizer_steps": optimizer_steps,
                 "config": to_plain(self.config),
                 "data_digest": self.data_digest,
-                "files": {STATE_FILE: _size_and_hash(part / STATE_FILE)},
+                "files": {STATE_FILE: size_and_hash(part / STATE_FILE)},
             }
             (part / INFO_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
             for path in part.rglob("*"):
@@ -205,7 +129,7 @@ class Checkpoints:
     def _prune(self, root: Path) -> None:
         """Removes all but the last ``keep_checkpoints`` and the best."""
         kept = {read_pointer(root / LATEST_FILE), read_pointer(root / BEST_FILE)}
-        for path in _step_dirs(root)[self.config.train.keep_checkpoints :]:
+        for path in step_dirs(root)[self.config.train.keep_checkpoints :]:
             if path.name not in kept:
                 # The name goes first: what has it is whole.
                 gone = root / f".{path.name}.part"
@@ -251,158 +175,6 @@ def save_artifact(
     on_main(world, write)
 
 
-def find_checkpoint(run_dir: str | Path, resume: str) -> Checkpoint | None:
-    """Finds the checkpoint to go on from, and verifies it.
-
-    Args:
-        run_dir: the run.
-        resume: ``never``, ``auto`` (the newest that is whole, or none) or a checkpoint's path.
-
-    Raises:
-        UserError: the path is no checkpoint, or is damaged.
-    """
-    if resume == "never":
-        return None
-    if resume != "auto":
-        return read_checkpoint(Path(resume))
-    root = checkpoints_dir(run_dir)
-    if not root.is_dir():
-        return None
-    names = [read_pointer(root / LATEST_FILE), *(path.name for path in _step_dirs(root))]
-    for name in dict.fromkeys(name for name in names if name):
-        try:
-            return read_checkpoint(root / name)
-        except UserError as error:
-            print(f"warning: {error}; looking for an older one", file=sys.stderr, flush=True)
-    return None
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads where a checkpoint stands, and compares its files with their sizes and hashes.
-
-    Raises:
-        UserError: it is not there, not whole, or of another format.
-    """
-    try:
-        content = json.loads((path / INFO_FILE).read_text(encoding="utf-8"))
-        if content["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{path}: checkpoint format {content['format_version']}, not {FORMAT_VERSION}")
-        for name, promised in content["files"].items():
-            if _size_and_hash(path / name) != promised:
-                raise UserError(f"{path / name}: changed since it was written (size or sha256 differs)")
-        return Checkpoint(
-            path,
-            Progress(**content["progress"]),
-            content["optimizer_steps"],
-            content["config"],
-            content["data_digest"],
-        )
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: not a whole checkpoint: {error.filename} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a checkpoint: {type(error).__name__} {error}") from None
-
-
-def check_same_run(checkpoint: Checkpoint, config: RunConfig, data_digest: str) -> None:
-    """Refuses to continue a run with what would make it another one.
-
-    Raises:
-        UserError: names the keys that differ, with both values.
-    """
-    if differing := _differences(checkpoint.config, to_plain(config)):
-        raise UserError(
-            f"{checkpoint.path} is of a run with other settings: {', '.join(differing[:4])}; give them as "
-            "they were, name another run_dir, or start anew from its weights with --init_from"
-        )
-    if checkpoint.data_digest != data_digest:
-        raise UserError(
-            f"{checkpoint.path} was trained on other shards than data.train {config.data.train}; "
-            "name another run_dir, or start anew from its weights with --init_from"
-        )
-
-
-def check_bases(adapter: Path, config: ModelConfig, owner: str) -> None:
-    """Refuses frozen models other than those that an artifact was trained on.
-
-    Args:
-        adapter: the artifact.
-        config: names the backbones of the run that wants it.
-        owner: what the message calls it.
-
-    Raises:
-        UserError: a backbone differs in its configuration or its weights; names the first that does.
-    """
-    try:
-        bases = read_manifest(adapter)["bases"]
-        for name, source in (
-            ("language_model", config.language_model),
-            ("vision_tower", config.vision_tower),
-        ):
-            check_base(bases[name], source, vision=name == "vision_tower", owner=owner)
-    except ModelError as error:
-        raise UserError(str(error)) from None
-
-
-def check_same_config(path: Path, config: RunConfig, remedy: str) -> None:
-    """Refuses to start a run over the traces of another.
-
-    Args:
-        path: the configuration that lies there.
-        config: the run's.
-        remedy: ends the message.
-
-    Raises:
-        UserError: names the keys that differ.
-    """
-    try:
-        before = to_plain(load_run_config(path))
-    except UserError as error:
-        raise UserError(f"{error}; {remedy}") from None
-    if differing := _differences(before, to_plain(config)):
-        raise UserError(f"{path} is of a run with other settings: {', '.join(differing[:4])}; {remedy}")
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Keys that make another run, with both values."""
-    flat_before, flat_now = _flat(before), _flat(now)
-    return [
-        f"{key} ({flat_before.get(key)} there, {flat_now.get(key)} now)"
-        for key in sorted(flat_before.keys() | flat_now.keys())
-        if key not in FREE_KEYS and flat_before.get(key) != flat_now.get(key)
-    ]
-
-
-def checkpoints_dir(run_dir: str | Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return Path(run_dir) / "checkpoints"
-
-
-def write_pointer(path: Path, name: str) -> None:
-    """Writes a file that holds one name, so that it always holds a whole one."""
-    part = path.with_name(f".{path.name}.part-pointer")
-    part.write_text(name + "\n", encoding="utf-8")
-    flush_to_disk(part)
-    part.rename(path)
-    flush_to_disk(path.parent)
-
-
-def read_pointer(path: Path) -> str | None:
-    """The name in a pointer file; None if there is none."""
-    try:
-        return path.read_text(encoding="utf-8").strip() or None
-    except OSError:
-        return None
-
-
-def flush_to_disk(path: Path) -> None:
-    """Waits until a file, or a directory's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _save_artifact(
     directory: Path,
     tensors: Mapping[str, Tensor],
@@ -420,24 +192,3 @@ def _save_artifact(
         dtype=dtype,
         info=info,
     )
-
-
-def _step_dirs(root: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
-    return sorted((path for path in root.glob("step_*") if path.is_dir()), reverse=True)
-
-
-def _size_and_hash(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

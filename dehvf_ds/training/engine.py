@@ -2,74 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dehvf_ds.config import ModelConfig, RunConfig, UserError, to_plain
-from dehvf_ds.distributed import World, has_fast_bf16
+from dehvf_ds.distributed import World
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration, ModelError
 from dehvf_ds.model.artifact import load_adapter
 from dehvf_ds.model.weights import build_config, find_adapter, load_model
+from dehvf_ds.training.deepspeed_json import compute_dtype
 from dehvf_ds.training.optim import parameter_groups
-
-
-def read_deepspeed_json(
-    path: str, config: RunConfig, world_size: int, local_size: int | None = None
-) -> dict[str, Any]:
-    """Reads the DeepSpeed JSON and completes it with what our configuration owns.
-
-    Args:
-        path: the JSON file.
-        config: the run; owner of batch sizes, clipping, optimizer and schedule.
-        world_size: ranks of the job.
-        local_size: ranks of a node, for hpZ's ``auto``; None means all are of one node.
-
-    Returns:
-        A configuration for ``deepspeed.initialize`` and ``HfDeepSpeedConfig``.
-
-    Raises:
-        UserError: no such file, not JSON, or a key that contradicts our configuration.
-    """
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--deepspeed {path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"--deepspeed {path}: {error}") from None
-    if not isinstance(given, dict):
-        raise UserError(f"--deepspeed {path}: not a JSON object")
-    train = config.train
-    owned = {
-        "train_batch_size": ("train.global_batch_size", train.global_batch_size),
-        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
-        "gradient_accumulation_steps": ("the derived accumulation", train.accumulation(world_size)),
-        "gradient_clipping": ("train.max_grad_norm", train.max_grad_norm),
-    }
-    for key, (ours, value) in owned.items():
-        if given.get(key, "auto") not in ("auto", value):
-            raise UserError(f"{path}: {key} is {given[key]}, but {ours} is {value}; remove it from the JSON")
-    for key in ("optimizer", "scheduler"):
-        if key in given:
-            raise UserError(
-                f"{path}: {key} is set by train.* of the run's configuration; remove it from the JSON"
-            )
-    if _enabled(given, "fp16"):
-        raise UserError(f"{path}: fp16 is not supported; enable bf16, or neither for fp32")
-    if isinstance(given.get("bf16"), dict) and given["bf16"].get("enabled") == "auto":
-        given["bf16"] = given["bf16"] | {"enabled": has_fast_bf16()}
-    _fill_hpz(path, given, world_size, local_size or world_size)
-    given |= {key: value for key, (_, value) in owned.items()}
-    given.setdefault("zero_optimization", {"stage": 0})
-    given.setdefault("steps_per_print", 10**9)
-    return given
-
-
-def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
-    """The dtype that a DeepSpeed configuration computes in: bf16 or fp32."""
-    return torch.bfloat16 if _enabled(ds_config, "bf16") else torch.float32
 
 
 def build_model_config(
@@ -165,20 +108,6 @@ def build_engine(
     return engine, model
 
 
-def _fill_hpz(path: str, given: dict[str, Any], world_size: int, local_size: int) -> None:
-    """Gives hpZ's second copy of the weights the size of a node where the JSON says ``auto``."""
-    zero = given.get("zero_optimization", {})
-    size = zero.get("zero_hpz_partition_size", 1)
-    if size == "auto":
-        # On a single node the copy would cost memory for nothing.
-        size = zero["zero_hpz_partition_size"] = local_size if local_size < world_size else 1
-    if world_size > size and world_size % size:
-        raise UserError(
-            f"{path}: zero_hpz_partition_size {size} does not divide the {world_size} ranks; set it to the "
-            "GPUs of a node, or to auto"
-        )
-
-
 def _share_hpz_groups() -> None:
     """Lets hpZ load two backbones: DeepSpeed makes its groups in each load, and asserts there are none yet.
 
@@ -193,7 +122,3 @@ def _share_hpz_groups() -> None:
             create(group_size)
 
     groups._create_zero_param_parallel_group = create_once
-
-
-def _enabled(ds_config: dict[str, Any], precision: str) -> bool:
-    return ds_config.get(precision, {}).get("enabled", False) is True

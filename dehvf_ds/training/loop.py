@@ -1,22 +1,18 @@
-"""The training loop: which batches make a step, how their tokens are weighed, when to save, when to stop."""
+"""The training loop: which batches make a step, when to save, when to stop."""
 
 from __future__ import annotations
 
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from dehvf_ds.batch import Batch
 from dehvf_ds.config import TrainConfig
-from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, seed_micro_step
-from dehvf_ds.training.checkpoint import Progress
+from dehvf_ds.distributed import World
+from dehvf_ds.training.damage import DamageLog
 from dehvf_ds.training.levels import level_metrics
 from dehvf_ds.training.metrics import (
     MetricsWriter,
@@ -26,12 +22,12 @@ from dehvf_ds.training.metrics import (
     peak_memory_bytes,
 )
 from dehvf_ds.training.optim import GradientWatch, learning_rate, set_learning_rate
+from dehvf_ds.training.progress import Progress
 from dehvf_ds.training.signals import StopRequest
+from dehvf_ds.training.step import StepResult, train_step
 
 MIN_SAMPLES_OF_SHARE = 1000
 """Samples before the share of damaged ones is looked at; one among the first ten says nothing."""
-
-MAX_DAMAGE_LINES = 20
 
 
 class TrainingError(Exception):
@@ -78,86 +74,6 @@ class Actions:
     finish: Callable[[Progress], None]
     validate: Callable[[], float | None] | None = None
     renew: Callable[[], None] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """One optimizer step over all ranks.
-
-    Attributes:
-        loss: mean cross-entropy a supervised token, in nats; 0 without any.
-        num_supervised: tokens that the loss was taken at.
-        num_tokens: text tokens that went through the model.
-        num_unsupervised_rows: rows that nothing was learnt of.
-        num_replaced: damaged samples that others stood in for.
-        num_stopping: ranks that were asked to stop.
-        level_weights: of this rank's last micro-batch, mean over its pictures; None without any.
-    """
-
-    loss: float
-    num_supervised: int
-    num_tokens: int
-    num_unsupervised_rows: int
-    num_replaced: int
-    num_stopping: int
-    level_weights: Float[Tensor, "layers levels"] | None = None
-
-
-def train_step(
-    engine: Any,
-    micro_batches: list[Batch],
-    world: World,
-    dtype: torch.dtype,
-    *,
-    seed: int,
-    step: int,
-    stopping: bool = False,
-) -> StepResult:
-    """Forward and backward over one accumulation window, then the optimizer. Every rank must call it.
-
-    Every supervised token of the window counts the same, on whatever rank and in whatever micro-batch it
-    stands: the loss is the sum over all tokens divided by their number over all ranks. DeepSpeed
-    averages gradients over ranks, hence the factor ``world.size``.
-
-    Args:
-        engine: DeepSpeed engine around the model.
-        micro_batches: this rank's share of the window, on any device.
-        world: this process's place.
-        dtype: compute dtype, for the pictures.
-        seed: the run's seed, for dropout.
-        step: number of this optimizer step, for dropout.
-        stopping: whether this rank was asked to stop; the step is taken all the same.
-    """
-    counts = (
-        (b.num_supervised(), b.num_tokens(), b.num_unsupervised_rows(), len(b.replaced))
-        for b in micro_batches
-    )
-    own = [float(sum(column)) for column in zip(*counts, strict=True)]
-    num_supervised, num_tokens, unsupervised, replaced, num_stopping = all_reduce_sum(
-        [*own, float(stopping)], world.device
-    )
-    # A window without any supervised token walks the same road, with a loss of 0.
-    divisor = max(num_supervised, 1.0)
-    own_loss = torch.zeros((), dtype=torch.float64, device=world.device)
-    weights = None
-    for micro_step, batch in enumerate(micro_batches):
-        seed_micro_step(seed, step, micro_step, world.rank)
-        output = engine(**batch.to(world.device, dtype).inputs())
-        engine.backward(output.loss_sum * (world.size / divisor), scale_wrt_gas=False)
-        engine.step()
-        own_loss += output.loss_sum.detach().double()
-        if output.level_weights is not None and batch.has_image.any():
-            weights = output.level_weights.detach()[batch.has_image.to(world.device)].mean(dim=0)
-    (loss_sum_all,) = all_reduce_sum([own_loss.item()], world.device)
-    return StepResult(
-        loss=loss_sum_all / divisor,
-        num_supervised=int(num_supervised),
-        num_tokens=int(num_tokens),
-        num_unsupervised_rows=int(unsupervised),
-        num_replaced=int(replaced),
-        num_stopping=int(num_stopping),
-        level_weights=weights,
-    )
 
 
 def fit(
@@ -244,40 +160,6 @@ def fit(
     return True
 
 
-class DamageLog:
-    """The damaged samples that this rank met: a line for each of the first ones, and counts by shard."""
-
-    def __init__(self, world: World):
-        """Starts empty."""
-        self._world = world
-        self._counts: Counter[str] = Counter()
-
-    def add(self, micro_batches: list[Batch]) -> None:
-        """Counts the batches' replaced samples and tells of them."""
-        for shard, message in (damage for batch in micro_batches for damage in batch.replaced):
-            if self._counts.total() < MAX_DAMAGE_LINES:
-                print(f"replaced a damaged sample: {message}", file=sys.stderr, flush=True)
-            self._counts[shard] += 1
-
-    def by_shard(self) -> str:
-        """The shards with the most damaged samples over all ranks; every rank must call it."""
-        return ", ".join(f"{shard} {count}" for shard, count in self._total().most_common(8))
-
-    def report(self) -> None:
-        """Prints how many there were; every rank must call it."""
-        total = self._total()
-        if self._world.is_main:
-            listed = ", ".join(f"{shard} {count}" for shard, count in total.most_common(8))
-            line = f"replaced {total.total()} damaged samples; by shard: {listed}"
-            print(line, file=sys.stderr, flush=True)
-
-    def _total(self) -> Counter[str]:
-        total: Counter[str] = Counter()
-        for shard, count in gather_to_main(list(self._counts.items()), self._world):
-            total[shard] += count
-        return total
-
-
 def _count(progress: Progress, result: StepResult, config: TrainConfig, *, taken: bool) -> None:
     progress.step += 1
     progress.samples += config.global_batch_size
@@ -325,6 +207,7 @@ def _step_metrics(
         skipped=progress.skipped,
         unsupervised_rows=progress.unsupervised_rows,
         replaced=progress.replaced,
+        rows_crc=result.rows_crc,
     )
 
 

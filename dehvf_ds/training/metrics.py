@@ -38,6 +38,7 @@ class StepMetrics:
         skipped: steps not taken so far because the gradient was not finite.
         unsupervised_rows: rows so far that had no token to learn, their prompt being too long.
         replaced: damaged samples so far in whose place another stood.
+        rows_crc: equal in two runs where this step saw the same rows; below 2 ** 24.
     """
 
     step: int
@@ -56,6 +57,7 @@ class StepMetrics:
     skipped: int
     unsupervised_rows: int
     replaced: int
+    rows_crc: int
 
 
 _JSON_NAMES = {"loss": "train/loss", "grad_norm": "train/grad_norm"}

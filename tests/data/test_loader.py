@@ -19,8 +19,8 @@ from dehvf_ds.data.loader import (
     epoch_samples,
     open_examples,
     read_all,
-    read_sample,
 )
+from dehvf_ds.data.samples import read_sample
 from dehvf_ds.data.shards import DamagedSample, ShardRow
 
 

@@ -12,7 +12,9 @@ from random import Random
 import pytest
 from PIL import Image
 
-from tools import make_scenes as tool
+from tools.make_scenes import main
+from tools.scenes.pictures import draw_picture
+from tools.scenes.world import BACKGROUNDS, COLORS, RADII, SHAPES, SPLITS, TEXTURES, draw_scene, split_of
 
 COUNTS = {"train": 30, "val": 8, "test": 8}
 ARGUMENTS = ["--train", "30", "--val", "8", "--test", "8", "--image-size", "64"]
@@ -30,19 +32,19 @@ def digests(root: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("scenes") / "world"
-    assert tool.main(["--output", str(output), *ARGUMENTS]) == 0
+    assert main(["--output", str(output), *ARGUMENTS]) == 0
     return output
 
 
 def test_same_seed_same_bytes_and_another_seed_others(world, tmp_path):
-    assert tool.main(["--output", str(tmp_path / "again"), *ARGUMENTS]) == 0
+    assert main(["--output", str(tmp_path / "again"), *ARGUMENTS]) == 0
     assert digests(tmp_path / "again") == digests(world)
-    assert tool.main(["--output", str(tmp_path / "other"), *ARGUMENTS, "--seed", "1"]) == 0
+    assert main(["--output", str(tmp_path / "other"), *ARGUMENTS, "--seed", "1"]) == 0
     assert digests(tmp_path / "other") != digests(world)
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("split", tool.SPLITS)
+@pytest.mark.parametrize("split", SPLITS)
 def test_captions_are_in_the_coco_layout(world, split):
     data = load(world / "annotations" / f"captions_{split}.json")
     assert set(data) == {"info", "images", "annotations"}
@@ -63,9 +65,9 @@ def test_captions_are_in_the_coco_layout(world, split):
 
 def test_questions_are_in_the_scienceqa_layout(world):
     problems, splits = load(world / "scienceqa/problems.json"), load(world / "scienceqa/pid_splits.json")
-    assert {split: len(splits[split]) for split in tool.SPLITS} == COUNTS
+    assert {split: len(splits[split]) for split in SPLITS} == COUNTS
     assert splits["trainval"] == splits["train"] + splits["val"]
-    assert {pid for split in tool.SPLITS for pid in splits[split]} == set(problems)
+    assert {pid for split in SPLITS for pid in splits[split]} == set(problems)
     fields = {"question", "choices", "answer", "hint", "image", "task", "grade", "subject", "topic"}
     fields |= {"category", "skill", "lecture", "solution", "split"}
     for pid, problem in problems.items():
@@ -82,40 +84,40 @@ def test_questions_are_in_the_scienceqa_layout(world):
 
 
 def test_held_out_objects_never_occur_in_train_but_every_pair_of_values_does():
-    kinds = {split: set() for split in tool.SPLITS}
-    for kind in product(tool.COLORS, tool.TEXTURES, tool.SHAPES):
-        kinds[tool.split_of(*kind)].add(kind)
+    kinds = {split: set() for split in SPLITS}
+    for kind in product(COLORS, TEXTURES, SHAPES):
+        kinds[split_of(*kind)].add(kind)
     assert {split: len(found) for split, found in kinds.items()} == {"train": 192, "val": 32, "test": 32}
-    values = (tool.COLORS, tool.TEXTURES, tool.SHAPES)
+    values = (COLORS, TEXTURES, SHAPES)
     for first, second in ((0, 1), (0, 2), (1, 2)):
         seen = {(kind[first], kind[second]) for kind in kinds["train"]}
         assert seen == set(product(values[first], values[second]))
-    for split in tool.SPLITS:
+    for split in SPLITS:
         for seed in range(50):
-            scene = tool.draw_scene(Random(seed), split)
+            scene = draw_scene(Random(seed), split)
             assert {(t.color, t.texture, t.shape) for t in scene.things} <= kinds[split]
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_pictures_show_what_the_captions_say(seed):
     random = Random(seed)
-    scene = tool.draw_scene(random, "train")
+    scene = draw_scene(random, "train")
     side = 224
-    picture = tool.draw_picture(random, scene, side)
+    picture = draw_picture(random, scene, side)
     for thing in scene.things:
         # Somewhere on a thing there is its colour; outside all things there is the background.
-        reach = int(0.5 * tool.RADII[thing.size] * side)
+        reach = int(0.5 * RADII[thing.size] * side)
         x, y = int(thing.x * side), int(thing.y * side)
         near = picture.crop((x - 2 * reach, y - 2 * reach, x + 2 * reach, y + 2 * reach))
         distance = min(
-            max(abs(a - b) for a, b in zip(pixel, tool.COLORS[thing.color], strict=True))
+            max(abs(a - b) for a, b in zip(pixel, COLORS[thing.color], strict=True))
             for _, pixel in near.getcolors(near.width * near.height)
         )
         assert distance <= 10
         assert 0.06 * side < x - 2 * reach
         assert x + 2 * reach < 0.94 * side
     corner = picture.getpixel((1, 1))
-    background = tool.BACKGROUNDS[scene.background]
+    background = BACKGROUNDS[scene.background]
     assert max(abs(a - b) for a, b in zip(corner, background, strict=True)) <= 6
     if len(scene.things) == 2:
         first, second = scene.things
@@ -127,7 +129,7 @@ def test_pictures_show_what_the_captions_say(seed):
             "below": dy > 0.3,
         }
         assert [relation for relation, holds in expected.items() if holds] == [scene.relation]
-        assert tool.RADII[first.size] >= tool.RADII[second.size]
+        assert RADII[first.size] >= RADII[second.size]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_mistakes_are_one_line(capsys, tmp_path, arguments, words):
     output = tmp_path / "world"
     if not arguments:
         output.mkdir()
-    assert tool.main(["--output", str(output), *arguments]) == 2
+    assert main(["--output", str(output), *arguments]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert words in message

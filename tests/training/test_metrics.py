@@ -25,6 +25,7 @@ def step(number: int, loss: float) -> StepMetrics:
         skipped=0,
         unsupervised_rows=0,
         replaced=0,
+        rows_crc=2**24 - 1,
     )
 
 
@@ -37,6 +38,7 @@ def test_jsonl_and_tensorboard_carry_the_same_numbers(tmp_path, capsys) -> None:
     assert [line["train/loss"] for line in lines] == [2.5, None, 1.5]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.value for e in events.Scalars("train/loss")][::2] == [2.5, 1.5]
+    assert [e.value for e in events.Scalars("rows_crc")] == [2**24 - 1] * 3
     assert "step 3/3  loss 1.5000" in capsys.readouterr().out
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from training.launch import REPOSITORY, run_ranks, start_ranks
 from training.resume_world import build_world, recipe
 
-from dehvf_ds.training.checkpoint import read_checkpoint
+from dehvf_ds.training.resume import read_checkpoint
 from dehvf_ds.training.signals import REQUEUE_EXIT_CODE
 
 TRAIN = REPOSITORY / "dehvf_ds/train.py"

@@ -1,0 +1,99 @@
+"""Where a run is to go: GPUs, links, and what is assumed of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dehvf_ds.config import UserError
+from dehvf_ds.training.metrics import PEAK_FLOPS
+from dehvf_ds.training.planning.memory import GIB
+from dehvf_ds.training.planning.times import Cluster
+
+GB = 1e9
+FULL = 0.92
+"""Share of a GPU's memory that a plan may fill; fragments of the allocator take of the rest."""
+
+LINK_SHARE = 0.8
+"""Share of a link's nominal speed that large messages are assumed to reach."""
+
+GpuName = Literal["H100-80G", "H200-141G", "A100-80G", "A100-40G", "B200-192G", "L40S-48G", "cpu"]
+
+# Memory in GiB as CUDA tells it (rounded), GPU to GPU and host to GPU in GB/s and direction (data sheets).
+GPUS: dict[str, tuple[float | None, float, float]] = {
+    "H100-80G": (79, 450, 64),
+    "H200-141G": (140, 450, 64),
+    "A100-80G": (79, 300, 32),
+    "A100-40G": (39, 300, 32),
+    "B200-192G": (178, 900, 64),
+    "L40S-48G": (44, 32, 32),
+    "cpu": (None, 10, 10),
+}
+CPU_FLOPS = 1e11
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Where the run is to go, and what is assumed of it.
+
+    Attributes:
+        gpus_per_node: GPUs of a machine.
+        nodes: machines.
+        gpu: kind of GPU.
+        mfu: assumed share of the GPU's peak that arithmetic reaches.
+        tokens: text tokens of a row, padding included; None takes ``data.max_tokens``.
+        nvlink_gb_s: between GPUs of a node, GB/s a GPU and direction; None takes the GPU's.
+        internode_gb_s: between nodes, GB/s a GPU and direction; 50 is 400 Gb/s.
+        host_gb_s: between GPU and host, GB/s a GPU and direction; None takes the GPU's.
+        overhead_gib: assumed memory of CUDA's context, NCCL's buffers and libraries' work space.
+    """
+
+    gpus_per_node: int = 8
+    nodes: int = 1
+    gpu: GpuName = "H100-80G"
+    mfu: float = 0.5
+    tokens: int | None = None
+    nvlink_gb_s: float | None = None
+    internode_gb_s: float = 50.0
+    host_gb_s: float | None = None
+    overhead_gib: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name in ("gpus_per_node", "nodes", "tokens", "nvlink_gb_s", "internode_gb_s", "host_gb_s"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"--{name.replace('_', '-')} must be positive")
+        if not 0 < self.mfu <= 1:
+            raise UserError("--mfu must lie in (0, 1]")
+        if self.overhead_gib < 0:
+            raise UserError("--overhead-gib must be at least 0")
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """Memory of one GPU; None for the CPU, which is not checked."""
+        gibibytes = GPUS[self.gpu][0]
+        return None if gibibytes is None else gibibytes * GIB
+
+    @property
+    def limit_bytes(self) -> float | None:
+        """Memory of one GPU that a plan may fill."""
+        return None if self.memory_bytes is None else FULL * self.memory_bytes
+
+    @property
+    def overhead_bytes(self) -> float:
+        """Assumed overhead of a GPU; the CPU has none of it."""
+        return 0.0 if self.memory_bytes is None else self.overhead_gib * GIB
+
+    @property
+    def cluster(self) -> Cluster:
+        """The same as the formulas take it."""
+        _, intra, host = GPUS[self.gpu]
+        return Cluster(
+            nodes=self.nodes,
+            gpus_per_node=self.gpus_per_node,
+            peak_flops=next((v for k, v in PEAK_FLOPS.items() if self.gpu.startswith(k)), CPU_FLOPS),
+            mfu=self.mfu,
+            intra_bytes_per_s=LINK_SHARE * (self.nvlink_gb_s or intra) * GB,
+            inter_bytes_per_s=LINK_SHARE * self.internode_gb_s * GB,
+            host_bytes_per_s=LINK_SHARE * (self.host_gb_s or host) * GB,
+        )

@@ -1,0 +1,97 @@
+"""One optimizer step: which tokens count how much, over micro-batches and ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dehvf_ds.batch import Batch
+from dehvf_ds.distributed import World, all_reduce_sum, seed_micro_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One optimizer step over all ranks.
+
+    Attributes:
+        loss: mean cross-entropy a supervised token, in nats; 0 without any.
+        num_supervised: tokens that the loss was taken at.
+        num_tokens: text tokens that went through the model.
+        num_unsupervised_rows: rows that nothing was learnt of.
+        num_replaced: damaged samples that others stood in for.
+        num_stopping: ranks that were asked to stop.
+        rows_crc: tells whether two runs saw the same rows in this step, on whatever ranks
+            (``Batch.checksum``, modulo 2 ** 24, which TensorBoard's fp32 holds exactly).
+        level_weights: of this rank's last micro-batch, mean over its pictures; None without any.
+    """
+
+    loss: float
+    num_supervised: int
+    num_tokens: int
+    num_unsupervised_rows: int
+    num_replaced: int
+    num_stopping: int
+    rows_crc: int
+    level_weights: Float[Tensor, "layers levels"] | None = None
+
+
+def train_step(
+    engine: Any,
+    micro_batches: list[Batch],
+    world: World,
+    dtype: torch.dtype,
+    *,
+    seed: int,
+    step: int,
+    stopping: bool = False,
+) -> StepResult:
+    """Forward and backward over one accumulation window, then the optimizer. Every rank must call it.
+
+    Every supervised token of the window counts the same, on whatever rank and in whatever micro-batch it
+    stands: the loss is the sum over all tokens divided by their number over all ranks. DeepSpeed
+    averages gradients over ranks, hence the factor ``world.size``.
+
+    Args:
+        engine: DeepSpeed engine around the model.
+        micro_batches: this rank's share of the window, on any device.
+        world: this process's place.
+        dtype: compute dtype, for the pictures.
+        seed: the run's seed, for dropout.
+        step: number of this optimizer step, for dropout.
+        stopping: whether this rank was asked to stop; the step is taken all the same.
+    """
+    counts = (
+        (b.num_supervised(), b.num_tokens(), b.num_unsupervised_rows(), len(b.replaced), b.checksum())
+        for b in micro_batches
+    )
+    own = [float(sum(column)) for column in zip(*counts, strict=True)]
+    num_supervised, num_tokens, unsupervised, replaced, checksum, num_stopping = all_reduce_sum(
+        [*own, float(stopping)], world.device
+    )
+    # A window without any supervised token walks the same road, with a loss of 0.
+    divisor = max(num_supervised, 1.0)
+    own_loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    weights = None
+    for micro_step, batch in enumerate(micro_batches):
+        seed_micro_step(seed, step, micro_step, world.rank)
+        output = engine(**batch.to(world.device, dtype).inputs())
+        engine.backward(output.loss_sum * (world.size / divisor), scale_wrt_gas=False)
+        engine.step()
+        own_loss += output.loss_sum.detach().double()
+        if output.level_weights is not None and batch.has_image.any():
+            weights = output.level_weights.detach()[batch.has_image.to(world.device)].mean(dim=0)
+    (loss_sum_all,) = all_reduce_sum([own_loss.item()], world.device)
+    return StepResult(
+        loss=loss_sum_all / divisor,
+        num_supervised=int(num_supervised),
+        num_tokens=int(num_tokens),
+        num_unsupervised_rows=int(unsupervised),
+        num_replaced=int(replaced),
+        num_stopping=int(num_stopping),
+        rows_crc=int(checksum) % 2**24,
+        level_weights=weights,
+    )

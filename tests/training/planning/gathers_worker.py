@@ -1,0 +1,70 @@
+"""One rank of a DeepSpeed job that a test starts: counts what ZeRO-3 gathers in a step."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from training.zero_worker import GLOBAL_BATCH, make_rows, run_config, take
+
+from dehvf_ds.distributed import init_process_group, read_world, run_entry
+from dehvf_ds.model import DehvfForConditionalGeneration
+from dehvf_ds.training.planning.shapes import count_shapes
+from dehvf_ds.training.planning.zero import Zero, gathered_parameters, live_parameters
+
+
+def count_gathers(directory: Path, checkpointing: bool) -> None:
+    """One rank: counts a step's gathered elements, and those that are whole at once."""
+    import deepspeed.runtime.zero.partition_parameters as partitioning
+
+    from dehvf_ds.training.deepspeed_json import read_deepspeed_json
+    from dehvf_ds.training.engine import build_engine, build_model_config
+    from dehvf_ds.training.step import train_step
+
+    world = read_world()
+    init_process_group(world)
+    case = {"micro_batch_size": GLOBAL_BATCH // 2, "activation_checkpointing": checkpointing}
+    config = run_config(directory, case)
+    ds_config = read_deepspeed_json(str(directory / "ds.json"), config, world.size)
+    model_config = build_model_config(config.model)
+    with torch.device("meta"):
+        shapes = count_shapes(DehvfForConditionalGeneration(model_config), 0)
+    engine, model = build_engine(config, model_config, ds_config, world)
+    frozen: list[Any] = [p for p in model.parameters() if not p.requires_grad]
+    gathered = live = 0
+    collective = partitioning.dist.allgather_fn
+
+    def counted(output: torch.Tensor, *args, **kwargs):
+        nonlocal gathered, live
+        done = collective(output, *args, **kwargs)
+        gathered += output.numel()
+        live = max(live, sum(p.ds_numel for p in frozen if p.ds_status.name != "NOT_AVAILABLE"))
+        return done
+
+    partitioning.dist.allgather_fn = counted
+    for step in range(3):  # the first one or two learn the order of modules
+        gathered = live = 0
+        rows = take(make_rows(step, "plain"), world.rank * GLOBAL_BATCH // 2, GLOBAL_BATCH // 2)
+        train_step(engine, [rows], world, torch.float32, seed=0, step=step)
+    if world.is_main:
+        zero = Zero.from_json(ds_config)
+        numbers = {
+            "gathered": gathered,
+            "live": live,
+            "tower": shapes.tower,
+            # Trainables are gathered too, each once, where none is small enough to stay.
+            "formula_gathered": shapes.trainable
+            + gathered_parameters(shapes, zero, "ZeRO-3", world.size, checkpointing),
+            "formula_live": live_parameters(shapes, zero, "ZeRO-3", world.size),
+        }
+        (directory / "gathers.json").write_text(json.dumps(numbers))
+
+
+if __name__ == "__main__":
+    run_entry(lambda args: count_gathers(Path(args[0]), json.loads(args[1])))

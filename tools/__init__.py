@@ -1,0 +1,1 @@
+"""Tools that are run as scripts."""

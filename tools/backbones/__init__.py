@@ -1,0 +1,1 @@
+"""The two backbones of the demo, read from PyPI packages by ``prepare_backbones.py``."""
