@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from transformers import (
     LlamaConfig,
 )
 
+from dehvf_ds.config import UserError
 from dehvf_ds.data.index import ShardIndex
 from tools.build_shards import main as build_shards
 from tools.make_scenes import main as make_scenes
@@ -242,11 +245,10 @@ def test_losses_that_are_not_finite_stop_the_run_and_keep_the_artifact(world: Pa
     assert (world / "runs/nan/adapter/manifest.json").is_file()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entry", "more", "message"),
     [
-        ("train", ["--config", "nowhere.yaml"], "error: --config nowhere.yaml: no such file, nor a recipe"),
+        ("train", ["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file, nor a recipe"),
         ("train", ["--train.lrr", "1"], "lrr"),
         ("train", ["--deepspeed", "/nowhere/ds.json"], "--deepspeed /nowhere/ds.json: no such file"),
         ("train", ["--data.train", "/nowhere"], "/nowhere"),
@@ -270,18 +272,62 @@ def test_losses_that_are_not_finite_stop_the_run_and_keep_the_artifact(world: Pa
         ("generate", ["--model", "{world}", "--image", "/nowhere.png"], "/nowhere.png"),
     ],
 )
-def test_a_mistake_is_one_line_and_code_2(world: Path, entry: str, more: list[str], message: str) -> None:
+def test_a_mistake_is_refused_before_anything_is_written(
+    world: Path, monkeypatch, entry: str, more: list[str], message: str
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1" if name.endswith("SIZE") else "0")
     given = [text.format(world=world) for text in more]
     args = arguments(world, "bad", *given) if entry == "train" else given
     if "--config" in given:
         args = given
+    with pytest.raises(UserError, match=re.escape(message)):
+        importlib.import_module(f"dehvf_ds.{entry}").main(args)
+    assert not (world / "runs" / "bad").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("entry", "more", "message"),
+    [
+        ("train", ["--model.lora.targets", "[fc1]"], "no linear map 'fc1'"),
+        (
+            "eval",
+            ["--model", "/nowhere", "--data", "{world}/test"],
+            "/nowhere: neither a run with an adapter",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(world: Path, entry: str, more: list[str], message: str) -> None:
+    given = [text.format(world=world) for text in more]
+    args = arguments(world, "bad", *given) if entry == "train" else given
     result = start(f"dehvf_ds/{entry}.py", args)
     assert result.returncode == 2, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert message in lines[0]
     assert "Traceback" not in result.stderr
-    assert not (world / "runs" / "bad").exists()
+
+
+@pytest.mark.slow
+def test_a_dry_run_walks_the_whole_road_and_writes_nothing(world: Path) -> None:
+    before = sorted(world.rglob("*"))
+    more = ["--dry-run", "--data.val", str(world / "test"), "--model.levels", "[2, 4]"]
+    result = start("dehvf_ds/train.py", arguments(world, "dry", *more))
+    assert result.returncode == 0, result.stderr
+    assert "begins, for 4 steps" in result.stdout
+    assert f"{world / 'test'}: first micro-batch 2 rows of up to" in result.stdout
+    assert "nothing is wrong, and nothing was written" in result.stdout
+    assert sorted(world.rglob("*")) == before
+    # What only the step finds out.
+    damaged = shutil.copytree(world / "train", world / "dry_damaged")
+    shard = sorted(damaged.glob("*.tar"))[0]
+    content = bytearray(shard.read_bytes())
+    content[2000:-2000] = bytes(len(content) - 4000)
+    shard.write_bytes(content)
+    result = start("dehvf_ds/train.py", arguments(world, "dry", "--dry-run", "--data.train", str(damaged)))
+    assert result.returncode == 2
+    assert f"{damaged}: {shard.name}: sample 0" in result.stderr
 
 
 @pytest.mark.slow

@@ -165,7 +165,7 @@ def test_a_terminal_gets_a_table(capsys: pytest.CaptureFixture[str], monkeypatch
         (["--nodes", "two"], "nodes"),
         (["--mfu", "1.5"], "--mfu must lie in (0, 1]"),
         (["--gpus-per-node"], "gpus_per_node"),
-        (["--no-such-flag", "1"], "no-such-flag"),
+        (["--no-such-flag", "1"], "no_such_flag"),
         (["--config", "no_such_recipe"], "no such file, nor a recipe"),
         (["--deepspeed", "no/such.json"], "--deepspeed no/such.json: no such file"),
         (["--gpus-per-node", "3"], "train.global_batch_size 16 is not a multiple of 3 GPUs"),

@@ -20,7 +20,7 @@ from dehvf_ds.training.resume import find_checkpoint
 TRAIN = REPOSITORY / "dehvf_ds/train.py"
 KILLS = int(os.environ.get("CHAOS_KILLS", "3"))
 STEPS = 12 + 6 * KILLS
-COMPARED = ("step", "samples", "tokens", "train/loss", "train/grad_norm", "lr")
+COMPARED = ("step", "samples", "tokens", "rows_crc", "train/loss", "train/grad_norm", "lr")
 
 
 @pytest.mark.slow

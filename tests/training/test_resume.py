@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from training.launch import REPOSITORY, run_ranks, start_ranks
 from training.resume_world import build_world, recipe
 
-from dehvf_ds.training.resume import read_checkpoint
-from dehvf_ds.training.signals import REQUEUE_EXIT_CODE
+from dehvf_ds.batch import Batch
+from dehvf_ds.config import UserError, parse_run_config
+from dehvf_ds.data.loader import open_examples
+from dehvf_ds.distributed import World
+from dehvf_ds.training.lease import Lease
+from dehvf_ds.training.resume import Checkpoint, choose_start, read_checkpoint
+from dehvf_ds.training.signals import REQUEUE_EXIT_CODE, StopRequest
+from dehvf_ds.training.validation import validation_loss
 
 TRAIN = REPOSITORY / "dehvf_ds/train.py"
 STEPS = 8
@@ -74,51 +84,76 @@ def test_resume_in_a_fresh_process_is_bit_equal(world: Path, stage: int) -> None
     assert "going on after step 6" in outputs[0]
     resumed = lines(world, run)
     for before, after in zip(whole, resumed, strict=True):
-        for key in ("step", "samples", "tokens", "train/loss", "train/grad_norm", "lr", "epoch"):
+        for key in ("step", "samples", "tokens", "rows_crc", "train/loss", "train/grad_norm", "lr", "epoch"):
             assert after[key] == before[key], key
     assert (world / run / "adapter/visual.safetensors").read_bytes() == trained
-    # A third call finds nothing left to do.
-    outputs = run_ranks(TRAIN, arguments(world, run, **more), 2)
-    assert "finished already" in outputs[0]
+    if stage == 3:
+        # A third call finds nothing left to do.
+        assert "finished already" in run_ranks(TRAIN, arguments(world, run, **more), 2)[0]
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path) -> Path:
+    """A run of 22 steps without dropout, on 2 ranks, with a checkpoint of every second step."""
+    run_ranks(TRAIN, long_arguments(world, "whole"), 2)
+    return world / "whole"
+
+
+def long_arguments(world: Path, run: str, *, stage: int = 3, **changes: object) -> list[str]:
+    fixed = {"--train.steps": 22, "--train.save_every": 2, "--train.keep_checkpoints": 99}
+    return arguments(world, run, stage=stage, **(fixed | changes))
+
+
+def copy_until(world: Path, source: str, run: str, step: int) -> None:
+    """Copies a run as a kill after ``step`` left it."""
+    shutil.copytree(world / source, world / run)
+    forget_after(world, run, step)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after", "stages"), [(2, 1, (3, 3)), (1, 2, (3, 2)), (2, 4, (2, 3))])
-def test_resume_on_other_ranks_and_stages(world: Path, before: int, after: int, stages: tuple) -> None:
-    run = f"moved-{before}-{after}"
-    run_ranks(TRAIN, arguments(world, run, stage=stages[0]), before)
-    whole = losses(world, run)
-    state = read_checkpoint(world / run / "checkpoints/step_00000008").load_tensors()
-    forget_after(world, run, 6)
-    run_ranks(TRAIN, arguments(world, run, stage=stages[1]), after)
-    assert losses(world, run) == pytest.approx(whole, rel=1e-5)
-    moved = read_checkpoint(world / run / "checkpoints/step_00000008").load_tensors()
-    assert moved.keys() == state.keys()
-    for name, value in state.items():
-        assert (moved[name] - value).norm() <= 1e-2 * value.norm() + 1e-6, name
+def test_resume_on_other_ranks_and_stages(world: Path, whole: Path) -> None:
+    state = read_checkpoint(whole / "checkpoints/step_00000022").load_tensors()
+    moves = (("whole", "one", 2, 1, 3), ("one", "two", 12, 2, 2), ("whole", "four", 2, 4, 2))
+    for source, run, step, ranks, stage in moves:
+        copy_until(world, source, run, step)
+        run_ranks(TRAIN, long_arguments(world, run, stage=stage), ranks)
+        assert losses(world, run) == pytest.approx(losses(world, "whole"), rel=1e-5)
+        seen = [[(line["samples"], line["rows_crc"]) for line in lines(world, r)] for r in (run, "whole")]
+        assert seen[0] == seen[1]
+        moved = read_checkpoint(world / run / "checkpoints/step_00000022").load_tensors()
+        assert moved.keys() == state.keys()
+        for name, value in state.items():
+            assert (moved[name] - value).norm() <= 1e-2 * value.norm() + 1e-6, name
 
 
 @pytest.mark.slow
-def test_signals_save_and_ask_for_a_requeue(world: Path) -> None:
-    run_ranks(TRAIN, arguments(world, "calm", **{"--train.save_every": 0}), 2)
-    args = arguments(world, "stopped", **{"--train.save_every": 0})
-    processes = start_ranks(TRAIN, args, 2)
-    wait_for_step(world / "stopped", 2)
-    # One rank hears it, all stop together.
-    processes[1].send_signal(signal.SIGUSR1)
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [REQUEUE_EXIT_CODE] * 2, outputs
-    assert "stopped on request after step" in outputs[0]
-    assert not (world / "stopped/lease.json").exists()
-    assert 2 <= len(losses(world, "stopped")) < STEPS
+def test_signals_save_and_ask_for_a_requeue(world: Path, whole: Path) -> None:
+    args = long_arguments(world, "stopped", **{"--train.save_every": 0})
+    # The first while weights load, the second between steps; one rank hears it, all stop together.
+    for rank, number in ((1, signal.SIGUSR1), (0, signal.SIGTERM)):
+        done = len(losses(world, "stopped")) if (world / "stopped/metrics.jsonl").exists() else 0
+        processes = start_ranks(TRAIN, args, 2)
+        wait_for(lambda: (world / "stopped/lease.json").exists())
+        if done:
+            wait_for_step(world / "stopped", done + 2)
+        processes[rank].send_signal(number)
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        assert [process.returncode for process in processes] == [REQUEUE_EXIT_CODE] * 2, outputs
+        assert "stopped on request after step" in outputs[0]
+        assert not (world / "stopped/lease.json").exists()
+        assert done < len(losses(world, "stopped")) < 22
+        if not done:
+            assert len(losses(world, "stopped")) == 1
     run_ranks(TRAIN, args, 2)
-    assert losses(world, "stopped") == losses(world, "calm")
+    assert losses(world, "stopped") == losses(world, "whole")
 
 
 @pytest.mark.slow
-def test_a_dead_rank_ends_the_others(world: Path) -> None:
+def test_a_run_directory_has_one_live_job_and_a_dead_rank_ends_the_others(world: Path) -> None:
     processes = start_ranks(TRAIN, arguments(world, "dead", **{"--train.steps": 200}), 2)
     wait_for_step(world / "dead", 2)
+    with pytest.raises(UserError, match=f"{world / 'dead'} is in use by process {processes[0].pid} on "):
+        Lease(world / "dead")
     processes[1].kill()
     started = time.monotonic()
     processes[0].communicate(timeout=60)
@@ -128,51 +163,36 @@ def test_a_dead_rank_ends_the_others(world: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_directory_has_one_live_job(world: Path) -> None:
-    args = arguments(world, "leased", **{"--train.steps": 200})
-    (first,) = start_ranks(TRAIN, args, 1)
-    wait_for_step(world / "leased", 1)
-    (second,) = start_ranks(TRAIN, args, 1)
-    output = second.communicate(timeout=120)[0]
-    assert second.returncode == 2
-    assert f"run_dir {world / 'leased'} is in use by process {first.pid}" in output
-    first.kill()
-    first.communicate()
-
-
-@pytest.mark.slow
-def test_what_would_be_another_run_is_refused(world: Path) -> None:
-    run_ranks(TRAIN, arguments(world, "kept"), 1)
-    for changes, message in (
-        ({"--train.lr": 0.1}, "train.lr (0.002 there, 0.1 now)"),
-        ({"--data.train": world / "other"}, "was trained on other shards than data.train"),
-        ({"--resume": world / "kept/checkpoints/step_99"}, "step_99: not a whole checkpoint"),
-    ):
-        (process,) = start_ranks(TRAIN, arguments(world, "kept", **changes), 1)
-        output = process.communicate(timeout=120)[0]
-        assert process.returncode == 2, output
-        assert message in output
-        assert "Traceback" not in output
-    damaged = world / "kept/checkpoints/step_00000008/state.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    outputs = run_ranks(TRAIN, arguments(world, "kept"), 1)
-    assert "changed since it was written (size or sha256 differs); looking for an older one" in outputs[0]
-    assert "going on after step 6" in outputs[0]
-
-
-@pytest.mark.slow
-def test_other_frozen_weights_are_refused_by_name(world: Path) -> None:
-    run_ranks(TRAIN, arguments(world, "based"), 1)
+def test_what_would_be_another_run_is_refused(world: Path, whole: Path, capsys) -> None:
+    copy_until(world, "whole", "kept", 22)
     tensors = load_file(world / "llm/model.safetensors")
     tensors["model.layers.2.mlp.up_proj.weight"] *= 1.1
     shutil.copytree(world / "llm", world / "other_llm")
     save_file(tensors, world / "other_llm/model.safetensors", metadata={"format": "pt"})
-    for changes in ({}, {"--run_dir": world / "another", "--init_from": world / "based"}):
-        more = {"--model.language_model": world / "other_llm", **changes}
-        (process,) = start_ranks(TRAIN, arguments(world, "based", **more), 1)
-        output = process.communicate(timeout=120)[0]
-        assert process.returncode == 2, output
-        assert "differs from it in the weights of model.layers.2.mlp.up_proj.weight" in output
+    other_llm = {"--model.language_model": world / "other_llm"}
+    other_weights = "differs from it in the weights of model.layers.2.mlp.up_proj.weight"
+    for changes, message in (
+        ({"--train.lr": 0.1}, "train.lr (0.002 there, 0.1 now)"),
+        ({"--data.train": world / "other"}, "was trained on other shards than data.train"),
+        ({"--resume": world / "kept/checkpoints/step_99"}, "step_99: not a whole checkpoint"),
+        (other_llm, other_weights),
+        ({**other_llm, "--run_dir": world / "new", "--init_from": world / "kept"}, other_weights),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            start_of(long_arguments(world, "kept", **changes))
+    damaged = world / "kept/checkpoints/step_00000022/state.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    found = start_of(long_arguments(world, "kept"))
+    assert found is not None
+    assert found.progress.step == 20
+    told = capsys.readouterr().err
+    assert "changed since it was written (size or sha256 differs); looking for an older one" in told
+
+
+def start_of(args: list[str]) -> Checkpoint | None:
+    """What a run with these arguments would go on from."""
+    config = parse_run_config(args)
+    return choose_start(config, open_examples(config.data, seed=0)[0].digest)
 
 
 @pytest.mark.slow
@@ -212,20 +232,44 @@ def test_validation_is_the_same_on_any_ranks_and_keeps_the_best(world: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_new_run_starts_from_another_runs_adapter(world: Path) -> None:
-    run_ranks(TRAIN, arguments(world, "first"), 1)
-    more = {"--init_from": world / "first", "--train.lr": 1e-9, "--train.steps": 1}
+def test_a_new_run_starts_from_another_runs_adapter(world: Path, whole: Path) -> None:
+    more = {"--init_from": whole, "--train.lr": 1e-9, "--train.steps": 1}
     run_ranks(TRAIN, arguments(world, "second", **more), 2)
-    first, second = (load_file(world / run / "adapter/visual.safetensors") for run in ("first", "second"))
+    first, second = (load_file(world / run / "adapter/visual.safetensors") for run in ("whole", "second"))
     for name, value in first.items():
         assert torch.allclose(second[name], value, atol=1e-6), name
-    assert losses(world, "second")[0] < losses(world, "first")[0]
+    assert losses(world, "second")[0] < losses(world, "whole")[0]
 
 
-def wait_for_step(run_dir: Path, step: int, timeout_s: float = 120) -> None:
-    """Waits until the run has written this step's line."""
+def test_a_request_to_stop_ends_a_validation_early() -> None:
+    class Engine(torch.nn.Module):
+        calls = 0
+
+        def forward(self, **inputs: Tensor) -> SimpleNamespace:
+            self.calls += 1
+            stop.requested = self.calls == 2
+            return SimpleNamespace(loss_sum=inputs["labels"].float().sum())
+
+    ids = torch.ones(2, 3, dtype=torch.long)
+    pixels, has_image = torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.bool)
+    batch = Batch(input_ids=ids, attention_mask=ids, labels=ids, pixel_values=pixels, has_image=has_image)
+    engine, stop = Engine(), StopRequest()
+    world = World(0, 0, 1, 1, torch.device("cpu"))
+    assert validation_loss(engine, [batch], world, torch.float32, stop) == 6 / 4
+    engine.calls = 0
+    assert validation_loss(engine, [batch] * 5, world, torch.float32, stop) is None
+    assert engine.calls == 2
+    assert engine.training
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
-    path = run_dir / "metrics.jsonl"
-    while not path.exists() or path.read_text().count("\n") < step:
+    while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.02)
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    """Waits until the run has written this step's line."""
+    path = run_dir / "metrics.jsonl"
+    wait_for(lambda: path.exists() and path.read_text().count("\n") >= step)

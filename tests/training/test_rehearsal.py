@@ -1,0 +1,43 @@
+"""The scaled-down copies of a dry run are of the same architecture, and run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    Dinov2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SiglipVisionConfig,
+)
+
+from dehvf_ds.training.rehearsal import scaled_down
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+def test_a_decoder_keeps_its_kind_and_its_words(kind: type[PreTrainedConfig]) -> None:
+    config = kind(vocab_size=1000)
+    small = scaled_down(config, num_layers=2)
+    model = AutoModelForCausalLM.from_config(small)
+    assert type(small) is kind
+    assert sum(p.numel() for p in model.parameters()) < 200_000
+    logits = model(input_ids=torch.tensor([[999, 3]])).logits
+    assert logits.shape == (1, 2, 1000)
+    assert len(model.model.layers) == 2
+    grouped = config.num_key_value_heads != config.num_attention_heads
+    assert (small.num_key_value_heads != small.num_attention_heads) == grouped
+
+
+@pytest.mark.parametrize("kind", [CLIPVisionConfig, Dinov2Config, SiglipVisionConfig])
+def test_a_tower_keeps_its_blocks_and_its_picture(kind: type[PreTrainedConfig]) -> None:
+    config = kind(image_size=56, patch_size=14)
+    small = scaled_down(config)
+    output = AutoModel.from_config(small)(torch.zeros(1, 3, 56, 56), output_hidden_states=True)
+    assert len(output.hidden_states) == config.num_hidden_layers + 1
+    assert output.hidden_states[-1].shape[-1] == 32
