@@ -29,11 +29,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # --- the demo ---
 
-$(DATA)/backbones/.done: $(INSTALLED) tools/prepare_backbones.py
+$(DATA)/backbones/.done: $(INSTALLED) tools/prepare_backbones.py $(wildcard tools/backbones/*.py)
 	$(BIN)/python tools/prepare_backbones.py --output $(DATA)/backbones
 	touch $@
 
-$(DATA)/scenes/.done: $(INSTALLED) tools/make_scenes.py tools/build_shards.py
+$(DATA)/scenes/.done: $(INSTALLED) tools/make_scenes.py tools/build_shards.py $(wildcard tools/scenes/*.py)
 	rm -rf $(DATA)/scenes
 	$(BIN)/python tools/make_scenes.py --output $(DATA)/scenes
 	for split in train val test; do \

@@ -1,0 +1,120 @@
+"""Compares a training step under ZeRO-3, ZeRO-2 and plain DDP, taken in turn in the same processes.
+
+    torchrun --nproc-per-node 2 benchmarks/zero.py
+
+Every rank holds all three. Prints the seconds of each round on rank 0 and the ratios to DDP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dehvf_ds.batch import Batch
+from dehvf_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dehvf_ds.distributed import World, barrier, init_process_group, read_world, run_entry
+from dehvf_ds.model.weights import load_model
+from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json
+from dehvf_ds.training.engine import build_engine, build_model_config
+from dehvf_ds.training.optim import parameter_groups
+from dehvf_ds.training.step import train_step
+
+
+def main(argv: list[str]) -> None:
+    """Parses the flags, builds the three, takes the rounds."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--language-model", default="demo_data/backbones/smollm2-135m")
+    parser.add_argument("--vision-tower", default="demo_data/backbones/dinov2-small")
+    parser.add_argument("--rows", type=int, default=4, help="of a micro-batch; two of them make a step")
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=6, help="the first is not counted")
+    args = parser.parse_args(argv)
+    world = read_world()
+    config = RunConfig(
+        run_dir="unused",
+        model=ModelConfig(language_model=args.language_model, vision_tower=args.vision_tower),
+        data=DataConfig(train="unused"),
+        train=TrainConfig(global_batch_size=2 * args.rows * world.size, micro_batch_size=args.rows),
+    )
+    init_process_group(world)
+    generator = torch.Generator().manual_seed(world.rank)
+    batches = [make_batch(args, generator) for _ in range(2)]
+    variants = {"ddp": ddp_step(config, world, batches)}
+    for name in ("zero2", "zero3"):
+        variants[name] = engine_step(config, world, batches, f"ds_configs/{name}.json")
+    ratios: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(args.rounds):
+        seconds = {name: timed(step) for name, step in variants.items()}
+        if world.is_main:
+            print(f"round {number}  " + "  ".join(f"{k} {v:.3f} s" for k, v in seconds.items()), flush=True)
+        if number:
+            for name, value in seconds.items():
+                ratios[name].append(value / seconds["ddp"])
+    if world.is_main:
+        for name, values in ratios.items():
+            spread = f"from {min(values):.2f} to {max(values):.2f}"
+            print(f"{name} / ddp: median {statistics.median(values):.2f}, {spread}", flush=True)
+
+
+def make_batch(args: argparse.Namespace, generator: torch.Generator) -> Batch:
+    """Random captions of random pictures."""
+    ids = torch.randint(10, 1000, (args.rows, args.tokens), generator=generator)
+    return Batch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        labels=ids,
+        pixel_values=torch.randn(args.rows, 3, 224, 224, generator=generator),
+        has_image=torch.ones(args.rows, dtype=torch.bool),
+    )
+
+
+def engine_step(config: RunConfig, world: World, batches: list[Batch], path: str) -> Callable[[], object]:
+    """A step of the trainer's own."""
+    ds_config = read_deepspeed_json(path, config, world.size)
+    ds_config["bf16"] = {"enabled": False}
+    engine, _ = build_engine(config, build_model_config(config.model, image_size=224), ds_config, world)
+    dtype = compute_dtype(ds_config)
+    return lambda: train_step(engine, batches, world, dtype, seed=0, step=1)
+
+
+def ddp_step(config: RunConfig, world: World, batches: list[Batch]) -> Callable[[], None]:
+    """The same step in plain PyTorch: gradients averaged once, in the last micro-step."""
+    model_config = build_model_config(config.model, image_size=224)
+    backbones = (config.model.language_model, config.model.vision_tower)
+    model = load_model(model_config, *backbones, dtype=torch.float32)
+    trainable = model.trainable_parameters()
+    optimizer = torch.optim.AdamW(parameter_groups(trainable, config.train.weight_decay), lr=config.train.lr)
+    wrapped = DistributedDataParallel(model)
+    tokens = sum(batch.num_supervised() for batch in batches)
+
+    def step() -> None:
+        with wrapped.no_sync():
+            (wrapped(**batches[0].inputs()).loss_sum / tokens).backward()
+        (wrapped(**batches[1].inputs()).loss_sum / tokens).backward()
+        torch.nn.utils.clip_grad_norm_(trainable.values(), config.train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def timed(step: Callable[[], object]) -> float:
+    """Seconds of a step, all ranks together."""
+    barrier()
+    started = time.perf_counter()
+    step()
+    barrier()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    run_entry(main)
