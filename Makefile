@@ -59,7 +59,7 @@ demo: $(DATA)/backbones/.done $(DATA)/scenes/.done
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-# Kills a two-rank run at 20 moments and compares it with one that was never killed; some ten minutes.
+# Kills a two-rank run at 20 moments and compares it with one that was never killed; some seven minutes.
 chaos: $(INSTALLED)
 	CHAOS_KILLS=20 $(BIN)/python -m pytest -s tests/training/test_chaos.py
 

@@ -68,14 +68,17 @@ def wait_for_a_part(run_dir: Path, draw: random.Random) -> str:
 
 
 def wait_a_while(run_dir: Path, draw: random.Random) -> str:
-    """Until some steps after the start, and a moment more."""
+    """Until some steps after the newest checkpoint, and a moment more."""
     path = run_dir / "metrics.jsonl"
+    found = find_checkpoint(run_dir, "auto")
+    step = (found.progress.step if found else 0) + draw.randint(1, 8)
+    # Lines of steps after the checkpoint are removed in the start.
     before = path.stat().st_mtime if path.exists() else 0
-    while not path.exists() or path.stat().st_mtime == before:
-        time.sleep(0.01)
-    seconds = draw.uniform(0, 1.5)
+    while not path.exists() or path.stat().st_mtime == before or path.read_text().count("\n") < step:
+        time.sleep(0.005)
+    seconds = draw.uniform(0, 0.2)
     time.sleep(seconds)
-    return f"{seconds:.2f} s after the first new step"
+    return f"{seconds:.2f} s after step {step}"
 
 
 def read(path: Path) -> list[dict]:
