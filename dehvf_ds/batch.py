@@ -73,6 +73,11 @@ class Batch:
             moved["pixel_values"] = moved["pixel_values"].to(dtype)
         return replace(self, **moved)
 
+    def without_last(self) -> Batch:
+        """The batch without its last position; for rows padded on the left."""
+        names = ("input_ids", "attention_mask", "labels")
+        return replace(self, **{name: getattr(self, name)[:, :-1] for name in names})
+
     def inputs(self) -> dict[str, Tensor]:
         """The tensors by name, as keyword arguments of the model."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}

@@ -19,7 +19,7 @@ from dehvf_ds.data.images import decode_image
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.distributed import has_fast_bf16, read_world, run_entry
-from dehvf_ds.evals.decode import greedy_answers
+from dehvf_ds.evals.decode import Decoding, decode_answers
 from dehvf_ds.model import ModelError
 from dehvf_ds.model.weights import find_trained
 
@@ -47,7 +47,9 @@ def main(argv: list[str]) -> int:
         prompt=config.prompt or trained.config.prompt,
         for_generation=True,
     )
-    for path, text in greedy_answers(model, [collator(samples)], tokenizer, config.max_new_tokens):
+    decoding = Decoding(max_new_tokens=config.max_new_tokens)
+    (texts,) = decode_answers(model, [collator(samples)], tokenizer, decoding)
+    for path, text in zip(config.image, texts, strict=True):
         print(text if len(samples) == 1 else f"{path}\t{text}", flush=True)
     return 0
 

@@ -122,12 +122,11 @@ def test_train_evaluate_generate_merge_load(world: Path) -> None:
 
     data = ["--data", str(world / "test"), "--batch_size", "3", "--max_new_tokens", "8", "--loss", "true"]
     run_ranks(REPOSITORY / "dehvf_ds/eval.py", ["--model", str(run), *data], 2)
-    metrics = json.loads((run / "eval/coco-test/metrics.json").read_text())
+    metrics = read_metrics(run / "eval/coco-test")
     assert metrics["num_samples"] == 4
+    assert metrics["comparable"] is True
+    assert metrics["decoding"]["num_beams"] == 1
     assert 4 < metrics["loss"] < 7
-    written = (run / "eval/coco-test/predictions.jsonl").read_text().splitlines()
-    predictions = {line["key"]: line["prediction"] for line in map(json.loads, written)}
-    assert len(predictions) == 4
     assert (run / "eval/coco-test/examples.png").stat().st_size > 1000
 
     merged = world / "merged"
@@ -152,12 +151,36 @@ def test_train_evaluate_generate_merge_load(world: Path) -> None:
 
 
 @pytest.mark.slow
-def test_questions_with_and_without_pictures_train_on_two_ranks(world: Path) -> None:
+def test_questions_with_and_without_pictures_train_and_are_scored_on_two_ranks(world: Path) -> None:
     more = ["--data.task", "scienceqa", "--data.train", str(world / "scienceqa"), "--data.max_tokens", "400"]
     run_ranks(REPOSITORY / "dehvf_ds/train.py", arguments(world, "questions", *more), 2)
     found = losses(world, "questions")
     assert len(found) == 4
     assert all(0 < loss < 7 for loss in found)
+    given = ["--task", "scienceqa", "--data", str(world / "scienceqa"), "--batch_size", "5", "--loss", "true"]
+    given += ["--model", str(world / "runs/questions")]
+    run_ranks(REPOSITORY / "dehvf_ds/eval.py", given, 2)
+    read = read_metrics(world / "runs/questions/eval/scienceqa-scienceqa")
+    assert read["protocol"]["form"] == "QCM-A"
+    assert read["num_samples"] == read["num_problems"]["Avg"] == len(ShardIndex(world / "scienceqa"))
+    assert 0 < read["num_problems"]["IMG"] < read["num_samples"]
+    # Two ranks and one, generation and likelihood: the same rows; a likelihood has no failures.
+    likeliest = start("dehvf_ds/eval.py", [*given, "--reading", "likelihood", "--split", "likeliest"])
+    assert likeliest.returncode == 0, likeliest.stderr
+    chosen = read_metrics(world / "runs/questions/eval/scienceqa-likeliest")
+    assert chosen["num_parse_failures"] == 0
+    assert chosen["accuracy"]["Avg"] > 0
+    assert chosen["loss"] == pytest.approx(read["loss"], rel=1e-4)
+    assert chosen["markdown"] in likeliest.stdout
+    assert not list((world / "runs/questions/eval").rglob(".answers-*"))
+
+
+def read_metrics(directory: Path) -> dict:
+    """An evaluation's metrics, after a look at its predictions: one a sample."""
+    metrics = json.loads((directory / "metrics.json").read_text())
+    lines = (directory / "predictions.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["key"] for line in lines}) == len(lines) == metrics["num_samples"]
+    return metrics
 
 
 def build_chats(world: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from string import ascii_uppercase
 
 import torch
 from jaxtyping import Float
@@ -21,7 +22,7 @@ from dehvf_ds.data.chat import (
     parse_conversation,
     tokenizer_name,
 )
-from dehvf_ds.data.prompts import QCM_A, Task, build_prompt, build_target
+from dehvf_ds.data.prompts import QCM_A, SCIENCEQA_ANSWER_PREFIX, Task, build_prompt, build_target
 from dehvf_ds.data.transforms import ImageTransform
 
 # Prompts end and targets begin like these.
@@ -106,6 +107,21 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, answer_prefix
     head = list(traits.bos) + (_ids(tokenizer, prompt) if prompt else [])
     ids = head + (_target_ids(tokenizer, traits, prompt, answer_prefix) if answer_prefix else [])
     return ids or [traits.eos_id]
+
+
+def letter_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The last token of ``The answer is X`` for each letter X from A to Z; those before it are the same.
+
+    Raises:
+        UserError: the tokenizer makes another text of a letter than one token at the end.
+    """
+    rows = [
+        encode_prompt(tokenizer, "Response:", f"{SCIENCEQA_ANSWER_PREFIX} {letter}")
+        for letter in ascii_uppercase
+    ]
+    if any(row[:-1] != rows[0][:-1] for row in rows) or len({row[-1] for row in rows}) < len(rows):
+        raise UserError(f"{tokenizer_name(tokenizer)}: a letter after the prompt is not one token of its own")
+    return [row[-1] for row in rows]
 
 
 class Collator:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -11,21 +13,51 @@ from dehvf_ds.batch import Batch
 from dehvf_ds.model import DehvfForConditionalGeneration
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How answers are decoded.
+
+    Attributes:
+        max_new_tokens: longest answer in tokens; it may end sooner by an end token.
+        min_new_tokens: tokens before which no end token is taken.
+        num_beams: hypotheses of beam search; 1 is greedy.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    num_beams: int = 1
+
+
+def end_ids(model: DehvfForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: the tokenizer's end of text, and those of the decoder's generation settings.
+
+    A chat template ends a turn with a token of its own, which instruction-tuned decoders name there.
+    """
+    settings = getattr(model.language_model, "generation_config", None)
+    named: Any = getattr(settings, "eos_token_id", None)
+    more = [] if named is None else [named] if isinstance(named, int) else list(named)
+    first: Any = tokenizer.eos_token_id
+    return list(dict.fromkeys([first, *more]))
+
+
 @torch.inference_mode()
-def greedy_answers(
+def decode_answers(
     model: DehvfForConditionalGeneration,
     batches: Iterable[Batch],
     tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-) -> Iterator[tuple[str, str]]:
-    """Decodes greedily; yields (key, text) in the rows' order.
+    decoding: Decoding,
+) -> Iterator[list[str]]:
+    """Decodes greedily or with beams; yields the texts of each batch, in the rows' order.
+
+    The visual memory of a picture is computed once and serves every step and every beam of its row.
 
     Args:
         model: in evaluation mode.
         batches: prompts padded on the left.
         tokenizer: the model's own.
-        max_new_tokens: longest answer; it may end sooner by the end-of-text token.
+        decoding: lengths and beams.
     """
+    ends = end_ids(model, tokenizer)
     for batch in batches:
         moved = batch.to(model.device, model.dtype)
         new_ids = model.generate(
@@ -33,16 +65,48 @@ def greedy_answers(
             moved.pixel_values,
             moved.has_image,
             attention_mask=moved.attention_mask,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=decoding.max_new_tokens,
+            min_new_tokens=decoding.min_new_tokens or None,
+            num_beams=decoding.num_beams,
             do_sample=False,
-            num_beams=1,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
         )
-        for key, text in zip(
-            batch.keys, tokenizer.batch_decode(new_ids, skip_special_tokens=True), strict=True
-        ):
-            yield key, " ".join(text.split())
+        yield [" ".join(text.split()) for text in tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
+
+
+@torch.inference_mode()
+def likeliest_options(
+    model: DehvfForConditionalGeneration,
+    batches: Iterable[Batch],
+    option_ids: Sequence[int],
+    num_options: Sequence[int],
+) -> Iterator[list[int]]:
+    """Of each row's options the one whose token is the likeliest to come next.
+
+    Args:
+        model: in evaluation mode.
+        batches: prompts that end where the option's letter is to come, padded on the left.
+        option_ids: the token of each option, in their order.
+        num_options: options of each row, over all batches in turn.
+    """
+    start = 0
+    for batch in batches:
+        moved = batch.to(model.device, model.dtype)
+        generated = model.generate(
+            moved.input_ids,
+            moved.pixel_values,
+            moved.has_image,
+            attention_mask=moved.attention_mask,
+            max_new_tokens=1,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        logits = generated.logits[0][:, list(option_ids)].float()  # pyright: ignore[reportAttributeAccessIssue]
+        counts = num_options[start : start + len(logits)]
+        start += len(logits)
+        yield [int(row[:count].argmax()) for row, count in zip(logits, counts, strict=True)]
 
 
 @torch.inference_mode()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from .backbones import load_backbone, load_backbone_config
 from .configuration import DehvfConfig, ModelError, spaced_levels
 from .identity import check_base
 from .modeling import DehvfForConditionalGeneration
+from .sketch import sketch_weights
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -108,6 +111,16 @@ class TrainedModel:
     def processor_source(self) -> str:
         """Where the image processor lies."""
         return self.vision_tower or str(self.path)
+
+    def fingerprint(self) -> str:
+        """A hash that tells this model from others: of its files' hashes, or of a merged one's sketch."""
+        if self.language_model is None:
+            parts = [sketch_weights(str(self.path), vision=vision) for vision in (False, True)]
+            content = json.dumps([self.config.to_json_string(), *parts], sort_keys=True)
+        else:
+            manifest = read_manifest(self.path)
+            content = json.dumps([manifest["files"], manifest["bases"]], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def load(self, dtype: str = "auto", *, fast_bf16: bool = True) -> DehvfForConditionalGeneration:
         """Loads the model, whole, on the CPU, in evaluation mode.

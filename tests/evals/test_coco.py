@@ -1,67 +1,267 @@
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor import meteor
+from pycocoevalcap.spice import get_stanford_models, spice
 
 from dehvf_ds.config import UserError
-from dehvf_ds.evals.coco import score_captions
+from dehvf_ds.evals.coco import SPICE_PARSER, score_captions, unique_predictions
+from dehvf_ds.evals.coco_tokens import PUNCTUATION, ptb_tokens, simple_tokens
 
 REFERENCES = {
     "a": ["A dog runs on the grass.", "A brown dog running."],
     "b": ["Two people ride bikes down a street.", "People riding bicycles."],
     "c": ["A cat sleeps on a red sofa.", "The cat is asleep on the couch."],
+    "d": ["Ein Hund läuft über die Wiese, 犬!", "A dog at a “café”."],
 }
+PREDICTIONS = {
+    "a": "A dog runs.",
+    "b": "",
+    "c": "A dog sleeps on a sofa, naïvely.",
+    "d": "犬 läuft (café) 😀",
+}
+BLEU = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"]
+ALL_BUT_SPICE = [*BLEU, "METEOR", "ROUGE-L", "CIDEr"]
+
+java = [
+    pytest.mark.java,
+    pytest.mark.skipif(shutil.which("java") is None, reason="no Java runtime"),
+]
 
 
-@pytest.mark.java
-@pytest.mark.skipif(shutil.which("java") is None, reason="no Java runtime")
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_scores_equal_the_packages_own_driver() -> None:
-    from pycocoevalcap.eval import COCOEvalCap
-
-    predictions = {"a": "A dog runs.", "b": "Two people on bikes.", "c": "A dog sleeps on a sofa, naïvely."}
-    scores, each = score_captions(REFERENCES, predictions)
-
-    class Annotations:
-        def __init__(self, captions: dict[str, list[str]]) -> None:
-            self.imgToAnns = {k: [{"caption": c} for c in v] for k, v in captions.items()}
-
-        def getImgIds(self) -> list[str]:
-            return sorted(self.imgToAnns)
-
-    driver = COCOEvalCap(Annotations(REFERENCES), Annotations({k: [v] for k, v in predictions.items()}))
-    # The driver's SPICE downloads its parser; the rest is what is compared.
-    import pycocoevalcap.eval as module
-
-    module.Spice = lambda: type(
-        "None_", (), {"compute_score": lambda *_: (0.0, [{}] * 3), "method": lambda _: ""}
-    )()
-    driver.setImgToEvalImgs = lambda *_: None
-    driver.evaluate()
-    names = {
-        "Bleu_1": "BLEU-1",
-        "Bleu_4": "BLEU-4",
-        "METEOR": "METEOR",
-        "ROUGE_L": "ROUGE-L",
-        "CIDEr": "CIDEr",
-    }
-    for theirs, ours in names.items():
-        assert scores[ours] == pytest.approx(100 * driver.eval[theirs], abs=1e-6)
-    assert each["a"]["CIDEr"] > each["c"]["CIDEr"]
+@pytest.fixture
+def no_java(monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
 
 
-def test_pictures_that_differ_are_counted_and_named() -> None:
-    with pytest.raises(UserError, match="differ in 2 pictures, b the first"):
-        score_captions(REFERENCES, {"a": "A dog."})
+@pytest.fixture(autouse=True)
+def no_download(monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("SPICE's parser is not to be downloaded")
+
+    monkeypatch.setattr(get_stanford_models, "urlretrieve", refuse)
 
 
-def test_a_picture_without_references_is_named() -> None:
-    with pytest.raises(UserError, match="1 pictures have no reference caption, a the first"):
-        score_captions({"a": []}, {"a": "A dog."})
+class FakeJava:
+    """A `java` on the PATH that fails as the real one does where memory is short."""
+
+    def __init__(self, folder: Path, monkeypatch) -> None:
+        program = folder / "java"
+        program.write_text(
+            "#!/bin/sh\necho 'Picked up JAVA_TOOL_OPTIONS' >&2\necho 'no room for 2G' >&2\nexit 1\n"
+        )
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder), prepend=":")
 
 
-def test_without_java_the_package_to_install_is_named(monkeypatch) -> None:
-    monkeypatch.setenv("PATH", "")
+class TestOfficial:
+    pytestmark = java
+
+    @pytest.mark.slow
+    # The driver leaves its own processes to the garbage collector.
+    @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_scores_equal_the_packages_own_driver(self, monkeypatch) -> None:
+        import pycocoevalcap.eval as package
+
+        class Annotations:
+            def __init__(self, captions: dict[str, list[str]]) -> None:
+                self.imgToAnns = {k: [{"caption": c} for c in v] for k, v in captions.items()}
+
+            def getImgIds(self) -> list[str]:
+                return sorted(self.imgToAnns)
+
+        class NoSpice:
+            def compute_score(self, *_: object) -> tuple[float, list[float]]:
+                return 0.0, [0.0] * 4
+
+            def method(self) -> str:
+                return ""
+
+        monkeypatch.setattr(package, "Spice", NoSpice)
+        driver = package.COCOEvalCap(
+            Annotations(REFERENCES), Annotations({k: [v] for k, v in PREDICTIONS.items()})
+        )
+        driver.evaluate()
+
+        started = []
+        popen = meteor.subprocess.Popen
+
+        def watched(*args, **kwargs):
+            started.append(popen(*args, **kwargs))
+            return started[-1]
+
+        monkeypatch.setattr(meteor.subprocess, "Popen", watched)
+        scores = score_captions(REFERENCES, PREDICTIONS)
+        assert list(scores.corpus) == ALL_BUT_SPICE
+        assert scores.comparable
+        assert scores.num_empty == 1
+        names = {ours: ours.replace("BLEU-", "Bleu_").replace("-", "_") for ours in ALL_BUT_SPICE}
+        for ours, theirs in names.items():
+            assert scores.corpus[ours] == pytest.approx(100 * driver.eval[theirs], abs=1e-6)
+            for key in REFERENCES:
+                expected = 100 * driver.imgToEval[key][theirs]
+                assert scores.each[key][ours] == pytest.approx(expected, abs=1e-6)
+        assert scores.each["b"]["CIDEr"] == 0
+        assert len(started) == 3, "two tokenizations, METEOR"
+        for process in started:
+            assert process.returncode is not None
+            assert all(
+                pipe is None or pipe.closed for pipe in (process.stdin, process.stdout, process.stderr)
+            )
+
+    def test_no_character_shifts_the_captions(self) -> None:
+        captions = {
+            "a": ["one\r\ntwo", "x\u2028y\vz\f", "half \ud83d pair"],
+            "b": ["", "\n"],
+            "c": ["U.S.", " "],
+        }
+        tokens = ptb_tokens(captions)
+        assert tokens["a"][:2] == ["one two", "x y z"]
+        assert [len(group) for group in tokens.values()] == [3, 2, 2]
+        assert [tokens["b"], tokens["c"]] == [["", ""], ["u.s.", ""]]
+
+
+def test_without_java_the_package_to_install_is_named(no_java) -> None:
     with pytest.raises(UserError, match="default-jre-headless"):
         score_captions({"a": ["A dog."]}, {"a": "A dog."})
+
+
+def test_java_that_fails_is_quoted(tmp_path, monkeypatch) -> None:
+    FakeJava(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match="PTB tokenization failed: no room for 2G"):
+        score_captions(REFERENCES, PREDICTIONS)
+
+
+def test_the_simple_tokenizer_needs_no_java_and_is_not_comparable(no_java) -> None:
+    scores = score_captions(REFERENCES, PREDICTIONS, tokenizer="simple")
+    assert list(scores.corpus) == [*BLEU, "ROUGE-L", "CIDEr"]
+    assert list(scores.missing) == ["METEOR", "SPICE"]
+    assert "default-jre-headless" in scores.missing["METEOR"]
+    assert not scores.comparable
+    assert all(list(row) == list(scores.corpus) for row in scores.each.values())
+    assert list(scores.each) == list(REFERENCES)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        scores.comparable = True  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_caption_that_is_a_reference_gets_all_points(no_java) -> None:
+    perfect = {key: captions[0].upper() for key, captions in REFERENCES.items()}
+    scores = score_captions(REFERENCES, perfect, tokenizer="simple")
+    assert scores.corpus["BLEU-4"] == pytest.approx(100)
+    assert scores.each["d"]["ROUGE-L"] == pytest.approx(100)
+    assert scores.num_empty == 0
+
+
+def test_predictions_without_a_word_are_counted_and_score_nothing(no_java) -> None:
+    empty = {"a": "", "b": " \n", "c": "...", "d": "A dog at a café."}
+    scores = score_captions(REFERENCES, empty, tokenizer="simple")
+    assert scores.num_empty == 3
+    for key in "abc":
+        assert max(scores.each[key].values()) == pytest.approx(0, abs=1e-6)
+    assert scores.corpus["ROUGE-L"] == pytest.approx(scores.each["d"]["ROUGE-L"] / 4)
+
+
+def test_simple_tokens() -> None:
+    texts = ["The dog's “T-shirt”, (red)!", "Über  Ñ\t犬", PUNCTUATION, ""]
+    assert simple_tokens({"a": texts}) == {"a": ["the dog's “t-shirt” red", "über ñ 犬", "", ""]}
+
+
+def test_a_metric_that_fails_is_named_and_the_others_stay(no_java, monkeypatch) -> None:
+    whole = score_captions(REFERENCES, PREDICTIONS, tokenizer="simple")
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr(Cider, "compute_score", fail)
+    scores = score_captions(REFERENCES, PREDICTIONS, tokenizer="simple")
+    assert scores.missing["CIDEr"] == "ZeroDivisionError: two lines"
+    assert scores.corpus == {name: value for name, value in whole.corpus.items() if name != "CIDEr"}
+    assert all("CIDEr" not in row for row in scores.each.values())
+
+
+@pytest.mark.parametrize("broken", [(float("nan"), [0.0] * 4), (0.5, [0.5] * 3)], ids=["nan", "too few"])
+def test_scores_that_are_none_are_no_scores(no_java, monkeypatch, broken) -> None:
+    monkeypatch.setattr(Cider, "compute_score", lambda *_: broken)
+    scores = score_captions(REFERENCES, PREDICTIONS, tokenizer="simple")
+    assert "CIDEr" in scores.missing
+    assert "CIDEr" not in scores.corpus
+
+
+def test_meteor_that_dies_is_named_and_does_not_hang(tmp_path, monkeypatch) -> None:
+    FakeJava(tmp_path, monkeypatch)
+    scores = score_captions(REFERENCES, PREDICTIONS, tokenizer="simple")
+    assert scores.missing["METEOR"] == "no room for 2G"
+    assert list(scores.corpus) == [*BLEU, "ROUGE-L", "CIDEr"]
+
+
+def test_no_metric_at_all_is_an_error(monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("gone")
+
+    monkeypatch.setattr("dehvf_ds.evals.coco.METRICS", {("ROUGE-L",): fail, ("CIDEr",): fail})
+    with pytest.raises(UserError, match="no caption metric could be computed; gone"):
+        score_captions(REFERENCES, PREDICTIONS, tokenizer="simple")
+
+
+class TestSpice:
+    @pytest.fixture
+    def library(self, tmp_path, monkeypatch) -> Path:
+        monkeypatch.setattr(spice, "__file__", str(tmp_path / "spice.py"))
+        (tmp_path / "lib").mkdir()
+        return tmp_path / "lib"
+
+    def test_without_its_parser_it_is_missing(self, library, no_java) -> None:
+        (library / SPICE_PARSER[0]).touch()
+        missing = score_captions(REFERENCES, PREDICTIONS, tokenizer="simple").missing
+        assert missing["SPICE"] == f"its parser is not there: {library} lacks {SPICE_PARSER[1]}"
+
+    def test_with_its_parser_it_is_scored(self, library, tmp_path, monkeypatch) -> None:
+        class FakeSpice:
+            def compute_score(self, truth, guess):
+                assert list(truth) == list(guess) == ["a", "b", "c", "d"]
+                return 0.25, [{"All": {"f": value}, "Color": {"f": 9.0}} for value in (0.0, 0.1, 0.4, 0.5)]
+
+        for name in SPICE_PARSER:
+            (library / name).touch()
+        monkeypatch.setattr(spice, "Spice", FakeSpice)
+        FakeJava(tmp_path, monkeypatch)
+        scores = score_captions(REFERENCES, PREDICTIONS, tokenizer="simple")
+        assert list(scores.missing) == ["METEOR"]
+        assert scores.corpus["SPICE"] == 25
+        assert [row["SPICE"] for row in scores.each.values()] == [0, 10, 40, 50]
+
+
+class TestBadInput:
+    def test_missing_predictions_are_counted_and_named(self) -> None:
+        with pytest.raises(UserError, match=r"^3 pictures have no prediction, b the first$"):
+            score_captions(REFERENCES, {"a": "A dog."})
+
+    def test_predictions_without_references_are_counted_and_named(self) -> None:
+        with pytest.raises(UserError, match=r"^2 predictions have no references, e the first$"):
+            score_captions(REFERENCES, {**PREDICTIONS, "f": "A dog.", "e": "A dog."})
+
+    def test_another_split_is_suspected(self) -> None:
+        message = r"4 .* no prediction, a the first; 1 .* no references, z the first; .* another split\?$"
+        with pytest.raises(UserError, match=message):
+            score_captions(REFERENCES, {"z": "A dog."})
+
+    @pytest.mark.parametrize("captions", [[], [" ", "\n"]])
+    def test_a_picture_without_references_is_named(self, captions) -> None:
+        with pytest.raises(UserError, match="1 pictures have no reference caption, b the first"):
+            score_captions({"a": ["A dog."], "b": captions}, {"a": "A dog.", "b": "A dog."})
+
+    def test_nothing(self) -> None:
+        with pytest.raises(UserError, match="no picture to score"):
+            score_captions({}, {})
+
+    def test_two_predictions_of_a_picture(self) -> None:
+        assert unique_predictions([("b", "x"), ("a", "y")]) == {"b": "x", "a": "y"}
+        with pytest.raises(
+            UserError, match="2 predictions are of a picture that has one already, b the first"
+        ):
+            unique_predictions([("a", "x"), ("b", "x"), ("b", "y"), ("a", "x")])

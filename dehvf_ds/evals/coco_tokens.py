@@ -1,0 +1,96 @@
+"""Captions as tokens: the official PTB tokenizer of `pycocoevalcap`, and one without Java."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dehvf_ds.config import UserError
+
+Captions = Mapping[str, Sequence[str]]
+"""Captions of each picture, as they were written."""
+
+Tokens = dict[str, list[str]]
+"""Captions of each picture, tokens set apart by one space."""
+
+NO_JAVA = "no `java` is on the PATH; install one (Debian and Ubuntu: apt-get install default-jre-headless)"
+
+# All at which the Java tokenizer ends a line: one of them inside a caption shifts all later captions.
+LINE_ENDS = re.compile("[\n\v\f\r\u2028\u2029]")
+# The characters of the official list of punctuation, and those that PTB rewrites into entries of it.
+PUNCTUATION = "'`\".?!,:;-()[]{}"
+MAX_SHOWN = 240
+
+
+def require_java() -> None:
+    """Refuses PTB tokenization where it cannot run.
+
+    Raises:
+        UserError: there is no Java runtime.
+    """
+    if shutil.which("java") is None:
+        raise UserError(
+            f"PTB tokenization needs a Java runtime and {NO_JAVA}, or take the simple tokenizer, whose "
+            "scores compare with no published ones"
+        )
+
+
+def ptb_tokens(captions: Captions) -> Tokens:
+    """Tokenizes by the official tokenizer, in Java: lower case, punctuation left out.
+
+    Only its jar and its list of punctuation are used. The package's Python around them writes into
+    site-packages, asks for no exit status, and drops or shifts captions when lines do not match.
+
+    Raises:
+        UserError: no Java runtime, or Java failed.
+    """
+    require_java()
+    from pycocoevalcap.tokenizer import ptbtokenizer as official
+
+    lines = [_one_line(caption) for group in captions.values() for caption in group]
+    jar = Path(official.__file__).with_name(official.STANFORD_CORENLP_3_4_1_JAR)
+    command = [
+        "java",
+        "-cp",
+        str(jar),
+        "edu.stanford.nlp.process.PTBTokenizer",
+        "-preserveLines",
+        "-lowerCase",
+    ]
+    done = subprocess.run(command, input="\n".join(lines).encode(), capture_output=True)
+    if done.returncode:
+        raise UserError(f"PTB tokenization failed: {java_error(done.stderr) or f'exit {done.returncode}'}")
+    found = done.stdout.decode().split("\n")
+    if len(found) != len(lines):
+        raise UserError(f"PTB tokenization gave {len(found)} lines for {len(lines)} captions")
+    dropped = set(official.PUNCTUATIONS)
+    rest = (" ".join(word for word in line.rstrip().split(" ") if word not in dropped) for line in found)
+    return {key: [next(rest) for _ in group] for key, group in captions.items()}
+
+
+def simple_tokens(captions: Captions) -> Tokens:
+    """Tokenizes without Java: lower case, split at white space, punctuation stripped from the ends of words.
+
+    Unlike PTB it does not part ``dog's``, so scores compare with no published ones.
+    """
+
+    def tokens(caption: str) -> str:
+        words = (word.strip(PUNCTUATION) for word in _one_line(caption).lower().split())
+        return " ".join(word for word in words if word)
+
+    return {key: [tokens(caption) for caption in group] for key, group in captions.items()}
+
+
+def java_error(stderr: bytes) -> str:
+    """What Java said of its end, in one line; empty if nothing."""
+    lines = (line.strip() for line in stderr.decode(errors="replace").splitlines())
+    told = [line for line in lines if line and not line.startswith(("at ", "Picked up "))]
+    return " ".join(told[:2])[:MAX_SHOWN]
+
+
+def _one_line(caption: str) -> str:
+    # JSON may hold half a surrogate pair, which has no bytes.
+    return LINE_ENDS.sub(" ", caption).encode(errors="replace").decode()

@@ -1,0 +1,84 @@
+"""A whole copy of the model beside the engine, to decode with freely in the middle of a run.
+
+Under ZeRO-3 the engine's model gathers every weight for every token, releases it after use, and needs all
+ranks to walk the same road. A copy has none of DeepSpeed's hooks: ranks may decode texts of different length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from dehvf_ds.distributed import World
+from dehvf_ds.model import DehvfForConditionalGeneration
+
+GATHERED_ELEMENTS = 100_000_000
+"""Elements of weights that are gathered at a time, beside the copy."""
+
+
+def replica_bytes(model: DehvfForConditionalGeneration) -> int:
+    """Bytes of a whole copy, on every rank."""
+    return sum(_numel(p) * p.element_size() for p in model.parameters())
+
+
+@torch.no_grad()
+def whole_copy(model: DehvfForConditionalGeneration, world: World) -> DehvfForConditionalGeneration:
+    """Copies the weights as they are now into a model without partitions. Every rank must call it.
+
+    Args:
+        model: the model inside the engine, under any ZeRO stage; it is not changed.
+        world: this process's place; the copy lies on its device.
+
+    Returns:
+        A model in evaluation mode, of the engine's dtypes.
+    """
+    with torch.device("meta"):
+        copy = DehvfForConditionalGeneration(model.config)
+    names = dict(copy.named_parameters())
+    sources = dict(model.named_parameters())
+    assert names.keys() == sources.keys()
+    for group in _groups(sources):
+        with _gathered(list(group.values())):
+            for name, source in group.items():
+                whole = source.data.detach().to(world.device, copy=True)
+                _put(copy, name, nn.Parameter(whole, requires_grad=False))
+    for name, buffer in model.named_buffers():
+        _put(copy, name, buffer.detach().clone())
+    # What is shared was put once, under its first name.
+    copy.tie_weights()
+    copy.language_model.generation_config = model.language_model.generation_config
+    return copy.eval()
+
+
+def _groups(sources: dict[str, nn.Parameter]) -> Iterator[dict[str, nn.Parameter]]:
+    group: dict[str, nn.Parameter] = {}
+    size = 0
+    for name, parameter in sources.items():
+        if group and size + _numel(parameter) > GATHERED_ELEMENTS:
+            yield group
+            group, size = {}, 0
+        group[name] = parameter
+        size += _numel(parameter)
+    yield group
+
+
+def _gathered(parameters: list[nn.Parameter]):
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    return GatheredParameters([p for p in parameters if hasattr(p, "ds_id")])
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    held = module._parameters if attribute in module._parameters else module._buffers
+    held[attribute] = value  # pyright: ignore[reportArgumentType]
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())

@@ -1,0 +1,91 @@
+"""Every row is answered once, whoever is killed, on any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dehvf_ds.config import UserError
+from dehvf_ds.distributed import World
+from dehvf_ds.evals import answering
+from dehvf_ds.evals.answering import answer_rows
+from dehvf_ds.evals.parts import AnswerParts
+
+LENGTHS = [3, 9, 1, 4, 4, 8, 2]
+
+
+def world(rank: int = 0, size: int = 1) -> World:
+    return World(rank, rank, size, size, torch.device("cpu"))
+
+
+class Asked:
+    """Answers with the row's number, and remembers what it was asked; may die at a call."""
+
+    def __init__(self, dies_at: int | None = None):
+        self.calls: list[list[int]] = []
+        self._dies_at = dies_at
+
+    def __call__(self, rows) -> list[str]:
+        if len(self.calls) == self._dies_at:
+            raise KeyboardInterrupt
+        self.calls.append(list(rows))
+        return [f"größe {row}" for row in rows]
+
+
+def test_longest_first_and_answers_in_the_rows_order(tmp_path: Path) -> None:
+    ask = Asked()
+    answers = answer_rows(LENGTHS, ask, AnswerParts(tmp_path, {}, 0), world(), 3)
+    assert answers == [f"größe {row}" for row in range(7)]
+    assert ask.calls == [[1, 5, 3], [4, 0, 6], [2]]
+
+
+def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path, capsys) -> None:
+    first, second = Asked(dies_at=2), Asked()
+    with pytest.raises(KeyboardInterrupt):
+        answer_rows(LENGTHS, first, AnswerParts(tmp_path, {"model": 1}, 0), world(), 2)
+    parts = AnswerParts(tmp_path, {"model": 1}, 0)
+    # Killed in the middle of a line.
+    with next(parts.directory.glob("*.jsonl")).open("a") as file:
+        file.write('[2, "gr')
+    answers = answer_rows(LENGTHS, second, parts, world(), 2)
+    assert answers == [f"größe {row}" for row in range(7)]
+    assert sorted(row for call in first.calls + second.calls for row in call) == list(range(7))
+    assert "going on after 4 of 7 rows" in capsys.readouterr().out
+    # And a third finds all of it there, the line after the torn one too.
+    third = Asked()
+    assert answer_rows(LENGTHS, third, AnswerParts(tmp_path, {"model": 1}, 0), world(), 2) == answers
+    assert third.calls == []
+    parts.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_have_disjoint_rows_whatever_ranks_there_were_before(tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        answer_rows(LENGTHS, Asked(dies_at=1), AnswerParts(tmp_path, {}, 0), world(), 2)
+    gathered: list = []
+    asked = []
+    # Rank 1 first: it writes nothing that rank 0 takes for done before its own reading.
+    before = AnswerParts(tmp_path, {}, 0).read()
+    monkeypatch.setattr(AnswerParts, "read", lambda self: dict(before))
+    monkeypatch.setattr(answering, "gather_to_main", lambda own, place: gathered.extend(own) or gathered)
+    for rank in (1, 0):
+        ask = Asked()
+        answers = answer_rows(LENGTHS, ask, AnswerParts(tmp_path, {}, rank), world(rank, 2), 2)
+        asked += [row for call in ask.calls for row in call]
+    assert sorted(asked) == sorted(set(range(7)) - set(before))
+    assert answers == [f"größe {row}" for row in range(7)]
+
+
+def test_other_settings_take_up_nothing(tmp_path: Path) -> None:
+    answer_rows(LENGTHS, Asked(), AnswerParts(tmp_path, {"prompt": "a"}, 0), world(), 4)
+    ask = Asked()
+    answer_rows(LENGTHS, ask, AnswerParts(tmp_path, {"prompt": "b"}, 0), world(), 4)
+    assert sum(map(len, ask.calls)) == 7
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: Not a directory"):
+        AnswerParts(tmp_path / "file", {}, 0)
