@@ -7,6 +7,7 @@ import yaml
 
 from dehvf_ds.config import (
     RECIPES_DIR,
+    EvalConfig,
     TrainConfig,
     UserError,
     load_run_config,
@@ -107,3 +108,28 @@ def test_accumulation_is_derived_from_the_world() -> None:
 def test_evaluation_flags_are_checked() -> None:
     with pytest.raises(UserError, match="batch_size must be at least 1"):
         parse_eval_config(["--model", "m", "--data", "d", "--batch_size", "0"])
+
+
+def test_dashes_and_bare_switches_are_taken() -> None:
+    given = ["--dry-run", "--init-from", "runs/a", "--train.micro-batch-size=4", "--overwrite"]
+    config = parse_run_config(given)
+    assert config.dry_run
+    assert config.overwrite
+    assert config.init_from == "runs/a"
+    assert config.train.micro_batch_size == 4
+    # A value may hold dashes, and begin with one.
+    assert parse_run_config(["--run_dir", "runs/a-b", "--dry_run", "false"]).run_dir == "runs/a-b"
+    assert not parse_run_config(["--dry-run", "false"]).dry_run
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 3, "min_new_tokens": 4}, "min_new_tokens is larger"),
+        ({"num_beams": 0}, "num_beams must be"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be"),
+    ],
+)
+def test_an_evaluation_checks_its_decoding(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        EvalConfig(model="m", data="d", **changes)

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import torch
+
+from dehvf_ds.batch import IGNORE_INDEX, Batch
+
+
+def batch(rows: dict[str, list[int]], *, width: int = 6, left: bool = False) -> Batch:
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for place, tokens in enumerate(rows.values()):
+        where = slice(width - len(tokens), width) if left else slice(len(tokens))
+        ids[place, where] = torch.tensor(tokens)
+        mask[place, where] = 1
+    return Batch(
+        input_ids=ids,
+        attention_mask=mask,
+        labels=torch.full_like(ids, IGNORE_INDEX),
+        pixel_values=torch.zeros(len(rows), 3, 2, 2),
+        has_image=torch.ones(len(rows), dtype=torch.bool),
+        keys=tuple(rows),
+    )
+
+
+def test_the_checksum_is_that_of_the_rows_wherever_they_stand() -> None:
+    whole = batch({"a": [1, 2, 3], "b": [4, 0]})
+    assert whole.checksum() == batch({"b": [4, 0], "a": [1, 2, 3]}, width=9, left=True).checksum()
+    assert whole.checksum() == batch({"a": [1, 2, 3]}).checksum() + batch({"b": [4, 0]}).checksum()
+    # Another text, another key, a row less, or one twice are another sum.
+    others = ({"a": [1, 2, 4], "b": [4, 0]}, {"a": [1, 2, 3], "c": [4, 0]}, {"a": [1, 2, 3]}, {"b": [4]})
+    assert len({whole.checksum(), *(batch(rows).checksum() for rows in others)}) == 5
+
+
+def test_rows_without_keys_have_a_checksum_too() -> None:
+    rows = batch({"a": [1, 2]})
+    bare = Batch(**rows.inputs())
+    assert bare.checksum() != rows.checksum() != 0
+
+
+def test_without_last_drops_the_last_position() -> None:
+    rows = batch({"a": [1, 2, 3], "b": [4]}, width=3, left=True).without_last()
+    assert rows.input_ids.tolist() == [[1, 2], [0, 0]]
+    assert rows.attention_mask.tolist() == [[1, 1], [0, 0]]
+    assert rows.labels.shape == (2, 2)
+    assert rows.keys == ("a", "b")
