@@ -63,6 +63,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """
 
     config_class = DehvfConfig
+    config: DehvfConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
