@@ -261,6 +261,37 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InsideConfig:
+    """Answers and scores in the middle of the run, by a whole copy of the model on every rank.
+
+    Attributes:
+        every_steps: optimizer steps between evaluations, with one at the end; 0 evaluates nothing.
+        data: directory of evaluation shards; None takes ``data.val``.
+        max_samples: rows to ask, from the first.
+        batch_size: rows answered together on one rank.
+        max_new_tokens: longest answer in tokens; None means 40 for captions and 8 for ScienceQA.
+        num_beams: hypotheses of beam search; 1 is greedy.
+        tokenizer: of caption scores; ``simple`` needs no Java, and is not comparable with published numbers.
+    """
+
+    every_steps: int = 0
+    data: str | None = None
+    max_samples: int = 256
+    batch_size: int = 16
+    max_new_tokens: int | None = None
+    num_beams: int = 1
+    tokenizer: Literal["ptb", "simple"] = "ptb"
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 0, "eval.every_steps must be at least 0")
+        for name in ("max_samples", "batch_size", "num_beams"):
+            _require(getattr(self, name) >= 1, f"eval.{name} must be at least 1")
+        _require(
+            self.max_new_tokens is None or self.max_new_tokens >= 1, "eval.max_new_tokens must be at least 1"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run.
 
@@ -269,6 +300,7 @@ class RunConfig:
         model: backbones and branch.
         data: shards and tokens.
         train: sizes and optimizer.
+        eval: answers and scores in the middle of the run.
         seed: seed of initial values, order and augmentation.
         deepspeed: path of the DeepSpeed JSON.
         overwrite: empty ``run_dir`` where it holds another run; without it such a directory is refused.
@@ -282,12 +314,21 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: InsideConfig = field(default_factory=InsideConfig)
     seed: int = 0
     deepspeed: str = "ds_configs/zero3.json"
     overwrite: bool = False
     resume: str = "auto"
     init_from: str | None = None
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.eval.every_steps:
+            _require(self.data.task != "chat", "eval.every_steps: data.task chat has no scores; leave it 0")
+            _require(
+                self.eval.data is not None or self.data.val is not None,
+                "eval.every_steps needs rows to ask: give eval.data or data.val",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +338,8 @@ class EvalConfig:
     Attributes:
         model: run directory, adapter artifact or merged model directory.
         data: directory of evaluation shards with their ``manifest.json``.
+        references: COCO's ``captions_*.json`` or Karpathy's ``dataset_*.json`` to score captions against, by
+            file name; of Karpathy's the part ``split``. None takes the captions in the shards.
         task: what is scored: ``coco`` captions, ``scienceqa`` answers.
         split: name of the split in the output; None takes the name of ``data``.
         output: where ``TASK-SPLIT/`` is written; None means ``eval/`` of the run.
@@ -318,6 +361,7 @@ class EvalConfig:
 
     model: str
     data: str
+    references: str | None = None
     task: Literal["coco", "scienceqa"] = "coco"
     split: str | None = None
     output: str | None = None

@@ -8,92 +8,33 @@ Also under ``torchrun`` and ``srun``, or alone as ``python dehvf_ds/train.py``.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 # Run as a script, dehvf_ds/ is first on the path, where our module names would shadow other packages'.
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from dehvf_ds.config import RunConfig, UserError, parse_run_config
-from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.loader import (
-    build_loader,
-    build_validation_loader,
-    epoch_samples,
-    open_examples,
-)
-from dehvf_ds.data.prompts import CAPTION_PROMPT
-from dehvf_ds.data.tokenizer import load_tokenizer
-from dehvf_ds.data.transforms import ImageTransform, build_image_transform
+from dehvf_ds.data.loader import read_sample
 from dehvf_ds.distributed import World, init_process_group, on_main, read_world, run_entry
-from dehvf_ds.model import DehvfConfig
+from dehvf_ds.evaluation.inside import InsideEvaluation
+from dehvf_ds.evaluation.questions import TASKS, Questions, open_questions
+from dehvf_ds.training.checked import Checked, check
 from dehvf_ds.training.checkpoint import Checkpoints, save_artifact
-from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json
-from dehvf_ds.training.engine import build_engine, build_model_config
+from dehvf_ds.training.deepspeed_json import compute_dtype
+from dehvf_ds.training.engine import build_engine
 from dehvf_ds.training.lease import Lease
 from dehvf_ds.training.loop import Actions, Job, TrainingError, fit
 from dehvf_ds.training.metrics import MetricsWriter
+from dehvf_ds.training.planning.inside import check_inside
 from dehvf_ds.training.progress import Progress
 from dehvf_ds.training.rehearsal import rehearse
 from dehvf_ds.training.resume import Checkpoint, choose_start, open_run
 from dehvf_ds.training.signals import REQUEUE_EXIT_CODE, StopRequest
 from dehvf_ds.training.validation import validation_loss
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checked:
-    """A run whose configuration and files were looked at; nothing of it is loaded.
-
-    Attributes:
-        config: the run.
-        world: this process's place.
-        ds_config: the completed DeepSpeed configuration.
-        model_config: the model's configuration.
-        tokenizer: the language model's.
-        transform: the vision tower's picture transform.
-        index: the training shards.
-        samples_per_epoch: rows that an epoch consumes.
-        num_steps: optimizer steps of the whole run.
-    """
-
-    config: RunConfig
-    world: World
-    ds_config: dict[str, Any]
-    model_config: DehvfConfig
-    tokenizer: PreTrainedTokenizerBase
-    transform: ImageTransform
-    index: ShardIndex
-    samples_per_epoch: int
-    num_steps: int
-
-    def training_batches(self, start_sample: int, num_steps: int):
-        """This rank's loader of ``num_steps`` steps from ``start_sample`` on."""
-        return build_loader(
-            self.config.data,
-            self.tokenizer,
-            self.transform,
-            **self._place(),
-            seed=self.config.seed,
-            accumulation=self.config.train.accumulation(self.world.size),
-            start_sample=start_sample,
-            num_steps=num_steps,
-        )
-
-    def validation_batches(self):
-        """This rank's loader of the validation rows; None where there are none."""
-        if self.config.data.val is None:
-            return None
-        return build_validation_loader(self.config.data, self.tokenizer, self.transform, **self._place())
-
-    def _place(self) -> dict[str, int]:
-        micro_batch_size = self.config.train.micro_batch_size
-        return {"rank": self.world.rank, "world_size": self.world.size, "micro_batch_size": micro_batch_size}
 
 
 def main(argv: list[str]) -> int:
@@ -104,46 +45,39 @@ def main(argv: list[str]) -> int:
     """
     config = parse_run_config(argv)
     run = check(config, read_world())
+    questions = open_inside(run)
     stop = StopRequest()
     stop.install()
     init_process_group(run.world, config.train.timeout_minutes)
-    return dry_run(run) if config.dry_run else train(run, stop)
+    on_main(run.world, lambda: check_inside(config, run.ds_config, run.world))
+    return dry_run(run, questions) if config.dry_run else train(run, questions, stop)
 
 
-def check(config: RunConfig, world: World) -> Checked:
-    """Looks at all that can be wrong before processes meet and weights load.
+def open_inside(run: Checked) -> Questions | None:
+    """Opens the rows that the run asks in its middle; None where it asks none.
 
     Raises:
-        UserError: what is.
+        UserError: they are of another task, or Java is missing.
     """
-    ds_config = read_deepspeed_json(config.deepspeed, config, world.size, world.local_size)
-    transform = build_image_transform(config.model.vision_tower, config.model.image_size)
-    model_config = build_model_config(
-        config.model,
-        image_size=transform.image_size,
-        prompt=(config.data.prompt or CAPTION_PROMPT) if config.data.task == "caption" else None,
-    )
-    tokenizer = load_tokenizer(config.model.language_model)
-    index, examples = open_examples(config.data, seed=config.seed)
-    if config.data.val is not None:
-        ShardIndex(config.data.val)
-    if world.is_main:
-        index.check_sizes()
-    samples_per_epoch = epoch_samples(config.data, len(examples), config.train.global_batch_size)
-    return Checked(
-        config=config,
-        world=world,
-        ds_config=ds_config,
-        model_config=model_config,
-        tokenizer=tokenizer,
-        transform=transform,
-        index=index,
-        samples_per_epoch=samples_per_epoch,
-        num_steps=planned_steps(config, samples_per_epoch),
+    config, settings = run.config, run.config.eval
+    data = settings.data or config.data.val
+    if not settings.every_steps or data is None:
+        return None
+    return open_questions(
+        data,
+        TASKS[config.data.task],
+        run.tokenizer,
+        run.transform,
+        prompt=run.model_config.prompt,
+        scienceqa=config.data.scienceqa,
+        caption_tokenizer=settings.tokenizer,
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=settings.num_beams,
+        max_samples=settings.max_samples,
     )
 
 
-def train(run: Checked, stop: StopRequest) -> int:
+def train(run: Checked, questions: Questions | None, stop: StopRequest) -> int:
     """Trains from the newest checkpoint, or from the start, to the last step or the request to stop."""
     config, world = run.config, run.world
     lease: Lease | None = None
@@ -184,6 +118,17 @@ def train(run: Checked, stop: StopRequest) -> int:
             validate=None
             if held_out is None
             else partial(validation_loss, engine, held_out, world, dtype, stop),
+            evaluate=None
+            if questions is None
+            else InsideEvaluation(
+                config=config.eval,
+                questions=questions,
+                model=model,
+                world=world,
+                run_dir=Path(config.run_dir),
+                stop=stop,
+            ),
+            evaluate_every=config.eval.every_steps,
             renew=None if lease is None else lease.renew,
         )
         return _fit(engine, loader, job, start, actions, stop, config)
@@ -192,7 +137,7 @@ def train(run: Checked, stop: StopRequest) -> int:
             lease.release()
 
 
-def dry_run(run: Checked) -> int:
+def dry_run(run: Checked, questions: Questions | None) -> int:
     """Does all that a run does up to its first step, and that with a scaled-down copy; writes nothing."""
     config, world = run.config, run.world
     checkpoint = on_main(world, lambda: _look_at_run_dir(run))
@@ -214,6 +159,12 @@ def dry_run(run: Checked) -> int:
         ]
         if held_out_batch is not None:
             lines.append(f"  {config.data.val}: first micro-batch {_describe(held_out_batch)}")
+        if questions is not None:
+            num_tokens = questions.collator([read_sample(questions.index, 0)]).input_ids.shape[1]
+            lines.append(
+                f"  {config.eval.data or config.data.val}: {questions.num_rows} rows asked every "
+                f"{config.eval.every_steps} steps, the first in {num_tokens} tokens"
+            )
         validated = "" if rehearsed.val_loss is None else f", validation {rehearsed.val_loss:.3f}"
         lines.append(
             f"  one step of a scaled-down copy, 32 wide: loss {rehearsed.loss:.3f}, "
@@ -280,27 +231,6 @@ def _announce(config: RunConfig, world: World, model, num_steps: int, start: Pro
 def _save_last(config: RunConfig, model, world: World, dtype: torch.dtype, progress: Progress) -> None:
     info = {"step": progress.step, "samples": progress.samples, "task": config.data.task}
     save_artifact(Path(config.run_dir) / "adapter", model, config.model, world, dtype, info)
-
-
-def planned_steps(config: RunConfig, num_samples: int) -> int:
-    """Optimizer steps of the run: ``train.steps``, or full batches in ``train.epochs`` passes.
-
-    Args:
-        config: the run.
-        num_samples: samples that an epoch consumes.
-
-    Raises:
-        UserError: the data do not fill one batch.
-    """
-    if config.train.steps is not None:
-        return config.train.steps
-    steps = int(config.train.epochs * num_samples) // config.train.global_batch_size
-    if steps == 0:
-        raise UserError(
-            f"{config.data.train}: {num_samples} samples x {config.train.epochs:g} epochs do not fill one "
-            f"batch of train.global_batch_size {config.train.global_batch_size}"
-        )
-    return steps
 
 
 def _numel(parameter) -> int:

@@ -1,7 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from tiny_entries import build_world
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """Tiny backbones, scenes in shards, a recipe and a DeepSpeed JSON; tests write into ``runs`` alone."""
+    return build_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

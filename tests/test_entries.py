@@ -4,108 +4,21 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_models import byte_tokenizer, vision_config
+from tiny_entries import arguments, losses, read_metrics, start
 from training.launch import REPOSITORY, run_ranks
 from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    CLIPImageProcessorPil,
-    GPT2Config,
-    LlamaConfig,
 )
 
 from dehvf_ds.config import UserError
 from dehvf_ds.data.index import ShardIndex
 from tools.build_shards import main as build_shards
-from tools.make_scenes import main as make_scenes
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """Tiny backbones, scenes in shards, a recipe and a DeepSpeed JSON, ready for every test here."""
-    root = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    llm = LlamaConfig(
-        vocab_size=260,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        eos_token_id=0,
-        bos_token_id=None,
-    )
-    AutoModelForCausalLM.from_config(llm).save_pretrained(root / "llm")
-    byte_tokenizer().save_pretrained(root / "llm")
-    gpt2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=260)
-    AutoModelForCausalLM.from_config(gpt2).save_pretrained(root / "gpt2")
-    AutoModel.from_config(vision_config()).save_pretrained(root / "tower")
-    size = {"height": 16, "width": 16}
-    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size).save_pretrained(root / "tower")
-    assert make_scenes(["--output", str(root / "scenes"), "--train", "24", "--val", "4", "--test", "4"]) == 0
-    for split in ("train", "test"):
-        annotations = root / f"scenes/annotations/captions_{split}.json"
-        images = root / f"scenes/images/{split}"
-        arguments = ["coco", "--annotations", str(annotations), "--images", str(images)]
-        assert build_shards([*arguments, "--output", str(root / split), "--samples-per-shard", "5"]) == 0
-    arguments = [
-        "--root",
-        str(root / "scenes/scienceqa"),
-        "--split",
-        "train",
-        "--output",
-        str(root / "scienceqa"),
-    ]
-    assert build_shards(["scienceqa", *arguments]) == 0
-    (root / "recipe.yaml").write_text(
-        f"""
-run_dir: {root}/runs/recipe
-model: {{language_model: {root}/llm, vision_tower: {root}/tower, rank: 8, router_dim: 4, num_levels: 2}}
-data: {{train: {root}/train, max_tokens: 64, num_workers: 1}}
-train: {{steps: 4, global_batch_size: 8, micro_batch_size: 2, save_every: 3, warmup_steps: 1, log_every: 1}}
-"""
-    )
-    zero3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-    (root / "ds.json").write_text(json.dumps(zero3))
-    return root
-
-
-def arguments(world: Path, run: str, *more: str) -> list[str]:
-    fixed = ["--config", str(world / "recipe.yaml"), "--deepspeed", str(world / "ds.json")]
-    return [*fixed, "--run_dir", str(world / "runs" / run), *more]
-
-
-def start(entry: str, args: list[str], **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs an entry by its path in a process of its own, from another folder, as a user may."""
-    environment = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / entry), *args],
-        env=environment | env,
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
-def losses(world: Path, run: str) -> list[float]:
-    lines = (world / "runs" / run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["train/loss"] for line in lines]
 
 
 @pytest.mark.slow
@@ -121,10 +34,13 @@ def test_train_evaluate_generate_merge_load(world: Path) -> None:
     assert json.loads((run / "adapter/manifest.json").read_text())["step"] == 4
 
     data = ["--data", str(world / "test"), "--batch_size", "3", "--max_new_tokens", "8", "--loss", "true"]
+    data += ["--references", str(world / "scenes/annotations/captions_test.json")]
     run_ranks(REPOSITORY / "dehvf_ds/eval.py", ["--model", str(run), *data], 2)
     metrics = read_metrics(run / "eval/coco-test")
     assert metrics["num_samples"] == 4
     assert metrics["comparable"] is True
+    assert metrics["protocol"]["references"]["sha256"]
+    assert metrics["seeds"] == {"training": 0, "decoding": None}
     assert metrics["decoding"]["num_beams"] == 1
     assert 4 < metrics["loss"] < 7
     assert (run / "eval/coco-test/examples.png").stat().st_size > 1000
@@ -173,14 +89,6 @@ def test_questions_with_and_without_pictures_train_and_are_scored_on_two_ranks(w
     assert chosen["loss"] == pytest.approx(read["loss"], rel=1e-4)
     assert chosen["markdown"] in likeliest.stdout
     assert not list((world / "runs/questions/eval").rglob(".answers-*"))
-
-
-def read_metrics(directory: Path) -> dict:
-    """An evaluation's metrics, after a look at its predictions: one a sample."""
-    metrics = json.loads((directory / "metrics.json").read_text())
-    lines = (directory / "predictions.jsonl").read_text().splitlines()
-    assert len({json.loads(line)["key"] for line in lines}) == len(lines) == metrics["num_samples"]
-    return metrics
 
 
 def build_chats(world: Path) -> Path:
@@ -285,6 +193,9 @@ def test_losses_that_are_not_finite_stop_the_run_and_keep_the_artifact(world: Pa
         ),
         ("train", ["--model.lora.targets", "[fc1]"], "no linear map 'fc1'"),
         ("train", ["--train.micro_batch_size", "3"], "global_batch_size 8 is not a multiple of"),
+        ("train", ["--eval.every_steps", "2"], "needs rows to ask: give eval.data or data.val"),
+        ("train", ["--eval.every_steps", "2", "--data.task", "chat"], "chat has no scores"),
+        ("train", ["--eval.every_steps", "2", "--eval.data", "{world}/scienceqa"], "cannot score them"),
         ("train", ["--model.num_levels", "9"], "9 vision levels asked of a tower with 4 blocks"),
         (
             "eval",

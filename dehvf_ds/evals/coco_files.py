@@ -54,6 +54,15 @@ def load_references(path: Path, split: str | None = None) -> dict[str, list[str]
     return dict(zip(keys, (picture.captions for picture in pictures), strict=True))
 
 
+def is_karpathy(path: Path) -> bool:
+    """Whether the file holds splits, as Karpathy's does.
+
+    Raises:
+        UserError: the file is not there, or of neither kind.
+    """
+    return "annotations" not in _read_object(path)
+
+
 def _official(path: Path, content: dict[str, Any]) -> list[_Picture]:
     pictures = [_Picture(image["id"], image["file_name"]) for image in content["images"]]
     by_id = {picture.id: picture for picture in pictures}

@@ -5,7 +5,7 @@ checkpoints/step_00000100/
   state.json          where the run stood, its configuration, size and hash of the files
   adapter/            the artifact of that step
 checkpoints/latest    the name of the newest; moved last
-checkpoints/best      the name of the one with the lowest validation loss
+checkpoints/best      the name of the one with the highest score, or the lowest validation loss without scores
 
 A checkpoint is written beside its name, flushed to the disk and then renamed: what has the name is whole.
 Random numbers are functions of (seed, step, micro-step, rank) and of (seed, epoch, sample): none are saved.

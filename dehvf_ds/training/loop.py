@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,21 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What an evaluation in the middle of a run found.
+
+    Attributes:
+        score: tells the best checkpoint, the higher the better; None where it could not be computed.
+        numbers: for the metrics, by name.
+        sheet: a PNG of example pictures with their answers.
+    """
+
+    score: float | None
+    numbers: dict[str, float]
+    sheet: Path
+
+
+@dataclass(frozen=True, kw_only=True)
 class Actions:
     """What the loop calls; on every rank.
 
@@ -67,12 +83,16 @@ class Actions:
         checkpoint: writes a checkpoint of where the run stands.
         finish: writes the adapter artifact of where the run stands.
         validate: measures the validation loss; None where the stop request came in between.
+        evaluate: answers and scores at this step; None where it came to nothing.
+        evaluate_every: optimizer steps between them; the last step has one too.
         renew: says that the run is alive.
     """
 
     checkpoint: Callable[[Progress], object]
     finish: Callable[[Progress], None]
     validate: Callable[[], float | None] | None = None
+    evaluate: Callable[[int], Evaluated | None] | None = None
+    evaluate_every: int = 0
     renew: Callable[[], None] | None = None
 
 
@@ -130,7 +150,9 @@ def fit(
         if config.levels_every and (step % config.levels_every == 0 or step == 1 or last):
             more |= level_metrics(engine.module, result.level_weights)
         if actions.validate and (last or (config.eval_every and step % config.eval_every == 0)):
-            more |= _validate(actions.validate, progress)
+            more |= _validate(actions.validate, progress, tells_best=actions.evaluate is None)
+        if actions.evaluate and (last or step % actions.evaluate_every == 0):
+            more |= _evaluate(actions.evaluate, progress, writer)
         if writer is not None:
             grad_norm = _number(engine.get_global_grad_norm()) if taken else None
             writer.write(_step_metrics(job, progress, result, lr, grad_norm, seconds, data_seconds), more)
@@ -152,7 +174,7 @@ def fit(
         if result.num_stopping and not last:
             actions.checkpoint(progress)
             return False
-        if config.save_every and (step % config.save_every == 0 or last):
+        if config.save_every and (step % config.save_every == 0 or progress.best_step == step or last):
             actions.checkpoint(progress)
     if progress.replaced:
         damage.report()
@@ -170,13 +192,30 @@ def _count(progress: Progress, result: StepResult, config: TrainConfig, *, taken
     progress.replaced += result.num_replaced
 
 
-def _validate(validate: Callable[[], float | None], progress: Progress) -> dict[str, float]:
+def _validate(
+    validate: Callable[[], float | None], progress: Progress, *, tells_best: bool
+) -> dict[str, float]:
     loss = validate()
     if loss is None:
         return {}
     if progress.best_loss is None or loss < progress.best_loss:
-        progress.best_loss, progress.best_step = loss, progress.step
+        progress.best_loss = loss
+        if tells_best:
+            progress.best_step = progress.step
     return {"val/loss": loss}
+
+
+def _evaluate(
+    evaluate: Callable[[int], Evaluated | None], progress: Progress, writer: MetricsWriter | None
+) -> dict[str, float]:
+    found = evaluate(progress.step)
+    if found is None:
+        return {}
+    if found.score is not None and (progress.best_score is None or found.score > progress.best_score):
+        progress.best_score, progress.best_step = found.score, progress.step
+    if writer is not None:
+        writer.write_picture("eval/examples", found.sheet, progress.step)
+    return found.numbers
 
 
 def _step_metrics(

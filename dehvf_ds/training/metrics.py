@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -59,6 +61,9 @@ class StepMetrics:
     replaced: int
     rows_crc: int
 
+
+# Of what is not measured in every step: name, label on the console, digits.
+_TOLD = (("val/loss", "val", 4), ("eval/CIDEr", "CIDEr", 1), ("eval/accuracy", "accuracy", 2))
 
 _JSON_NAMES = {"loss": "train/loss", "grad_norm": "train/grad_norm"}
 
@@ -141,12 +146,20 @@ class MetricsWriter:
         elif metrics.step % self._log_every == 0 or metrics.step in (1, self._num_steps):
             done = metrics.step - self._start_step
             left_s = self._elapsed_s / done * (self._num_steps - metrics.step)
-            validated = f"  val {more['val/loss']:.4f}" if more and "val/loss" in more else ""
+            validated = "".join(
+                f"  {label} {more[name]:.{digits}f}" for name, label, digits in _TOLD if more and name in more
+            )
             print(
                 f"step {metrics.step}/{self._num_steps}  loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  "
                 f"{metrics.samples_per_s:.1f} samples/s  {left_s / 60:.1f} min left{validated}",
                 flush=True,
             )
+
+    def write_picture(self, name: str, path: Path, step: int) -> None:
+        """Shows a PNG in TensorBoard."""
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Ends the bar and closes the files."""

@@ -18,7 +18,8 @@ class Progress:
         unsupervised_rows: rows that had nothing to learn.
         replaced: damaged samples in whose place another stood.
         best_loss: lowest validation loss so far.
-        best_step: its step.
+        best_score: highest score of the evaluations inside the run so far.
+        best_step: step of the highest score; where nothing is scored, of the lowest validation loss.
     """
 
     step: int = 0
@@ -29,4 +30,5 @@ class Progress:
     unsupervised_rows: int = 0
     replaced: int = 0
     best_loss: float | None = None
+    best_score: float | None = None
     best_step: int | None = None

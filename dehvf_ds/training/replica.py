@@ -53,6 +53,12 @@ def whole_copy(model: DehvfForConditionalGeneration, world: World) -> DehvfForCo
     return copy.eval()
 
 
+def release_cache(world: World) -> None:
+    """Gives the memory of a copy that is gone back to the device."""
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _groups(sources: dict[str, nn.Parameter]) -> Iterator[dict[str, nn.Parameter]]:
     group: dict[str, nn.Parameter] = {}
     size = 0

@@ -29,7 +29,7 @@ LATEST_FILE = "latest"
 BEST_FILE = "best"
 
 # What a run leaves in its directory.
-RUN_PARTS = ("adapter", "eval", "tensorboard", "checkpoints", "merged")
+RUN_PARTS = ("adapter", "eval", "samples", "tensorboard", "checkpoints", "merged")
 
 # What may differ between the parts of one run: paths, speed, and what is looked at.
 FREE_KEYS = (
@@ -59,6 +59,13 @@ FREE_KEYS = (
     "train.levels_every",
     "train.log_every",
     "train.timeout_minutes",
+    "eval.every_steps",
+    "eval.data",
+    "eval.max_samples",
+    "eval.batch_size",
+    "eval.max_new_tokens",
+    "eval.num_beams",
+    "eval.tokenizer",
 )
 
 

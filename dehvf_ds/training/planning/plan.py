@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from dehvf_ds.config import RunConfig, UserError
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.planning.backbones import build_on_meta
 from dehvf_ds.training.planning.estimate import Estimate, choose, estimate
+from dehvf_ds.training.planning.inside import InsideBytes, inside_bytes
 from dehvf_ds.training.planning.place import PlanConfig
 from dehvf_ds.training.planning.shapes import Shapes, Work, count_shapes
-from dehvf_ds.training.planning.zero import STRATEGIES, Strategy, Zero, gather_ranks
+from dehvf_ds.training.planning.zero import STRATEGIES, Strategy, Zero, gather_ranks, strategy_of
 
 DS_CONFIGS = Path(__file__).resolve().parents[3] / "ds_configs"
 JSON_NAMES: dict[Strategy, str] = {
@@ -35,6 +35,7 @@ class Plan:
         work: a micro-step.
         accumulation: micro-steps of an optimizer step.
         estimates: the configurations as the run is set.
+        inside: of each, the memory while it evaluates inside the run; empty where it does not.
         recomputed: the same with activation checkpointing.
         chosen: the recommended one of both; None where nothing fits.
         notes: what was changed or taken from built-in sizes.
@@ -46,6 +47,7 @@ class Plan:
     work: Work
     accumulation: int
     estimates: list[Estimate]
+    inside: list[InsideBytes]
     recomputed: list[Estimate]
     chosen: Estimate | None
     notes: list[str]
@@ -94,6 +96,20 @@ def build_plan(config: RunConfig, place: PlanConfig) -> Plan:
         work=work,
         accumulation=accumulation,
         estimates=estimates,
+        inside=[
+            inside_bytes(
+                shapes,
+                strategy,
+                zeros[strategy],
+                config.eval,
+                nodes=place.nodes,
+                gpus_per_node=place.gpus_per_node,
+                element_bytes=size,
+                overhead_bytes=place.overhead_bytes,
+            )
+            for strategy in STRATEGIES
+            if config.eval.every_steps
+        ],
         recomputed=recomputed,
         chosen=choose([*estimates, *recomputed], place.limit_bytes),
         notes=notes,
@@ -139,7 +155,7 @@ def _read_zero(config: RunConfig, place: PlanConfig, notes: list[str]) -> tuple[
         shipped = DS_CONFIGS / name
         content = json.loads(shipped.read_text(encoding="utf-8")) if shipped.is_file() else {}
         zeros[strategy] = Zero.from_json(content)
-    strategy = _strategy_of(given)
+    strategy = strategy_of(given)
     zeros[strategy] = Zero.from_json(given)
     if strategy == "ZeRO-3 + hpZ":
         _note_hpz_size(config.deepspeed, given["zero_optimization"]["zero_hpz_partition_size"], place, notes)
@@ -152,13 +168,3 @@ def _note_hpz_size(path: str, given: int, place: PlanConfig, notes: list[str]) -
     planned = ranks if ranks < place.cluster.world else 1
     if given != planned:
         notes.append(f"{path}: zero_hpz_partition_size {given} is planned as {planned}, auto's value here")
-
-
-def _strategy_of(ds_config: dict[str, Any]) -> Strategy:
-    """The configuration that a DeepSpeed JSON describes; stages below 3 count as ZeRO-2."""
-    zero = ds_config["zero_optimization"]
-    if zero.get("stage", 0) < 3:
-        return "ZeRO-2"
-    if "offload_param" in zero:
-        return "ZeRO-3 + offload"
-    return "ZeRO-3 + hpZ" if zero.get("zero_hpz_partition_size", 1) > 1 else "ZeRO-3"

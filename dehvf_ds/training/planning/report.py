@@ -87,6 +87,11 @@ def _memory_rows(plan: Plan) -> list[list[str]]:
         rows.append(
             [f"share of {memory / GIB:.0f} GiB", *(f"{e.total_bytes / memory:.0%}" for e in plan.estimates)]
         )
+    if plan.inside:
+        rows += [
+            ["whole copy to evaluate inside", *(f"{found.copy / GIB:.2f}" for found in plan.inside)],
+            ["total while it evaluates", *(f"{found.total / GIB:.2f}" for found in plan.inside)],
+        ]
     rows += [
         row("host of a node, loading", lambda e: e.host_load_bytes),
         row("host of a node, pinned", lambda e: e.host_run_bytes),

@@ -99,3 +99,13 @@ def gathered_parameters(shapes: Shapes, zero: Zero, strategy: Strategy, world: i
     language = shapes.language - (shapes.persistent - shapes.persistent_tower)
     backward = max(0, language - kept_at_turn(zero))
     return forward + backward + (language if recompute else 0)
+
+
+def strategy_of(ds_config: dict[str, Any]) -> Strategy:
+    """The configuration that a DeepSpeed JSON describes; stages below 3 count as ZeRO-2."""
+    zero = ds_config["zero_optimization"]
+    if zero.get("stage", 0) < 3:
+        return "ZeRO-2"
+    if "offload_param" in zero:
+        return "ZeRO-3 + offload"
+    return "ZeRO-3 + hpZ" if zero.get("zero_hpz_partition_size", 1) > 1 else "ZeRO-3"

@@ -1,0 +1,166 @@
+"""What is asked: rows of shards, the form of the prompt, and how answers are decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from dehvf_ds.config import ScienceqaConfig, UserError
+from dehvf_ds.data.collate import Collator, letter_ids
+from dehvf_ds.data.index import ShardIndex
+from dehvf_ds.data.loader import read_sample
+from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX, Task
+from dehvf_ds.data.shards import parse_record
+from dehvf_ds.data.transforms import ImageTransform
+from dehvf_ds.evals.coco_tokens import require_java
+from dehvf_ds.evals.decode import Decoding, decode_answers, likeliest_options
+from dehvf_ds.model import DehvfForConditionalGeneration
+
+EvalTask = Literal["coco", "scienceqa"]
+Reading = Literal["generation", "likelihood"]
+Record = tuple[str, dict[str, Any]]
+
+TASKS: dict[str, EvalTask] = {"caption": "coco", "scienceqa": "scienceqa"}
+"""What is scored, by ``data.task``."""
+
+MAX_NEW_TOKENS: dict[EvalTask, int] = {"coco": 40, "scienceqa": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """The rows of an evaluation, opened.
+
+    Attributes:
+        task: what is scored.
+        index: the shards.
+        num_rows: rows to ask, from the first.
+        collator: makes prompts, padded on the left.
+        tokenizer: the model's.
+        decoding: lengths and beams.
+        letters: token of each option where the likeliest is taken; empty where answers are generated.
+    """
+
+    task: EvalTask
+    index: ShardIndex
+    num_rows: int
+    collator: Collator
+    tokenizer: PreTrainedTokenizerBase
+    decoding: Decoding
+    letters: tuple[int, ...] = ()
+
+    def ask(self, model: DehvfForConditionalGeneration, rows: Sequence[int]) -> list[Any]:
+        """Answers some rows together: texts, or the number of the likeliest option.
+
+        Raises:
+            UserError: a row cannot be read.
+        """
+        samples = [read_sample(self.index, row) for row in rows]
+        batch = self.collator(samples)
+        if self.letters:
+            counts = [len(sample.record["choices"]) for sample in samples]
+            return next(likeliest_options(model, [batch.without_last()], self.letters, counts))
+        return next(decode_answers(model, [batch], self.tokenizer, self.decoding))
+
+    def prompt_lengths(self) -> list[int]:
+        """Of each row, in characters; 1 for captions, whose prompts are all the same."""
+        if self.task == "coco":
+            return [1] * self.num_rows
+        return self.index.text_lengths[: self.num_rows].tolist()
+
+    def records(self) -> list[Record]:
+        """Keys and records; one row at a time: the pictures of a whole split would not fit into memory."""
+        members = (self.index.read(row) for row in range(self.num_rows))
+        return [(item["__key__"], parse_record(item)) for item in members]
+
+
+def open_questions(
+    data: str,
+    task: EvalTask,
+    tokenizer: PreTrainedTokenizerBase,
+    transform: ImageTransform,
+    *,
+    prompt: str | None,
+    scienceqa: ScienceqaConfig,
+    reading: Reading = "generation",
+    caption_tokenizer: Literal["ptb", "simple"] = "ptb",
+    max_new_tokens: int | None = None,
+    min_new_tokens: int = 0,
+    num_beams: int = 1,
+    max_samples: int | None = None,
+) -> Questions:
+    """Opens shards for an evaluation, and checks now what would else fail after hours of decoding.
+
+    Args:
+        data: directory of the shards.
+        task: what is scored.
+        tokenizer: the language model's.
+        transform: the vision tower's.
+        prompt: instruction of captions.
+        scienceqa: form of ScienceQA's prompts.
+        reading: how ScienceQA's letter is found.
+        caption_tokenizer: of the caption scores.
+        max_new_tokens: longest answer; None takes the task's own.
+        min_new_tokens: shortest answer.
+        num_beams: hypotheses of beam search.
+        max_samples: rows to ask, from the first; None means all.
+
+    Raises:
+        UserError: the rows are of another task, or Java is missing.
+    """
+    index = ShardIndex(data)
+    without = index.num_without_captions
+    if task == "coco" and without:
+        raise UserError(f"{data}: holds rows without captions; --task coco cannot score them")
+    if task == "scienceqa" and without < len(index):
+        raise UserError(f"{data}: holds captions, not problems; --task scienceqa cannot score them")
+    if task == "coco" and reading == "likelihood":
+        raise UserError("--reading likelihood is ScienceQA's; captions are generated")
+    if task == "coco" and caption_tokenizer == "ptb":
+        require_java()
+    return Questions(
+        task=task,
+        index=index,
+        num_rows=min(len(index), max_samples or len(index)),
+        collator=build_collator(
+            task,
+            tokenizer,
+            transform,
+            prompt=prompt,
+            scienceqa=scienceqa,
+            answer_prefix=_prefix(task, reading),
+        ),
+        tokenizer=tokenizer,
+        decoding=Decoding(
+            max_new_tokens=max_new_tokens or MAX_NEW_TOKENS[task],
+            min_new_tokens=min_new_tokens,
+            num_beams=num_beams,
+        ),
+        letters=tuple(letter_ids(tokenizer)) if reading == "likelihood" else (),
+    )
+
+
+def build_collator(
+    task: EvalTask,
+    tokenizer: PreTrainedTokenizerBase,
+    transform: ImageTransform,
+    *,
+    prompt: str | None,
+    scienceqa: ScienceqaConfig,
+    answer_prefix: str | None = None,
+) -> Collator:
+    """A collator of prompts that end in ``answer_prefix``; where that is None, of rows with their targets."""
+    of_rows: Task = "caption" if task == "coco" else "scienceqa"
+    settings = {"task": of_rows, "prompt": prompt, "scienceqa": scienceqa, "max_tokens": 512}
+    if answer_prefix is None:
+        return Collator(tokenizer, transform, **settings)
+    return Collator(tokenizer, transform, **settings, for_generation=True, answer_prefix=answer_prefix)
+
+
+def _prefix(task: EvalTask, reading: Reading) -> str:
+    if task == "coco":
+        return ""
+    # Up to the letter, which ``ask`` takes off again: some tokenizers have a token before it.
+    return f"{SCIENCEQA_ANSWER_PREFIX} A" if reading == "likelihood" else SCIENCEQA_ANSWER_PREFIX

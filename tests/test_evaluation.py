@@ -1,0 +1,171 @@
+"""Evaluations in the middle of a run, and ones that are killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_entries import arguments, read_metrics, start, steps
+from training.launch import REPOSITORY, run_ranks, start_ranks
+
+from dehvf_ds.config import InsideConfig, UserError, parse_run_config
+from dehvf_ds.distributed import World
+from dehvf_ds.evaluation import inside
+from dehvf_ds.evaluation.inside import InsideEvaluation
+from dehvf_ds.evaluation.scores import only_asked, score_answer_rows, score_caption_rows
+from dehvf_ds.training.deepspeed_json import read_deepspeed_json
+from dehvf_ds.training.planning.inside import check_inside
+from dehvf_ds.training.signals import StopRequest
+
+TRAIN = REPOSITORY / "dehvf_ds/train.py"
+ALONE = World(0, 0, 1, 1, torch.device("cpu"))
+INSIDE = ["--eval.every_steps", "2", "--eval.max_samples", "3", "--eval.max_new_tokens", "6"]
+INSIDE += ["--eval.batch_size", "2", "--eval.tokenizer", "simple"]
+
+
+@pytest.mark.slow
+def test_an_evaluation_inside_a_run_changes_nothing_and_tells_the_best(world: Path) -> None:
+    more = ["--model.lora.dropout", "0.3"]
+    run_ranks(TRAIN, arguments(world, "calm", *more), 2)
+    more += [*INSIDE, "--eval.data", str(world / "test")]
+    outputs = run_ranks(TRAIN, arguments(world, "asked", *more), 2)
+    calm, asked = steps(world, "calm"), steps(world, "asked")
+    assert [line["train/loss"] for line in asked] == [line["train/loss"] for line in calm]
+    scored = {line["step"]: line["eval/CIDEr"] for line in asked if "eval/CIDEr" in line}
+    assert list(scored) == [2, 4]
+    assert "CIDEr" in outputs[0]
+
+    run = world / "runs/asked"
+    best = max(scored, key=lambda step: (scored[step], -step))
+    assert (run / "checkpoints/best").read_text().strip() == f"step_{best:08d}"
+    assert (run / "checkpoints" / f"step_{best:08d}").is_dir()
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert [event.step for event in events.Images("eval/examples")] == [2, 4]
+    assert [event.value for event in events.Scalars("eval/CIDEr")] == pytest.approx(list(scored.values()))
+
+    # A whole copy says what the exported model says.
+    given = ["--model", str(run), "--data", str(world / "test"), "--max_samples", "3", "--batch_size", "2"]
+    result = start("dehvf_ds/eval.py", [*given, "--max_new_tokens", "6", "--tokenizer", "simple"])
+    assert result.returncode == 0, result.stderr
+    metrics = read_metrics(run / "eval/coco-test")
+    assert metrics["comparable"] is False
+    assert metrics["CIDEr"] == pytest.approx(scored[4], abs=1e-3)
+    outside = lines(run / "eval/coco-test/predictions.jsonl")
+    assert lines(run / "samples/step_00000004.jsonl") == outside
+    assert (run / "samples/step_00000004.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_problems_are_answered_inside_a_run(world: Path) -> None:
+    task = ["--data.task", "scienceqa", "--data.train", str(world / "scienceqa"), "--data.max_tokens", "400"]
+    more = [*INSIDE, "--eval.data", str(world / "scienceqa"), "--train.steps", "2"]
+    result = start("dehvf_ds/train.py", arguments(world, "problems", *task, *more))
+    assert result.returncode == 0, result.stderr
+    last = steps(world, "problems")[-1]
+    assert 0 <= last["eval/accuracy"] <= 100
+    assert 0 <= last["eval/parse_failure_rate"] <= 100
+    answers = lines(world / "runs/problems/samples/step_00000002.jsonl")
+    assert sum(line["choice"] == line["answer"] for line in answers) / 3 == last["eval/accuracy"] / 100
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on_where_it_was(world: Path, tmp_path: Path) -> None:
+    result = start("dehvf_ds/train.py", arguments(world, "killed", "--train.steps", "1"))
+    assert result.returncode == 0, result.stderr
+    given = ["--model", str(world / "runs/killed"), "--data", str(world / "train"), "--tokenizer", "simple"]
+    given += ["--batch_size", "1", "--max_new_tokens", "60", "--min_new_tokens", "60"]
+    script = REPOSITORY / "dehvf_ds/eval.py"
+    processes = start_ranks(script, [*given, "--output", str(tmp_path / "killed")], 2)
+    deadline = time.monotonic() + 120
+    while sum(len(p.read_text().splitlines()) for p in tmp_path.glob("killed/*/.answers-*/rank-*")) < 3:
+        assert time.monotonic() < deadline, processes[0].communicate()[0]
+        assert processes[0].poll() is None, processes[0].communicate()[0]
+        time.sleep(0.02)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    again = start("dehvf_ds/eval.py", [*given, "--output", str(tmp_path / "killed")])
+    calm = start("dehvf_ds/eval.py", [*given, "--output", str(tmp_path / "calm")])
+    assert again.returncode == calm.returncode == 0, again.stderr
+    assert "going on after" in again.stdout
+    assert "going on after" not in calm.stdout
+    read_metrics(tmp_path / "killed/coco-train")
+    read = [(tmp_path / name / "coco-train/predictions.jsonl").read_text() for name in ("killed", "calm")]
+    assert read[0] == read[1]
+    assert not list(tmp_path.rglob(".answers-*"))
+
+
+def test_an_evaluation_that_does_not_fit_is_refused_with_its_numbers(world: Path, monkeypatch) -> None:
+    config = parse_run_config(arguments(world, "big", *INSIDE, "--eval.data", str(world / "test")))
+    ds_config = read_deepspeed_json(config.deepspeed, config, 1, 1)
+    check_inside(config, ds_config, ALONE)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(UserError, match=r"the copy 0\.0, decoding 2 rows 0\.0 make .* GiB a rank, and 0\.0"):
+        check_inside(config, ds_config, ALONE)
+
+
+def test_a_request_to_stop_ends_the_evaluation(monkeypatch, tmp_path: Path) -> None:
+    class Questions:
+        task, num_rows, asked = "coco", 5, 0
+
+        def ask(self, model: object, rows: list[int]) -> list[str]:
+            self.asked += len(rows)
+            stop.requested = self.asked >= 2
+            return ["a"] * len(rows)
+
+    stop, questions = StopRequest(), Questions()
+    monkeypatch.setattr(inside, "whole_copy", lambda model, world: model)
+    evaluation = InsideEvaluation(
+        config=InsideConfig(every_steps=1, batch_size=1),
+        questions=questions,
+        model=None,
+        world=ALONE,
+        run_dir=tmp_path,
+        stop=stop,
+    )
+    assert evaluation(1) is None
+    assert questions.asked == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_references_of_another_split_are_named() -> None:
+    with pytest.raises(UserError, match="lack 1 of 2 evaluated pictures, b the first"):
+        only_asked({"a": ["x"], "c": ["y"]}, ["a", "b"])
+    assert only_asked({"a": ["x"], "c": ["y"]}, ["c"]) == {"c": ["y"]}
+
+
+def test_rows_are_scored_against_an_annotation_files_captions() -> None:
+    records = [("a", {"captions": ["nothing"]}), ("b", {"captions": ["nothing"]})]
+    references = {"a": ["a red cat"], "b": ["two café dogs"], "c": ["x"]}
+    scored = score_caption_rows(records, ["a red cat", ""], tokenizer="simple", references=references)
+    assert scored.metrics["num_empty"] == 1
+    assert scored.lines[1]["references"] == ["two café dogs"]
+    assert scored.lines[0]["scores"]["ROUGE-L"] == pytest.approx(100)
+
+
+def test_a_curve_is_drawn_of_the_average_accuracy() -> None:
+    problem = {
+        "question": "?",
+        "choices": ["x", "y"],
+        "answer": 1,
+        "subject": "natural science",
+        "grade": "grade2",
+        "hint": "",
+    }
+    records = [("1", problem), ("2", problem)]
+    scored = score_answer_rows(records, ["The answer is B.", "no idea"], name="run")
+    assert scored.numbers == {"accuracy": 50.0, "parse_failure_rate": 50.0}
+    assert [line["choice"] for line in scored.lines] == [1, None]
+
+
+def lines(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
