@@ -6,8 +6,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DATA := demo_data
 RANKS ?= 2
-# DeepSpeed compiles its CPU communication at first use, with the environment's own ninja.
+# DeepSpeed compiles its CPU communication at first use, with the environment's own ninja and beside it: two
+# environments that share a folder build over one another, and a build that is killed leaves a lock that others
+# wait at for ever.
 export PATH := $(abspath $(BIN)):$(PATH)
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
 .PHONY: demo test chaos check format clean help
 

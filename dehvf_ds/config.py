@@ -337,7 +337,9 @@ class EvalConfig:
 
     Attributes:
         model: run directory, adapter artifact or merged model directory.
-        data: directory of evaluation shards with their ``manifest.json``.
+        data: directory of evaluation shards with their ``manifest.json``, or as published: ScienceQA's
+            directory of ``problems.json``, COCO's ``captions_*.json``, Karpathy's ``dataset_*.json``.
+        images: directory of the pictures of such a JSON file; None takes the file's own.
         references: COCO's ``captions_*.json`` or Karpathy's ``dataset_*.json`` to score captions against, by
             file name; of Karpathy's the part ``split``. None takes the captions in the shards.
         task: what is scored: ``coco`` captions, ``scienceqa`` answers.
@@ -361,6 +363,7 @@ class EvalConfig:
 
     model: str
     data: str
+    images: str | None = None
     references: str | None = None
     task: Literal["coco", "scienceqa"] = "coco"
     split: str | None = None

@@ -1,6 +1,7 @@
 """Evaluates a trained model on shards: answers, scores and example pictures.
 
     python dehvf_ds/eval.py --model RUN_DIR --data SHARDS [--task coco|scienceqa] [--split test]
+    python dehvf_ds/eval.py --model RUN_DIR --data ScienceQA --task scienceqa --split test
 
 Under ``deepspeed``, ``torchrun`` or ``srun`` every rank holds a whole model and takes its own rows. A killed
 evaluation goes on where it was when it is started again.
@@ -39,6 +40,7 @@ from dehvf_ds.distributed import (
     all_reduce_sum,
     has_fast_bf16,
     init_process_group,
+    on_main,
     read_world,
     run_entry,
 )
@@ -46,6 +48,7 @@ from dehvf_ds.evals.answering import answer_rows
 from dehvf_ds.evals.coco_files import is_karpathy, load_references
 from dehvf_ds.evals.decode import summed_loss
 from dehvf_ds.evals.parts import AnswerParts
+from dehvf_ds.evaluation.official import build_official, is_official
 from dehvf_ds.evaluation.questions import Questions, build_collator, open_questions
 from dehvf_ds.evaluation.scores import (
     Scored,
@@ -66,8 +69,12 @@ def main(argv: list[str]) -> int:
     """
     config = parse_eval_config(argv)
     world = read_world()
-    # Before the model's files: rows of another task are the likelier mistake.
-    ShardIndex(config.data)
+    data = config.data
+    if is_official(data):
+        init_process_group(world)
+        data = str(on_main(world, lambda: build_official(config, _output_dir(config))))
+    # Before the model's files: it is the likelier mistake.
+    ShardIndex(data)
     try:
         trained = find_trained(config.model, config.language_model, config.vision_tower)
     except ModelError as error:
@@ -79,7 +86,7 @@ def main(argv: list[str]) -> int:
         "scienceqa": ScienceqaConfig(image_captions=config.image_captions),
     }
     questions = open_questions(
-        config.data,
+        data,
         config.task,
         tokenizer,
         transform,
@@ -191,7 +198,7 @@ def _mean_loss(
 
 
 def _split(config: EvalConfig) -> str:
-    return config.split or Path(config.data).name
+    return config.split or Path(config.data).stem
 
 
 def _output_dir(config: EvalConfig) -> Path:

@@ -15,10 +15,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_entries import arguments, read_metrics, start, steps
 from training.launch import REPOSITORY, run_ranks, start_ranks
 
-from dehvf_ds.config import InsideConfig, UserError, parse_run_config
+from dehvf_ds.config import EvalConfig, InsideConfig, UserError, parse_run_config
+from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.distributed import World
 from dehvf_ds.evaluation import inside
 from dehvf_ds.evaluation.inside import InsideEvaluation
+from dehvf_ds.evaluation.official import build_official, is_official
 from dehvf_ds.evaluation.scores import only_asked, score_answer_rows, score_caption_rows
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.planning.inside import check_inside
@@ -52,7 +54,9 @@ def test_an_evaluation_inside_a_run_changes_nothing_and_tells_the_best(world: Pa
     assert [event.value for event in events.Scalars("eval/CIDEr")] == pytest.approx(list(scored.values()))
 
     # A whole copy says what the exported model says.
-    given = ["--model", str(run), "--data", str(world / "test"), "--max_samples", "3", "--batch_size", "2"]
+    annotations = world / "scenes/annotations/captions_test.json"
+    given = ["--model", str(run), "--data", str(annotations), "--images", str(world / "scenes/images/test")]
+    given += ["--max_samples", "3", "--batch_size", "2", "--split", "test"]
     result = start("dehvf_ds/eval.py", [*given, "--max_new_tokens", "6", "--tokenizer", "simple"])
     assert result.returncode == 0, result.stderr
     metrics = read_metrics(run / "eval/coco-test")
@@ -101,6 +105,29 @@ def test_a_killed_evaluation_goes_on_where_it_was(world: Path, tmp_path: Path) -
     read = [(tmp_path / name / "coco-train/predictions.jsonl").read_text() for name in ("killed", "calm")]
     assert read[0] == read[1]
     assert not list(tmp_path.rglob(".answers-*"))
+
+
+def test_published_layouts_become_the_shards_of_the_same_rows(world: Path, tmp_path: Path) -> None:
+    def build(task: str, data: Path, **more: str) -> ShardIndex:
+        config = EvalConfig(model="none", data=str(data), task=task, **more)
+        assert is_official(config.data)
+        return ShardIndex(build_official(config, tmp_path / task))
+
+    def keys(index: ShardIndex) -> list[str]:
+        return [index.read(row)["__key__"] for row in range(len(index))]
+
+    assert not is_official(str(world / "test"))
+    annotations = world / "scenes/annotations/captions_test.json"
+    found = build("coco", annotations, images=str(world / "scenes/images/test"))
+    assert keys(found) == keys(ShardIndex(world / "test"))
+    problems = build("scienceqa", world / "scenes/scienceqa", split="train")
+    assert keys(problems) == keys(ShardIndex(world / "scienceqa"))
+    # Built once; another split does not go into the same directory.
+    assert len(build("scienceqa", world / "scenes/scienceqa", split="train")) == len(problems)
+    with pytest.raises(UserError, match="name one with --split"):
+        build("scienceqa", world / "scenes/scienceqa")
+    with pytest.raises(UserError, match=str(tmp_path)):
+        build("scienceqa", world / "scenes/scienceqa", split="test")
 
 
 def test_an_evaluation_that_does_not_fit_is_refused_with_its_numbers(world: Path, monkeypatch) -> None:

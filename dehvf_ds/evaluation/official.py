@@ -1,0 +1,80 @@
+"""The layouts that ScienceQA and COCO are published in, made into shards beside an evaluation."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from dehvf_ds.config import EvalConfig, UserError
+from dehvf_ds.data.building.plan import BuildSettings, describe_file
+from dehvf_ds.data.building.sources import SourceRow, read_coco, read_karpathy, read_scienceqa
+from dehvf_ds.data.building.write import build_shards
+from dehvf_ds.evals.coco_files import is_karpathy
+
+
+def is_official(data: str) -> bool:
+    """Whether ``data`` is a ScienceQA directory or a JSON file of captions, and not a directory of shards."""
+    path = Path(data)
+    return path.is_file() or (path / "problems.json").is_file()
+
+
+def build_official(config: EvalConfig, output: Path) -> Path:
+    """Builds the shards of an official layout, or finds them built by the same files. Rank 0 alone.
+
+    Args:
+        config: ``data`` is a directory with ``problems.json`` and ``pid_splits.json``, COCO's
+            ``captions_*.json`` or Karpathy's ``dataset_*.json``; ``images`` the pictures of the latter two.
+        output: where the evaluation is written; the shards go into its ``shards``.
+
+    Returns:
+        The directory of the shards.
+
+    Raises:
+        UserError: a flag is missing, a file is of another kind, or the disk is full.
+    """
+    rows, facts = _read(config)
+    shards = output / "shards"
+    build_shards(
+        rows,
+        shards,
+        name=config.task,
+        settings=BuildSettings(),
+        facts=facts,
+        num_workers=1,
+        progress=_Silent(),
+        note=_note,
+    )
+    return shards
+
+
+def _read(config: EvalConfig) -> tuple[list[SourceRow], dict[str, Any]]:
+    data = Path(config.data)
+    if data.is_dir():
+        files = {name: describe_file(data / f"{name}.json") for name in ("problems", "pid_splits")}
+        rows = read_scienceqa(data, _split(config), allow_missing_images=True, note=_note)
+        return rows, {"source": "scienceqa", "split": config.split, "allow_missing_images": True, **files}
+    images = data.parent if config.images is None else Path(config.images)
+    if is_karpathy(data):
+        facts = {"source": "karpathy", "split": config.split, "dataset": describe_file(data)}
+        return read_karpathy(data, images, _split(config), note=_note), facts
+    facts = {"source": "coco", "annotations": describe_file(data)}
+    return read_coco(data, images, note=_note), facts
+
+
+def _split(config: EvalConfig) -> str:
+    if config.split is None:
+        raise UserError(f"{config.data} holds several splits; name one with --split")
+    return config.split
+
+
+def _note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr, flush=True)
+
+
+class _Silent:
+    """Progress that nobody is told of."""
+
+    def start(self, total: int) -> None: ...
+
+    def advance(self, count: int) -> None: ...
