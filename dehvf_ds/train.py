@@ -102,6 +102,8 @@ def train(run: Checked, questions: Questions | None, stop: StopRequest) -> int:
         _announce(config, world, model, run.num_steps, start)
         loader = run.training_batches(start.samples, run.num_steps - start.step)
         held_out = run.validation_batches()
+        if held_out is not None:
+            held_out.start()
         job = Job(
             config=config.train,
             world=world,

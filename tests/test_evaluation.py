@@ -32,19 +32,24 @@ INSIDE = ["--eval.every_steps", "2", "--eval.max_samples", "3", "--eval.max_new_
 INSIDE += ["--eval.batch_size", "2", "--eval.tokenizer", "simple"]
 
 
-@pytest.mark.slow
-def test_an_evaluation_inside_a_run_changes_nothing_and_tells_the_best(world: Path) -> None:
-    more = ["--model.lora.dropout", "0.3"]
-    run_ranks(TRAIN, arguments(world, "calm", *more), 2)
-    more += [*INSIDE, "--eval.data", str(world / "test")]
+@pytest.fixture(scope="module")
+def asked_run(world: Path) -> tuple[Path, list[str]]:
+    """A run of two ranks with dropout that evaluates inside itself, and what its ranks printed."""
+    more = ["--model.lora.dropout", "0.3", *INSIDE, "--eval.data", str(world / "test")]
     outputs = run_ranks(TRAIN, arguments(world, "asked", *more), 2)
+    return world / "runs/asked", outputs
+
+
+@pytest.mark.slow
+def test_an_evaluation_inside_a_run_changes_nothing_and_tells_the_best(world: Path, asked_run) -> None:
+    run, outputs = asked_run
+    run_ranks(TRAIN, arguments(world, "calm", "--model.lora.dropout", "0.3"), 2)
     calm, asked = steps(world, "calm"), steps(world, "asked")
     assert [line["train/loss"] for line in asked] == [line["train/loss"] for line in calm]
     scored = {line["step"]: line["eval/CIDEr"] for line in asked if "eval/CIDEr" in line}
     assert list(scored) == [2, 4]
     assert "CIDEr" in outputs[0]
 
-    run = world / "runs/asked"
     best = max(scored, key=lambda step: (scored[step], -step))
     assert (run / "checkpoints/best").read_text().strip() == f"step_{best:08d}"
     assert (run / "checkpoints" / f"step_{best:08d}").is_dir()
@@ -81,10 +86,8 @@ def test_problems_are_answered_inside_a_run(world: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_where_it_was(world: Path, tmp_path: Path) -> None:
-    result = start("dehvf_ds/train.py", arguments(world, "killed", "--train.steps", "1"))
-    assert result.returncode == 0, result.stderr
-    given = ["--model", str(world / "runs/killed"), "--data", str(world / "train"), "--tokenizer", "simple"]
+def test_a_killed_evaluation_goes_on_where_it_was(world: Path, asked_run, tmp_path: Path) -> None:
+    given = ["--model", str(asked_run[0]), "--data", str(world / "train"), "--tokenizer", "simple"]
     given += ["--batch_size", "1", "--max_new_tokens", "60", "--min_new_tokens", "60"]
     script = REPOSITORY / "dehvf_ds/eval.py"
     processes = start_ranks(script, [*given, "--output", str(tmp_path / "killed")], 2)

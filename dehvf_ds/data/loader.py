@@ -152,7 +152,7 @@ def build_validation_loader(
 
     Every rank gets equally many micro-batches: where the rows do not fill them, rows without anything
     supervised follow, so that the summed loss and token count are those of the rows alone. It can be
-    iterated again and again.
+    iterated again and again; ``start`` it before the training.
 
     Args:
         config: ``val`` and ``val_samples`` among the rest.
@@ -180,6 +180,7 @@ def build_validation_loader(
         num_batches=len(batches),
         num_workers=min(config.num_workers, 1),
         seed=0,
+        again=True,
     )
 
 

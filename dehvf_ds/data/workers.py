@@ -22,6 +22,15 @@ PREFETCHED_BATCHES = 4
 class TrainingLoader(DataLoader):
     """A DataLoader of ``Batch`` whose workers hand a ``UserError`` over as one line, without a traceback."""
 
+    def start(self) -> None:
+        """Forks the workers of a loader that is iterated again and again; without workers it does nothing.
+
+        To be called before the training: a process forked while a thread of it makes or ends a Python thread
+        state hangs in CPython's own clean-up for ever (seen with 3.11, at a validation's start).
+        """
+        if self.num_workers:
+            super().__iter__()
+
     def __iter__(self) -> Iterator[Batch]:
         """Yields the micro-batches in order; raises the ``UserError`` of the first unusable sample."""
         batches = super().__iter__()
@@ -43,6 +52,7 @@ def build_torch_loader(
     num_batches: int,
     num_workers: int,
     seed: int,
+    again: bool = False,
 ) -> TrainingLoader:
     """Puts reader and collator to work on micro-batches as they are drawn.
 
@@ -53,6 +63,7 @@ def build_torch_loader(
         num_batches: micro-batches of an iteration.
         num_workers: worker processes; with 0 the work is done in this process.
         seed: seed of the loader's own generator.
+        again: whether it is iterated more than once; the same workers then serve every iteration.
     """
     if num_workers:
         # Workers are forked after the tokenizer has run; without this it prints a warning in each.
@@ -65,6 +76,7 @@ def build_torch_loader(
         # Forked workers share the maps of the index; started anew they would each open it.
         multiprocessing_context="fork" if num_workers else None,
         worker_init_fn=_init_worker,
+        persistent_workers=again and num_workers > 0,
         prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
         # Its own generator: an iteration must not draw from the one that dropout uses.
         generator=torch.Generator().manual_seed(seed),

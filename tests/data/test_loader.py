@@ -248,6 +248,27 @@ def test_parent_ends_its_worker(make_shards, build):
     assert time.monotonic() - begin < 5
 
 
+def test_validations_are_served_by_the_worker_that_started_before_the_training(
+    make_shards, byte_bpe, tiny_transform
+):
+    config = replace(data_config(make_shards(10, 4)), val=str(make_shards(9, 4)), num_workers=1)
+    place = {"rank": 0, "world_size": 1, "micro_batch_size": 4}
+    before = set(multiprocessing.active_children())
+    loader = build_validation_loader(config, byte_bpe, tiny_transform, **place)
+    assert set(multiprocessing.active_children()) == before
+    loader.start()
+    started = set(multiprocessing.active_children()) - before
+    assert len(started) == 1
+    alone = build_validation_loader(replace(config, num_workers=0), byte_bpe, tiny_transform, **place)
+    expected = texts(alone, byte_bpe)
+    assert texts(loader, byte_bpe) == expected
+    next(iter(loader))  # one that is ended early
+    assert texts(loader, byte_bpe) == texts(loader, byte_bpe) == expected
+    assert set(multiprocessing.active_children()) - before == started
+    del loader
+    assert set(multiprocessing.active_children()) == before
+
+
 def test_validation_rows_are_the_same_on_any_ranks(make_shards, byte_bpe, tiny_transform):
     config = DataConfig(train="unused", val=str(make_shards(5, 2)), val_samples=9, num_workers=0)
     for world_size in (1, 2, 3, 4):
