@@ -1,0 +1,41 @@
+"""What a run is made of: frozen dataclasses, their cross-field checks, YAML and flags.
+
+One owner per number: this configuration owns batch sizes, learning rate, steps and data; the JSON
+given by ``--deepspeed`` owns memory, precision and communication (DESIGN of the repository, README).
+"""
+
+from dehvf_ds.config.answers import EvalConfig, GenerateConfig
+from dehvf_ds.config.data import AugmentConfig, DataConfig, ScienceqaConfig
+from dehvf_ds.config.errors import UserError
+from dehvf_ds.config.model import LoraConfig, ModelConfig
+from dehvf_ds.config.parse import (
+    RECIPES_DIR,
+    load_run_config,
+    parse_eval_config,
+    parse_generate_config,
+    parse_run_config,
+    save_run_config,
+    to_plain,
+)
+from dehvf_ds.config.run import InsideConfig, RunConfig, TrainConfig
+
+__all__ = [
+    "RECIPES_DIR",
+    "AugmentConfig",
+    "DataConfig",
+    "EvalConfig",
+    "GenerateConfig",
+    "InsideConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "RunConfig",
+    "ScienceqaConfig",
+    "TrainConfig",
+    "UserError",
+    "load_run_config",
+    "parse_eval_config",
+    "parse_generate_config",
+    "parse_run_config",
+    "save_run_config",
+    "to_plain",
+]

@@ -1,0 +1,97 @@
+"""An evaluation of a trained model, and captions from the shell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dehvf_ds.config.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """One evaluation of a trained model.
+
+    Attributes:
+        model: run directory, adapter artifact or merged model directory.
+        data: directory of evaluation shards with their ``manifest.json``, or as published: ScienceQA's
+            directory of ``problems.json``, COCO's ``captions_*.json``, Karpathy's ``dataset_*.json``.
+        images: directory of the pictures of such a JSON file; None takes the file's own.
+        references: COCO's ``captions_*.json`` or Karpathy's ``dataset_*.json`` to score captions against, by
+            file name; of Karpathy's the part ``split``. None takes the captions in the shards.
+        task: what is scored: ``coco`` captions, ``scienceqa`` answers.
+        split: name of the split in the output; None takes the name of ``data``.
+        output: where ``TASK-SPLIT/`` is written; None means ``eval/`` of the run.
+        batch_size: rows decoded together on one rank.
+        max_new_tokens: longest answer in tokens; None takes 40 for captions and 8 for ScienceQA.
+        min_new_tokens: shortest answer in tokens.
+        num_beams: hypotheses of beam search; 1 is greedy.
+        max_samples: rows to evaluate, from the first; None means all.
+        prompt: instruction of captions; None takes the one that the model was trained with.
+        reading: how ScienceQA's letter is found: ``generation`` reads the generated text, ``likelihood``
+            takes the letter among the choices that is the likeliest to come next.
+        image_captions: put the shards' caption of the picture into ScienceQA's context; reported.
+        tokenizer: of caption scores; ``simple`` needs no Java, and is not comparable with published numbers.
+        dtype: compute dtype; ``auto`` takes the model's, or fp32 where bf16 is slow.
+        language_model: where the decoder lies now; None takes the path it was trained with.
+        vision_tower: where the tower lies now; None takes the path it was trained with.
+        loss: also measure the loss a token over all references.
+    """
+
+    model: str
+    data: str
+    images: str | None = None
+    references: str | None = None
+    task: Literal["coco", "scienceqa"] = "coco"
+    split: str | None = None
+    output: str | None = None
+    batch_size: int = 16
+    max_new_tokens: int | None = None
+    min_new_tokens: int = 0
+    num_beams: int = 1
+    max_samples: int | None = None
+    prompt: str | None = None
+    reading: Literal["generation", "likelihood"] = "generation"
+    image_captions: bool = False
+    tokenizer: Literal["ptb", "simple"] = "ptb"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    language_model: str | None = None
+    vision_tower: str | None = None
+    loss: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size must be at least 1")
+        longest = self.max_new_tokens
+        require(longest is None or longest >= 1, "max_new_tokens must be at least 1")
+        require(self.min_new_tokens >= 0, "min_new_tokens must be at least 0")
+        require(
+            longest is None or self.min_new_tokens <= longest, "min_new_tokens is larger than max_new_tokens"
+        )
+        require(self.num_beams >= 1, "num_beams must be at least 1")
+        require(self.max_samples is None or self.max_samples >= 1, "max_samples must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Captions or answers from the shell.
+
+    Attributes:
+        model: run directory, adapter artifact or merged model directory.
+        image: one or more picture files.
+        prompt: instruction or question; None takes the one that the model was trained with.
+        max_new_tokens: longest answer in tokens.
+        dtype: compute dtype; ``auto`` takes the model's, or fp32 where bf16 is slow.
+        language_model: where the decoder lies now; None takes the path it was trained with.
+        vision_tower: where the tower lies now; None takes the path it was trained with.
+    """
+
+    model: str
+    image: list[str]
+    prompt: str | None = None
+    max_new_tokens: int = 40
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    language_model: str | None = None
+    vision_tower: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")

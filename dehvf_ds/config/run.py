@@ -1,0 +1,160 @@
+"""A training run: sizes, optimizer, schedule, and what is looked at in its middle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dehvf_ds.config.data import DataConfig
+from dehvf_ds.config.errors import require
+from dehvf_ds.config.model import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Sizes, optimizer and schedule of the run.
+
+    Attributes:
+        epochs: passes over the data; fractions are allowed. Ignored when ``steps`` is given.
+        steps: number of optimizer steps.
+        global_batch_size: rows of one optimizer step over all ranks.
+        micro_batch_size: rows of one forward and backward on one rank; accumulation is derived.
+        lr: peak learning rate (AdamW).
+        min_lr_ratio: the cosine's end, as a share of ``lr``.
+        warmup_steps: optimizer steps of linear warm-up.
+        betas: AdamW's moment decays.
+        weight_decay: decoupled weight decay; applied to matrices only.
+        max_grad_norm: global norm that gradients are clipped to; 0 switches clipping off.
+        activation_checkpointing: recompute LLM layers in backward (non-reentrant).
+        max_bad_steps: non-finite steps in a row after which the run stops.
+        save_every: optimizer steps between checkpoints; 0 keeps none but that of a run asked to stop.
+        keep_checkpoints: newest checkpoints that are kept, beside the best.
+        eval_every: optimizer steps between validations on ``data.val``; 0 validates at the end only.
+        levels_every: optimizer steps between the numbers of level weights and gains; 0 leaves them out.
+        timeout_minutes: how long a rank waits for a silent other before the job fails.
+        log_every: optimizer steps between plain log lines when the console is not a terminal.
+    """
+
+    epochs: float = 1.0
+    steps: int | None = None
+    global_batch_size: int = 32
+    micro_batch_size: int = 16
+    lr: float = 2e-3
+    min_lr_ratio: float = 0.0
+    warmup_steps: int = 20
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.02
+    max_grad_norm: float = 1.0
+    activation_checkpointing: bool = False
+    max_bad_steps: int = 5
+    save_every: int = 0
+    keep_checkpoints: int = 2
+    eval_every: int = 0
+    levels_every: int = 50
+    timeout_minutes: float = 30.0
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, "train.epochs must be positive")
+        require(self.steps is None or self.steps >= 1, "train.steps must be at least 1")
+        require(self.micro_batch_size >= 1, "train.micro_batch_size must be at least 1")
+        require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            f"train.global_batch_size {self.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size {self.micro_batch_size}",
+        )
+        require(self.lr > 0, "train.lr must be positive")
+        require(self.warmup_steps >= 0, "train.warmup_steps must be at least 0")
+        require(0 <= self.min_lr_ratio <= 1, "train.min_lr_ratio must lie in [0, 1]")
+        require(self.max_bad_steps >= 1, "train.max_bad_steps must be at least 1")
+        require(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1")
+        require(self.log_every >= 1, "train.log_every must be at least 1")
+        require(self.timeout_minutes > 0, "train.timeout_minutes must be positive")
+        for name in ("save_every", "eval_every", "levels_every"):
+            require(getattr(self, name) >= 0, f"train.{name} must be at least 0")
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-steps of one optimizer step on ``world_size`` ranks.
+
+        Raises:
+            UserError: the global batch does not divide into micro-batches over these ranks.
+        """
+        rows = self.micro_batch_size * world_size
+        require(
+            self.global_batch_size % rows == 0,
+            f"train.global_batch_size {self.global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{self.micro_batch_size} x {world_size} ranks; set train.micro_batch_size to a divisor of "
+            f"{self.global_batch_size / world_size:g}",
+        )
+        return self.global_batch_size // rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsideConfig:
+    """Answers and scores in the middle of the run, by a whole copy of the model on every rank.
+
+    Attributes:
+        every_steps: optimizer steps between evaluations, with one at the end; 0 evaluates nothing.
+        data: directory of evaluation shards; None takes ``data.val``.
+        max_samples: rows to ask, from the first.
+        batch_size: rows answered together on one rank.
+        max_new_tokens: longest answer in tokens; None means 40 for captions and 8 for ScienceQA.
+        num_beams: hypotheses of beam search; 1 is greedy.
+        tokenizer: of caption scores; ``simple`` needs no Java, and is not comparable with published numbers.
+    """
+
+    every_steps: int = 0
+    data: str | None = None
+    max_samples: int = 256
+    batch_size: int = 16
+    max_new_tokens: int | None = None
+    num_beams: int = 1
+    tokenizer: Literal["ptb", "simple"] = "ptb"
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 0, "eval.every_steps must be at least 0")
+        for name in ("max_samples", "batch_size", "num_beams"):
+            require(getattr(self, name) >= 1, f"eval.{name} must be at least 1")
+        require(
+            self.max_new_tokens is None or self.max_new_tokens >= 1, "eval.max_new_tokens must be at least 1"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run.
+
+    Attributes:
+        run_dir: directory that the run writes; created.
+        model: backbones and branch.
+        data: shards and tokens.
+        train: sizes and optimizer.
+        eval: answers and scores in the middle of the run.
+        seed: seed of initial values, order and augmentation.
+        deepspeed: path of the DeepSpeed JSON.
+        overwrite: empty ``run_dir`` where it holds another run; without it such a directory is refused.
+        resume: ``auto`` goes on from the run directory's newest checkpoint, if there is one; ``never``; or a
+            checkpoint's path.
+        init_from: run directory or adapter artifact whose trained weights a new run starts from.
+        dry_run: check everything, read a batch of each set, take a step of a scaled-down copy; write nothing.
+    """
+
+    run_dir: str
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: InsideConfig = field(default_factory=InsideConfig)
+    seed: int = 0
+    deepspeed: str = "ds_configs/zero3.json"
+    overwrite: bool = False
+    resume: str = "auto"
+    init_from: str | None = None
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.eval.every_steps:
+            require(self.data.task != "chat", "eval.every_steps: data.task chat has no scores; leave it 0")
+            require(
+                self.eval.data is not None or self.data.val is not None,
+                "eval.every_steps needs rows to ask: give eval.data or data.val",
+            )
