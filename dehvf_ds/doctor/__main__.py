@@ -52,6 +52,7 @@ def environment_checks() -> Iterator[Check]:
     yield Check("bf16", machine.check_bf16)
     yield Check("C++ compiler", machine.check_compiler)
     yield Check("ninja", machine.check_ninja)
+    yield Check("compiled code", machine.check_build_locks)
     yield Check("deepspeed import", packages.check_deepspeed_import)
     yield Check("Java", machine.check_java)
     yield Check("shared memory", machine.check_shared_memory)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,9 @@ from pathlib import Path
 from dehvf_ds.doctor.report import GIB, MIB, Line, format_bytes
 
 SHARED_MEMORY = Path("/dev/shm")
+
+LONGEST_BUILD_S = 600
+"""Seconds after which a compilation that has not ended was killed; DeepSpeed's takes some thirty."""
 
 
 def driver_cuda() -> tuple[int, int] | None:
@@ -129,6 +133,22 @@ def check_ninja() -> Line:
     if beside.is_file():
         return Line("FAIL", "ninja", "not on the PATH", f"activate the environment: {beside.parent} has it")
     return Line("FAIL", "ninja", "not on the PATH", "pip install ninja")
+
+
+def check_build_locks() -> Line:
+    """Locks of compilations that were killed: PyTorch waits at them for ever, without a word."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    # As torch.utils.cpp_extension chooses.
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    locks = sorted(root.glob("*/lock")) + sorted(root.glob("*/*/lock"))
+    if not locks:
+        return Line("ok", "compiled code", str(root))
+    age_s = time.time() - min(path.stat().st_mtime for path in locks)
+    found = f"{locks[0]}: a compilation began {age_s / 60:.0f} minutes ago and has not ended"
+    if age_s < LONGEST_BUILD_S:
+        return Line("warn", "compiled code", found, "wait for it")
+    return Line("FAIL", "compiled code", found, f"it was killed, and runs wait for it: rm {locks[0]}")
 
 
 def check_java() -> Line:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +104,19 @@ def test_gpus_need_neither(monkeypatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert machine.check_compiler().level == "ok"
     assert machine.check_ninja().level == "ok"
+
+
+@pytest.mark.parametrize(("age_s", "level"), [(5, "warn"), (3600, "FAIL")])
+def test_a_compilation_that_was_killed_is_named(monkeypatch, tmp_path: Path, age_s: int, level: str) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert machine.check_build_locks() == Line("ok", "compiled code", str(tmp_path))
+    lock = tmp_path / "py311_cpu/deepspeed_shm_comm/lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (time.time() - age_s,) * 2)
+    line = machine.check_build_locks()
+    assert line.level == level
+    assert str(lock) in line.found
 
 
 def test_without_java_training_still_works(monkeypatch) -> None:

@@ -1,0 +1,100 @@
+"""Memory of a whole copy and of its decoding on the CPU, against what the plan says of them.
+
+python benchmarks/inside.py --model runs/demo --data demo_data/scenes/shards/val
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dehvf_ds.config import InsideConfig, ScienceqaConfig
+from dehvf_ds.data.tokenizer import load_tokenizer
+from dehvf_ds.data.transforms import build_image_transform
+from dehvf_ds.distributed import World
+from dehvf_ds.evaluation.questions import open_questions
+from dehvf_ds.model.weights import find_trained
+from dehvf_ds.training.planning.inside import inside_bytes
+from dehvf_ds.training.planning.shapes import count_shapes
+from dehvf_ds.training.planning.zero import Zero
+from dehvf_ds.training.replica import whole_copy
+
+MIB = 2**20
+
+
+def main() -> None:
+    """Prints the four numbers."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", required=True, help="a run of captions")
+    parser.add_argument("--data", required=True, help="shards of captions")
+    args = parser.parse_args()
+    trained = find_trained(args.model, None, None)
+    model = trained.load("fp32")
+    questions = open_questions(
+        args.data,
+        "coco",
+        load_tokenizer(trained.tokenizer_source),
+        build_image_transform(trained.processor_source, trained.config.image_size),
+        prompt=trained.config.prompt,
+        scienceqa=ScienceqaConfig(),
+    )
+    settings = InsideConfig(every_steps=1)
+    # What libraries take at their first use is not the copy's.
+    questions.ask(model, [0])
+    before = resident()
+    copy = whole_copy(model, World(0, 0, 1, 1, torch.device("cpu")))
+    with_copy = resident()
+    peak = Peak()
+    questions.ask(copy, range(settings.batch_size))
+    decoding = peak.end() - with_copy
+    planned = inside_bytes(
+        count_shapes(model, 0),
+        "ZeRO-2",
+        Zero.from_json({"zero_optimization": {"stage": 2}}),
+        settings,
+        nodes=1,
+        gpus_per_node=1,
+        element_bytes=4,
+        overhead_bytes=0.0,
+    )
+    print(f"copy: {(with_copy - before) / MIB:.0f} MiB measured, {planned.copy / MIB:.0f} planned")
+    print(
+        f"decoding: {decoding / MIB:.0f} MiB measured, {planned.decoding / MIB:.0f} planned (an upper bound)"
+    )
+
+
+class Peak:
+    """The largest resident size of this process, looked at every 5 ms from now on."""
+
+    def __init__(self):
+        self._bytes, self._ended = 0, False
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._ended:
+            self._bytes = max(self._bytes, resident())
+            time.sleep(0.005)
+
+    def end(self) -> int:
+        """Stops looking; bytes."""
+        self._ended = True
+        self._thread.join()
+        return self._bytes
+
+
+def resident() -> int:
+    """Resident bytes of this process."""
+    return psutil.Process().memory_info().rss
+
+
+if __name__ == "__main__":
+    main()
