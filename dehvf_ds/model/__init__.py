@@ -9,5 +9,9 @@ from .processing import DehvfProcessor
 AutoConfig.register(DehvfConfig.model_type, DehvfConfig)
 AutoModelForImageTextToText.register(DehvfConfig, DehvfForConditionalGeneration)
 AutoProcessor.register(DehvfConfig, DehvfProcessor)
+# `save_pretrained` writes the code beside the weights, for `trust_remote_code`.
+DehvfConfig.register_for_auto_class()
+DehvfForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+DehvfProcessor.register_for_auto_class()
 
 __all__ = ["DehvfConfig", "DehvfForConditionalGeneration", "DehvfOutput", "DehvfProcessor", "ModelError"]

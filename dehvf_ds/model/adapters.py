@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration import ModelError
+from .shapes import Float
+
+try:
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+except ImportError:  # a merged model has no adapters and runs without
+    if not TYPE_CHECKING:
+        LoraLayer = inject_adapter_in_model = None
 
 ADAPTER_NAME = "default"
 
@@ -67,6 +73,8 @@ def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]) -> None:
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """Every LoRA layer below ``model``, by its module name; found by type."""
+    if LoraLayer is None:
+        return {}
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
@@ -75,18 +83,27 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for layer in lora_layers(model).values() for parameter in _lora_pair(layer)]
 
 
-def fold_lora(model: nn.Module) -> None:
-    """Adds every adapter's delta to its frozen weight and puts the plain linear map back, in place.
+def folded_weight(
+    weight: Float[Tensor, "out in"],
+    lora_a: Float[Tensor, "rank in"],
+    lora_b: Float[Tensor, "out rank"],
+    scaling: float,
+) -> Float[Tensor, "out in"]:
+    """The weight that does what a frozen weight and its adapter do together, in fp32: W + scaling B A."""
+    return weight.float().addmm(lora_b.float(), lora_a.float(), alpha=scaling)
 
-    The sum is computed in fp32 and rounded once to the weight's dtype.
+
+def fold_lora(model: nn.Module) -> None:
+    """Puts folded linear maps in the place of all adapters; each sum is rounded once to the weight's dtype.
 
     Raises:
         ModelError: a folded weight is not finite.
     """
     for name, layer in lora_layers(model).items():
-        base = layer.get_base_layer()
-        a, b = (parameter.data.float() for parameter in _lora_pair(layer))
-        folded = base.weight.data.float() + layer.scaling[ADAPTER_NAME] * (b @ a)
+        base: Any = layer.get_base_layer()
+        folded = folded_weight(
+            base.weight.data, *(p.data for p in _lora_pair(layer)), layer.scaling[ADAPTER_NAME]
+        )
         if not folded.isfinite().all():
             raise ModelError(f"{name}: folding the adapter gives values that are not finite")
         base.weight.data = folded.to(base.weight.dtype)

@@ -49,6 +49,7 @@ class DehvfConfig(PreTrainedConfig):
         prefix_tokens: visual tokens of ``prefix``, a square number; None keeps every patch.
         lora: ``{"rank", "alpha", "dropout", "targets"}`` of the FFN adapters, or None without any
             (ablated, or folded into the weights).
+        task: what it was trained for: ``caption``, ``scienceqa`` or ``chat``.
         prompt: the instruction that captions were trained with; what ``generate`` is best given.
 
     Raises:
@@ -70,6 +71,7 @@ class DehvfConfig(PreTrainedConfig):
         image_size: int | None = None,
         prefix_tokens: int | None = None,
         lora: dict[str, Any] | None = None,
+        task: str | None = None,
         prompt: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -92,6 +94,7 @@ class DehvfConfig(PreTrainedConfig):
         self.image_size = image_size or self.vision_config.image_size
         self.prefix_tokens = prefix_tokens
         self.lora = dict(lora) if lora else None
+        self.task = task
         self.prompt = prompt
         if fusion == "prefix" and prefix_tokens is not None:
             side = int(prefix_tokens**0.5)

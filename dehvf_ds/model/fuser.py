@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from .shapes import Bool, Float
 
 
 class HierarchicalFuser(nn.Module):

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from .shapes import Float
 
 
 def visual_levels(

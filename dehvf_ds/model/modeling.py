@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -19,6 +18,7 @@ from .configuration import DehvfConfig
 from .fuser import HierarchicalFuser
 from .levels import visual_levels
 from .projector import PrefixProjector, Projector
+from .shapes import Bool, Float, Int
 from .visual_ffn import MemoryReader, VisualFFN
 
 IGNORE_INDEX = -100

@@ -98,6 +98,13 @@ class TrainedModel:
     vision_tower: str | None = None
 
     @property
+    def task(self) -> str | None:
+        """What it was trained for: ``caption``, ``scienceqa`` or ``chat``; None where nothing says so."""
+        if self.config.task is None and self.language_model is not None:
+            return read_manifest(self.path).get("task")  # artifacts from before the configuration knew
+        return self.config.task
+
+    @property
     def tokenizer_source(self) -> str:
         """Where the tokenizer lies."""
         return self.language_model or str(self.path)

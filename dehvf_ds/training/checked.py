@@ -80,6 +80,7 @@ def check(config: RunConfig, world: World) -> Checked:
     model_config = build_model_config(
         config.model,
         image_size=transform.image_size,
+        task=config.data.task,
         prompt=(config.data.prompt or CAPTION_PROMPT) if config.data.task == "caption" else None,
     )
     tokenizer = load_tokenizer(config.model.language_model)

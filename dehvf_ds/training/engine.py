@@ -16,14 +16,19 @@ from dehvf_ds.training.optim import parameter_groups
 
 
 def build_model_config(
-    config: ModelConfig, *, image_size: int | None = None, prompt: str | None = None
+    config: ModelConfig,
+    *,
+    image_size: int | None = None,
+    task: str | None = None,
+    prompt: str | None = None,
 ) -> DehvfConfig:
     """The model's configuration over the run's backbones, checked; reads their configuration files alone.
 
     Args:
         config: the run's model settings.
         image_size: side of the pictures that the tower's processor makes; None takes the tower's own.
-        prompt: instruction that the run trains with, kept for those who generate.
+        task: what the run trains for.
+        prompt: instruction that the run trains with; both are kept for those who generate.
 
     Raises:
         UserError: a backbone cannot be read or a size does not fit it.
@@ -39,6 +44,7 @@ def build_model_config(
             rank=config.rank,
             router_dim=config.router_dim,
             image_size=image_size,
+            task=task,
             prompt=prompt,
             prefix_tokens=config.prefix_tokens,
             lora=to_plain(config.lora) if config.lora.rank else None,
