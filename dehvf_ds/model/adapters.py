@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
 
 from .configuration import ModelError
 from .shapes import Float
@@ -15,7 +16,7 @@ try:
     from peft.tuners.lora import LoraLayer
 except ImportError:  # a merged model has no adapters and runs without
     if not TYPE_CHECKING:
-        LoraLayer = inject_adapter_in_model = None
+        LoraLayer = ()
 
 ADAPTER_NAME = "default"
 
@@ -67,14 +68,18 @@ def peft_config(language_model: PreTrainedModel, lora: dict[str, Any]) -> LoraCo
 
 
 def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]) -> None:
-    """Injects the adapters in place. Their delta is zero at the start."""
+    """Injects the adapters in place. Their delta is zero at the start.
+
+    Raises:
+        ModelError: an FFN lacks a target, or PEFT is not installed.
+    """
+    if not is_peft_available():
+        raise ModelError("the FFN adapters of this model are not folded into its weights: install peft")
     inject_adapter_in_model(peft_config(language_model, lora), language_model, adapter_name=ADAPTER_NAME)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """Every LoRA layer below ``model``, by its module name; found by type."""
-    if LoraLayer is None:
-        return {}
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
@@ -101,9 +106,8 @@ def fold_lora(model: nn.Module) -> None:
     """
     for name, layer in lora_layers(model).items():
         base: Any = layer.get_base_layer()
-        folded = folded_weight(
-            base.weight.data, *(p.data for p in _lora_pair(layer)), layer.scaling[ADAPTER_NAME]
-        )
+        lora_a, lora_b = (parameter.data for parameter in _lora_pair(layer))
+        folded = folded_weight(base.weight.data, lora_a, lora_b, layer.scaling[ADAPTER_NAME])
         if not folded.isfinite().all():
             raise ModelError(f"{name}: folding the adapter gives values that are not finite")
         base.weight.data = folded.to(base.weight.dtype)
