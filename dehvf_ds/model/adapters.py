@@ -78,7 +78,7 @@ def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]) -> None:
     inject_adapter_in_model(peft_config(language_model, lora), language_model, adapter_name=ADAPTER_NAME)
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+def lora_layers(model: nn.Module) -> dict[str, Any]:
     """Every LoRA layer below ``model``, by its module name; found by type."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
@@ -105,7 +105,7 @@ def fold_lora(model: nn.Module) -> None:
         ModelError: a folded weight is not finite.
     """
     for name, layer in lora_layers(model).items():
-        base: Any = layer.get_base_layer()
+        base = layer.get_base_layer()
         lora_a, lora_b = (parameter.data for parameter in _lora_pair(layer))
         folded = folded_weight(base.weight.data, lora_a, lora_b, layer.scaling[ADAPTER_NAME])
         if not folded.isfinite().all():
