@@ -7,27 +7,15 @@ matrices, so four of each tell the models apart; ``identity.py`` compares.
 
 from __future__ import annotations
 
-import io
-import json
-import math
-import pickle
 import re
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    cached_file,
-)
 
-from .configuration import ModelError
+from .stored import StoredFile, checkpoint_files
 
 NUM_VALUES = 4
 # Module names that hold the wanted part of a checkpoint with several parts.
@@ -35,22 +23,6 @@ VISION_PARTS = {"vision_model", "vision_tower", "visual"}
 LANGUAGE_PARTS = {"language_model", "text_model"}
 # Buffers that older checkpoints store, and layers that transformers does not load.
 _NOT_WEIGHTS = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|num_batches_tracked)$|^mtp\.")
-# The names that safetensors gives to dtypes.
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError)
 
 
 def sketch_weights(source: str, *, vision: bool) -> dict[str, str]:
@@ -74,7 +46,7 @@ def sketch_weights(source: str, *, vision: bool) -> dict[str, str]:
         ModelError: no weights are at hand, or a file is damaged.
     """
     files = []
-    for path in _checkpoint_files(source):
+    for path in checkpoint_files(source):
         stat = path.stat()
         files.append((path, stat.st_mtime_ns, stat.st_size))
     return _select_part(_sketch_files(tuple(files)), vision=vision)
@@ -109,112 +81,25 @@ def _select_part(sketch: Mapping[str, str], *, vision: bool) -> dict[str, str]:
     return {name: text for name, text in sketch.items() if not inside or name in inside}
 
 
-def _checkpoint_files(source: str) -> list[Path]:
-    """The files that transformers would load; of a hub id those in the local cache where they are there."""
-    try:
-        return _find_files(source, local_only=True)
-    except ModelError:
-        if Path(source).is_dir():
-            raise
-    return _find_files(source, local_only=False)
-
-
-def _find_files(source: str, *, local_only: bool) -> list[Path]:
-    """The first that is there of the four kinds of checkpoint, in transformers' order."""
-    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        path = _cached(source, name, local_only=local_only)
-        if path is None:
-            continue
-        if not name.endswith(".json"):
-            return [path]
-        try:
-            shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError):
-            raise ModelError(f"{path}: not an index of shards") from None
-        files = {shard: _cached(source, shard, local_only=local_only) for shard in shards}
-        missing = [shard for shard, file in files.items() if file is None]
-        if missing:
-            raise ModelError(f"{source}: {missing[0]} is missing, which {name} names")
-        return [file for file in files.values() if file is not None]
-    raise ModelError(f"{source}: no weights found, neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
-
-
-def _cached(source: str, name: str, *, local_only: bool) -> Path | None:
-    """A file of a directory or hub id; None where there is none."""
-    try:
-        path = cached_file(
-            source,
-            name,
-            local_files_only=local_only,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError as error:
-        raise ModelError(f"{source}: {str(error).strip().splitlines()[0]}") from None
-    return None if path is None else Path(path)
-
-
 @lru_cache(maxsize=8)
 def _sketch_files(files: tuple[tuple[Path, int, int], ...]) -> dict[str, str]:
     """Sketches all tensors of some files, given as path, time of change in ns and size in bytes."""
     sketch = {}
     for path, _, _ in files:
-        try:
-            sketch.update(_sketch_safetensors(path) if path.suffix == ".safetensors" else _sketch_bin(path))
-        except _UNREADABLE as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"{path}: cannot be read: {reason}") from None
+        with StoredFile(path) as file:
+            for name, stored in file.tensors.items():
+                if is_weight(name, stored.shape):
+                    values = file.values(name, sample_positions(stored.num_elements))
+                    sketch[name] = _sketch_text(stored.shape, values)
     return {name: sketch[name] for name in sorted(sketch, key=natural_key)}
 
 
-def _sketch_safetensors(path: Path) -> Iterator[tuple[str, str]]:
-    # By byte offsets, not safe_open: it maps the file, and reading ahead at each place made it read 26 GB.
-    with path.open("rb", buffering=0) as file:
-        header_bytes = int.from_bytes(_read(file, 0, 8), "little")
-        if header_bytes > path.stat().st_size:
-            raise ValueError("its header is longer than the file")
-        header = json.loads(_read(file, 8, header_bytes))
-        for name, entry in header.items():
-            if name == "__metadata__" or not _is_weight(name, entry["shape"]):
-                continue
-            if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
-            dtype = _DTYPES[entry["dtype"]]
-            start = 8 + header_bytes + entry["data_offsets"][0]
-            values = [
-                torch.frombuffer(_read(file, start + position * dtype.itemsize, dtype.itemsize), dtype=dtype)
-                for position in sample_positions(math.prod(entry["shape"]))
-            ]
-            yield name, _sketch_text(entry["shape"], values)
-
-
-def _read(file: io.FileIO, start: int, count: int) -> bytearray:
-    file.seek(start)
-    data = bytearray(file.read(count))
-    if len(data) < count:
-        raise ValueError("it ends too early")
-    return data
-
-
-def _sketch_bin(path: Path) -> Iterator[tuple[str, str]]:
-    # Files from before torch 1.6 are no zip archives and cannot be mapped.
-    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and _is_weight(name, list(tensor.shape)):
-            yield name, _sketch_text(list(tensor.shape), _values(tensor))
-
-
-def _is_weight(name: str, shape: list[int]) -> bool:
-    causal_mask = name.endswith((".attn.bias", ".attention.bias")) and shape[:2] == [1, 1]
+def is_weight(name: str, shape: Sequence[int]) -> bool:
+    """Whether a checkpoint's tensor is a weight of the model, not a buffer that older checkpoints store."""
+    causal_mask = name.endswith((".attn.bias", ".attention.bias")) and tuple(shape[:2]) == (1, 1)
     return not causal_mask and _NOT_WEIGHTS.search(name) is None
 
 
-def _values(tensor: Tensor) -> list[Tensor]:
-    """The sampled values, by index since a flat view of a transposed tensor would be a copy."""
-    positions = torch.tensor(sample_positions(tensor.numel()), dtype=torch.int64)
-    return list(tensor[torch.unravel_index(positions, tensor.shape)]) if tensor.dim() else [tensor]
-
-
-def _sketch_text(shape: list[int], values: list[Tensor]) -> str:
+def _sketch_text(shape: Sequence[int], values: Sequence[Tensor]) -> str:
     numbers = [f"{value.to(torch.float32).item():.9g}" for value in values]
     return " ".join(["x".join(map(str, shape)) or "1", *numbers])

@@ -1,0 +1,220 @@
+"""The tensors of a checkpoint as its files hold them, read one at a time without loading the model (ours)."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+
+from .configuration import ModelError
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Dtypes by the names that safetensors gives them."""
+
+_UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError)
+
+
+class StoredTensor(NamedTuple):
+    """What a file says of one of its tensors; ``start`` is its first byte in a safetensors file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int = 0
+
+    @property
+    def num_elements(self) -> int:
+        """Its values."""
+        return math.prod(self.shape)
+
+
+class StoredFile:
+    """One open file of a checkpoint: safetensors, read by byte offsets, or ``.bin``.
+
+    Zipped ``.bin`` files are mapped, where the system may read much of them ahead; those from before torch
+    1.6 are held in memory, whole.
+
+    Attributes:
+        path: of the file.
+        tensors: what it holds, by name.
+    """
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+
+    def __init__(self, path: Path) -> None:
+        """Opens a file and reads what it holds.
+
+        Raises:
+            ModelError: it is damaged.
+        """
+        self.path = path
+        # By byte offsets, not safe_open: it maps the file, and reading ahead made a sketch read all 26 GB.
+        self._file: Any = None
+        self._loaded: dict[str, Tensor] = {}
+        with _readable(path):
+            if path.suffix == ".safetensors":
+                self._file = path.open("rb", buffering=0)
+                try:
+                    self.tensors = dict(self._header())
+                except BaseException:
+                    self._file.close()
+                    raise
+                return
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            self._loaded = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+        self.tensors = {n: StoredTensor(tuple(t.shape), t.dtype) for n, t in self._loaded.items()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._loaded = {}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in the dtype that it is stored in.
+
+        Raises:
+            ModelError: the file ends too early.
+        """
+        if self._file is None:
+            return self._loaded[name]
+        stored = self.tensors[name]
+        with _readable(self.path):
+            data = self._bytes(stored.start, stored.num_elements * stored.dtype.itemsize)
+            flat = torch.frombuffer(data, dtype=stored.dtype) if data else torch.empty(0, dtype=stored.dtype)
+            return flat.view(stored.shape)
+
+    def values(self, name: str, positions: Sequence[int]) -> list[Tensor]:
+        """Single values of a tensor, at flat positions.
+
+        Raises:
+            ModelError: the file ends too early.
+        """
+        if self._file is None:
+            # By index, since a flat view of a transposed tensor would be a copy.
+            tensor = self._loaded[name]
+            places = torch.tensor(positions, dtype=torch.int64)
+            return list(tensor[torch.unravel_index(places, tensor.shape)]) if tensor.dim() else [tensor]
+        _, dtype, start = self.tensors[name]
+        with _readable(self.path):
+            return [
+                torch.frombuffer(self._bytes(start + position * dtype.itemsize, dtype.itemsize), dtype=dtype)
+                for position in positions
+            ]
+
+    def _header(self) -> Iterator[tuple[str, StoredTensor]]:
+        header_bytes = int.from_bytes(self._bytes(0, 8), "little")
+        if header_bytes > self.path.stat().st_size:
+            raise ValueError("its header is longer than the file")
+        for name, entry in json.loads(self._bytes(8, header_bytes)).items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in SAFETENSORS_DTYPES:
+                raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
+            dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+            yield (
+                name,
+                StoredTensor(tuple(entry["shape"]), dtype, 8 + header_bytes + entry["data_offsets"][0]),
+            )
+
+    def _bytes(self, start: int, count: int) -> bytearray:
+        data = bytearray(count)
+        view, filled = memoryview(data), 0
+        self._file.seek(start)
+        while filled < count:
+            got = self._file.readinto(view[filled:])
+            if not got:
+                raise ValueError("it ends too early")
+            filled += got
+        return data
+
+
+def checkpoint_files(source: str) -> list[Path]:
+    """The files that transformers would load; of a hub id those in the local cache where they are there.
+
+    Args:
+        source: directory or hub id.
+
+    Raises:
+        ModelError: no weights are at hand.
+    """
+    try:
+        return _find_files(source, local_only=True)
+    except ModelError:
+        if Path(source).is_dir():
+            raise
+    return _find_files(source, local_only=False)
+
+
+def _find_files(source: str, *, local_only: bool) -> list[Path]:
+    """The first that is there of the four kinds of checkpoint, in transformers' order."""
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        path = _cached(source, name, local_only=local_only)
+        if path is None:
+            continue
+        if not name.endswith(".json"):
+            return [path]
+        try:
+            shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError):
+            raise ModelError(f"{path}: not an index of shards") from None
+        files = {shard: _cached(source, shard, local_only=local_only) for shard in shards}
+        missing = [shard for shard, file in files.items() if file is None]
+        if missing:
+            raise ModelError(f"{source}: {missing[0]} is missing, which {name} names")
+        return [file for file in files.values() if file is not None]
+    raise ModelError(f"{source}: no weights found, neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
+
+
+def _cached(source: str, name: str, *, local_only: bool) -> Path | None:
+    """A file of a directory or hub id; None where there is none."""
+    try:
+        path = cached_file(
+            source,
+            name,
+            local_files_only=local_only,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError as error:
+        raise ModelError(f"{source}: {str(error).strip().splitlines()[0]}") from None
+    return None if path is None else Path(path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _UNREADABLE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{path}: cannot be read: {reason}") from None
