@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     CLIPVisionConfig,
@@ -10,6 +12,8 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    SiglipVisionConfig,
 )
 
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
@@ -17,7 +21,7 @@ from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
 LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["down_proj"]}
 
 
-def text_config(kind: str = "llama") -> PreTrainedConfig:
+def text_config(kind: str = "llama", **settings: Any) -> PreTrainedConfig:
     """A four-layer decoder of width 32."""
     sizes = {
         "hidden_size": 32,
@@ -30,8 +34,10 @@ def text_config(kind: str = "llama") -> PreTrainedConfig:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
-    }
-    return {"llama": LlamaConfig, "mistral": MistralConfig}[kind](**sizes)
+    } | settings
+    if kind == "qwen3":
+        sizes |= {"head_dim": 8}
+    return {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}[kind](**sizes)
 
 
 def vision_config(kind: str = "clip") -> PreTrainedConfig:
@@ -45,6 +51,8 @@ def vision_config(kind: str = "clip") -> PreTrainedConfig:
     }
     if kind == "clip":
         return CLIPVisionConfig(**sizes, intermediate_size=48)
+    if kind == "siglip":
+        return SiglipVisionConfig(**sizes, intermediate_size=48)
     return Dinov2Config(**sizes)
 
 

@@ -88,6 +88,11 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for layer in lora_layers(model).values() for parameter in _lora_pair(layer)]
 
 
+def lora_scaling(lora: dict[str, Any]) -> float:
+    """What PEFT multiplies B A by: alpha / rank."""
+    return lora["alpha"] / lora["rank"]
+
+
 def folded_weight(
     weight: Float[Tensor, "out in"],
     lora_a: Float[Tensor, "rank in"],

@@ -71,7 +71,7 @@ def save_adapter(
     save_file(visual, part / VISUAL_FILE)
     model.config.to_json_file(str(part / CONFIG_FILE), use_diff=False)
     if model.config.lora is not None:
-        lora = {_to_peft_name(n): t.contiguous() for n, t in tensors.items() if ".lora_" in n}
+        lora = {peft_name(n): t.contiguous() for n, t in tensors.items() if ".lora_" in n}
         (part / "lora").mkdir()
         save_file(lora, part / LORA_FILE, metadata={"format": "pt"})
         saved = model.language_model.peft_config[ADAPTER_NAME]
@@ -127,7 +127,7 @@ def load_adapter(model: DehvfForConditionalGeneration, directory: Path | str) ->
     lora_file = directory / LORA_FILE
     parameters = model.trainable_parameters()
     if lora_file.is_file():
-        by_peft_name = {_to_peft_name(name): name for name in parameters if ".lora_" in name}
+        by_peft_name = {peft_name(name): name for name in parameters if ".lora_" in name}
         for name, tensor in load_file(lora_file).items():
             tensors[by_peft_name.get(name, name)] = tensor
     if set(tensors) != set(parameters):
@@ -142,12 +142,19 @@ def load_adapter(model: DehvfForConditionalGeneration, directory: Path | str) ->
         parameter.data.copy_(tensors[name])
 
 
-def _to_peft_name(name: str) -> str:
-    """``language_model.model.layers.0.mlp[.ffn].down_proj.lora_A.default.weight`` as PEFT names it."""
-    parts = [p for p in name.split(".") if p != ADAPTER_NAME]
-    if "ffn" in parts:
-        parts.remove("ffn")
-    return "base_model.model." + ".".join(parts[1:])
+def decoder_name(name: str) -> str:
+    """The decoder's own name of one of its tensors.
+
+    ``language_model.model.layers.0.mlp[.ffn].up_proj[.base_layer].weight`` is
+    ``model.layers.0.mlp.up_proj.weight`` in the plain decoder.
+    """
+    own = name.removeprefix("language_model.")
+    return own.replace(".mlp.ffn.", ".mlp.").replace(".base_layer.", ".")
+
+
+def peft_name(name: str) -> str:
+    """PEFT's name of ``language_model.model.layers.0.mlp[.ffn].up_proj.lora_A.default.weight``."""
+    return "base_model.model." + decoder_name(name.replace(f".{ADAPTER_NAME}.", "."))
 
 
 def _sha256(path: Path) -> str:

@@ -137,7 +137,7 @@ class _Sampled(NamedTuple):
 
 def _parse(sketch: Mapping[str, str]) -> dict[str, _Sampled]:
     """A sketch's tensors by their names without wrapping prefixes."""
-    keys = {name: _bare_name(name) for name in sketch}
+    keys = {name: bare_name(name) for name in sketch}
     if len(set(keys.values())) < len(keys):
         keys = {name: name for name in sketch}
     tensors = {}
@@ -149,7 +149,8 @@ def _parse(sketch: Mapping[str, str]) -> dict[str, _Sampled]:
     return tensors
 
 
-def _bare_name(name: str) -> str:
+def bare_name(name: str) -> str:
+    """A tensor's name without the words that only say what the whole is wrapped in."""
     return ".".join(itertools.dropwhile(_WRAPPERS.__contains__, name.split(".")))
 
 

@@ -25,14 +25,14 @@ def visual_levels(
 
     Args:
         tower: HF vision model that returns ``hidden_states``.
-        pixel_values: pictures, normalised for the tower, in its dtype.
+        pixel_values: pictures, normalised for the tower.
         levels: block numbers; 1 is the first block's output.
 
     Returns:
         The features, in the tower's dtype, without gradient.
     """
     with torch.no_grad():
-        states = tower(pixel_values, output_hidden_states=True).hidden_states
+        states = tower(pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
         num_patches = _num_patches(tower, pixel_values)
         stacked = torch.stack([_with_class_slot(states[level], num_patches) for level in levels], dim=1)
         return F.layer_norm(stacked, stacked.shape[-1:])

@@ -96,6 +96,10 @@ class StoredFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; what was read stays."""
         if self._file is not None:
             self._file.close()
         self._loaded = {}

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-from .adapters import fold_lora
 from .artifact import CONFIG_FILE, load_adapter, read_manifest
 from .backbones import load_backbone, load_backbone_config
 from .configuration import DehvfConfig, ModelError, spaced_levels
 from .identity import check_base
 from .modeling import DehvfForConditionalGeneration
 from .sketch import sketch_weights
+
+EXPORT_FILE = "export.json"
+"""In a merged directory: what it was made of, and size and hash of its weights."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -141,6 +143,7 @@ class TrainedModel:
         """
         compute = _DTYPES[dtype] if dtype != "auto" else self.dtype if fast_bf16 else torch.float32
         if self.language_model is None or self.vision_tower is None:
+            _check_sizes(self.path)
             return DehvfForConditionalGeneration.from_pretrained(self.path, dtype=compute).eval()
         model = load_model(self.config, self.language_model, self.vision_tower, dtype=compute)
         load_adapter(model, self.path)
@@ -153,9 +156,14 @@ def find_adapter(path: Path | str) -> Path:
     Raises:
         ModelError: there is none.
     """
-    for directory in (Path(path), Path(path) / "adapter"):
+    path = Path(path)
+    for directory in (path, path / "adapter"):
         if (directory / CONFIG_FILE).is_file():
             return directory
+    if not path.exists():
+        raise ModelError(f"{path}: no such directory")
+    if checkpoints := sorted((path / "checkpoints").glob("step_*")):
+        raise ModelError(f"{path}: the run has not ended; name one of its checkpoints, as {checkpoints[-1]}")
     raise ModelError(f"{path}: neither a run with an adapter, nor an adapter, nor a merged model")
 
 
@@ -188,20 +196,15 @@ def find_trained(
     return TrainedModel(path, config, getattr(torch, manifest["dtype"]), **sources)
 
 
-def save_merged(model: DehvfForConditionalGeneration, directory: Path, dtype: torch.dtype) -> None:
-    """Folds the LoRA adapters into the frozen weights and writes a Hugging Face model directory.
-
-    The visual branch depends on the picture and stays a module. ``model`` is changed.
-
-    Args:
-        model: a whole fp32 model on one device.
-        directory: created.
-        dtype: dtype of the weights that are written.
-    """
-    fold_lora(model)
-    model.config.lora = None
-    vars(model.language_model).pop("peft_config", None)  # nothing of PEFT is left in it
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-    model.save_pretrained(directory)
+def _check_sizes(directory: Path) -> None:
+    """Refuses an export of which a file is missing or cut short; the hashes would take as long as loading."""
+    record = directory / EXPORT_FILE
+    if not record.is_file():
+        return
+    for name, promised in json.loads(record.read_text(encoding="utf-8"))["files"].items():
+        path = directory / name
+        found = path.stat().st_size if path.is_file() else None
+        if found is None:
+            raise ModelError(f"{path}: missing, which {EXPORT_FILE} names; copy it again")
+        if found != promised["bytes"]:
+            raise ModelError(f"{path}: {found} bytes, not {promised['bytes']}; copy it again")

@@ -6,36 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from tiny_artifacts import DECODER, build_bases, save, trained_model
 from tiny_models import build_model, text_config, vision_config
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForCausalLM
 
 from dehvf_ds.model import ModelError
-from dehvf_ds.model.artifact import load_adapter, save_adapter
-from dehvf_ds.model.weights import build_config, find_trained, load_model, save_merged
-
-LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["gate_proj", "down_proj"]}
+from dehvf_ds.model.adapters import fold_lora
+from dehvf_ds.model.artifact import load_adapter
+from dehvf_ds.model.weights import find_trained
 
 
 @pytest.fixture
 def bases(tmp_path: Path) -> dict[str, str]:
-    torch.manual_seed(5)
-    AutoModelForCausalLM.from_config(text_config()).save_pretrained(tmp_path / "llm")
-    AutoModel.from_config(vision_config()).save_pretrained(tmp_path / "tower")
-    return {"language_model": str(tmp_path / "llm"), "vision_tower": str(tmp_path / "tower")}
-
-
-def trained_model(bases: dict[str, str], **settings):
-    config = build_config(**bases, num_levels=2, rank=8, router_dim=4, lora=LORA, **settings)
-    model = load_model(config, **bases, dtype=torch.float32, seed=1).eval()
-    torch.manual_seed(2)
-    for parameter in model.trainable_parameters().values():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return model
-
-
-def save(model, bases: dict[str, str], directory: Path) -> None:
-    tensors = {name: p.data.clone() for name, p in model.trainable_parameters().items()}
-    save_adapter(directory, tensors, model, **bases, dtype=torch.float32, info={"step": 7})
+    return build_bases(tmp_path)
 
 
 @pytest.mark.parametrize("fusion", ["ffn", "prefix", "none"])
@@ -61,14 +44,13 @@ def test_peft_loads_the_adapters_alone_on_the_plain_base(tmp_path, bases, inputs
 
 
 @pytest.mark.parametrize("fusion", ["ffn", "prefix", "none"])
-def test_the_merged_directory_answers_as_the_trained_model(tmp_path, bases, inputs, fusion) -> None:
+def test_folding_changes_no_logit_and_leaves_no_adapter(bases, inputs, fusion) -> None:
     model = trained_model(bases, fusion=fusion)
     inputs.pop("labels")
     expected = model(**inputs).logits
-    save_merged(model, tmp_path / "merged", torch.float32)
-    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
-    assert not any("lora_" in name for name in merged.state_dict())
-    torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+    fold_lora(model)
+    assert not any("lora_" in name for name in model.state_dict())
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_changed_byte_is_named(tmp_path, bases) -> None:
@@ -83,7 +65,7 @@ def test_a_changed_byte_is_named(tmp_path, bases) -> None:
 
 def test_another_base_is_refused_by_name(tmp_path, bases) -> None:
     save(trained_model(bases), bases, tmp_path / "adapter")
-    config = text_config()
+    config = text_config(**DECODER)
     config.num_hidden_layers = 3
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
     with pytest.raises(ModelError, match=r"is not the language model .* num_hidden_layers differ"):
@@ -93,7 +75,7 @@ def test_another_base_is_refused_by_name(tmp_path, bases) -> None:
 def test_a_base_with_other_weights_is_refused_by_name(tmp_path, bases) -> None:
     save(trained_model(bases), bases, tmp_path / "adapter")
     torch.manual_seed(6)
-    AutoModelForCausalLM.from_config(text_config()).save_pretrained(tmp_path / "other")
+    AutoModelForCausalLM.from_config(text_config(**DECODER)).save_pretrained(tmp_path / "other")
     with pytest.raises(
         ModelError, match=r"adapter was trained on .*llm; .*other differs from it in the weights"
     ):
@@ -156,5 +138,5 @@ def test_a_backbone_checkpoint_without_a_weight_is_refused(tmp_path, bases) -> N
 
 
 def test_a_directory_without_a_model_is_named(tmp_path) -> None:
-    with pytest.raises(ModelError, match="nowhere: neither a run"):
+    with pytest.raises(ModelError, match="nowhere: no such directory"):
         find_trained(tmp_path / "nowhere")

@@ -1,1 +1,1 @@
-"""What ``merge_adapters.py`` writes: a model as others load it, its shards, its card, and the proof of both."""
+"""What ``merge_adapters.py`` writes: a model's tensors in shards, its directory, its card; their proof."""
