@@ -39,13 +39,15 @@ def build_bases(root: Path, text: str = "llama", vision: str = "clip", **setting
     return {"language_model": str(root / "llm"), "vision_tower": str(root / "tower")}
 
 
-def trained_model(bases: dict[str, str], **settings: Any) -> DehvfForConditionalGeneration:
-    """A model over them whose trainables have all left their start values, fp32."""
+def trained_model(
+    bases: dict[str, str], *, scale: float = 0.3, **settings: Any
+) -> DehvfForConditionalGeneration:
+    """A model over them, fp32, whose trainables have all left their start values by normal noise of a scale."""
     settings = {"num_levels": 2, "rank": 8, "router_dim": 4, "lora": LORA} | settings
     model = load_model(build_config(**bases, **settings), **bases, dtype=torch.float32, seed=1).eval()
     torch.manual_seed(2)
     for parameter in model.trainable_parameters().values():
-        parameter.data += 0.3 * torch.randn_like(parameter)
+        parameter.data += scale * torch.randn_like(parameter)
     return model
 
 

@@ -29,15 +29,16 @@ class Decoding:
 
 
 def end_ids(model: DehvfForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: the tokenizer's end of text, and those of the decoder's generation settings.
+    """Ids that end an answer: the tokenizer's end of text, and those of the generation settings.
 
-    A chat template ends a turn with a token of its own, which instruction-tuned decoders name there.
+    A chat template ends a turn with a token of its own, which instruction-tuned decoders name there. A merged
+    model has the decoder's settings as its own.
     """
-    settings = getattr(model.language_model, "generation_config", None)
-    named: Any = getattr(settings, "eos_token_id", None)
-    more = [] if named is None else [named] if isinstance(named, int) else list(named)
-    first: Any = tokenizer.eos_token_id
-    return list(dict.fromkeys([first, *more]))
+    ends: list[Any] = [tokenizer.eos_token_id]
+    for part in (model.language_model, model):
+        named: Any = getattr(getattr(part, "generation_config", None), "eos_token_id", None)
+        ends += [] if named is None else [named] if isinstance(named, int) else list(named)
+    return list(dict.fromkeys(ends))
 
 
 @torch.inference_mode()

@@ -117,7 +117,10 @@ def write_model(part: Path, trained: TrainedModel, skeleton: Skeleton, max_shard
     model.generation_config = _generation_config(trained, tokenizer)  # pyright: ignore[reportAttributeAccessIssue]
     # transformers names the tower's tensors as hubs do, and writes configurations and code.
     model.save_pretrained(part, state_dict=small, max_shard_size="1TB")
-    config = (part / CONFIG_NAME).read_text(encoding="utf-8")
+    config = json.loads((part / CONFIG_NAME).read_text(encoding="utf-8"))
+    config["dtype"] = str(skeleton.dtype).removeprefix(
+        "torch."
+    )  # it looks at the decoder, which is not there
     (part / CONFIG_NAME).unlink()
     with _small_pieces(part) as rest:
         files = write_shards(part, [*pieces, *rest], max_shard_size)
@@ -127,7 +130,7 @@ def write_model(part: Path, trained: TrainedModel, skeleton: Skeleton, max_shard
     tokenizer.chat_template = None  # both would be written to one file
     processor = DehvfProcessor(transform.processor, tokenizer, chat_template=template)
     processor.save_pretrained(part)
-    (part / CONFIG_NAME).write_text(config, encoding="utf-8")
+    (part / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     record = {
         "format": 1,
         "dehvf_ds": __version__,
