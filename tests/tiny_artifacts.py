@@ -42,7 +42,7 @@ def build_bases(root: Path, text: str = "llama", vision: str = "clip", **setting
 def trained_model(
     bases: dict[str, str], *, scale: float = 0.3, **settings: Any
 ) -> DehvfForConditionalGeneration:
-    """A model over them, fp32, whose trainables have all left their start values by normal noise of a scale."""
+    """A model over them, fp32, whose trainables have all left their start values by noise."""
     settings = {"num_levels": 2, "rank": 8, "router_dim": 4, "lora": LORA} | settings
     model = load_model(build_config(**bases, **settings), **bases, dtype=torch.float32, seed=1).eval()
     torch.manual_seed(2)

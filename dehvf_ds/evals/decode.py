@@ -35,8 +35,11 @@ def end_ids(model: DehvfForConditionalGeneration, tokenizer: PreTrainedTokenizer
     model has the decoder's settings as its own.
     """
     ends: list[Any] = [tokenizer.eos_token_id]
-    for part in (model.language_model, model):
-        named: Any = getattr(getattr(part, "generation_config", None), "eos_token_id", None)
+    settings: list[Any] = [getattr(part, "generation_config", None) for part in (model.language_model, model)]
+    if getattr(settings[1], "_from_model_config", True):
+        settings.pop()  # not read from a directory
+    for part in settings:
+        named: Any = getattr(part, "eos_token_id", None)
         ends += [] if named is None else [named] if isinstance(named, int) else list(named)
     return list(dict.fromkeys(ends))
 
