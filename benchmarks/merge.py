@@ -1,0 +1,96 @@
+"""Memory and time of merging a 13B-shaped model with random weights on a CPU.
+
+python benchmarks/merge.py --directory SCRATCH [--layers 40]     # SCRATCH needs 55 GB at 40 layers
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
+from dehvf_ds.model.artifact import save_adapter
+from tools.exporting.pieces import Piece
+from tools.exporting.shards import write_shards
+
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["down_proj"]}
+
+
+def build(root: Path, num_layers: int) -> None:
+    """Writes a random decoder of LLaMA-13B's shape in bf16, CLIP ViT-L/14's tower, an artifact over them."""
+    text = LlamaConfig(
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=num_layers,
+        num_attention_heads=40,
+        vocab_size=32000,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        decoder = AutoModelForCausalLM.from_config(text)
+    (root / "llm").mkdir(parents=True)
+    text.save_pretrained(root / "llm")
+
+    def draw(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
+
+    pieces = [
+        Piece(name, tuple(p.shape), torch.bfloat16, partial(draw, tuple(p.shape)))
+        for name, p in decoder.named_parameters()
+    ]
+    write_shards(root / "llm", pieces, "10GB")
+    vision = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
+    )
+    tower = AutoModel.from_config(vision)
+    tower.save_pretrained(root / "tower")
+    CLIPImageProcessorPil().save_pretrained(root / "tower")
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({"</s>": 0}, unk_token="</s>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(root / "llm")
+    model = DehvfForConditionalGeneration(
+        DehvfConfig(text_config=text, vision_config=vision, rank=128, lora=LORA, task="caption"),
+        decoder,
+        tower,
+    )
+    tensors = {n: torch.randn(p.shape) * 0.02 for n, p in model.trainable_parameters().items()}
+    bases = {"language_model": str(root / "llm"), "vision_tower": str(root / "tower")}
+    save_adapter(root / "adapter", tensors, model, **bases, dtype=torch.bfloat16)
+
+
+def main() -> int:
+    """Builds the model where it is not there, merges it in a process of its own, prints memory and time."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=40)
+    args = parser.parse_args()
+    if not (args.directory / "adapter").exists():
+        build(args.directory, args.layers)
+    command = [sys.executable, "-m", "tools.merge_adapters", "--checkpoint", str(args.directory / "adapter")]
+    start = time.perf_counter()
+    subprocess.run([*command, "--output", str(args.directory / "model"), "--force"], check=True)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    size = sum(path.stat().st_size for path in (args.directory / "model").glob("*.safetensors"))
+    print(f"{size / 1e9:.1f} GB of weights: peak {peak / 1e9:.2f} GB of memory, {seconds:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
