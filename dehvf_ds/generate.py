@@ -1,76 +1,217 @@
 """Describes pictures, or answers about them, from the shell.
 
-python dehvf_ds/generate.py --model DIR --image FILE [FILE ...] [--prompt TEXT]
+python dehvf_ds/generate.py --model DIR --image FILE|FOLDER [...] [--prompt TEXT] [--output FILE.jsonl]
 """
 
 from __future__ import annotations
 
+import json
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
 # Run as a script, dehvf_ds/ is first on the path, where our module names would shadow other packages'.
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
 from dehvf_ds.batch import Sample
-from dehvf_ds.config import UserError, parse_generate_config
+from dehvf_ds.config import GenerateConfig, UserError, parse_generate_config
 from dehvf_ds.data.collate import Collator
 from dehvf_ds.data.images import decode_image
+from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.distributed import has_fast_bf16, read_world, run_entry
-from dehvf_ds.evals.decode import Decoding, decode_answers
+from dehvf_ds.evals.decode import Answer, Decoding, decode_counted
 from dehvf_ds.model import ModelError
-from dehvf_ds.model.weights import find_trained
+from dehvf_ds.model.weights import TrainedModel, find_trained
+
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm"}
+"""What of a folder is taken, by the ends of names."""
+
+MAX_NEW_TOKENS = {"caption": 40, "scienceqa": 8, "chat": 256}
+
+# Flags that take all that follows them up to the next flag.
+_LISTS = ("--image", "--choices")
 
 
 def main(argv: list[str]) -> int:
     """Prints a line a picture; returns the exit code.
 
     Raises:
-        UserError: no such model or picture.
+        UserError: no such model or picture, or a question that is not of the model's kind.
     """
-    config = parse_generate_config(_spread_images(argv))
-    samples = [Sample(key=path, image=_read_image(path), record={}) for path in config.image]
+    config = parse_generate_config(_spread(argv))
+    paths = list_pictures(config.image) or [None]
+    _check_output(config)
     try:
         trained = find_trained(config.model, config.language_model, config.vision_tower)
+        record, collator = ask_as_trained(config, trained)
         model = trained.load(config.dtype, fast_bf16=has_fast_bf16()).to(read_world().device)  # pyright: ignore[reportArgumentType]
     except ModelError as error:
         raise UserError(str(error)) from None
     tokenizer = load_tokenizer(trained.tokenizer_source)
-    transform = build_image_transform(trained.processor_source, trained.config.image_size)
-    collator = Collator(
-        tokenizer,
-        transform,
-        task="caption",
-        max_tokens=512,
-        prompt=config.prompt or trained.config.prompt,
-        for_generation=True,
+    longest = config.max_new_tokens or MAX_NEW_TOKENS[trained.task or "caption"]
+    decoding = Decoding(max_new_tokens=longest, num_beams=config.num_beams)
+    streamer = _streamer(tokenizer) if config.stream else None
+    size = 1 if config.stream else config.batch_size
+
+    start, num_tokens, unreadable = time.perf_counter(), 0, 0
+    output = _open_output(config)
+    try:
+        for number in range(0, len(paths), size):
+            named = [(path, _read_sample(path, record)) for path in paths[number : number + size]]
+            good = [(path, sample) for path, sample in named if isinstance(sample, Sample)]
+            bad = [(path, reason) for path, reason in named if isinstance(reason, str)]
+            if bad and len(paths) == 1:
+                raise UserError(f"--image {bad[0][0]}: {bad[0][1]}")
+            for path, reason in bad:
+                print(f"warning: {path}: {reason}", file=sys.stderr, flush=True)
+                _write(output, {"image": path, "prompt": config.prompt, "error": reason})
+            unreadable += len(bad)
+            if not good:
+                continue
+            batch = collator([sample for _, sample in good])
+            (answers,) = decode_counted(model, [batch], tokenizer, decoding, streamer)
+            num_tokens += sum(answer.num_tokens for answer in answers)
+            for (path, _), answer in zip(good, answers, strict=True):
+                _tell(config, output, path, answer, alone=len(paths) == 1)
+    finally:
+        if output is not None and output is not sys.stdout:
+            output.close()
+    seconds, done = time.perf_counter() - start, len(paths) - unreadable
+    print(
+        f"{done} answers, {num_tokens} tokens in {seconds:.1f} s "
+        f"({done / seconds:.1f} answers/s, {num_tokens / seconds:.1f} tokens/s)",
+        file=sys.stderr,
     )
-    decoding = Decoding(max_new_tokens=config.max_new_tokens)
-    (texts,) = decode_answers(model, [collator(samples)], tokenizer, decoding)
-    for path, text in zip(config.image, texts, strict=True):
-        print(text if len(samples) == 1 else f"{path}\t{text}", flush=True)
+    if unreadable:
+        raise UserError(f"{unreadable} of {len(paths)} pictures could not be read; the others are answered")
     return 0
 
 
-def _spread_images(argv: list[str]) -> list[str]:
+def list_pictures(given: Sequence[str]) -> list[str]:
+    """Files as they are named; of a folder its pictures and its subfolders', by name.
+
+    Raises:
+        UserError: nothing has that name, or a folder holds no picture.
+    """
+    paths = []
+    for name in given:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+            if not inside:
+                raise UserError(f"--image {name}: no pictures in this folder")
+            paths += inside
+        elif path.is_file():
+            paths.append(name)
+        else:
+            raise UserError(f"--image {name}: No such file or directory")
+    return paths
+
+
+def ask_as_trained(config: GenerateConfig, trained: TrainedModel) -> tuple[dict[str, Any], Collator]:
+    """The question in the form that the model was trained with: a record, and what makes a prompt of it.
+
+    Raises:
+        UserError: the question is not of the model's kind.
+    """
+    task, prefix = trained.task or "caption", ""
+    record: dict[str, Any] = {}
+    if task != "caption" and config.prompt is None:
+        raise UserError(f"--prompt: a model of task {task} needs a question")
+    if task == "scienceqa":
+        if not config.choices:
+            raise UserError("--choices: this model was trained on ScienceQA and answers by a choice's letter")
+        record = {"question": config.prompt, "choices": config.choices, "hint": config.hint or ""}
+        prefix = SCIENCEQA_ANSWER_PREFIX
+    elif config.choices or config.hint:
+        raise UserError(f"--choices and --hint are of ScienceQA; this model was trained for {task}")
+    elif task == "chat":
+        record = {"conversations": [{"from": "human", "value": config.prompt}]}
+    collator = Collator(
+        load_tokenizer(trained.tokenizer_source),
+        build_image_transform(trained.processor_source, trained.config.image_size),
+        task=task,  # pyright: ignore[reportArgumentType]
+        max_tokens=512,
+        prompt=trained.config.prompt if config.prompt is None else config.prompt,
+        for_generation=True,
+        answer_prefix=prefix,
+    )
+    return record, collator
+
+
+def _spread(argv: list[str]) -> list[str]:
     """Lets ``--image a b c`` stand for the list that the parser takes."""
-    if "--image" not in argv:
-        return argv
-    start = argv.index("--image") + 1
-    end = next((i for i in range(start, len(argv)) if argv[i].startswith("--")), len(argv))
-    flags = [f"--image+={path}" for path in argv[start:end]]
-    return [*argv[: start - 1], *flags, *argv[end:]]
+    spread: list[str] = []
+    flag = None
+    for word in argv:
+        if word in _LISTS:
+            flag = word
+        elif word.startswith("--"):
+            flag = None
+            spread.append(word)
+        else:
+            spread.append(word if flag is None else f"{flag}+={word}")
+    return spread
 
 
-def _read_image(path: str):
+def _read_sample(path: str | None, record: dict[str, Any]) -> Sample | str:
+    """A row with its picture; why not, where it cannot be read."""
+    if path is None:
+        return Sample(key="", image=None, record=record)
     try:
-        return decode_image(Path(path).read_bytes())
+        return Sample(key=path, image=decode_image(Path(path).read_bytes()), record=record)
     except OSError as error:
-        raise UserError(f"--image {path}: {error.strerror or error}") from None
+        return error.strerror or str(error)
     except ValueError as error:
-        raise UserError(f"--image {path}: {error}") from None
+        return str(error)
+
+
+def _check_output(config: GenerateConfig) -> None:
+    if config.output in (None, "-"):
+        return
+    path = Path(str(config.output))
+    if path.exists() and not config.overwrite:
+        raise UserError(f"--output {path} is there already; name another, or pass --overwrite true")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--output {path}: no such folder {path.absolute().parent}")
+
+
+def _open_output(config: GenerateConfig) -> TextIO | None:
+    if config.output is None:
+        return None
+    if config.output == "-":
+        return sys.stdout
+    try:
+        return Path(config.output).open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {config.output}: {error.strerror or error}") from None
+
+
+def _tell(
+    config: GenerateConfig, output: TextIO | None, path: str | None, answer: Answer, *, alone: bool
+) -> None:
+    if output is not None:
+        line = {"image": path, "prompt": config.prompt, "text": answer.text, "tokens": answer.num_tokens}
+        _write(output, line)
+    elif not config.stream:
+        print(answer.text if alone else f"{path}\t{answer.text}", flush=True)
+
+
+def _write(output: TextIO | None, line: dict[str, Any]) -> None:
+    if output is not None:
+        output.write(json.dumps(line, ensure_ascii=False) + "\n")
+        output.flush()
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
+    return TextStreamer(tokenizer, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_keep_the_artifact(world: Pa
         (
             "eval",
             ["--model", "/nowhere", "--data", "{world}/test"],
-            "/nowhere: neither a run with an adapter",
+            "/nowhere: no such directory",
         ),
         ("eval", ["--model", "{world}", "--data", "/nowhere"], "/nowhere"),
         ("generate", ["--model", "{world}", "--image", "/nowhere.png"], "/nowhere.png"),
@@ -228,7 +228,7 @@ def test_a_mistake_is_refused_before_anything_is_written(
         (
             "eval",
             ["--model", "/nowhere", "--data", "{world}/test"],
-            "/nowhere: neither a run with an adapter",
+            "/nowhere: no such directory",
         ),
     ],
 )

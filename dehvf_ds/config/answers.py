@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dehvf_ds.config.errors import require
@@ -76,22 +76,45 @@ class GenerateConfig:
     """Captions or answers from the shell.
 
     Attributes:
-        model: run directory, adapter artifact or merged model directory.
-        image: one or more picture files.
+        model: run directory, checkpoint, adapter artifact or merged model directory.
+        image: picture files, and folders of which all pictures are taken, by name; none asks without one.
         prompt: instruction or question; None takes the one that the model was trained with.
-        max_new_tokens: longest answer in tokens.
+        choices: options of a ScienceQA question, in order; a model of that task needs them.
+        hint: text that such a question is asked in the context of.
+        output: file for a JSON object a line, ``-`` for the console; None prints texts alone.
+        overwrite: replace ``output``.
+        batch_size: rows decoded together.
+        num_beams: hypotheses of beam search; 1 is greedy.
+        stream: print words as they come, one picture at a time.
+        max_new_tokens: longest answer in tokens; None takes 40 for captions, 8 for ScienceQA, 256 for chats.
         dtype: compute dtype; ``auto`` takes the model's, or fp32 where bf16 is slow.
         language_model: where the decoder lies now; None takes the path it was trained with.
         vision_tower: where the tower lies now; None takes the path it was trained with.
     """
 
     model: str
-    image: list[str]
+    image: list[str] = field(default_factory=list)
     prompt: str | None = None
-    max_new_tokens: int = 40
+    choices: list[str] = field(default_factory=list)
+    hint: str | None = None
+    output: str | None = None
+    overwrite: bool = False
+    batch_size: int = 8
+    num_beams: int = 1
+    stream: bool = False
+    max_new_tokens: int | None = None
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     language_model: str | None = None
     vision_tower: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
+        longest = self.max_new_tokens
+        require(longest is None or longest >= 1, "max_new_tokens must be at least 1")
+        require(self.batch_size >= 1, "batch_size must be at least 1")
+        require(self.num_beams >= 1, "num_beams must be at least 1")
+        require(not self.stream or self.num_beams == 1, "stream prints words as they come; beams have none")
+        require(not self.stream or self.output != "-", "stream and output - both write to the console")
+        require(
+            bool(self.image) or self.prompt is not None, "name pictures with --image, or ask with --prompt"
+        )
+        require(len(self.choices) != 1, "choices: a question has at least two")

@@ -18,7 +18,7 @@ ConfigT = TypeVar("ConfigT")
 
 RECIPES_DIR = Path(__file__).parents[1] / "recipes"
 
-SWITCHES = ("--dry_run", "--overwrite")
+SWITCHES = ("--dry_run", "--overwrite", "--stream")
 """Flags that mean true where no value follows."""
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.generation import BaseStreamer
 
 from dehvf_ds.batch import Batch
 from dehvf_ds.model import DehvfForConditionalGeneration
@@ -26,6 +27,13 @@ class Decoding:
     max_new_tokens: int
     min_new_tokens: int = 0
     num_beams: int = 1
+
+
+class Answer(NamedTuple):
+    """A text, and the tokens that were generated for it, its end included."""
+
+    text: str
+    num_tokens: int
 
 
 def end_ids(model: DehvfForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -51,7 +59,20 @@ def decode_answers(
     tokenizer: PreTrainedTokenizerBase,
     decoding: Decoding,
 ) -> Iterator[list[str]]:
-    """Decodes greedily or with beams; yields the texts of each batch, in the rows' order.
+    """As ``decode_counted``, the texts alone."""
+    for answers in decode_counted(model, batches, tokenizer, decoding):
+        yield [answer.text for answer in answers]
+
+
+@torch.inference_mode()
+def decode_counted(
+    model: DehvfForConditionalGeneration,
+    batches: Iterable[Batch],
+    tokenizer: PreTrainedTokenizerBase,
+    decoding: Decoding,
+    streamer: BaseStreamer | None = None,
+) -> Iterator[list[Answer]]:
+    """Decodes greedily or with beams; yields the answers of each batch, in the rows' order.
 
     The visual memory of a picture is computed once and serves every step and every beam of its row.
 
@@ -60,6 +81,7 @@ def decode_answers(
         batches: prompts padded on the left.
         tokenizer: the model's own.
         decoding: lengths and beams.
+        streamer: is handed tokens as they come; for batches of one row.
     """
     ends = end_ids(model, tokenizer)
     for batch in batches:
@@ -73,10 +95,15 @@ def decode_answers(
             min_new_tokens=decoding.min_new_tokens or None,
             num_beams=decoding.num_beams,
             do_sample=False,
+            streamer=streamer,
             eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
         )
-        yield [" ".join(text.split()) for text in tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
+        # The end token is the last that counts; padding follows.
+        ended = torch.isin(new_ids, torch.tensor(ends, device=new_ids.device)).long()
+        counts = ((ended.cumsum(dim=1) - ended) == 0).sum(dim=1)
+        texts = tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+        yield [Answer(" ".join(text.split()), int(n)) for text, n in zip(texts, counts, strict=True)]
 
 
 @torch.inference_mode()

@@ -1,0 +1,207 @@
+"""Captions and answers from the shell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_artifacts import build_bases, save, trained_model
+from transformers import LlamaForCausalLM
+
+from dehvf_ds import generate
+from dehvf_ds.batch import Sample
+from dehvf_ds.config import UserError, parse_generate_config
+from dehvf_ds.data.chat import encode_chat_prompt
+from dehvf_ds.data.tokenizer import load_tokenizer
+from dehvf_ds.data.transforms import build_image_transform
+from dehvf_ds.evaluation.questions import build_collator
+from dehvf_ds.generate import ask_as_trained, main
+from dehvf_ds.model import DehvfForConditionalGeneration
+from dehvf_ds.model.weights import find_trained
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A model of each task over the same bases, and three pictures in a folder with one below it."""
+    root = tmp_path_factory.mktemp("generate")
+    bases = build_bases(root)
+    for task in ("caption", "scienceqa", "chat"):
+        model = trained_model(bases, task=task, prompt="Picture:" if task == "caption" else None)
+        save(model, bases, root / task)
+    (root / "pictures/below").mkdir(parents=True)
+    for number, name in enumerate(("b.png", "a.jpg", "below/c.webp")):
+        Image.linear_gradient("L").rotate(90 * number).convert("RGB").save(root / "pictures" / name)
+    (root / "pictures/notes.txt").write_text("no picture")
+    return root
+
+
+def names(root: Path) -> list[str]:
+    return [str(root / "pictures" / name) for name in ("a.jpg", "b.png", "below/c.webp")]
+
+
+def ask(root: Path, *more: str, task: str = "caption") -> int:
+    return main(["--model", str(root / task), "--max_new_tokens", "6", *more])
+
+
+def rows(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_folder_in_batches_and_alone(root, capsys) -> None:
+    assert ask(root, "--image", str(root / "pictures"), "--batch_size", "2") == 0
+    together = capsys.readouterr()
+    lines = [line.split("\t") for line in together.out.splitlines()]
+    assert [line[0] for line in lines] == names(root)
+    for name, text in lines:
+        assert ask(root, "--image", name) == 0
+        assert capsys.readouterr().out == text + "\n"
+    assert "3 answers, " in together.err
+    assert "tokens/s" in together.err
+
+
+def test_lines_of_json(root, tmp_path, capsys) -> None:
+    output = tmp_path / "out.jsonl"
+    given = ["--image", *names(root), "--prompt", "What?", "--num_beams", "3"]
+    assert ask(root, *given, "--output", str(output)) == 0
+    assert capsys.readouterr().out == ""
+    found = rows(output.read_text())
+    assert [row["image"] for row in found] == names(root)
+    assert {row["prompt"] for row in found} == {"What?"}
+    assert all(1 <= row["tokens"] <= 6 for row in found)
+    with pytest.raises(UserError, match=r"out\.jsonl is there already"):
+        ask(root, *given, "--output", str(output))
+    assert ask(root, *given, "--output", "-") == 0
+    assert rows(capsys.readouterr().out) == found
+    assert ask(root, *given, "--output", str(output), "--overwrite") == 0
+    assert ask(root, "--image", *names(root), "--prompt", "What?", "--output", "-") == 0
+    assert [row["text"] for row in rows(capsys.readouterr().out)] != [row["text"] for row in found]
+
+
+def test_words_as_they_come(root, capsys) -> None:
+    assert ask(root, "--image", *names(root)) == 0
+    wanted = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
+    assert ask(root, "--image", *names(root), "--stream") == 0
+    told = capsys.readouterr().out
+    assert " ".join(told.split()) == " ".join(" ".join(wanted).split())
+
+
+def test_a_broken_picture_does_not_lose_the_others(root, tmp_path, capsys) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="1 of 3 pictures could not be read; the others are answered"):
+        ask(root, "--image", names(root)[0], str(broken), names(root)[1], "--output", "-")
+    printed = capsys.readouterr()
+    found = rows(printed.out)
+    assert sum("text" in row for row in found) == 2
+    assert [row["image"] for row in found if "error" in row] == [str(broken)]
+    assert f"warning: {broken}: not a readable picture" in printed.err
+    with pytest.raises(UserError, match=r"broken\.png: not a readable picture"):
+        ask(root, "--image", str(broken))
+
+
+def test_a_question_without_a_picture(root, capsys) -> None:
+    assert ask(root, "--prompt", "What is blue?") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert ask(root, "--prompt", "What is blue?", "--output", "-") == 0
+    (row,) = rows(capsys.readouterr().out)
+    assert row["image"] is None
+
+
+def prompt_ids(root: Path, task: str, *more: str) -> list[int]:
+    config = parse_generate_config(generate._spread(["--model", str(root / task), *more]))
+    record, collator = ask_as_trained(config, find_trained(root / task))
+    return collator([Sample(key="", image=None, record=record)]).input_ids[0].tolist()
+
+
+def test_science_is_asked_as_it_is_evaluated(root) -> None:
+    found = prompt_ids(root, "scienceqa", "--prompt", "Which?", "--choices", "red", "blue", "--hint", "Sky.")
+    trained = find_trained(root / "scienceqa")
+    collator = build_collator(
+        "scienceqa",
+        load_tokenizer(trained.tokenizer_source),
+        build_image_transform(trained.processor_source, None),
+        prompt=None,
+        scienceqa=generate_form(),
+        answer_prefix="The answer is",
+    )
+    record = {"question": "Which?", "choices": ["red", "blue"], "hint": "Sky.", "answer": 0}
+    assert found == collator([Sample(key="", image=None, record=record)]).input_ids[0].tolist()
+
+
+def generate_form():
+    from dehvf_ds.data.prompts import QCM_A
+
+    return QCM_A
+
+
+def test_a_chat_is_asked_as_it_was_trained(root) -> None:
+    tokenizer = load_tokenizer(find_trained(root / "chat").tokenizer_source)
+    wanted = encode_chat_prompt(tokenizer, [{"role": "user", "content": "What is it?"}])
+    assert prompt_ids(root, "chat", "--prompt", "What is it?") == wanted
+
+
+def test_the_tower_looks_once_and_nothing_of_it_is_cached(root, monkeypatch) -> None:
+    looks, lengths = [], []
+    encode = DehvfForConditionalGeneration.encode_images
+    decoder = LlamaForCausalLM.forward
+
+    def counted(self, pixel_values, has_image):
+        looks.append(len(pixel_values))
+        return encode(self, pixel_values, has_image)
+
+    def measured(self, *args, **kwargs):
+        output = decoder(self, *args, **kwargs)
+        lengths.append(output.past_key_values.get_seq_length())
+        return output
+
+    monkeypatch.setattr(DehvfForConditionalGeneration, "encode_images", counted)
+    monkeypatch.setattr(LlamaForCausalLM, "forward", measured)
+    assert ask(root, "--image", *names(root), "--num_beams", "3", "--prompt", "Say:") == 0
+    assert looks == [3]
+    num_prompt = len("Say:")  # a token a byte
+    assert lengths == list(range(num_prompt, num_prompt + len(lengths)))
+    assert len(lengths) > 1
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "message"),
+    [
+        ("caption", ["--image", "/nowhere.png"], r"/nowhere\.png: No such file"),
+        ("caption", [], "name pictures with --image, or ask with --prompt"),
+        ("caption", ["--prompt", "a", "--choices", "x", "y"], "--choices and --hint are of ScienceQA"),
+        ("caption", ["--prompt", "a", "--stream", "--num_beams", "2"], "beams have none"),
+        ("caption", ["--prompt", "a", "--output", "/nowhere/x.jsonl"], "no such folder /nowhere"),
+        ("scienceqa", ["--prompt", "a"], "--choices: this model was trained on ScienceQA"),
+        ("scienceqa", ["--prompt", "a", "--choices", "x"], "at least two"),
+        ("chat", ["--image", "{picture}"], "a model of task chat needs a question"),
+        ("nothing", ["--prompt", "a"], "nothing: no such directory"),
+    ],
+)
+def test_mistakes_are_named(root, task, more, message) -> None:
+    with pytest.raises(UserError, match=message):
+        ask(root, *[word.format(picture=names(root)[0]) for word in more], task=task)
+
+
+def test_an_empty_folder_is_named(root, tmp_path) -> None:
+    with pytest.raises(UserError, match="no pictures in this folder"):
+        ask(root, "--image", str(tmp_path))
+
+
+def test_real_tokens_are_counted(root) -> None:
+    from dehvf_ds.evals.decode import Decoding, decode_counted
+
+    trained = find_trained(root / "caption")
+    model, tokenizer = trained.load("fp32"), load_tokenizer(trained.tokenizer_source)
+    config = parse_generate_config(["--model", str(root / "caption"), "--prompt", "Say:"])
+    record, collator = ask_as_trained(config, trained)
+    batch = collator([Sample(key="", image=None, record=record)])
+
+    def ended(*_, **__):
+        return torch.tensor([[70, 71, 0, 0, 0], [70, 0, 0, 0, 0], [70, 71, 72, 73, 74]])
+
+    model.generate = ended  # pyright: ignore[reportAttributeAccessIssue]
+    (answers,) = decode_counted(model, [batch], tokenizer, Decoding(max_new_tokens=5))
+    assert [answer.num_tokens for answer in answers] == [3, 2, 5]
