@@ -9,5 +9,8 @@ __version__ = "0.1.0"
 
 try:
     from dehvf_ds import model as model
-except (ImportError, OSError) as error:  # so that the doctor can still say what is missing
+except ModuleNotFoundError as error:  # the doctor starts without torch and transformers, and names them
+    if error.name is None or error.name.partition(".")[0] == "dehvf_ds":
+        raise
+except (ImportError, OSError) as error:  # one of them is broken
     warnings.warn(f"the DEHVF model is not registered with transformers: {error}", stacklevel=2)
