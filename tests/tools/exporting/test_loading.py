@@ -18,6 +18,7 @@ from dehvf_ds.data.chat import encode_chat_prompt
 from dehvf_ds.data.collate import Collator
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
+from dehvf_ds.generate import main as generate
 from dehvf_ds.model.weights import find_trained
 from tools.merge_adapters import main as merge
 
@@ -57,6 +58,31 @@ def test_it_answers_as_the_trained_model(export) -> None:
     assert merged.generation_config.max_new_tokens == 40
     assert merged.generation_config.eos_token_id == 0
     assert merged.generate(**inputs).shape[1] <= 40
+
+
+@pytest.mark.parametrize(("text", "vision"), [("mistral", "siglip"), ("qwen3", "dinov2")])
+def test_other_decoders_and_towers(tmp_path, text, vision) -> None:
+    """Train, merge, load, ask, save, load again, ask by the command line."""
+    bases = build_bases(tmp_path, text, vision)
+    save(trained_model(bases, task="caption", prompt=PROMPT), bases, tmp_path / "run/adapter")
+    assert merge(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "model")]) == 0
+    Image.radial_gradient("L").convert("RGB").resize((20, 30)).save(tmp_path / "picture.png")
+    inputs = ask(tmp_path / "model", tmp_path)
+    trained, merged = find_trained(tmp_path / "run").load(), load(tmp_path / "model")
+    torch.testing.assert_close(merged(**inputs).logits, trained(**inputs).logits, rtol=1e-5, atol=1e-5)
+    settings = {"max_new_tokens": 8, "eos_token_id": 0, "pad_token_id": 0}
+    ids = merged.generate(**inputs, **settings)
+    assert torch.equal(ids, trained.generate(**inputs, **settings))
+    merged.save_pretrained(tmp_path / "again")
+    AutoProcessor.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "again")
+    assert torch.equal(load(tmp_path / "again").generate(**inputs, **settings), ids)
+    said = []
+    for directory in ("run", "model", "again"):
+        given = ["--model", str(tmp_path / directory), "--image", str(tmp_path / "picture.png")]
+        output = tmp_path / f"{directory}.jsonl"
+        assert generate([*given, "--output", str(output), "--max_new_tokens", "8"]) == 0
+        said.append([json.loads(line)["text"] for line in output.read_text().splitlines()])
+    assert said[0] == said[1] == said[2]
 
 
 def test_without_a_picture_it_answers_otherwise(export) -> None:
