@@ -19,7 +19,7 @@ from .fuser import HierarchicalFuser
 from .levels import visual_levels
 from .projector import PrefixProjector, Projector
 from .shapes import Bool, Float, Int
-from .visual_ffn import MemoryReader, VisualFFN
+from .visual_ffn import MemoryReader, VisualFFN, prepare_memory
 
 IGNORE_INDEX = -100
 
@@ -181,8 +181,27 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         features = visual_levels(self.vision_tower, pixel_values, [level])
         return self.prefix_projector(features[:, 0, 1:])
 
-    def set_memory(self, memory: Float[Tensor, "batch layers slots rank"] | None) -> None:
-        """Hands each layer its memory, until the next call."""
+    def prepare_memory(
+        self, memory: Float[Tensor, "batch layers *slots rank"]
+    ) -> Float[Tensor, "batch layers *slots rank"]:
+        """Keys and values of every layer, ``[batch, layers, 2, slots, rank]``, read for every new token.
+
+        A model whose weights are not all at hand (offloaded, partitioned) reads the memory as it is.
+        """
+        if memory.ndim == 5:
+            return memory
+        ffns = [layer.mlp for layer in decoder_layers(self.language_model)]
+        shared = (self.reader.key_positions, self.reader.value_positions)
+        if any(p.is_meta or not p.numel() for p in (*shared, *(ffn.gain_in for ffn in ffns))):
+            return memory
+        prepared = [
+            prepare_memory(one, *(p.to(one.device) for p in (ffn.gain_in, ffn.gain_out, *shared)))
+            for ffn, one in zip(ffns, memory.unbind(dim=1), strict=True)
+        ]
+        return torch.stack(prepared, dim=1)
+
+    def set_memory(self, memory: Float[Tensor, "batch layers *slots rank"] | None) -> None:
+        """Hands each layer its memory, prepared or not, until the next call."""
         layers = decoder_layers(self.language_model)
         # unbind, not an index a layer: the latter's backward fills a tensor of the whole size each time.
         slices = [None] * len(layers) if memory is None else memory.unbind(dim=1)
@@ -198,7 +217,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: Float[Tensor, "batch 3 height width"] | None = None,
         has_image: Bool[Tensor, " batch"] | None = None,
         labels: Int[Tensor, "batch tokens"] | None = None,
-        visual_memory: Float[Tensor, "batch layers slots rank"] | None = None,
+        visual_memory: Float[Tensor, "batch layers *slots rank"] | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch tokens dim"] | None = None,
         position_ids: Int[Tensor, "batch tokens"] | None = None,
@@ -207,8 +226,8 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """One pass.
 
         With ``labels`` logits are computed at the supervised positions alone and only losses are
-        returned. Without, logits at every position, as ``generate`` needs. ``visual_memory`` takes the
-        place of pictures that are encoded already; without either, rows are text-only.
+        returned. Without, logits at every position, as ``generate`` needs. ``visual_memory``, prepared or
+        not, takes the place of pictures that are encoded already; without either, rows are text-only.
 
         Pictures without ``has_image`` all count.
         """
@@ -302,12 +321,14 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Int[Tensor, "batch new_tokens"]:
         """Generates as ``GenerationMixin.generate``, encoding each picture once.
 
+        Every layer's keys and values are computed before the first token and read by all.
+
         Args:
             input_ids: prompts, padded on the left.
             pixel_values: a picture a row, or None.
             has_image: rows whose picture counts; None means all.
             attention_mask: 1 at prompt tokens.
-            **kwargs: whatever ``GenerationMixin.generate`` takes.
+            **kwargs: whatever ``GenerationMixin.generate`` takes; ``visual_memory`` of ``encode_images``.
 
         Returns:
             The new tokens only, whatever ``fusion`` is.
@@ -315,8 +336,13 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         embeds = self.get_input_embeddings()(input_ids)
-        if self.config.fusion == "ffn" and pixel_values is not None:
-            kwargs["visual_memory"], _ = self.encode_images(pixel_values, has_image)
+        if self.config.fusion == "ffn":
+            memory = kwargs.get("visual_memory")
+            if memory is None and pixel_values is not None:
+                memory, _ = self.encode_images(pixel_values, has_image)
+            if memory is None:
+                memory = self._text_only_memory(embeds)
+            kwargs["visual_memory"] = self.prepare_memory(memory)
         elif self.config.fusion == "prefix" and pixel_values is not None:
             embeds, attention_mask, _ = self._prepend_prefix(
                 embeds, attention_mask, None, pixel_values, has_image

@@ -32,6 +32,32 @@ def read_memory(
     return (read * gain_out) @ w_out
 
 
+def prepare_memory(
+    memory: Float[Tensor, "batch slots rank"],
+    gain_in: Float[Tensor, " rank"],
+    gain_out: Float[Tensor, " rank"],
+    key_positions: Float[Tensor, "slots rank"],
+    value_positions: Float[Tensor, "slots rank"],
+) -> Float[Tensor, "batch 2 slots rank"]:
+    """Keys and values as decoding reads them for every token: positions added, gains and scale multiplied in.
+
+    keys = (S + P_k) * a / sqrt(r);  values = (S + P_v) * b.
+    """
+    keys = (memory + key_positions) * (gain_in * memory.shape[-1] ** -0.5)
+    return torch.stack([keys, (memory + value_positions) * gain_out], dim=1)
+
+
+def read_prepared(
+    x: Float[Tensor, "batch tokens dim"],
+    prepared: Float[Tensor, "batch 2 slots rank"],
+    w_query: Float[Tensor, "dim rank"],
+    w_out: Float[Tensor, "rank dim"],
+) -> Float[Tensor, "batch tokens dim"]:
+    """As ``read_memory``, of a memory that ``prepare_memory`` made: half as many operations a token."""
+    keys, values = prepared.unbind(dim=1)
+    return F.silu((x @ w_query) @ keys.transpose(1, 2)) @ values @ w_out
+
+
 class MemoryReader(nn.Module):
     """The reader's parameters that all LLM layers share: query and output maps, position memory.
 
@@ -52,7 +78,9 @@ class MemoryReader(nn.Module):
         self.value_positions = nn.Parameter(torch.zeros(num_slots, rank))
 
     def forward(self, x: Tensor, memory: Tensor, gain_in: Tensor, gain_out: Tensor) -> Tensor:
-        """Calls ``read_memory`` with this module's parameters; shapes as there."""
+        """Calls ``read_memory``, or ``read_prepared`` for a memory of four dimensions; shapes as there."""
+        if memory.ndim == 4:
+            return read_prepared(x, memory, self.w_query, self.w_out)
         return read_memory(
             x,
             memory,

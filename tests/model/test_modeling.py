@@ -175,6 +175,20 @@ def test_the_picture_is_encoded_once_for_a_whole_generation(inputs) -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_memory_may_be_given_encoded_or_prepared(inputs, beams) -> None:
+    model = build_model(trained=True)
+    ids, settings = inputs["input_ids"], {"max_new_tokens": 5, "num_beams": beams, "pad_token_id": 0}
+    expected = model.generate(ids, inputs["pixel_values"], inputs["has_image"], **settings)
+    encoded, _ = model.encode_images(inputs["pixel_values"], inputs["has_image"])
+    prepared = model.prepare_memory(encoded)
+    assert prepared.shape == (*encoded.shape[:2], 2, *encoded.shape[2:])
+    for memory in (encoded, prepared):
+        assert torch.equal(model.generate(ids, visual_memory=memory, **settings), expected)
+    logits = [model(ids, visual_memory=memory).logits for memory in (encoded, prepared)]
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("text", "vision"), BACKBONES)
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_saved_and_loaded_weights_are_the_same_bits(tmp_path, text: str, vision: str, fusion: str) -> None:

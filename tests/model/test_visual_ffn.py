@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dehvf_ds.model.visual_ffn import MemoryReader, VisualFFN, read_memory
+from dehvf_ds.model.visual_ffn import MemoryReader, VisualFFN, prepare_memory, read_memory, read_prepared
 
 NAMES = ("x", "memory", "gain_in", "gain_out", "w_query", "w_out", "key_positions", "value_positions")
 
@@ -45,6 +45,14 @@ def test_rank_space_equals_the_materialised_ffn_memory_forward_and_backward() ->
     (expected * weights).sum().backward()
     for name in NAMES:
         torch.testing.assert_close(mine[name].grad, reference[name].grad, rtol=1e-5, atol=1e-4)
+
+
+def test_a_prepared_memory_is_read_as_the_plain_one() -> None:
+    given = tensors()
+    prepared = prepare_memory(*(given[name] for name in NAMES if name not in ("x", "w_query", "w_out")))
+    assert prepared.shape == (2, 2, 7, 6)
+    found = read_prepared(given["x"], prepared, given["w_query"], given["w_out"])
+    torch.testing.assert_close(found, read_memory(*given.values()), rtol=1e-5, atol=1e-5)
 
 
 def test_rank_space_keeps_no_wide_memory_for_backward() -> None:
