@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
         ModelError: nothing readable is there, or a vision part is asked of a model without one.
     """
     kind = "vision tower" if vision else "language model"
+    if _is_path(source) and not Path(source).is_dir():
+        where = "" if Path(source).is_absolute() else f" in {Path.cwd()}"
+        flag = kind.replace(" ", "_")
+        raise ModelError(f"{kind} {source}: no such directory{where}; set {flag} to where it lies")
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -53,6 +58,11 @@ def load_backbone(
     if missing:
         raise ModelError(f"{source}: the checkpoint lacks {len(missing)} weights, {missing[0]} among them")
     return model
+
+
+def _is_path(source: str) -> bool:
+    """Whether it cannot be a hub id, which has one slash at most."""
+    return source.startswith((".", "~", "/")) or source.rstrip("/").count("/") > 1
 
 
 def _first_line(error: Exception) -> str:
