@@ -58,3 +58,16 @@ def test_a_language_model_is_no_vision_tower(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(text_config()).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="a llama model has no patches"):
         load_backbone_config(str(tmp_path), vision=True)
+
+
+@pytest.mark.parametrize("vision", [False, True])
+def test_a_path_that_lies_elsewhere_is_named_with_its_remedy(tmp_path, monkeypatch, vision) -> None:
+    monkeypatch.chdir(tmp_path)
+    kind = "vision tower" if vision else "language model"
+    with pytest.raises(
+        ModelError, match=f"{kind} data/bases/one: no such directory in {tmp_path}; set"
+    ) as found:
+        load_backbone_config("data/bases/one", vision=vision)
+    assert kind.replace(" ", "_") in str(found.value)
+    with pytest.raises(ModelError, match="/nowhere: no such directory; set"):
+        load_backbone_config("/nowhere", vision=vision)
