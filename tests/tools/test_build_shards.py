@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -373,16 +374,21 @@ def contents(directory):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_build_goes_on(run, many, tmp_path, number, monkeypatch):
     out, mark = tmp_path / "out", f"mark-{tmp_path.name}"
-    monkeypatch.setenv("BUILD_MARK", mark)
-    with start([*many, "--output", out], start_new_session=True) as process:
-        monkeypatch.delenv("BUILD_MARK")
-        wait_for_shards(out, 6)
-        if number == signal.SIGINT:
-            # As a terminal does: every process of the group gets it.
-            os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
-        _, err = process.communicate(timeout=30)
+    # On a busy machine a build may end before its signal comes: once more then.
+    for _ in range(5):
+        shutil.rmtree(out, ignore_errors=True)
+        monkeypatch.setenv("BUILD_MARK", mark)
+        with start([*many, "--output", out], start_new_session=True) as process:
+            monkeypatch.delenv("BUILD_MARK")
+            wait_for_shards(out, 6)
+            if number == signal.SIGINT:
+                # As a terminal does: every process of the group gets it.
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+            _, err = process.communicate(timeout=30)
+        if process.returncode != 0:
+            break
     if number == signal.SIGINT:
         assert (process.returncode, err) == (130, "interrupted; the same call again goes on\n")
         assert not list(out.glob(".*.part"))
