@@ -12,11 +12,12 @@ RANKS ?= 2
 export PATH := $(abspath $(BIN)):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: demo test chaos check format clean help
+.PHONY: demo test test-slurm chaos check format clean help
 
 help:
 	@echo "make demo    prepare, train, evaluate, export and show the demo (about 20 minutes on two CPU cores)"
 	@echo "make test    install and run every test"
+	@echo "make test-slurm  the job scripts on a SLURM of two nodes, started here (root; some six minutes)"
 	@echo "make check   ruff, pyright, import-linter"
 
 # --- set-up ---
@@ -61,6 +62,13 @@ demo: $(DATA)/backbones/.done $(DATA)/scenes/.done
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Debian's SLURM, where it can be installed; the tests skip by name where it cannot.
+test-slurm: $(INSTALLED)
+	@if [ "$$(id -u)" = 0 ] && ! command -v slurmctld >/dev/null && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -qq -y slurm-wlm munge; \
+	fi
+	$(BIN)/python -m pytest tests/slurm
 
 # Kills a two-rank run at 20 moments and compares it with one that was never killed; some seven minutes.
 chaos: $(INSTALLED)

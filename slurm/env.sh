@@ -1,14 +1,160 @@
-# Sourced by the job scripts: what every rank's environment needs. Everything can be set before `sbatch`.
+# shellcheck shell=bash
+# Sourced by the job scripts through $SLURM_SUBMIT_DIR: environment, launch, and what to do when a job ends.
+# Whatever is set before `sbatch` wins over what is set here.
 
-# The Python environment; `make test` or `make demo` makes .venv.
-source "${DEHVF_VENV:-$SLURM_SUBMIT_DIR/.venv}/bin/activate"
+# --- modules, container, Python ---
 
-# All ranks meet at the first node; the port follows from the job, so that two jobs do not collide.
-export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
-export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
+if [ -n "${DEHVF_MODULES:-}" ]; then
+  # shellcheck disable=SC2086  # several names
+  module load $DEHVF_MODULES
+fi
+if [ -z "${DEHVF_CONTAINER:-}" ]; then
+  activate="${DEHVF_VENV:-$PWD/.venv}/bin/activate"
+  if [ ! -f "$activate" ]; then
+    echo "error: $activate: no such file; make .venv (README), or name an environment in DEHVF_VENV" >&2
+    exit 2
+  fi
+  # shellcheck disable=SC1090
+  source "$activate"
+fi
 
+# --- communication ---
+
+# All ranks meet at the first node. The port follows from the job, below the ports that systems hand out themselves
+# (32768 on Linux), so that jobs on the same node do not collide.
+export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" 2>/dev/null | head -n 1)}"
+export MASTER_PORT="${MASTER_PORT:-$((10000 + ${SLURM_JOB_ID:-0} % 20000))}"
+# A rank waits so long for a silent other (a node that died without a word) before the job ends.
+TIMEOUT_MINUTES="${TIMEOUT_MINUTES:-4}"
 # An error in one rank ends the others instead of leaving them waiting.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
+# The flight recorder: on a timeout every rank writes which collectives it entered, last ones first to differ.
+export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
+export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+# Warnings of NCCL name the interface or the peer that failed; INFO would be pages a rank.
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+# NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the network interface where a node has several and the first is
+# not the one; NCCL_IB_HCA the InfiniBand adapters. No value of ours would be right on every cluster.
+
 # Loader workers are processes of their own; a thread pool in each would oversubscribe the node.
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 export PYTHONUNBUFFERED=1
+
+# --- logs ---
+
+# The job's own log is sbatch's --output; here each rank has its file, and NCCL's flight recorder its dumps.
+LOG_DIR="${LOG_DIR:-$PWD/slurm-logs/${SLURM_JOB_NAME:-login}-${SLURM_JOB_ID:-0}}"
+export LOG_DIR TORCH_FR_DUMP_TEMP_FILE="$LOG_DIR/flight-" TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$LOG_DIR/flight-"
+
+# Runs a command in every task of the job. srun does not inherit --cpus-per-task on every version of SLURM. A rank that
+# fails breaks the others' connections, which end by themselves; what then still hangs is ended after two minutes. Ended at
+# once, a mistake that every rank is about to name would look like a crash: srun tells the largest exit code.
+launch() {
+  mkdir -p "$LOG_DIR"
+  local options=(--kill-on-bad-exit=0 --wait=120 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}") inside=()
+  if [ -n "${DEHVF_CONTAINER:-}" ]; then
+    if srun --help | grep -q -- --container-image; then
+      options+=(--container-image="$DEHVF_CONTAINER" --container-mounts="${DEHVF_MOUNTS:-$PWD:$PWD}" --container-workdir="$PWD")
+    else
+      inside=(apptainer exec --nv --bind "${DEHVF_MOUNTS:-$PWD:$PWD}" --pwd "$PWD" "$DEHVF_CONTAINER")
+    fi
+  fi
+  srun "${options[@]}" bash slurm/rank.sh "${inside[@]}" "$@"
+}
+
+# --- data on the nodes' own disks ---
+
+# stage DIR: copies a directory of shards below $DEHVF_STAGE on every node, once, and prints where; DIR itself where
+# nothing is to be staged.
+stage() {
+  if [ -z "${DEHVF_STAGE:-}" ] || [ ! -d "$1" ]; then
+    echo "$1"
+    return
+  fi
+  local there
+  there="$DEHVF_STAGE/$(realpath "$1" | sha256sum | cut -c1-12)-$(basename "$1")"
+  # shellcheck disable=SC2016  # expanded on the nodes
+  srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c '
+    cmp -s "$1/manifest.json" "$2/manifest.json" && exit
+    part="$2.$SLURM_JOB_ID.part"
+    rm -rf "$part" && mkdir -p "$part" && cp -r "$1/." "$part" && rm -rf "$2" && mv "$part" "$2"
+  ' stage "$1" "$there" >&2
+  echo "$there"
+}
+
+# --- the end of a job ---
+
+# flag NAME DEFAULT ARGUMENTS...: the value of the last `NAME VALUE` or `NAME=VALUE` among the arguments.
+flag() {
+  local name="$1" value="$2"
+  shift 2
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      "$name") value="${2:-}" ;;
+      "$name"=*) value="${1#*=}" ;;
+    esac
+    shift
+  done
+  echo "$value"
+}
+
+# The last step of a run that was written down; `start` before the first.
+last_step() {
+  local step
+  step="$(tail -n 1 "$1/metrics.jsonl" 2>/dev/null | grep -o '"step": *[0-9]*' | grep -o '[0-9]*$' || true)"
+  echo "${step:-start}"
+}
+
+# finish CODE RUN_DIR: ends the job, or puts it back into the queue.
+#   85    stopped on request (time limit, preemption): goes on.
+#   0, 2  done, or the user's mistake: ends.
+#   other a failure: goes on, unless it failed at this very step before.
+# MAX_REQUEUES (20) bounds all of it.
+finish() {
+  local code="$1" run_dir="$2" restarts="${SLURM_RESTART_COUNT:-0}" step failures="$2/failures.txt"
+  case "$code" in
+    0 | 2) exit "$code" ;;
+  esac
+  # Where SLURM ends the job itself (scancel, a dead node, preemption by requeue), it also decides what becomes of it.
+  if [ "$(squeue -h -j "$SLURM_JOB_ID" -t all -o %T)" != RUNNING ]; then
+    exit "$code"
+  fi
+  case "$code" in
+    85) echo "stopped on request; the job goes on later" ;;
+    *)
+      step="$(last_step "$run_dir")"
+      if grep -qs " step $step\$" "$failures"; then
+        echo "error: failed twice at step $step (exit code $code); not requeued. Logs of the ranks: $LOG_DIR" >&2
+        exit "$code"
+      fi
+      mkdir -p "$run_dir" && echo "job $SLURM_JOB_ID restart $restarts code $code step $step" >>"$failures"
+      echo "failed at step $step with exit code $code; the job goes on from its last checkpoint" >&2
+      ;;
+  esac
+  if [ "$restarts" -ge "${MAX_REQUEUES:-20}" ]; then
+    echo "error: requeued $restarts times already (MAX_REQUEUES); submit it again to go on" >&2
+    exit "$code"
+  fi
+  scontrol requeue "$SLURM_JOB_ID"
+  # SLURM ends this script; where the job may not be requeued, its code says why it stopped.
+  sleep 30
+  exit "$code"
+}
+
+# train RECIPE ARGUMENTS...: what the training scripts do. With --check first, a look at everything that can be known on
+# a login node, without a job.
+train() {
+  local recipe="$1" run_dir code=0
+  shift
+  if [ "${1:-}" = --check ]; then
+    shift
+    DS_ACCELERATOR=cpu python dehvf_ds/train.py --deepspeed "$DS_CONFIG" --config "$recipe" "$@" --dry-run
+    exit
+  fi
+  run_dir="$(flag --run_dir "${RUN_DIR:-runs/$(basename "$recipe" .yaml)}" "$@")"
+  # USR1 (--signal, scancel) reaches the ranks alone; SIGTERM may reach this shell too, which has to outlive them.
+  trap : TERM USR1
+  launch python dehvf_ds/train.py --deepspeed "$DS_CONFIG" --config "$recipe" --run_dir "$run_dir" \
+    --train.timeout_minutes "$TIMEOUT_MINUTES" "$@" || code=$?
+  finish "$code" "$run_dir"
+}

@@ -6,28 +6,33 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=USR1@300
 #SBATCH --output=slurm-%x-%j.log
 #SBATCH --open-mode=append
+##SBATCH --account=
+##SBATCH --partition=
 
 # Trains on COCO Captions, one task a GPU. From the repository's root:
 #
 #     sbatch slurm/train_coco.sh
 #     sbatch --nodes 4 slurm/train_coco.sh --train.micro_batch_size 8
+#     bash slurm/train_coco.sh --check            # on the login node, before
 #
-# Arguments go to train.py. RECIPE and DS_CONFIG in the environment choose others than these, which plan.py
-# recommends for 80 GB GPUs. While weights load, zero2.json takes some 213 GB of host memory a node; zero3.json and
-# zero3_hpz.json, for smaller GPUs or hosts, 27 GB. --mem=0 asks for all that a node has.
+# Arguments go to train.py. The settings below are also taken from the environment (slurm/README.md). plan.py recommends
+# this DeepSpeed JSON for GPUs of 80 GB; while weights load, zero2.json takes some 213 GB of host memory a node,
+# zero3.json and zero3_hpz.json, for smaller GPUs or hosts, 27 GB. --mem=0 asks for all that a node has.
 RECIPE="${RECIPE:-coco_llama13b}"
 DS_CONFIG="${DS_CONFIG:-ds_configs/zero2.json}"
+# RUN_DIR=runs/coco_llama13b        results and checkpoints, on a file system that all nodes share
+# DEHVF_VENV=$PWD/.venv             Python environment, or DEHVF_CONTAINER=image and DEHVF_MOUNTS=/data:/data
 
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch from the repository root}"
+cd "${SLURM_SUBMIT_DIR:-$PWD}"
 if [ ! -f slurm/env.sh ]; then
-  echo "error: $SLURM_SUBMIT_DIR/slurm/env.sh: no such file; run sbatch from the repository root" >&2
+  echo "error: $PWD/slurm/env.sh: no such file; submit from the repository's root" >&2
   exit 2
 fi
 source slurm/env.sh
 
-# srun does not inherit --cpus-per-task on every version of SLURM.
-srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-  python dehvf_ds/train.py --deepspeed "$DS_CONFIG" --config "$RECIPE" "$@"
+train "$RECIPE" "$@"

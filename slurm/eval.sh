@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=dehvf-eval
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --output=slurm-%x-%j.log
+#SBATCH --open-mode=append
+##SBATCH --account=
+##SBATCH --partition=
+
+# Evaluates a run, an adapter or a merged model, one task a GPU. From the repository's root:
+#
+#     sbatch slurm/eval.sh --model runs/coco_llama13b --data data/coco/test
+#
+# Arguments go to eval.py. A job that was cut off goes on where it was when it is submitted again, or requeued.
+
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$PWD}"
+if [ ! -f slurm/env.sh ]; then
+  echo "error: $PWD/slurm/env.sh: no such file; submit from the repository's root" >&2
+  exit 2
+fi
+source slurm/env.sh
+
+launch python dehvf_ds/eval.py "$@"

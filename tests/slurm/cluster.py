@@ -1,0 +1,206 @@
+"""A SLURM of two nodes on this machine: controller, munge and two slurmd, in a folder of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
+
+CONFIGURATION = """
+ClusterName=dehvf
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+# A requeued job waits until the credentials of its last run have expired.
+AuthInfo=socket={root}/munge/socket,cred_expire=5
+CryptoType=crypto/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+MpiDefault=none
+ReturnToService=2
+SlurmctldPort={port}
+SlurmdTimeout=20
+KillWait=10
+SchedulerParameters=sched_interval=2,bf_interval=2
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool.%n
+SlurmctldPidFile={root}/ctld.pid
+SlurmdPidFile={root}/slurmd.%n.pid
+SlurmctldLogFile={root}/ctld.log
+SlurmdLogFile={root}/slurmd.%n.log
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=2 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def missing() -> list[str]:
+    """What this machine lacks for a SLURM of its own."""
+    lacks = [name for name in PROGRAMS if shutil.which(name) is None]
+    return lacks + ([] if os.geteuid() == 0 else ["root"])
+
+
+class Cluster:
+    """The running daemons, and SLURM's commands against them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._environment = os.environ | {"SLURM_CONF": str(root / "slurm.conf")}
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self) -> None:
+        """Starts everything and waits until both nodes answer."""
+        for folder in ("state", "spool.n1", "spool.n2", "munge"):
+            (self.root / folder).mkdir(parents=True, exist_ok=True)
+        (self.root / "munge").chmod(0o755)
+        key = self.root / "munge/key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        host = socket.gethostname().partition(".")[0]
+        port, first, last = _free_ports()
+        (self.root / "slurm.conf").write_text(
+            CONFIGURATION.format(root=self.root, host=host, port=port, first=first, last=last)
+        )
+        folder = self.root / "munge"
+        self._run_daemon(
+            "munged",
+            *("munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/socket"),
+            *(f"--pid-file={folder}/pid", f"--log-file={folder}/log", f"--seed-file={folder}/seed"),
+        )
+        wait_for(lambda: (folder / "socket").exists(), 20, "munge")
+        self._run_daemon("slurmctld", "slurmctld", "-D")
+        for name in ("n1", "n2"):
+            self.start_node(name)
+        wait_for(self.is_idle, 60, "two idle nodes")
+
+    def is_idle(self) -> bool:
+        """Whether both nodes answer and do nothing."""
+        return self.call("sinfo", "-h", "-o", "%D %t", check=False).strip() == "2 idle"
+
+    def start_node(self, name: str) -> None:
+        """Starts a node's daemon."""
+        self._run_daemon(name, "slurmd", "-D", "-N", name)
+
+    def kill_node(self, name: str) -> None:
+        """Ends a node as a power cut does: its daemon, its step managers, its tasks."""
+        self._daemons.pop(name).kill()
+        tasks = _processes_of_node(name)
+        managers = {parent for parent in map(_parent, tasks) if "slurmstepd" in _command(parent)}
+        for pid in tasks | managers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Ends all jobs and daemons."""
+        self.call("scancel", "-u", "root", check=False)
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: not self.call("squeue", "-h", check=False).strip(), 20, "no jobs")
+        for process in reversed(list(self._daemons.values())):
+            process.terminate()
+        for process in self._daemons.values():
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    def call(self, *command: str, check: bool = True, cwd: Path | None = None, **env: str) -> str:
+        """Runs one of SLURM's commands and returns what it prints."""
+        found = subprocess.run(
+            command,
+            env=self._environment | env,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert not check or found.returncode == 0, f"{command}: {found.stdout}{found.stderr}"
+        return found.stdout
+
+    def submit(self, *arguments: str, cwd: Path, **env: str) -> str:
+        """Submits a script with CPU settings; returns the job's number."""
+        options = ["--parsable", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0"]
+        return self.call("sbatch", *options, *arguments, cwd=cwd, **env).strip()
+
+    def show(self, job: str) -> dict[str, str]:
+        """What scontrol knows of a job."""
+        words = self.call("scontrol", "show", "job", job, "-o").split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait(self, job: str, timeout_s: float = 120) -> dict[str, str]:
+        """Waits until a job has ended for good."""
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+        wait_for(lambda: self.show(job)["JobState"] in ended, timeout_s, f"the end of job {job}")
+        return self.show(job)
+
+    def _run_daemon(self, name: str, *command: str) -> None:
+        with (self.root / f"{name}.out").open("ab") as out:
+            self._daemons[name] = subprocess.Popen(command, env=self._environment, stdout=out, stderr=out)
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    """Asks until it holds.
+
+    Raises:
+        AssertionError: it did not in time.
+    """
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"no {what} within {timeout_s:g} s"
+        time.sleep(0.25)
+
+
+@contextlib.contextmanager
+def running(root: Path) -> Iterator[Cluster]:
+    """A cluster for a while."""
+    cluster = Cluster(root)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def _free_ports() -> tuple[int, int, int]:
+    for base in range(16800, 17800, 10):
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(base, base + 3):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return base, base + 1, base + 2
+    raise AssertionError("no free ports")
+
+
+def _processes_of_node(name: str) -> set[int]:
+    wanted = f"SLURMD_NODENAME={name}".encode()
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if wanted in path.read_bytes().split(b"\0"):
+                found.add(int(path.parent.name))
+    return found
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def _command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    return ""

@@ -1,0 +1,187 @@
+"""The job scripts on a real SLURM of two nodes: ranks, requeues, dead nodes, neighbours, mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from slurm.cluster import Cluster, missing, running, wait_for
+from tiny_entries import arguments, start
+from training.launch import REPOSITORY
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(missing()), reason=f"a SLURM of its own needs {', '.join(missing())}"),
+]
+
+SCRIPT = "slurm/train_coco.sh"
+
+
+@dataclass
+class Site:
+    """Where jobs run, and what they are given."""
+
+    cluster: Cluster
+    world: Path
+    root: Path
+
+    def environment(self, run: str) -> dict[str, str]:
+        return {
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            # Both nodes are this machine, and their names are known to SLURM alone.
+            "MASTER_ADDR": "127.0.0.1",
+            "DEHVF_VENV": sys.prefix,
+            "RECIPE": str(self.world / "recipe.yaml"),
+            "DS_CONFIG": str(self.world / "ds.json"),
+            "RUN_DIR": str(self.root / run),
+            "LOG_DIR": str(self.root / f"{run}-logs"),
+        }
+
+    def submit(self, run: str, *more: str, options: tuple[str, ...] = (), script: str = SCRIPT) -> str:
+        output = ("--output", str(self.root / f"{run}.log"))
+        return self.cluster.submit(*options, *output, script, *more, cwd=REPOSITORY, **self.environment(run))
+
+    def log(self, run: str) -> str:
+        path = self.root / f"{run}.log"
+        return path.read_text() if path.exists() else ""
+
+    def lines(self, run: str) -> list[dict]:
+        path = self.root / run / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def num_steps(self, run: str) -> int:
+        try:
+            return self.lines(run)[-1]["step"]
+        except (IndexError, ValueError):
+            return 0
+
+
+def assert_same_course(found: list[dict], expected: list[dict]) -> None:
+    """Steps and samples are the same, and losses to the rounding of another number of ranks."""
+    for key in ("step", "rows_crc"):
+        assert [line[key] for line in found] == [line[key] for line in expected]
+    assert [line["train/loss"] for line in found] == pytest.approx(
+        [line["train/loss"] for line in expected], abs=1e-4
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, world) -> Iterator[Site]:
+    root = tmp_path_factory.mktemp("slurm")
+    with running(root / "cluster") as cluster:
+        yield Site(cluster, world, root)
+
+
+LONG = ("--train.steps", "120", "--train.save_every", "40")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(site) -> list[dict]:
+    """The metrics of a long run on one process that nothing disturbed."""
+    found = start("dehvf_ds/train.py", arguments(site.world, "undisturbed", *LONG))
+    assert found.returncode == 0, found.stderr
+    path = site.world / "runs/undisturbed/metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_two_nodes_side_by_side_with_another_job_equal_one_process(site, undisturbed) -> None:
+    jobs = {run: site.submit(run, *LONG) for run in ("one", "two")}
+    for run, job in jobs.items():
+        ended = site.cluster.wait(job, 180)
+        assert ended["JobState"] == "COMPLETED", site.log(run)
+        assert ended["Restarts"] == "0"
+        assert ended["NodeList"] == "n[1-2]"
+        assert_same_course(site.lines(run), undisturbed)
+        ranks = {path.name: path.read_text() for path in (site.root / f"{run}-logs").glob("rank-*.log")}
+        assert sorted(ranks) == ["rank-0.log", "rank-1.log"]
+        assert "on n1" in ranks["rank-0.log"]
+        assert "on n2" in ranks["rank-1.log"]
+        assert "on 2 x cpu" in site.log(run)
+
+
+def test_a_signal_saves_requeues_and_goes_on(site, undisturbed) -> None:
+    job = site.submit("signal", *LONG)
+    wait_for(lambda: site.num_steps("signal") > 50, 90, "step 50")
+    site.cluster.call("scancel", "--signal=USR1", job)
+    ended = site.cluster.wait(job, 180)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), site.log("signal")
+    assert "stopped on request after step" in site.log("signal")
+    assert_same_course(site.lines("signal"), undisturbed)
+
+
+def test_a_time_limit_saves_requeues_and_goes_on(site) -> None:
+    steps = ("--train.steps", "4000", "--train.save_every", "1000")
+    job = site.submit("limit", *steps, options=("--time=1", "--signal=USR1@25"))
+    wait_for(lambda: site.cluster.show(job)["Restarts"] == "1", 120, "requeue at the time limit")
+    before = site.log("limit")
+    assert "stopped on request after step" in before
+    stopped = site.num_steps("limit")
+    wait_for(lambda: site.num_steps("limit") > stopped, 90, "step after the requeue")
+    site.cluster.call("scancel", job)
+    assert [line["step"] for line in site.lines("limit")][:stopped] == list(range(1, stopped + 1))
+    site.cluster.wait(job)
+
+
+# As many nodes as there are, from one to two: without --spread-job SLURM gives the fewest.
+SHRINKING = ("--nodes=1-2", "--ntasks=2", "--ntasks-per-node=2", "--spread-job")
+
+
+def test_a_node_that_dies_ends_the_job_which_goes_on_with_the_other(site, undisturbed) -> None:
+    job = site.submit("dead", *LONG, options=SHRINKING)
+    wait_for(lambda: site.num_steps("dead") > 50, 90, "step 50")
+    assert site.cluster.show(job)["NumNodes"] == "2"
+    site.cluster.kill_node("n2")
+    try:
+        ended = site.cluster.wait(job, 240)
+        assert ended["JobState"] == "COMPLETED", site.log("dead")
+        assert ended["Restarts"] == "1"
+        assert ended["NodeList"] == "n1"
+        assert_same_course(site.lines("dead"), undisturbed)
+    finally:
+        site.cluster.start_node("n2")
+        wait_for(site.cluster.is_idle, 90, "the node's return")
+
+
+def test_a_run_that_fails_twice_at_one_step_stops_and_says_so(site) -> None:
+    job = site.submit("broken", "--train.steps", "40", "--train.lr", "1e30", "--train.max_bad_steps", "3")
+    ended = site.cluster.wait(job, 120)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "1"), site.log(
+        "broken"
+    )
+    assert "goes on from its last checkpoint" in site.log("broken")
+    assert "error: failed twice at step" in site.log("broken")
+
+
+def test_a_wrong_path_is_one_line_within_seconds(site) -> None:
+    started = time.monotonic()
+    job = site.submit("wrong", "--data.train", "/nowhere")
+    ended = site.cluster.wait(job, 60)
+    seconds = time.monotonic() - started
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
+    errors = [line for line in site.log("wrong").splitlines() if "error: /nowhere" in line]
+    assert len(errors) == 1, site.log("wrong")
+    assert seconds < 20
+
+
+def test_the_login_node_finds_it_before(site) -> None:
+    command = ["bash", SCRIPT, "--check", "--data.train", "/nowhere"]
+    environment = os.environ | site.environment("check")
+    found = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert found.returncode == 2
+    assert "error: /nowhere: no such directory" in found.stderr
+    found = subprocess.run(
+        command[:3], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert "nothing is wrong" in found.stdout
