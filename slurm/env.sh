@@ -46,12 +46,17 @@ export PYTHONUNBUFFERED=1
 LOG_DIR="${LOG_DIR:-$PWD/slurm-logs/${SLURM_JOB_NAME:-login}-${SLURM_JOB_ID:-0}}"
 export LOG_DIR TORCH_FR_DUMP_TEMP_FILE="$LOG_DIR/flight-" TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$LOG_DIR/flight-"
 
-# Runs a command in every task of the job. srun does not inherit --cpus-per-task on every version of SLURM. A rank that
-# fails breaks the others' connections, which end by themselves; what then still hangs is ended after two minutes. Ended at
-# once, a mistake that every rank is about to name would look like a crash: srun tells the largest exit code.
+# Runs a command in every task of the job and returns its code. srun does not inherit --cpus-per-task on every version of
+# SLURM. A rank that fails breaks the others' connections, which end by themselves, and is not to end them at once: a
+# mistake that every rank is about to name would look like a crash, since srun tells the largest code. LINGER_S seconds
+# after the first failure whatever is left is given up: srun would wait for the tasks of a dead node as long as SLURM
+# needs to notice its death, minutes.
+LINGER_S="${LINGER_S:-30}"
 launch() {
   mkdir -p "$LOG_DIR"
-  local options=(--kill-on-bad-exit=0 --wait=120 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}") inside=()
+  local options=(--kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}") inside=()
+  # Of a job that goes on with fewer nodes SLURM still tells the tasks that it had.
+  if [ -n "${SLURM_NTASKS_PER_NODE:-}" ]; then options+=(--ntasks="$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))"); fi
   if [ -n "${DEHVF_CONTAINER:-}" ]; then
     if srun --help | grep -q -- --container-image; then
       options+=(--container-image="$DEHVF_CONTAINER" --container-mounts="${DEHVF_MOUNTS:-$PWD:$PWD}" --container-workdir="$PWD")
@@ -59,7 +64,20 @@ launch() {
       inside=(apptainer exec --nv --bind "${DEHVF_MOUNTS:-$PWD:$PWD}" --pwd "$PWD" "$DEHVF_CONTAINER")
     fi
   fi
-  srun "${options[@]}" bash slurm/rank.sh "${inside[@]}" "$@"
+  local failed="$LOG_DIR/failed.${SLURM_RESTART_COUNT:-0}" srun code=0 seconds=0
+  rm -f "$failed"
+  srun "${options[@]}" bash slurm/rank.sh "${inside[@]}" "$@" &
+  srun=$!
+  while kill -0 "$srun" 2>/dev/null; do
+    sleep 1
+    if [ -s "$failed" ] && [ $((seconds += 1)) -gt "$LINGER_S" ]; then
+      echo "error: ranks that failed (rank, exit code): $(paste -sd ';' "$failed"); giving the others up" >&2
+      kill -KILL "$srun" 2>/dev/null || true
+      break
+    fi
+  done
+  wait "$srun" || code=$?
+  return "$code"
 }
 
 # --- data on the nodes' own disks ---
@@ -105,11 +123,23 @@ last_step() {
   echo "${step:-start}"
 }
 
+# requeue_with_nodes MIN-MAX: SLURM would ask again for as many tasks as the job had, so that a node less would not do.
+# The job's size can be changed only while it waits.
+requeue_with_nodes() {
+  local tasks=$((${1%-*} * SLURM_NTASKS / SLURM_JOB_NUM_NODES))
+  scontrol requeuehold "$SLURM_JOB_ID"
+  for _ in {1..20}; do
+    if scontrol update JobId="$SLURM_JOB_ID" NumNodes="$1" NumTasks="$tasks"; then break; fi
+    sleep 1
+  done
+  scontrol release "$SLURM_JOB_ID"
+}
+
 # finish CODE RUN_DIR: ends the job, or puts it back into the queue.
 #   85    stopped on request (time limit, preemption): goes on.
 #   0, 2  done, or the user's mistake: ends.
 #   other a failure: goes on, unless it failed at this very step before.
-# MAX_REQUEUES (20) bounds all of it.
+# MAX_REQUEUES (20) bounds all of it. NODES=1-2 lets the job go on with fewer nodes than it began with.
 finish() {
   local code="$1" run_dir="$2" restarts="${SLURM_RESTART_COUNT:-0}" step failures="$2/failures.txt"
   case "$code" in
@@ -135,7 +165,13 @@ finish() {
     echo "error: requeued $restarts times already (MAX_REQUEUES); submit it again to go on" >&2
     exit "$code"
   fi
-  scontrol requeue "$SLURM_JOB_ID"
+  # Requeueing ends this script, which has more to say: a signal that is ignored here is ignored by what it calls, too.
+  trap '' TERM
+  if [ -n "${NODES:-}" ]; then
+    requeue_with_nodes "$NODES"
+  else
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
   # SLURM ends this script; where the job may not be requeued, its code says why it stopped.
   sleep 30
   exit "$code"

@@ -31,7 +31,8 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
 SlurmctldPort={port}
-SlurmdTimeout=20
+# As on real clusters longer than a job needs to notice a dead node by itself.
+SlurmdTimeout=90
 KillWait=10
 SchedulerParameters=sched_interval=2,bf_interval=2
 StateSaveLocation={root}/state
@@ -94,7 +95,9 @@ class Cluster:
 
     def kill_node(self, name: str) -> None:
         """Ends a node as a power cut does: its daemon, its step managers, its tasks."""
-        self._daemons.pop(name).kill()
+        daemon = self._daemons.pop(name)
+        daemon.kill()
+        daemon.wait()
         tasks = _processes_of_node(name)
         managers = {parent for parent in map(_parent, tasks) if "slurmstepd" in _command(parent)}
         for pid in tasks | managers:

@@ -44,11 +44,14 @@ class Site:
             "DS_CONFIG": str(self.world / "ds.json"),
             "RUN_DIR": str(self.root / run),
             "LOG_DIR": str(self.root / f"{run}-logs"),
+            "LINGER_S": "5",
         }
 
-    def submit(self, run: str, *more: str, options: tuple[str, ...] = (), script: str = SCRIPT) -> str:
+    def submit(self, run: str, *more: str, options: tuple[str, ...] = (), **env: str) -> str:
         output = ("--output", str(self.root / f"{run}.log"))
-        return self.cluster.submit(*options, *output, script, *more, cwd=REPOSITORY, **self.environment(run))
+        return self.cluster.submit(
+            *options, *output, SCRIPT, *more, cwd=REPOSITORY, **(self.environment(run) | env)
+        )
 
     def log(self, run: str) -> str:
         path = self.root / f"{run}.log"
@@ -131,12 +134,8 @@ def test_a_time_limit_saves_requeues_and_goes_on(site) -> None:
     site.cluster.wait(job)
 
 
-# As many nodes as there are, from one to two: without --spread-job SLURM gives the fewest.
-SHRINKING = ("--nodes=1-2", "--ntasks=2", "--ntasks-per-node=2", "--spread-job")
-
-
 def test_a_node_that_dies_ends_the_job_which_goes_on_with_the_other(site, undisturbed) -> None:
-    job = site.submit("dead", *LONG, options=SHRINKING)
+    job = site.submit("dead", *LONG, NODES="1-2")
     wait_for(lambda: site.num_steps("dead") > 50, 90, "step 50")
     assert site.cluster.show(job)["NumNodes"] == "2"
     site.cluster.kill_node("n2")
@@ -145,6 +144,7 @@ def test_a_node_that_dies_ends_the_job_which_goes_on_with_the_other(site, undist
         assert ended["JobState"] == "COMPLETED", site.log("dead")
         assert ended["Restarts"] == "1"
         assert ended["NodeList"] == "n1"
+        assert "on 1 x cpu" in site.log("dead")
         assert_same_course(site.lines("dead"), undisturbed)
     finally:
         site.cluster.start_node("n2")
