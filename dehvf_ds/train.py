@@ -114,9 +114,21 @@ def train(run: Checked, questions: Questions | None, stop: StopRequest) -> int:
             max_bad_share=config.data.max_bad_share,
             num_parameters=sum(_numel(p) for p in model.language_model.parameters()),
         )
+
+        def fence() -> None:
+            on_main(world, lambda: None if lease is None else lease.check())
+
+        def save(progress: Progress) -> bool:
+            fence()
+            return checkpoints.save(progress)
+
+        def finish(progress: Progress) -> None:
+            fence()
+            _save_last(config, model, world, dtype, progress)
+
         actions = Actions(
-            checkpoint=checkpoints.save,
-            finish=lambda progress: _save_last(config, model, world, dtype, progress),
+            checkpoint=save,
+            finish=finish,
             validate=None
             if held_out is None
             else partial(validation_loss, engine, held_out, world, dtype, stop),

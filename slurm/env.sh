@@ -18,6 +18,25 @@ if [ -z "${DEHVF_CONTAINER:-}" ]; then
   source "$activate"
 fi
 
+# An image runs by pyxis (enroot) where srun has it, else by apptainer.
+CONTAINER_OPTIONS=() INSIDE=()
+if [ -n "${DEHVF_CONTAINER:-}" ]; then
+  if srun --help 2>/dev/null | grep -q -- --container-image; then
+    CONTAINER_OPTIONS=(--container-image="$DEHVF_CONTAINER" --container-mounts="${DEHVF_MOUNTS:-$PWD:$PWD}" --container-workdir="$PWD")
+  else
+    INSIDE=(apptainer exec --nv --bind "${DEHVF_MOUNTS:-$PWD:$PWD}" --pwd "$PWD" "$DEHVF_CONTAINER")
+  fi
+fi
+
+# alone COMMAND...: runs it once, where tasks would run, without a log of its own.
+alone() {
+  if [ "${#CONTAINER_OPTIONS[@]}" -gt 0 ]; then
+    srun --nodes=1 --ntasks=1 "${CONTAINER_OPTIONS[@]}" "$@"
+  else
+    "${INSIDE[@]}" "$@"
+  fi
+}
+
 # --- communication ---
 
 # All ranks meet at the first node. The port follows from the job, below the ports that systems hand out themselves
@@ -54,7 +73,7 @@ export LOG_DIR TORCH_FR_DUMP_TEMP_FILE="$LOG_DIR/flight-" TORCH_NCCL_DEBUG_INFO_
 LINGER_S="${LINGER_S:-30}"
 launch() {
   mkdir -p "$LOG_DIR"
-  local options=(--kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}") inside=()
+  local options=(--kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${CONTAINER_OPTIONS[@]}")
   # Of a job that goes on with fewer nodes SLURM still tells the tasks that it had.
   if [ -n "${SLURM_NTASKS_PER_NODE:-}" ]; then options+=(--ntasks="$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))"); fi
   if [ -n "${DEHVF_CONTAINER:-}" ]; then
@@ -64,20 +83,56 @@ launch() {
       inside=(apptainer exec --nv --bind "${DEHVF_MOUNTS:-$PWD:$PWD}" --pwd "$PWD" "$DEHVF_CONTAINER")
     fi
   fi
-  local failed="$LOG_DIR/failed.${SLURM_RESTART_COUNT:-0}" srun code=0 seconds=0
+  local failed="$LOG_DIR/failed.${SLURM_RESTART_COUNT:-0}" srun code=0 seconds=0 end=$((SECONDS + ${DEADLINE_S:-315360000}))
   rm -f "$failed"
-  srun "${options[@]}" bash slurm/rank.sh "${inside[@]}" "$@" &
+  srun "${options[@]}" bash slurm/rank.sh "${INSIDE[@]}" "$@" &
   srun=$!
   while kill -0 "$srun" 2>/dev/null; do
     sleep 1
     if [ -s "$failed" ] && [ $((seconds += 1)) -gt "$LINGER_S" ]; then
       echo "error: ranks that failed (rank, exit code): $(paste -sd ';' "$failed"); giving the others up" >&2
-      kill -KILL "$srun" 2>/dev/null || true
-      break
+    elif [ "$SECONDS" -gt "$end" ]; then
+      echo "error: not done after $DEADLINE_S s; giving it up" >&2
+    else
+      continue
     fi
+    kill -KILL "$srun" 2>/dev/null || true
+    break
   done
   wait "$srun" || code=$?
   return "$code"
+}
+
+# --- the nodes' health ---
+
+# check_nodes FLAGS...: looks whether every node can run this, and all together (dehvf_ds/doctor/nodes.py). Ends the job
+# with code 2 where every node shows the same mistake. A sick node ends it with 3; with EXCLUDE_SICK=1 the job goes back
+# into the queue without that node instead.
+check_nodes() {
+  if [ "${HEALTH_CHECK:-1}" != 1 ]; then return; fi
+  local reports="$LOG_DIR/nodes.${SLURM_RESTART_COUNT:-0}" tasks=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES)) code=0 node names
+  tasks="${SLURM_NTASKS_PER_NODE:-$tasks}"
+  mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  rm -rf "$reports" && mkdir -p "$reports"
+  DEADLINE_S="${HEALTH_S:-420}" launch python -m dehvf_ds.doctor.nodes --into "$reports" \
+    --nodes "$(IFS=,; echo "${names[*]}")" --tasks-per-node "$tasks" -- "$@" || code=$?
+  case "$code" in
+    0) return ;;
+    2) exit 2 ;;
+  esac
+  # The first task judges. Where it was not able to, its node is sick, unless others never began.
+  if [ ! -f "$reports/sick" ]; then
+    for node in "${names[@]}"; do
+      if [ "$(find "$reports" -name "$node.*.json" | wc -l)" -lt "$tasks" ]; then echo "$node"; fi
+    done >"$reports/sick"
+    if [ ! -s "$reports/sick" ]; then echo "${names[0]}" >"$reports/sick"; fi
+    echo "error: no word from node $(paste -sd ' ' "$reports/sick")" >&2
+  fi
+  if [ "${EXCLUDE_SICK:-0}" = 1 ] && [ -s "$reports/sick" ]; then
+    cat "$reports/sick" >>"$LOG_DIR/sick"
+    requeue
+  fi
+  exit 3
 }
 
 # --- data on the nodes' own disks ---
@@ -123,23 +178,40 @@ last_step() {
   echo "${step:-start}"
 }
 
-# requeue_with_nodes MIN-MAX: SLURM would ask again for as many tasks as the job had, so that a node less would not do.
-# The job's size can be changed only while it waits.
-requeue_with_nodes() {
-  local tasks=$((${1%-*} * SLURM_NTASKS / SLURM_JOB_NUM_NODES))
-  scontrol requeuehold "$SLURM_JOB_ID"
-  for _ in {1..20}; do
-    if scontrol update JobId="$SLURM_JOB_ID" NumNodes="$1" NumTasks="$tasks"; then break; fi
-    sleep 1
-  done
-  scontrol release "$SLURM_JOB_ID"
+# requeue: puts the job back into the queue, up to MAX_REQUEUES (20) times, and ends this script. NODES=1-2 lets it go on
+# with fewer nodes than it began with; nodes that were found sick are left out.
+requeue() {
+  local settings=() restarts="${SLURM_RESTART_COUNT:-0}"
+  if [ "$restarts" -ge "${MAX_REQUEUES:-20}" ]; then
+    echo "error: requeued $restarts times already (MAX_REQUEUES); submit it again to go on" >&2
+    return
+  fi
+  # SLURM would ask again for as many tasks as the job had, so that a node less would not do.
+  if [ -n "${NODES:-}" ]; then
+    settings+=("NumNodes=$NODES" "NumTasks=$((${NODES%-*} * SLURM_NTASKS / SLURM_JOB_NUM_NODES))")
+  fi
+  if [ -s "$LOG_DIR/sick" ]; then settings+=("ExcNodeList=$(sort -u "$LOG_DIR/sick" | paste -sd ,)"); fi
+  # Requeueing ends this script, which has more to say: a signal that is ignored here is ignored by what it calls, too.
+  trap '' TERM
+  if [ "${#settings[@]}" = 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  else
+    # These can be changed only while a job waits.
+    scontrol requeuehold "$SLURM_JOB_ID"
+    for _ in {1..20}; do
+      if scontrol update JobId="$SLURM_JOB_ID" "${settings[@]}"; then break; fi
+      sleep 1
+    done
+    scontrol release "$SLURM_JOB_ID"
+  fi
+  # SLURM ends this script; where the job may not be requeued, its code says why it stopped.
+  sleep 30
 }
 
 # finish CODE RUN_DIR: ends the job, or puts it back into the queue.
 #   85    stopped on request (time limit, preemption): goes on.
 #   0, 2  done, or the user's mistake: ends.
 #   other a failure: goes on, unless it failed at this very step before.
-# MAX_REQUEUES (20) bounds all of it. NODES=1-2 lets the job go on with fewer nodes than it began with.
 finish() {
   local code="$1" run_dir="$2" restarts="${SLURM_RESTART_COUNT:-0}" step failures="$2/failures.txt"
   case "$code" in
@@ -161,36 +233,30 @@ finish() {
       echo "failed at step $step with exit code $code; the job goes on from its last checkpoint" >&2
       ;;
   esac
-  if [ "$restarts" -ge "${MAX_REQUEUES:-20}" ]; then
-    echo "error: requeued $restarts times already (MAX_REQUEUES); submit it again to go on" >&2
-    exit "$code"
-  fi
-  # Requeueing ends this script, which has more to say: a signal that is ignored here is ignored by what it calls, too.
-  trap '' TERM
-  if [ -n "${NODES:-}" ]; then
-    requeue_with_nodes "$NODES"
-  else
-    scontrol requeue "$SLURM_JOB_ID"
-  fi
-  # SLURM ends this script; where the job may not be requeued, its code says why it stopped.
-  sleep 30
+  requeue
   exit "$code"
 }
 
 # train RECIPE ARGUMENTS...: what the training scripts do. With --check first, a look at everything that can be known on
 # a login node, without a job.
 train() {
-  local recipe="$1" run_dir code=0
+  local recipe="$1" run_dir data code=0
   shift
   if [ "${1:-}" = --check ]; then
     shift
-    DS_ACCELERATOR=cpu python dehvf_ds/train.py --deepspeed "$DS_CONFIG" --config "$recipe" "$@" --dry-run
+    DS_ACCELERATOR=cpu alone python dehvf_ds/train.py --deepspeed "$DS_CONFIG" --config "$recipe" "$@" --dry-run
     exit
   fi
   run_dir="$(flag --run_dir "${RUN_DIR:-runs/$(basename "$recipe" .yaml)}" "$@")"
+  set -- --deepspeed "$DS_CONFIG" --config "$recipe" --run_dir "$run_dir" --train.timeout_minutes "$TIMEOUT_MINUTES" "$@"
+  if [ -n "${DEHVF_STAGE:-}" ]; then
+    data="$(alone python -m dehvf_ds.config data.train "$@")" || exit 2
+    data="$(stage "$data")" || exit 1
+    set -- "$@" --data.train "$data"
+  fi
   # USR1 (--signal, scancel) reaches the ranks alone; SIGTERM may reach this shell too, which has to outlive them.
   trap : TERM USR1
-  launch python dehvf_ds/train.py --deepspeed "$DS_CONFIG" --config "$recipe" --run_dir "$run_dir" \
-    --train.timeout_minutes "$TIMEOUT_MINUTES" "$@" || code=$?
+  check_nodes "$@"
+  launch python dehvf_ds/train.py "$@" || code=$?
   finish "$code" "$run_dir"
 }

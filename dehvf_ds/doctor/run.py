@@ -29,7 +29,11 @@ def recipe_checks(recipe: str) -> Iterator[Check]:
     yield Check("recipe", read)
     if not configs:
         return
-    config = configs[0]
+    yield from run_checks(configs[0])
+
+
+def run_checks(config: RunConfig) -> Iterator[Check]:
+    """What a run needs on disk."""
     backbones = {"language model": config.model.language_model, "vision tower": config.model.vision_tower}
     for what, source in backbones.items():
         yield Check(what, partial(check_backbone, what, source))

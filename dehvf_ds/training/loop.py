@@ -153,11 +153,11 @@ def fit(
             more |= _validate(actions.validate, progress, tells_best=actions.evaluate is None)
         if actions.evaluate and (last or step % actions.evaluate_every == 0):
             more |= _evaluate(actions.evaluate, progress, writer)
+        if actions.renew is not None:
+            actions.renew()
         if writer is not None:
             grad_norm = _number(engine.get_global_grad_norm()) if taken else None
             writer.write(_step_metrics(job, progress, result, lr, grad_norm, seconds, data_seconds), more)
-        if actions.renew is not None:
-            actions.renew()
         if progress.skipped_in_a_row >= config.max_bad_steps:
             # No step was taken since the weights were last good, so these are.
             actions.finish(progress)

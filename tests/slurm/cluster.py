@@ -29,6 +29,7 @@ SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 MpiDefault=none
+TaskProlog={root}/prolog.sh
 ReturnToService=2
 SlurmctldPort={port}
 # As on real clusters longer than a job needs to notice a dead node by itself.
@@ -73,6 +74,9 @@ class Cluster:
         (self.root / "slurm.conf").write_text(
             CONFIGURATION.format(root=self.root, host=host, port=port, first=first, last=last)
         )
+        prolog = self.root / "prolog.sh"
+        prolog.write_text(f'#!/bin/sh\ncat "{self.root}/sick.$SLURMD_NODENAME" 2>/dev/null || true\n')
+        prolog.chmod(0o755)
         folder = self.root / "munge"
         self._run_daemon(
             "munged",
@@ -88,6 +92,11 @@ class Cluster:
     def is_idle(self) -> bool:
         """Whether both nodes answer and do nothing."""
         return self.call("sinfo", "-h", "-o", "%D %t", check=False).strip() == "2 idle"
+
+    def set_on_node(self, name: str, **env: str) -> None:
+        """Gives the tasks on one node an environment of their own; none of it takes it away."""
+        lines = [f"export {key}={value}\n" for key, value in env.items()]
+        (self.root / f"sick.{name}").write_text("".join(lines))
 
     def start_node(self, name: str) -> None:
         """Starts a node's daemon."""

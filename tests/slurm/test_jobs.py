@@ -45,6 +45,7 @@ class Site:
             "RUN_DIR": str(self.root / run),
             "LOG_DIR": str(self.root / f"{run}-logs"),
             "LINGER_S": "5",
+            "HEALTH_CHECK": "0",
         }
 
     def submit(self, run: str, *more: str, options: tuple[str, ...] = (), **env: str) -> str:
@@ -97,7 +98,7 @@ def undisturbed(site) -> list[dict]:
 
 
 def test_two_nodes_side_by_side_with_another_job_equal_one_process(site, undisturbed) -> None:
-    jobs = {run: site.submit(run, *LONG) for run in ("one", "two")}
+    jobs = {run: site.submit(run, *LONG, HEALTH_CHECK="1") for run in ("one", "two")}
     for run, job in jobs.items():
         ended = site.cluster.wait(job, 180)
         assert ended["JobState"] == "COMPLETED", site.log(run)
@@ -108,6 +109,7 @@ def test_two_nodes_side_by_side_with_another_job_equal_one_process(site, undistu
         assert sorted(ranks) == ["rank-0.log", "rank-1.log"]
         assert "on n1" in ranks["rank-0.log"]
         assert "on n2" in ranks["rank-1.log"]
+        assert "2 nodes ready; first all-reduce after" in site.log(run)
         assert "on 2 x cpu" in site.log(run)
 
 
@@ -151,6 +153,34 @@ def test_a_node_that_dies_ends_the_job_which_goes_on_with_the_other(site, undist
         wait_for(site.cluster.is_idle, 90, "the node's return")
 
 
+def test_a_sick_node_is_named_and_left_out(site, tmp_path: Path) -> None:
+    old = tmp_path / "webdataset-0.0.1.dist-info"
+    old.mkdir()
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: webdataset\nVersion: 0.0.1\n")
+    site.cluster.set_on_node("n2", PYTHONPATH=str(tmp_path))
+    short = ("--train.steps", "4")
+    try:
+        job = site.submit("sick", *short, HEALTH_CHECK="1")
+        ended = site.cluster.wait(job, 90)
+        assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "0")
+        assert "error: node n2 is sick: webdataset: 0.0.1; needs" in site.log("sick")
+        assert not site.lines("sick")
+        job = site.submit("left-out", *short, HEALTH_CHECK="1", EXCLUDE_SICK="1", NODES="1-2")
+        ended = site.cluster.wait(job, 120)
+        assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), site.log("left-out")
+        assert (ended["NodeList"], ended["ExcNodeList"]) == ("n1", "n2")
+        assert site.num_steps("left-out") == 4
+    finally:
+        site.cluster.set_on_node("n2")
+
+
+def test_shards_are_staged_on_the_nodes_own_disks(site, tmp_path: Path) -> None:
+    job = site.submit("staged", "--train.steps", "4", DEHVF_STAGE=str(tmp_path))
+    assert site.cluster.wait(job, 90)["JobState"] == "COMPLETED", site.log("staged")
+    (staged,) = tmp_path.iterdir()
+    assert str(staged) in (site.root / "staged/config.yaml").read_text()
+
+
 def test_a_run_that_fails_twice_at_one_step_stops_and_says_so(site) -> None:
     job = site.submit("broken", "--train.steps", "40", "--train.lr", "1e30", "--train.max_bad_steps", "3")
     ended = site.cluster.wait(job, 120)
@@ -163,12 +193,13 @@ def test_a_run_that_fails_twice_at_one_step_stops_and_says_so(site) -> None:
 
 def test_a_wrong_path_is_one_line_within_seconds(site) -> None:
     started = time.monotonic()
-    job = site.submit("wrong", "--data.train", "/nowhere")
+    job = site.submit("wrong", "--data.train", "/nowhere", HEALTH_CHECK="1")
     ended = site.cluster.wait(job, 60)
     seconds = time.monotonic() - started
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
     errors = [line for line in site.log("wrong").splitlines() if "error: /nowhere" in line]
     assert len(errors) == 1, site.log("wrong")
+    # Ten seconds on an idle machine.
     assert seconds < 20
 
 

@@ -60,3 +60,50 @@ def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run_dir .*file/run: "):
         Lease(tmp_path / "file" / "run")
+
+
+def test_who_was_taken_for_dead_learns_it_and_leaves_the_lease_alone(tmp_path):
+    stale = Lease(tmp_path)
+    stale.renew()
+    content = {"host": "elsewhere", "pid": 7, "job": "42", "token": "another"}
+    (tmp_path / LEASE_FILE).write_text(json.dumps(content))
+    with pytest.raises(UserError, match="was taken over by process 7 on elsewhere, job 42; this job stops"):
+        stale.check()
+    with pytest.raises(UserError, match="taken over"):
+        stale.renew()
+    stale.release()
+    assert json.loads((tmp_path / LEASE_FILE).read_text()) == content
+
+
+def test_a_lease_that_was_removed_is_lost(tmp_path):
+    lease = Lease(tmp_path)
+    (tmp_path / LEASE_FILE).unlink()
+    with pytest.raises(UserError, match="taken away"):
+        lease.check()
+    lease.release()
+
+
+def test_a_job_that_is_started_again_takes_over_from_its_last_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease_module, "HANDOVER_S", 0.5)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    before = Lease(tmp_path)
+    # Another step of the same start is another job.
+    with pytest.raises(UserError, match="in use"):
+        Lease(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    after = Lease(tmp_path)
+    after.renew()
+    with pytest.raises(UserError, match="taken over"):
+        before.renew()
+    before.release()
+    after.check()
+    after.release()
+
+
+def test_a_lease_given_back_while_it_is_waited_for_is_taken_anew(tmp_path, monkeypatch):
+    path = tmp_path / LEASE_FILE
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    monkeypatch.setattr(lease_module.time, "sleep", lambda seconds: path.unlink())
+    lease = Lease(tmp_path)
+    lease.check()
+    lease.release()

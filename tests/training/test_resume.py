@@ -163,6 +163,25 @@ def test_a_run_directory_has_one_live_job_and_a_dead_rank_ends_the_others(world:
 
 
 @pytest.mark.slow
+def test_a_job_whose_directory_was_taken_over_stops_and_writes_nothing_more(world: Path) -> None:
+    args = arguments(world, "stale", **{"--train.steps": 2000, "--train.save_every": 0})
+    processes = start_ranks(TRAIN, args, 2)
+    wait_for_step(world / "stale", 3)
+    taken = json.dumps({"host": "elsewhere", "pid": 7, "job": "42", "token": "another"})
+    (world / "stale/lease.json").write_text(taken)
+    before = (world / "stale/metrics.jsonl").read_text()
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert processes[0].returncode == 2, outputs
+    assert "was taken over by process 7 on elsewhere, job 42; this job stops" in outputs[0]
+    assert processes[1].returncode != 0
+    assert (world / "stale/lease.json").read_text() == taken
+    assert not (world / "stale/checkpoints").exists()
+    # A line may have been on its way.
+    after = (world / "stale/metrics.jsonl").read_text()
+    assert len(after.splitlines()) - len(before.splitlines()) <= 1
+
+
+@pytest.mark.slow
 def test_what_would_be_another_run_is_refused(world: Path, whole: Path, capsys) -> None:
     copy_until(world, "whole", "kept", 22)
     tensors = load_file(world / "llm/model.safetensors")
