@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -63,7 +64,7 @@ def read_world(environ: dict[str, str] | None = None) -> World:
         env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
         env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
         env["LOCAL_WORLD_SIZE"] = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
-        env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+        env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")))
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
     env.setdefault("RANK", "0")
     env.setdefault("WORLD_SIZE", "1")
@@ -82,6 +83,12 @@ def read_world(environ: dict[str, str] | None = None) -> World:
     else:
         device = torch.device("cpu")
     return World(rank, local_rank, size, local_size, device)
+
+
+def first_host(nodelist: str) -> str:
+    """The first node of SLURM's short form, where rank 0 runs: ``gpu[003-004,7],cpu1`` is ``gpu003``."""
+    prefix, bracket, rest = nodelist.partition(",")[0].partition("[")
+    return prefix + re.split("[-,\\]]", rest)[0] if bracket else prefix
 
 
 def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:

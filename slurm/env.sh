@@ -76,13 +76,6 @@ launch() {
   local options=(--kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${CONTAINER_OPTIONS[@]}")
   # Of a job that goes on with fewer nodes SLURM still tells the tasks that it had.
   if [ -n "${SLURM_NTASKS_PER_NODE:-}" ]; then options+=(--ntasks="$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))"); fi
-  if [ -n "${DEHVF_CONTAINER:-}" ]; then
-    if srun --help | grep -q -- --container-image; then
-      options+=(--container-image="$DEHVF_CONTAINER" --container-mounts="${DEHVF_MOUNTS:-$PWD:$PWD}" --container-workdir="$PWD")
-    else
-      inside=(apptainer exec --nv --bind "${DEHVF_MOUNTS:-$PWD:$PWD}" --pwd "$PWD" "$DEHVF_CONTAINER")
-    fi
-  fi
   local failed="$LOG_DIR/failed.${SLURM_RESTART_COUNT:-0}" srun code=0 seconds=0 end=$((SECONDS + ${DEADLINE_S:-315360000}))
   rm -f "$failed"
   srun "${options[@]}" bash slurm/rank.sh "${INSIDE[@]}" "$@" &
@@ -149,9 +142,13 @@ stage() {
   # shellcheck disable=SC2016  # expanded on the nodes
   srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c '
     cmp -s "$1/manifest.json" "$2/manifest.json" && exit
-    part="$2.$SLURM_JOB_ID.part"
-    rm -rf "$part" && mkdir -p "$part" && cp -r "$1/." "$part" && rm -rf "$2" && mv "$part" "$2"
-  ' stage "$1" "$there" >&2
+    part="$2.$SLURM_JOB_ID.$SLURM_PROCID.part"
+    rm -rf "$part" "$2" && mkdir -p "$part" && cp -r "$1/." "$part" || exit
+    mv -T "$part" "$2" 2>/dev/null && exit
+    # Another job on this node may have been quicker.
+    rm -rf "$part"
+    cmp "$1/manifest.json" "$2/manifest.json"
+  ' stage "$1" "$there" >&2 || return 1
   echo "$there"
 }
 

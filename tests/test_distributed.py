@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from dehvf_ds.config import UserError
-from dehvf_ds.distributed import read_world
+from dehvf_ds.distributed import first_host, read_world
 
 
 def test_alone_is_one_process() -> None:
@@ -27,13 +27,27 @@ def test_srun_is_mapped_for_deepspeed_too() -> None:
         "SLURM_LOCALID": "1",
         "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
         "SLURM_JOB_ID": "41234",
-        "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+        "SLURM_STEP_NODELIST": "gpu[003-004]",
     }
     world = read_world(env)
     assert (world.rank, world.size, world.local_rank, world.local_size) == (3, 4, 1, 2)
-    assert env["MASTER_ADDR"] == "10.0.0.7"
+    assert env["MASTER_ADDR"] == "gpu003"
     assert env["MASTER_PORT"] == str(20000 + 1234)
     assert env["RANK"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[003-004,7],cpu1", "gpu003"),
+        ("a-b[9,11]", "a-b9"),
+        ("h[1-2,5]", "h1"),
+    ],
+)
+def test_the_first_node_of_slurms_list(nodelist: str, first: str) -> None:
+    assert first_host(nodelist) == first
 
 
 def test_inside_a_batch_script_without_srun_it_is_one_process() -> None:

@@ -1,4 +1,7 @@
-"""Prints one value of a run's configuration, for scripts: ``python -m dehvf_ds.config data.train --config coco``."""
+"""Prints one value of a run's configuration, for scripts.
+
+python -m dehvf_ds.config data.train --config coco_llama13b
+"""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ MpiDefault=none
 TaskProlog={root}/prolog.sh
 ReturnToService=2
 SlurmctldPort={port}
-# As on real clusters longer than a job needs to notice a dead node by itself.
-SlurmdTimeout=90
+# As on real clusters longer than a job needs to notice a dead node by itself; theirs are minutes.
+SlurmdTimeout=45
 KillWait=10
 SchedulerParameters=sched_interval=2,bf_interval=2
 StateSaveLocation={root}/state

@@ -85,7 +85,7 @@ def site(tmp_path_factory, world) -> Iterator[Site]:
         yield Site(cluster, world, root)
 
 
-LONG = ("--train.steps", "120", "--train.save_every", "40")
+LONG = ("--train.steps", "60", "--train.save_every", "20")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_two_nodes_side_by_side_with_another_job_equal_one_process(site, undistu
 
 def test_a_signal_saves_requeues_and_goes_on(site, undisturbed) -> None:
     job = site.submit("signal", *LONG)
-    wait_for(lambda: site.num_steps("signal") > 50, 90, "step 50")
+    wait_for(lambda: site.num_steps("signal") > 25, 90, "step 25")
     site.cluster.call("scancel", "--signal=USR1", job)
     ended = site.cluster.wait(job, 180)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), site.log("signal")
@@ -138,7 +138,7 @@ def test_a_time_limit_saves_requeues_and_goes_on(site) -> None:
 
 def test_a_node_that_dies_ends_the_job_which_goes_on_with_the_other(site, undisturbed) -> None:
     job = site.submit("dead", *LONG, NODES="1-2")
-    wait_for(lambda: site.num_steps("dead") > 50, 90, "step 50")
+    wait_for(lambda: site.num_steps("dead") > 25, 90, "step 25")
     assert site.cluster.show(job)["NumNodes"] == "2"
     site.cluster.kill_node("n2")
     try:
@@ -172,6 +172,27 @@ def test_a_sick_node_is_named_and_left_out(site, tmp_path: Path) -> None:
         assert site.num_steps("left-out") == 4
     finally:
         site.cluster.set_on_node("n2")
+
+
+TORCHRUN = """srun --ntasks-per-node=1 torchrun --nnodes="$SLURM_NNODES" --nproc-per-node=1 \
+  --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" \
+  --rdzv-endpoint="127.0.0.1:$((20000 + SLURM_JOB_ID % 10000))" dehvf_ds/train.py"""
+DEEPSPEED = """scontrol show hostnames | sed 's/$/ slots=1/' > "$LOG_DIR.hosts"
+deepspeed --hostfile "$LOG_DIR.hosts" --launcher slurm --no_ssh_check --master_addr 127.0.0.1 \
+  dehvf_ds/train.py"""
+
+
+def test_the_other_launchers(site) -> None:
+    jobs = {}
+    for run, command in (("torchrun", TORCHRUN), ("deepspeed", DEEPSPEED)):
+        flags = arguments(site.world, run, "--run_dir", str(site.root / run), "--train.steps", "4")
+        script = f"set -e; . {sys.prefix}/bin/activate; {command} {' '.join(flags)}"
+        options = ("--nodes=2", "--output", str(site.root / f"{run}.log"), "--wrap", script)
+        jobs[run] = site.cluster.submit(*options, cwd=REPOSITORY, **site.environment(run))
+    for run, job in jobs.items():
+        assert site.cluster.wait(job, 120)["JobState"] == "COMPLETED", site.log(run)
+        assert "on 2 x cpu" in site.log(run)
+    assert_same_course(site.lines("torchrun"), site.lines("deepspeed"))
 
 
 def test_shards_are_staged_on_the_nodes_own_disks(site, tmp_path: Path) -> None:
