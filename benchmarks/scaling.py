@@ -88,7 +88,7 @@ def points(strategy: Strategy, internode_gb_s: float) -> list[Point]:
 def table(strategy: Strategy, internode_gb_s: float) -> list[str]:
     """One configuration's rows, in Markdown."""
     lines = [
-        "| GPUs | arithmetic, s | received, GB a GPU | gathers, s | hops, s | step, s | rows/s | efficiency |",
+        "| GPUs | arithmetic, s | received, GB | gathers, s | hops, s | step, s | rows/s | efficiency |",
         "|---" * 8 + "|",
     ]
     for point in points(strategy, internode_gb_s):
@@ -108,11 +108,12 @@ def main() -> None:
     print(f"""# Scaling on paper
 
 Computed by `python benchmarks/scaling.py > benchmarks/scaling.md` from the formulas of `plan.py`.
-**Nothing here was measured.** `{RECIPE}`, {ROWS} rows a GPU and one micro-step at every size (the global batch
-grows with the job), nodes of {GPUS_PER_NODE} {defaults.gpu}, arithmetic at MFU {defaults.mfu}. NVLink {nvlink:g} GB/s
-a GPU and direction; between nodes as the headings say; {LINK_SHARE:.0%} of both reached. A hop of a ring takes
-{HOP_S["within a node"] * 1e6:g} us within a node and {HOP_S["between nodes"] * 1e6:g} us between nodes (assumed), and
-a step makes one gather a decoder layer and direction. Efficiency is arithmetic over step.
+**Nothing here was measured.** `{RECIPE}`, {ROWS} rows a GPU and one micro-step at every size (the
+global batch grows with the job), nodes of {GPUS_PER_NODE} {defaults.gpu}, arithmetic at MFU
+{defaults.mfu}. NVLink {nvlink:g} GB/s a GPU and direction; between nodes as the headings say;
+{LINK_SHARE:.0%} of both reached. A hop of a ring takes {HOP_S["within a node"] * 1e6:g} us within a
+node and {HOP_S["between nodes"] * 1e6:g} us between nodes (assumed), and a step makes one gather a
+decoder layer and direction. Efficiency is arithmetic over step.
 """)
     for internode_gb_s in (50.0, 12.5):
         for strategy in SHOWN:
@@ -121,15 +122,18 @@ a step makes one gather a decoder layer and direction. Efficiency is arithmetic 
             print("\n".join(table(strategy, internode_gb_s)) + "\n")
     print("""## What it says
 
-- **ZeRO-2 wherever the frozen weights fit on one GPU**: only the trainables' gradients travel, 18 MB a GPU and
-  step, and the size of the job does not matter to it. Frozen weights have no optimizer state to shard.
-- **hpZ where they do not**: a step takes as long on 1,024 GPUs as on 8, since nothing frozen crosses a node's
-  edge.
-- **ZeRO-3 over all nodes** costs bandwidth from the second node on (at 100 Gb/s a GPU four fifths of the step)
-  and latency beyond some 128 GPUs: 80 gathers a step go round a ring of that many hops. NCCL's logarithmic
-  all-gather (PAT) exists for one GPU a node alone; with eight it is a ring.
-- What is not in it: stragglers, the loader (0.11 s a step for 16 rows are 140 pictures a second and GPU, about
-  a core's decoding), start-up, checkpoints (73 MB), congestion, rings of ZeRO-2's and hpZ's small collectives.""")
+- **ZeRO-2 wherever the frozen weights fit on one GPU**: only the trainables' gradients travel, 18
+  MB a GPU and step, and the size of the job does not matter to it. Frozen weights have no optimizer
+  state to shard.
+- **hpZ where they do not**: a step takes as long on 1,024 GPUs as on 8, since nothing frozen
+  crosses a node's edge.
+- **ZeRO-3 over all nodes** costs bandwidth from the second node on (at 100 Gb/s a GPU four fifths
+  of the step) and latency beyond some 128 GPUs: 80 gathers a step go round a ring of that many
+  hops. NCCL's logarithmic all-gather (PAT) exists for one GPU a node alone; with eight it is a
+  ring.
+- What is not in it: stragglers, the loader (0.11 s a step for 16 rows are 140 pictures a second and
+  GPU, about a core's decoding), start-up, checkpoints (73 MB), congestion, rings of ZeRO-2's and
+  hpZ's small collectives.""")
 
 
 if __name__ == "__main__":
