@@ -65,6 +65,11 @@ export PYTHONUNBUFFERED=1
 LOG_DIR="${LOG_DIR:-$PWD/slurm-logs/${SLURM_JOB_NAME:-login}-${SLURM_JOB_ID:-0}}"
 export LOG_DIR TORCH_FR_DUMP_TEMP_FILE="$LOG_DIR/flight-" TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$LOG_DIR/flight-"
 
+# Of a job that goes on with fewer nodes SLURM still tells all the tasks that it had.
+tasks_per_node() {
+  echo "${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))}"
+}
+
 # Runs a command in every task of the job and returns its code. srun does not inherit --cpus-per-task on every version of
 # SLURM. A rank that fails breaks the others' connections, which end by themselves, and is not to end them at once: a
 # mistake that every rank is about to name would look like a crash, since srun tells the largest code. LINGER_S seconds
@@ -74,8 +79,7 @@ LINGER_S="${LINGER_S:-30}"
 launch() {
   mkdir -p "$LOG_DIR"
   local options=(--kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${CONTAINER_OPTIONS[@]}")
-  # Of a job that goes on with fewer nodes SLURM still tells the tasks that it had.
-  if [ -n "${SLURM_NTASKS_PER_NODE:-}" ]; then options+=(--ntasks="$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))"); fi
+  options+=(--ntasks="$((SLURM_JOB_NUM_NODES * $(tasks_per_node)))")
   local failed="$LOG_DIR/failed.${SLURM_RESTART_COUNT:-0}" srun code=0 seconds=0 end=$((SECONDS + ${DEADLINE_S:-315360000}))
   rm -f "$failed"
   srun "${options[@]}" bash slurm/rank.sh "${INSIDE[@]}" "$@" &
@@ -103,8 +107,8 @@ launch() {
 # into the queue without that node instead.
 check_nodes() {
   if [ "${HEALTH_CHECK:-1}" != 1 ]; then return; fi
-  local reports="$LOG_DIR/nodes.${SLURM_RESTART_COUNT:-0}" tasks=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES)) code=0 node names
-  tasks="${SLURM_NTASKS_PER_NODE:-$tasks}"
+  local reports="$LOG_DIR/nodes.${SLURM_RESTART_COUNT:-0}" tasks code=0 node names
+  tasks="$(tasks_per_node)"
   mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   rm -rf "$reports" && mkdir -p "$reports"
   DEADLINE_S="${HEALTH_S:-420}" launch python -m dehvf_ds.doctor.nodes --into "$reports" \
@@ -112,6 +116,8 @@ check_nodes() {
   case "$code" in
     0) return ;;
     2) exit 2 ;;
+    # Asked to stop meanwhile; the latter two before Python was able to say so.
+    85 | 138 | 143) finish 85 "" ;;
   esac
   # The first task judges. Where it was not able to, its node is sick, unless others never began.
   if [ ! -f "$reports/sick" ]; then
@@ -185,7 +191,7 @@ requeue() {
   fi
   # SLURM would ask again for as many tasks as the job had, so that a node less would not do.
   if [ -n "${NODES:-}" ]; then
-    settings+=("NumNodes=$NODES" "NumTasks=$((${NODES%-*} * SLURM_NTASKS / SLURM_JOB_NUM_NODES))")
+    settings+=("NumNodes=$NODES" "NumTasks=$((${NODES%-*} * $(tasks_per_node)))")
   fi
   if [ -s "$LOG_DIR/sick" ]; then settings+=("ExcNodeList=$(sort -u "$LOG_DIR/sick" | paste -sd ,)"); fi
   # Requeueing ends this script, which has more to say: a signal that is ignored here is ignored by what it calls, too.

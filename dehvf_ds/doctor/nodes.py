@@ -2,7 +2,8 @@
 
     srun python -m dehvf_ds.doctor.nodes --into DIR --nodes n1,n2 --tasks-per-node 8 -- FLAGS OF train.py
 
-Exit codes: 0 ready, 2 a mistake that every node shows, 3 sick nodes, whose names then lie in ``DIR/sick``.
+Exit codes: 0 ready, 2 a mistake that every node shows, 3 sick nodes, whose names then lie in ``DIR/sick``, 85
+asked to stop by SIGTERM or SIGUSR1.
 Reports are files in a folder that all nodes share, not messages: a node that hangs or is cut off must be told
 from those that wait for it. Ours; clusters' own checks (SLURM's HealthCheckProgram) look at the machine, not
 at the run.
@@ -16,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import sys
 import threading
 import time
@@ -29,6 +31,7 @@ from dehvf_ds.doctor import machine, packages
 from dehvf_ds.doctor.report import GIB, Check, run_check
 from dehvf_ds.doctor.run import run_checks
 from dehvf_ds.doctor.verdict import Report, Stage, Verdict, judge
+from dehvf_ds.training.signals import REQUEUE_EXIT_CODE
 
 SICK_EXIT_CODE = 3
 MISTAKE_EXIT_CODE = 2
@@ -54,6 +57,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tasks-per-node", type=int, required=True)
     parser.add_argument("flags", nargs="*", help="the flags of train.py, after --")
     args = parser.parse_args(argv)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: os._exit(REQUEUE_EXIT_CODE))
     return Examination(args.into, args.nodes.split(","), args.tasks_per_node).run(args.flags)
 
 

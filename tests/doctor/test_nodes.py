@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -133,6 +135,17 @@ def test_two_tasks_look_and_communicate(world, tmp_path: Path) -> None:
     assert [task.returncode for task in tasks] == [2, 2], outputs
     assert "error: /nowhere: no such directory" in outputs[0]
     assert "error: " not in outputs[1]
+
+
+def test_a_signal_while_it_waits_asks_for_a_requeue(world, tmp_path: Path) -> None:
+    (task,) = start_tasks(tmp_path / "asked", ["--config", str(world / "recipe.yaml")], num=1)
+    end = time.monotonic() + 120
+    while not any(report.stage == "looked" for report in nodes.read_reports(tmp_path / "asked")):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    task.send_signal(signal.SIGUSR1)
+    assert task.communicate(timeout=60) is not None
+    assert task.returncode == 85
 
 
 def test_a_task_that_is_cut_off_is_named_by_the_deadline(world, tmp_path: Path, monkeypatch, capfd) -> None:
