@@ -29,11 +29,11 @@ class TrainingLoader(DataLoader):
         state hangs in CPython's own clean-up for ever (seen with 3.11, at a validation's start).
         """
         if self.num_workers:
-            super().__iter__()
+            self._fork()
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields the micro-batches in order; raises the ``UserError`` of the first unusable sample."""
-        batches = super().__iter__()
+        batches = self._fork()
         try:
             for batch in batches:
                 if isinstance(batch, UserError):
@@ -42,6 +42,15 @@ class TrainingLoader(DataLoader):
         finally:
             # The last reference: workers end here, not in a garbage collection that waits 5 s for each.
             del batches
+
+    def _fork(self):
+        # Workers begin with SIGTERM blocked. Blocked later, it would kill by way of a thread that some library
+        # started before: one of torch's own, of `set_num_threads`, took it in a preempted job.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def build_torch_loader(
@@ -121,12 +130,12 @@ def _init_worker(worker_id: int) -> None:
     """Leaves the signals of an ending job to the rank's own process, which saves and then ends its workers.
 
     SLURM and terminals signal every process of a job; a worker that died of it would take the rank's save
-    along. Only the parent's SIGTERM counts, and a worker whose parent is gone ends by torch's watchdog.
+    along. Only the parent's SIGTERM counts (it is blocked in all threads, and one waits for it), and a worker
+    whose parent is gone ends by torch's watchdog.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
 

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,9 +223,20 @@ def test_evaluation_reads_every_row_once(make_shards):
 
 def test_workers_outlive_the_signals_of_an_ending_job(make_shards, build):
     config = replace(data_config(make_shards(10, 4)), num_workers=1)
+    # As a rank on the CPU does; torch then starts threads in a worker before the worker can do anything about them.
+    torch.set_num_threads(torch.get_num_threads())
     iterator = iter(build(config, num_steps=60))
     next(iterator)
     (worker,) = multiprocessing.active_children()
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    # Blocked in all threads but the one that waits for it.
+    masks = [
+        int(line.split()[1], 16)
+        for path in Path(f"/proc/{worker.pid}/task").glob("*/status")
+        for line in path.read_text().splitlines()
+        if line.startswith("SigBlk")
+    ]
+    assert sum(not mask >> (signal.SIGTERM - 1) & 1 for mask in masks) == 1, masks
     for number in (signal.SIGINT, signal.SIGUSR1):
         os.kill(worker.pid, number)
     # A stranger's SIGTERM: sent by a process that is not the worker's parent.
