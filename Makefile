@@ -18,7 +18,7 @@ help:
 	@echo "make demo    prepare, train, evaluate, export and show the demo (about 20 minutes on two CPU cores)"
 	@echo "make test    install and run every test"
 	@echo "make test-slurm  the job scripts on a SLURM of two nodes, started here (root; some eight minutes)"
-	@echo "make check   ruff, pyright, import-linter"
+	@echo "make check   ruff, pyright, import-linter, shellcheck"
 
 # --- set-up ---
 
@@ -79,6 +79,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck --external-sources slurm/*.sh
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -116,6 +119,14 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
+def set_timeout(minutes: float) -> None:
+    """Sets how long a collective may take from now on, in every group of this process."""
+    from torch.distributed import distributed_c10d
+
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+
+
 def has_fast_bf16() -> bool:
     """Whether this device multiplies bf16 matrices in hardware; without that fp32 is several times faster."""
     if torch.cuda.is_available():
@@ -186,7 +197,14 @@ def barrier() -> None:
 
 
 def run_entry(main: Callable[[list[str]], int | None]) -> None:
-    """Runs an entry's ``main(argv)`` and exits; a user's mistake is one line from rank 0 and code 2."""
+    """Runs an entry's ``main(argv)`` and exits; a user's mistake is one line from rank 0 and code 2.
+
+    On SIGUSR2 the process tells where each of its threads is, in the file that DEHVF_STACKS names or on
+    stderr, and goes on: also where it hangs in a collective, so that nothing of Python runs.
+    """
+    stacks = os.environ.get("DEHVF_STACKS")
+    # The file stays open: a process that hangs or has no descriptors left opens none.
+    faulthandler.register(signal.SIGUSR2, file=Path(stacks).open("a") if stacks else sys.stderr)  # noqa: SIM115
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:

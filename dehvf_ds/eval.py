@@ -59,6 +59,7 @@ from dehvf_ds.evaluation.scores import (
 )
 from dehvf_ds.model import DehvfForConditionalGeneration, ModelError
 from dehvf_ds.model.weights import TrainedModel, find_trained
+from dehvf_ds.training.signals import exit_on_request
 
 
 def main(argv: list[str]) -> int:
@@ -67,6 +68,8 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: anything in the flags or files that the user must mend.
     """
+    # Answers are kept as they come, and taken up again.
+    exit_on_request()
     config = parse_eval_config(argv)
     world = read_world()
     data = config.data

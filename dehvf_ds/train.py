@@ -19,7 +19,7 @@ import torch
 
 from dehvf_ds.config import RunConfig, UserError, parse_run_config
 from dehvf_ds.data.loader import read_sample
-from dehvf_ds.distributed import World, init_process_group, on_main, read_world, run_entry
+from dehvf_ds.distributed import World, init_process_group, on_main, read_world, run_entry, set_timeout
 from dehvf_ds.evaluation.inside import InsideEvaluation
 from dehvf_ds.evaluation.questions import TASKS, Questions, open_questions
 from dehvf_ds.training.checked import Checked, check
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     questions = open_inside(run)
     stop = StopRequest()
     stop.install()
-    init_process_group(run.world, config.train.timeout_minutes)
+    init_process_group(run.world, config.train.start_timeout_minutes)
     on_main(run.world, lambda: check_inside(config, run.ds_config, run.world))
     return dry_run(run, questions) if config.dry_run else train(run, questions, stop)
 
@@ -145,6 +145,7 @@ def train(run: Checked, questions: Questions | None, stop: StopRequest) -> int:
             evaluate_every=config.eval.every_steps,
             renew=None if lease is None else lease.renew,
         )
+        set_timeout(config.train.timeout_minutes)
         return _fit(engine, loader, job, start, actions, stop, config)
     finally:
         if lease is not None:

@@ -2,6 +2,8 @@
 # Sourced by the job scripts through $SLURM_SUBMIT_DIR: environment, launch, and what to do when a job ends.
 # Whatever is set before `sbatch` wins over what is set here.
 
+source slurm/requeue.sh
+
 # --- modules, container, Python ---
 
 if [ -n "${DEHVF_MODULES:-}" ]; then
@@ -40,9 +42,9 @@ alone() {
 # --- communication ---
 
 # All ranks meet at the first node. The port follows from the job, below the ports that systems hand out themselves
-# (32768 on Linux), so that jobs on the same node do not collide.
+# (32768 on Linux), so that jobs on the same node do not collide; a job that is started again takes another one.
 export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" 2>/dev/null | head -n 1)}"
-export MASTER_PORT="${MASTER_PORT:-$((10000 + ${SLURM_JOB_ID:-0} % 20000))}"
+export MASTER_PORT="${MASTER_PORT:-$((10000 + (${SLURM_JOB_ID:-0} + 7919 * ${SLURM_RESTART_COUNT:-0}) % 20000))}"
 # A rank waits so long for a silent other (a node that died without a word) before the job ends.
 TIMEOUT_MINUTES="${TIMEOUT_MINUTES:-4}"
 # An error in one rank ends the others instead of leaving them waiting.
@@ -65,39 +67,41 @@ export PYTHONUNBUFFERED=1
 LOG_DIR="${LOG_DIR:-$PWD/slurm-logs/${SLURM_JOB_NAME:-login}-${SLURM_JOB_ID:-0}}"
 export LOG_DIR TORCH_FR_DUMP_TEMP_FILE="$LOG_DIR/flight-" TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$LOG_DIR/flight-"
 
-# Of a job that goes on with fewer nodes SLURM still tells all the tasks that it had.
-tasks_per_node() {
-  echo "${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))}"
-}
-
 # Runs a command in every task of the job and returns its code. srun does not inherit --cpus-per-task on every version of
-# SLURM. A rank that fails breaks the others' connections, which end by themselves, and is not to end them at once: a
+# SLURM, nor the environment where the job was submitted without one. A rank that fails breaks the others' connections, which end by themselves, and is not to end them at once: a
 # mistake that every rank is about to name would look like a crash, since srun tells the largest code. LINGER_S seconds
-# after the first failure whatever is left is given up: srun would wait for the tasks of a dead node as long as SLURM
-# needs to notice its death, minutes.
+# after the first failure whatever is left is given up, with the stacks of all threads in the ranks' logs (SIGUSR2): srun
+# would wait for the tasks of a dead node as long as SLURM needs to notice its death, minutes.
 LINGER_S="${LINGER_S:-30}"
 launch() {
   mkdir -p "$LOG_DIR"
-  local options=(--kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${CONTAINER_OPTIONS[@]}")
+  local options=(--export=ALL --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${CONTAINER_OPTIONS[@]}")
   options+=(--ntasks="$((SLURM_JOB_NUM_NODES * $(tasks_per_node)))")
-  local failed="$LOG_DIR/failed.${SLURM_RESTART_COUNT:-0}" srun code=0 seconds=0 end=$((SECONDS + ${DEADLINE_S:-315360000}))
+  local failed="$LOG_DIR/failed.${SLURM_RESTART_COUNT:-0}" srun code=0 given_up='' seconds=0 end=$((SECONDS + ${DEADLINE_S:-315360000}))
   rm -f "$failed"
   srun "${options[@]}" bash slurm/rank.sh "${INSIDE[@]}" "$@" &
   srun=$!
   while kill -0 "$srun" 2>/dev/null; do
+    # For rank.sh, which has to know whether this shell lives; a full disk takes this as well.
+    touch "$LOG_DIR/heartbeat" 2>/dev/null || true
     sleep 1
     if [ -s "$failed" ] && [ $((seconds += 1)) -gt "$LINGER_S" ]; then
-      echo "error: ranks that failed (rank, exit code): $(paste -sd ';' "$failed"); giving the others up" >&2
+      echo "error: ranks that failed (rank, exit code): $(paste -sd ';' "$failed"); giving the others up," \
+        "whose logs in $LOG_DIR tell where they are" >&2
+      read -r _ given_up <"$failed"
     elif [ "$SECONDS" -gt "$end" ]; then
       echo "error: not done after $DEADLINE_S s; giving it up" >&2
+      given_up=124
     else
       continue
     fi
+    scancel --signal=USR2 "$SLURM_JOB_ID" || true
+    sleep 2
     kill -KILL "$srun" 2>/dev/null || true
     break
   done
-  wait "$srun" || code=$?
-  return "$code"
+  { wait "$srun" || code=$?; } 2>/dev/null
+  return "${given_up:-$code}"
 }
 
 # --- the nodes' health ---
@@ -116,7 +120,6 @@ check_nodes() {
   case "$code" in
     0) return ;;
     2) exit 2 ;;
-    # Asked to stop meanwhile; the latter two before Python was able to say so.
     85 | 138 | 143) finish 85 "" ;;
   esac
   # The first task judges. Where it was not able to, its node is sick, unless others never began.
@@ -181,59 +184,29 @@ last_step() {
   echo "${step:-start}"
 }
 
-# requeue: puts the job back into the queue, up to MAX_REQUEUES (20) times, and ends this script. NODES=1-2 lets it go on
-# with fewer nodes than it began with; nodes that were found sick are left out.
-requeue() {
-  local settings=() restarts="${SLURM_RESTART_COUNT:-0}"
-  if [ "$restarts" -ge "${MAX_REQUEUES:-20}" ]; then
-    echo "error: requeued $restarts times already (MAX_REQUEUES); submit it again to go on" >&2
-    return
-  fi
-  # SLURM would ask again for as many tasks as the job had, so that a node less would not do.
-  if [ -n "${NODES:-}" ]; then
-    settings+=("NumNodes=$NODES" "NumTasks=$((${NODES%-*} * $(tasks_per_node)))")
-  fi
-  if [ -s "$LOG_DIR/sick" ]; then settings+=("ExcNodeList=$(sort -u "$LOG_DIR/sick" | paste -sd ,)"); fi
-  # Requeueing ends this script, which has more to say: a signal that is ignored here is ignored by what it calls, too.
-  trap '' TERM
-  if [ "${#settings[@]}" = 0 ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-  else
-    # These can be changed only while a job waits.
-    scontrol requeuehold "$SLURM_JOB_ID"
-    for _ in {1..20}; do
-      if scontrol update JobId="$SLURM_JOB_ID" "${settings[@]}"; then break; fi
-      sleep 1
-    done
-    scontrol release "$SLURM_JOB_ID"
-  fi
-  # SLURM ends this script; where the job may not be requeued, its code says why it stopped.
-  sleep 30
-}
-
-# finish CODE RUN_DIR: ends the job, or puts it back into the queue.
-#   85    stopped on request (time limit, preemption): goes on.
+# finish CODE DIR: ends the job, or puts it back into the queue.
 #   0, 2  done, or the user's mistake: ends.
-#   other a failure: goes on, unless it failed at this very step before.
+#   85    stopped on request (time limit, preemption): goes on; 138 and 143 before Python was able to say so.
+#   other a failure: goes on, unless this job failed at this very step before, as DIR tells.
 finish() {
-  local code="$1" run_dir="$2" restarts="${SLURM_RESTART_COUNT:-0}" step failures="$2/failures.txt"
+  local code="$1" dir="$2" restarts="${SLURM_RESTART_COUNT:-0}" step failures="$2/failures.txt"
   case "$code" in
     0 | 2) exit "$code" ;;
   esac
   # Where SLURM ends the job itself (scancel, a dead node, preemption by requeue), it also decides what becomes of it.
-  if [ "$(squeue -h -j "$SLURM_JOB_ID" -t all -o %T)" != RUNNING ]; then
+  if [ "$(job_state)" != RUNNING ]; then
     exit "$code"
   fi
   case "$code" in
-    85) echo "stopped on request; the job goes on later" ;;
+    85 | 138 | 143) echo "stopped on request; the job goes on later" ;;
     *)
-      step="$(last_step "$run_dir")"
-      if grep -qs " step $step\$" "$failures"; then
+      step="$(last_step "$dir")"
+      if grep -qs "^job $SLURM_JOB_ID .* step $step\$" "$failures"; then
         echo "error: failed twice at step $step (exit code $code); not requeued. Logs of the ranks: $LOG_DIR" >&2
         exit "$code"
       fi
-      mkdir -p "$run_dir" && echo "job $SLURM_JOB_ID restart $restarts code $code step $step" >>"$failures"
-      echo "failed at step $step with exit code $code; the job goes on from its last checkpoint" >&2
+      mkdir -p "$dir" && echo "job $SLURM_JOB_ID restart $restarts code $code step $step" >>"$failures"
+      echo "failed at step $step with exit code $code; the job goes on from what was last saved" >&2
       ;;
   esac
   requeue
@@ -262,4 +235,12 @@ train() {
   check_nodes "$@"
   launch python dehvf_ds/train.py "$@" || code=$?
   finish "$code" "$run_dir"
+}
+
+# evaluate ARGUMENTS...: what eval.sh does. eval.py writes its answers down as it goes and takes them up again.
+evaluate() {
+  local code=0
+  trap : TERM USR1
+  launch python dehvf_ds/eval.py "$@" || code=$?
+  finish "$code" "$LOG_DIR"
 }

@@ -7,6 +7,7 @@
 #SBATCH --mem=0
 #SBATCH --time=04:00:00
 #SBATCH --requeue
+#SBATCH --signal=USR1@60
 #SBATCH --output=slurm-%x-%j.log
 #SBATCH --open-mode=append
 ##SBATCH --account=
@@ -16,7 +17,8 @@
 #
 #     sbatch slurm/eval.sh --model runs/coco_llama13b --data data/coco/test
 #
-# Arguments go to eval.py. A job that was cut off goes on where it was when it is submitted again, or requeued.
+# Arguments go to eval.py. Before its time limit, and when it is preempted, the job goes back into the queue; it goes on
+# where it was, as it does when it is submitted again. More settings: slurm/README.md.
 
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$PWD}"
@@ -26,4 +28,4 @@ if [ ! -f slurm/env.sh ]; then
 fi
 source slurm/env.sh
 
-launch python dehvf_ds/eval.py "$@"
+evaluate "$@"

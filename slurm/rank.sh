@@ -5,13 +5,49 @@ mkdir -p "$LOG_DIR"
 log="$LOG_DIR/rank-$SLURM_PROCID.log"
 echo "--- $(date -Is) on ${SLURMD_NODENAME:-$HOSTNAME}, restart ${SLURM_RESTART_COUNT:-0}" >>"$log"
 # Signals reach the whole task: the command saves itself on them, and what surrounds it must outlive it.
+SIGNALS=(TERM INT USR1 USR2)
 if [ "$SLURM_PROCID" = 0 ]; then
-  exec > >(trap '' TERM USR1 INT && exec tee -a "$log")
+  exec > >(trap '' "${SIGNALS[@]}" && exec tee -a "$log")
 else
   exec >>"$log"
 fi
-exec 2> >(trap '' TERM USR1 INT && exec tee -a "$log" >&2)
-trap : TERM USR1 INT
+exec 2> >(trap '' "${SIGNALS[@]}" && exec tee -a "$log" >&2)
+trap : "${SIGNALS[@]}"
+# On SIGUSR2 Python tells here alone where it is.
+export DEHVF_STACKS="$log"
+
+# The job's script runs on the first node and dies with it. Then srun is gone, too, and SLURM needs minutes to notice and
+# asks for the job's full size again. The second node's first task does in its place what is left to do.
+heartbeat() {
+  stat -c %y "$LOG_DIR/heartbeat" 2>/dev/null
+}
+succeed() {
+  local first last='' now quiet=0
+  trap '' "${SIGNALS[@]}"
+  first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+  while sleep 2; do
+    now="$(heartbeat)"
+    if [ "$now" != "$last" ]; then
+      last="$now" quiet=0
+      continue
+    fi
+    if [ $((quiet += 2)) -lt "${SUCCESSION_S:-60}" ]; then continue; fi
+    quiet=0
+    # Not where the file system alone is slow.
+    if timeout 20 srun --overlap --nodes=1 --ntasks=1 --nodelist="$first" true; then continue; fi
+    # What srun would have passed on goes to the job's log.
+    exec >>"$(scontrol show job "$SLURM_JOB_ID" -o | grep -o 'StdOut=[^ ]*' | cut -d= -f2)" 2>&1
+    echo "error: $first, where the job's script ran, does not answer; the job goes on from its last checkpoint"
+    requeue
+    return
+  done
+}
+if [ "$SLURM_NODEID" = 1 ] && [ "$SLURM_LOCALID" = 0 ]; then
+  source slurm/requeue.sh
+  succeed >>"$log" 2>&1 </dev/null &
+  successor=$!
+fi
+
 "$@" &
 command=$!
 # A signal ends `wait` before the command ends.
@@ -20,4 +56,10 @@ wait "$command"
 code=$?
 # What the job's script watches: srun itself waits for the tasks of a node that is gone.
 if [ "$code" != 0 ]; then echo "$SLURM_PROCID $code" >>"$LOG_DIR/failed.${SLURM_RESTART_COUNT:-0}"; fi
+if [ -n "${successor:-}" ]; then
+  # A crash may be all that is heard of the first node's death: this task stays until the script gave a sign.
+  last="$(heartbeat)"
+  while [ "$code" != 0 ] && [ "$code" != 2 ] && [ "$(heartbeat)" = "$last" ] && kill -0 "$successor"; do sleep 1; done
+  kill -KILL "$successor" 2>/dev/null
+fi
 exit "$code"

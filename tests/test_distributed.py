@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from training.launch import start_ranks
 
 from dehvf_ds.config import UserError
 from dehvf_ds.distributed import first_host, read_world
@@ -58,3 +61,33 @@ def test_inside_a_batch_script_without_srun_it_is_one_process() -> None:
 def test_a_variable_that_is_no_number_is_an_error() -> None:
     with pytest.raises(UserError, match="not a number"):
         read_world({"RANK": "zero", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+
+
+WAITS = """
+import sys, time
+import torch
+from dehvf_ds.distributed import init_process_group, read_world, set_timeout
+
+world = read_world()
+init_process_group(world, 5)
+group = torch.distributed.new_group([0, 1])
+set_timeout(0.02)
+if world.is_main:
+    torch.distributed.all_reduce(torch.ones(1), group=None if sys.argv[1] == "all" else group)
+else:
+    time.sleep(10)
+"""
+
+
+@pytest.mark.parametrize("group", ["all", "other"])
+def test_a_timeout_that_is_set_later_holds_in_every_group(tmp_path: Path, group: str) -> None:
+    (tmp_path / "waits.py").write_text(WAITS)
+    ranks = start_ranks(tmp_path / "waits.py", [group], 2)
+    try:
+        output = ranks[0].communicate(timeout=60)[0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert ranks[0].returncode != 0
+    assert "1200ms" in output

@@ -31,7 +31,8 @@ class TrainConfig:
         keep_checkpoints: newest checkpoints that are kept, beside the best.
         eval_every: optimizer steps between validations on ``data.val``; 0 validates at the end only.
         levels_every: optimizer steps between the numbers of level weights and gains; 0 leaves them out.
-        timeout_minutes: how long a rank waits for a silent other before the job fails.
+        timeout_minutes: how long a rank waits for a silent other in training before the job fails.
+        start_timeout_minutes: the same until training begins: in ZeRO-3 all wait while one reads the weights.
         log_every: optimizer steps between plain log lines when the console is not a terminal.
     """
 
@@ -52,6 +53,7 @@ class TrainConfig:
     eval_every: int = 0
     levels_every: int = 50
     timeout_minutes: float = 30.0
+    start_timeout_minutes: float = 30.0
     log_every: int = 10
 
     def __post_init__(self) -> None:
@@ -69,7 +71,10 @@ class TrainConfig:
         require(self.max_bad_steps >= 1, "train.max_bad_steps must be at least 1")
         require(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1")
         require(self.log_every >= 1, "train.log_every must be at least 1")
-        require(self.timeout_minutes > 0, "train.timeout_minutes must be positive")
+        require(
+            min(self.timeout_minutes, self.start_timeout_minutes) > 0,
+            "train.timeout_minutes and start_timeout_minutes must be positive",
+        )
         for name in ("save_every", "eval_every", "levels_every"):
             require(getattr(self, name) >= 0, f"train.{name} must be at least 0")
 

@@ -44,8 +44,8 @@ class TrainingLoader(DataLoader):
             del batches
 
     def _fork(self):
-        # Workers begin with SIGTERM blocked. Blocked later, it would kill by way of a thread that some library
-        # started before: one of torch's own, of `set_num_threads`, took it in a preempted job.
+        # Workers begin with SIGTERM blocked. Blocked later, it would kill by way of a thread that a library
+        # started before: one of torch's `set_num_threads` took it in a preempted job.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             return super().__iter__()

@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import signal
 import sys
 import threading
 import time
@@ -31,7 +30,7 @@ from dehvf_ds.doctor import machine, packages
 from dehvf_ds.doctor.report import GIB, Check, run_check
 from dehvf_ds.doctor.run import run_checks
 from dehvf_ds.doctor.verdict import Report, Stage, Verdict, judge
-from dehvf_ds.training.signals import REQUEUE_EXIT_CODE
+from dehvf_ds.training.signals import exit_on_request
 
 SICK_EXIT_CODE = 3
 MISTAKE_EXIT_CODE = 2
@@ -57,8 +56,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tasks-per-node", type=int, required=True)
     parser.add_argument("flags", nargs="*", help="the flags of train.py, after --")
     args = parser.parse_args(argv)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: os._exit(REQUEUE_EXIT_CODE))
+    exit_on_request()
     return Examination(args.into, args.nodes.split(","), args.tasks_per_node).run(args.flags)
 
 

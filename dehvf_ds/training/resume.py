@@ -59,6 +59,7 @@ FREE_KEYS = (
     "train.levels_every",
     "train.log_every",
     "train.timeout_minutes",
+    "train.start_timeout_minutes",
     "eval.every_steps",
     "eval.data",
     "eval.max_samples",

@@ -223,7 +223,7 @@ def test_evaluation_reads_every_row_once(make_shards):
 
 def test_workers_outlive_the_signals_of_an_ending_job(make_shards, build):
     config = replace(data_config(make_shards(10, 4)), num_workers=1)
-    # As a rank on the CPU does; torch then starts threads in a worker before the worker can do anything about them.
+    # As a rank on the CPU does; torch then starts threads in a worker before the worker's own code runs.
     torch.set_num_threads(torch.get_num_threads())
     iterator = iter(build(config, num_steps=60))
     next(iterator)

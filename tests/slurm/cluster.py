@@ -116,6 +116,12 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    def loader_workers(self, name: str) -> set[int]:
+        """The DataLoader's processes on a node, by the name that torch gives them."""
+        return {
+            pid for pid in _processes_of_node(name) if "data_worker" in Path(f"/proc/{pid}/comm").read_text()
+        }
+
     def stop(self) -> None:
         """Ends all jobs and daemons."""
         self.call("scancel", "-u", "root", check=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from slurm.cluster import PATIENCE, Cluster, missing, running, wait_for
-from tiny_entries import arguments, start
+from tiny_entries import arguments, read_metrics, start
 from training.launch import REPOSITORY
 
 pytestmark = [
@@ -48,10 +49,12 @@ class Site:
             "HEALTH_CHECK": "0",
         }
 
-    def submit(self, run: str, *more: str, options: tuple[str, ...] = (), **env: str) -> str:
+    def submit(
+        self, run: str, *more: str, options: tuple[str, ...] = (), script: str = SCRIPT, **env: str
+    ) -> str:
         output = ("--output", str(self.root / f"{run}.log"))
         return self.cluster.submit(
-            *options, *output, SCRIPT, *more, cwd=REPOSITORY, **(self.environment(run) | env)
+            *options, *output, script, *more, cwd=REPOSITORY, **(self.environment(run) | env)
         )
 
     def log(self, run: str) -> str:
@@ -85,7 +88,7 @@ def site(tmp_path_factory, world) -> Iterator[Site]:
         yield Site(cluster, world, root)
 
 
-LONG = ("--train.steps", "60", "--train.save_every", "20")
+LONG = ("--train.steps", "40", "--train.save_every", "15")
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +118,24 @@ def test_two_nodes_side_by_side_with_another_job_equal_one_process(site, undistu
 
 def test_a_signal_saves_requeues_and_goes_on(site, undisturbed) -> None:
     job = site.submit("signal", *LONG)
-    wait_for(lambda: site.num_steps("signal") > 25, 90, "step 25")
+    wait_for(lambda: site.num_steps("signal") > 17, 90, "step 17")
     site.cluster.call("scancel", "--signal=USR1", job)
     ended = site.cluster.wait(job, 180)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), site.log("signal")
     assert "stopped on request after step" in site.log("signal")
     assert_same_course(site.lines("signal"), undisturbed)
+
+
+def test_a_preempted_job_saves_and_goes_on_after_the_other(site, undisturbed) -> None:
+    job = site.submit("preempted", *LONG)
+    wait_for(lambda: site.num_steps("preempted") > 17, 90, "step 17")
+    options = ("--nodes=2", "--partition=urgent", "--exclusive", "--output=/dev/null")
+    urgent = site.cluster.submit(*options, "--wrap", "sleep 2", cwd=site.root)
+    assert site.cluster.wait(urgent, 60)["JobState"] == "COMPLETED"
+    ended = site.cluster.wait(job, 180)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), site.log("preempted")
+    assert "stopped on request after step" in site.log("preempted")
+    assert_same_course(site.lines("preempted"), undisturbed)
 
 
 def test_a_time_limit_saves_requeues_and_goes_on(site) -> None:
@@ -136,20 +151,26 @@ def test_a_time_limit_saves_requeues_and_goes_on(site) -> None:
     site.cluster.wait(job)
 
 
-def test_a_node_that_dies_ends_the_job_which_goes_on_with_the_other(site, undisturbed) -> None:
-    job = site.submit("dead", *LONG, NODES="1-2")
-    wait_for(lambda: site.num_steps("dead") > 25, 90, "step 25")
+@pytest.mark.parametrize(("dead", "left"), [("n2", "n1"), ("n1", "n2")])
+def test_a_node_that_dies_ends_the_job_which_goes_on_with_the_other(site, undisturbed, dead, left) -> None:
+    run = f"dead-{dead}"
+    # SLURM 22.05 begins such a job on both nodes where a node has more than one task.
+    options = ("--nodes=1-2", "--ntasks-per-node=2")
+    job = site.submit(run, *LONG, options=options, SUCCESSION_S="8")
+    wait_for(lambda: site.num_steps(run) > 17, 90, "step 17")
     assert site.cluster.show(job)["NumNodes"] == "2"
-    site.cluster.kill_node("n2")
+    assert "on 4 x cpu" in site.log(run)
+    site.cluster.kill_node(dead)
     try:
         ended = site.cluster.wait(job, 240)
-        assert ended["JobState"] == "COMPLETED", site.log("dead")
+        assert ended["JobState"] == "COMPLETED", site.log(run)
         assert ended["Restarts"] == "1"
-        assert ended["NodeList"] == "n1"
-        assert "on 1 x cpu" in site.log("dead")
-        assert_same_course(site.lines("dead"), undisturbed)
+        assert ended["NodeList"] == left
+        assert "on 2 x cpu" in site.log(run)
+        assert ("n1, where the job's script ran, does not answer" in site.log(run)) == (dead == "n1")
+        assert_same_course(site.lines(run), undisturbed)
     finally:
-        site.cluster.start_node("n2")
+        site.cluster.start_node(dead)
         wait_for(site.cluster.is_idle, 90, "the node's return")
 
 
@@ -165,7 +186,8 @@ def test_a_sick_node_is_named_and_left_out(site, tmp_path: Path) -> None:
         assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "0")
         assert "error: node n2 is sick: webdataset: 0.0.1; needs" in site.log("sick")
         assert not site.lines("sick")
-        job = site.submit("left-out", *short, HEALTH_CHECK="1", EXCLUDE_SICK="1", NODES="1-2")
+        options = ("--nodes=1-2", "--ntasks-per-node=2")
+        job = site.submit("left-out", *short, options=options, HEALTH_CHECK="1", EXCLUDE_SICK="1")
         ended = site.cluster.wait(job, 120)
         assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), site.log("left-out")
         assert (ended["NodeList"], ended["ExcNodeList"]) == ("n1", "n2")
@@ -202,13 +224,58 @@ def test_shards_are_staged_on_the_nodes_own_disks(site, tmp_path: Path) -> None:
     assert str(staged) in (site.root / "staged/config.yaml").read_text()
 
 
+def test_a_rank_that_hangs_is_given_up_with_its_stacks(site) -> None:
+    job = site.submit("hangs", "--train.steps", "4000", TIMEOUT_MINUTES="0.2", MAX_REQUEUES="0")
+    wait_for(lambda: site.num_steps("hangs") > 3, 90, "step 3")
+    # Nothing reads data for the second rank any more.
+    (worker,) = site.cluster.loader_workers("n2")
+    os.kill(worker, signal.SIGSTOP)
+    ended = site.cluster.wait(job, 90)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "1:0"), site.log("hangs")
+    assert "error: ranks that failed (rank, exit code): 0 1; giving the others up," in site.log("hangs")
+    stacks = (site.root / "hangs-logs/rank-1.log").read_text()
+    assert "Current thread" in stacks
+    assert "loop.py" in stacks.partition("Current thread")[2]
+
+
+APPTAINER = """#!/bin/bash
+echo "$@" > "$(dirname "$0")/called"
+while [ "$1" != picture.sif ]; do shift; done
+shift
+exec "$@"
+"""
+
+
+def test_the_other_scripts(site, tmp_path: Path) -> None:
+    """ScienceQA, in a container whose runtime is a stand-in; its evaluation, interrupted."""
+    (tmp_path / "apptainer").write_text(APPTAINER)
+    (tmp_path / "apptainer").chmod(0o755)
+    shards = str(site.world / "scienceqa")
+    data = ("--data.task", "scienceqa", "--data.train", shards, "--data.max_tokens", "512")
+    path = f"{tmp_path}:{sys.prefix}/bin:{os.environ['PATH']}"
+    script = "slurm/train_scienceqa.sh"
+    container = {"PATH": path, "DEHVF_CONTAINER": "picture.sif", "DEHVF_MOUNTS": "/data:/data"}
+    job = site.submit("sqa", *data, options=("--nodes=2",), script=script, **container)
+    assert site.cluster.wait(job, 90)["JobState"] == "COMPLETED", site.log("sqa")
+    called = (tmp_path / "called").read_text()
+    assert called.startswith(f"exec --nv --bind /data:/data --pwd {REPOSITORY} picture.sif python ")
+
+    asked = ("--model", str(site.root / "sqa"), "--data", shards, "--task", "scienceqa")
+    job = site.submit("eval", *asked, options=("--nodes=2",), script="slurm/eval.sh")
+    wait_for((site.root / "eval-logs/rank-1.log").exists, 60, "start of the evaluation")
+    site.cluster.call("scancel", "--signal=USR1", job)
+    ended = site.cluster.wait(job, 120)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), site.log("eval")
+    read_metrics(site.root / "sqa/eval/scienceqa-scienceqa")
+
+
 def test_a_run_that_fails_twice_at_one_step_stops_and_says_so(site) -> None:
     job = site.submit("broken", "--train.steps", "40", "--train.lr", "1e30", "--train.max_bad_steps", "3")
     ended = site.cluster.wait(job, 120)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "1"), site.log(
         "broken"
     )
-    assert "goes on from its last checkpoint" in site.log("broken")
+    assert "goes on from what was last saved" in site.log("broken")
     assert "error: failed twice at step" in site.log("broken")
 
 
