@@ -67,17 +67,19 @@ export PYTHONUNBUFFERED=1
 LOG_DIR="${LOG_DIR:-$PWD/slurm-logs/${SLURM_JOB_NAME:-login}-${SLURM_JOB_ID:-0}}"
 export LOG_DIR TORCH_FR_DUMP_TEMP_FILE="$LOG_DIR/flight-" TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$LOG_DIR/flight-"
 
-# Runs a command in every task of the job and returns its code. srun does not inherit --cpus-per-task on every version of
-# SLURM, nor the environment where the job was submitted without one. A rank that fails breaks the others' connections, which end by themselves, and is not to end them at once: a
-# mistake that every rank is about to name would look like a crash, since srun tells the largest code. LINGER_S seconds
-# after the first failure whatever is left is given up, with the stacks of all threads in the ranks' logs (SIGUSR2): srun
-# would wait for the tasks of a dead node as long as SLURM needs to notice its death, minutes.
+# launch COMMAND...: runs it in every task of the job and returns its code. srun does not inherit --cpus-per-task on every
+# version of SLURM, nor any environment where the job was submitted without one.
+# A rank that fails breaks the others' connections, which end by themselves, and is not to end them at once: a mistake that
+# every rank is about to name would look like a crash, since srun tells the largest code. LINGER_S seconds after the first
+# failure whatever is left is given up, with the stacks of its threads in the ranks' logs (SIGUSR2): srun would wait for the
+# tasks of a dead node as long as SLURM needs to notice its death, minutes.
 LINGER_S="${LINGER_S:-30}"
 launch() {
   mkdir -p "$LOG_DIR"
   local options=(--export=ALL --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${CONTAINER_OPTIONS[@]}")
   options+=(--ntasks="$((SLURM_JOB_NUM_NODES * $(tasks_per_node)))")
-  local failed="$LOG_DIR/failed.${SLURM_RESTART_COUNT:-0}" srun code=0 given_up='' seconds=0 end=$((SECONDS + ${DEADLINE_S:-315360000}))
+  local failed="$LOG_DIR/failed.${SLURM_RESTART_COUNT:-0}" srun code=0 given_up='' seconds=0
+  local end=$((SECONDS + ${DEADLINE_S:-315360000}))
   rm -f "$failed"
   srun "${options[@]}" bash slurm/rank.sh "${INSIDE[@]}" "$@" &
   srun=$!
