@@ -4,6 +4,9 @@
 
 source slurm/requeue.sh
 
+# srun passes on what is set here, also where sbatch was told not to (`--export=NONE`, or a few names).
+export SLURM_EXPORT_ENV=ALL
+
 # --- modules, container, Python ---
 
 if [ -n "${DEHVF_MODULES:-}" ]; then
@@ -68,7 +71,7 @@ LOG_DIR="${LOG_DIR:-$PWD/slurm-logs/${SLURM_JOB_NAME:-login}-${SLURM_JOB_ID:-0}}
 export LOG_DIR TORCH_FR_DUMP_TEMP_FILE="$LOG_DIR/flight-" TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$LOG_DIR/flight-"
 
 # launch COMMAND...: runs it in every task of the job and returns its code. srun does not inherit --cpus-per-task on every
-# version of SLURM, nor any environment where the job was submitted without one.
+# version of SLURM.
 # A rank that fails breaks the others' connections, which end by themselves, and is not to end them at once: a mistake that
 # every rank is about to name would look like a crash, since srun tells the largest code. LINGER_S seconds after the first
 # failure whatever is left is given up, with the stacks of its threads in the ranks' logs (SIGUSR2): srun would wait for the
@@ -76,7 +79,7 @@ export LOG_DIR TORCH_FR_DUMP_TEMP_FILE="$LOG_DIR/flight-" TORCH_NCCL_DEBUG_INFO_
 LINGER_S="${LINGER_S:-30}"
 launch() {
   mkdir -p "$LOG_DIR"
-  local options=(--export=ALL --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${CONTAINER_OPTIONS[@]}")
+  local options=(--kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${CONTAINER_OPTIONS[@]}")
   options+=(--ntasks="$((SLURM_JOB_NUM_NODES * $(tasks_per_node)))")
   local failed="$LOG_DIR/failed.${SLURM_RESTART_COUNT:-0}" srun code=0 given_up='' seconds=0
   local end=$((SECONDS + ${DEADLINE_S:-315360000}))
