@@ -26,6 +26,7 @@ RECIPE="${RECIPE:-coco_llama13b}"
 DS_CONFIG="${DS_CONFIG:-ds_configs/zero2.json}"
 # RUN_DIR=runs/coco_llama13b        results and checkpoints, on a file system that all nodes share
 # DEHVF_VENV=$PWD/.venv             Python environment, or DEHVF_CONTAINER=image and DEHVF_MOUNTS=/data:/data
+# DEHVF_STAGE=/tmp/shards           a folder on the nodes' own disks, to which the training shards are copied first
 
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$PWD}"
