@@ -89,6 +89,8 @@ launch() {
   while kill -0 "$srun" 2>/dev/null; do
     # For rank.sh, which has to know whether this shell lives; a full disk takes this as well.
     touch "$LOG_DIR/heartbeat" 2>/dev/null || true
+    # SLURM ends a job whose node it lost, and this shell within KillWait, whatever the ranks still wait for.
+    if [ -n "${terminated:-}" ] && is_requeued; then requeue && terminated=''; fi
     sleep 1
     if [ -s "$failed" ] && [ $((seconds += 1)) -gt "$LINGER_S" ]; then
       echo "error: ranks that failed (rank, exit code): $(paste -sd ';' "$failed"); giving the others up," \
@@ -198,8 +200,8 @@ finish() {
   case "$code" in
     0 | 2) exit "$code" ;;
   esac
-  # Where SLURM ends the job itself (scancel, a dead node, preemption by requeue), it also decides what becomes of it.
-  if [ "$(job_state)" != RUNNING ]; then
+  # Where SLURM ends the job for good (scancel), that is that.
+  if [ "$(squeue -h -j "$SLURM_JOB_ID" -t all -o %T)" != RUNNING ] && ! is_requeued; then
     exit "$code"
   fi
   case "$code" in
@@ -236,7 +238,8 @@ train() {
     set -- "$@" --data.train "$data"
   fi
   # USR1 (--signal, scancel) reaches the ranks alone; SIGTERM may reach this shell too, which has to outlive them.
-  trap : TERM USR1
+  trap 'terminated=1' TERM
+  trap : USR1
   check_nodes "$@"
   launch python dehvf_ds/train.py "$@" || code=$?
   finish "$code" "$run_dir"
@@ -245,7 +248,8 @@ train() {
 # evaluate ARGUMENTS...: what eval.sh does. eval.py writes its answers down as it goes and takes them up again.
 evaluate() {
   local code=0
-  trap : TERM USR1
+  trap 'terminated=1' TERM
+  trap : USR1
   launch python dehvf_ds/eval.py "$@" || code=$?
   finish "$code" "$LOG_DIR"
 }

@@ -22,16 +22,23 @@ heartbeat() {
   stat -c %y "$LOG_DIR/heartbeat" 2>/dev/null
 }
 succeed() {
-  local first last='' now quiet=0
-  trap '' "${SIGNALS[@]}"
+  local first last='' now quiet=0 terminated=''
+  trap '' INT USR1 USR2
+  trap 'terminated=1' TERM
   first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-  while sleep 2; do
+  while :; do
+    sleep 2
     now="$(heartbeat)"
     if [ "$now" != "$last" ]; then
       last="$now" quiet=0
       continue
     fi
-    if [ $((quiet += 2)) -lt "${SUCCESSION_S:-60}" ]; then continue; fi
+    if [ $((quiet += 2)) -ge 6 ] && [ -n "$terminated" ] && is_requeued; then
+      # SLURM was the first to know, and ends this shell within KillWait.
+      requeue
+      return
+    fi
+    if [ "$quiet" -lt "${SUCCESSION_S:-60}" ]; then continue; fi
     quiet=0
     # Not where the file system alone is slow.
     if timeout 20 srun --overlap --nodes=1 --ntasks=1 --nodelist="$first" true; then continue; fi

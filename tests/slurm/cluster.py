@@ -32,8 +32,8 @@ MpiDefault=none
 TaskProlog={root}/prolog.sh
 ReturnToService=2
 SlurmctldPort={port}
-# As on real clusters longer than a job needs to notice a dead node by itself; theirs are minutes.
-SlurmdTimeout=45
+# When SLURM notices a dead node; on real clusters after minutes.
+SlurmdTimeout=30
 KillWait=10
 SchedulerParameters=sched_interval=2,bf_interval=2
 StateSaveLocation={root}/state
@@ -63,6 +63,7 @@ class Cluster:
         self.root = root
         self._environment = os.environ | {"SLURM_CONF": str(root / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._frozen: dict[str, set[int]] = {}
 
     def start(self) -> None:
         """Starts everything and waits until both nodes answer."""
@@ -102,19 +103,26 @@ class Cluster:
         (self.root / f"sick.{name}").write_text("".join(lines))
 
     def start_node(self, name: str) -> None:
-        """Starts a node's daemon."""
+        """Starts a node's daemon; nothing of a node that was cut off outlives that."""
+        _send(self._frozen.pop(name, set()), signal.SIGKILL)
         self._run_daemon(name, "slurmd", "-D", "-N", name)
 
     def kill_node(self, name: str) -> None:
-        """Ends a node as a power cut does: its daemon, its step managers, its tasks."""
+        """Ends a node: its daemon, its step managers, its tasks. Others find their connections broken."""
+        self._lose_node(name, signal.SIGKILL)
+
+    def cut_off_node(self, name: str) -> None:
+        """Freezes a node, as a power cut does for others: their connections to it stand, in silence."""
+        self._frozen[name] = self._lose_node(name, signal.SIGSTOP)
+
+    def _lose_node(self, name: str, number: signal.Signals) -> set[int]:
         daemon = self._daemons.pop(name)
         daemon.kill()
         daemon.wait()
         tasks = _processes_of_node(name)
         managers = {parent for parent in map(_parent, tasks) if "slurmstepd" in _command(parent)}
-        for pid in tasks | managers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _send(tasks | managers, number)
+        return tasks | managers
 
     def loader_workers(self, name: str) -> set[int]:
         """The DataLoader's processes on a node, by the name that torch gives them."""
@@ -217,6 +225,12 @@ def _processes_of_node(name: str) -> set[int]:
             if wanted in path.read_bytes().split(b"\0"):
                 found.add(int(path.parent.name))
     return found
+
+
+def _send(pids: set[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _parent(pid: int) -> int:
