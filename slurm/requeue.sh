@@ -40,7 +40,8 @@ requeue() {
     fi
     # Settings can be changed only while a job waits.
     if [ "${#settings[@]}" -gt 0 ]; then held=hold; fi
-    scontrol "requeue$held" "$SLURM_JOB_ID"
+    # Not every site lets jobs go back; scontrol says so, and the script's code why it stopped.
+    scontrol "requeue$held" "$SLURM_JOB_ID" || return 0
   fi
   if [ "${#settings[@]}" -gt 0 ]; then persist scontrol update JobId="$SLURM_JOB_ID" "${settings[@]}" || true; fi
   if [ -n "$held" ]; then persist scontrol release "$SLURM_JOB_ID"; fi
