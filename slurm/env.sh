@@ -7,6 +7,12 @@ source slurm/requeue.sh
 # srun passes on what is set here, also where sbatch was told not to (`--export=NONE`, or a few names).
 export SLURM_EXPORT_ENV=ALL
 
+# --- logs ---
+
+# The job's own log is sbatch's --output; here each rank has its file, and NCCL's flight recorder its dumps.
+LOG_DIR="${LOG_DIR:-$PWD/slurm-logs/${SLURM_JOB_NAME:-login}-${SLURM_JOB_ID:-0}}"
+export LOG_DIR TORCH_FR_DUMP_TEMP_FILE="$LOG_DIR/flight-" TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$LOG_DIR/flight-"
+
 # --- modules, container, Python ---
 
 if [ -n "${DEHVF_MODULES:-}" ]; then
@@ -23,13 +29,15 @@ if [ -z "${DEHVF_CONTAINER:-}" ]; then
   source "$activate"
 fi
 
-# An image runs by pyxis (enroot) where srun has it, else by apptainer.
+# An image runs by pyxis (enroot) where srun has it, else by apptainer. It sees this directory and the logs in any case.
 CONTAINER_OPTIONS=() INSIDE=()
 if [ -n "${DEHVF_CONTAINER:-}" ]; then
-  if srun --help 2>/dev/null | grep -q -- --container-image; then
-    CONTAINER_OPTIONS=(--container-image="$DEHVF_CONTAINER" --container-mounts="${DEHVF_MOUNTS:-$PWD:$PWD}" --container-workdir="$PWD")
+  mkdir -p "$LOG_DIR"
+  mounts="$PWD:$PWD,$LOG_DIR:$LOG_DIR${DEHVF_MOUNTS:+,$DEHVF_MOUNTS}"
+  if [[ "$(srun --help 2>/dev/null)" == *--container-image* ]]; then
+    CONTAINER_OPTIONS=(--container-image="$DEHVF_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD")
   else
-    INSIDE=(apptainer exec --nv --bind "${DEHVF_MOUNTS:-$PWD:$PWD}" --pwd "$PWD" "$DEHVF_CONTAINER")
+    INSIDE=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$DEHVF_CONTAINER")
   fi
 fi
 
@@ -64,11 +72,7 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 export PYTHONUNBUFFERED=1
 
-# --- logs ---
-
-# The job's own log is sbatch's --output; here each rank has its file, and NCCL's flight recorder its dumps.
-LOG_DIR="${LOG_DIR:-$PWD/slurm-logs/${SLURM_JOB_NAME:-login}-${SLURM_JOB_ID:-0}}"
-export LOG_DIR TORCH_FR_DUMP_TEMP_FILE="$LOG_DIR/flight-" TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$LOG_DIR/flight-"
+# --- launch ---
 
 # launch COMMAND...: runs it in every task of the job and returns its code. srun does not inherit --cpus-per-task on every
 # version of SLURM.
@@ -83,7 +87,8 @@ launch() {
   options+=(--ntasks="$((SLURM_JOB_NUM_NODES * $(tasks_per_node)))")
   local failed="$LOG_DIR/failed.${SLURM_RESTART_COUNT:-0}" srun code=0 given_up='' seconds=0
   local end=$((SECONDS + ${DEADLINE_S:-315360000}))
-  rm -f "$failed"
+  # There from the start, and read anew each time: on NFS a name that was missing stays missing for a while.
+  : >"$failed"
   srun "${options[@]}" bash slurm/rank.sh "${INSIDE[@]}" "$@" &
   srun=$!
   while kill -0 "$srun" 2>/dev/null; do
@@ -92,7 +97,7 @@ launch() {
     # SLURM ends a job whose node it lost, and this shell within KillWait, whatever the ranks still wait for.
     if [ -n "${terminated:-}" ] && is_requeued; then requeue && terminated=''; fi
     sleep 1
-    if [ -s "$failed" ] && [ $((seconds += 1)) -gt "$LINGER_S" ]; then
+    if [ -n "$(<"$failed")" ] && [ $((seconds += 1)) -gt "$LINGER_S" ]; then
       echo "error: ranks that failed (rank, exit code): $(paste -sd ';' "$failed"); giving the others up," \
         "whose logs in $LOG_DIR tell where they are" >&2
       read -r _ given_up <"$failed"
@@ -129,6 +134,11 @@ check_nodes() {
     2) exit 2 ;;
     85 | 138 | 143) finish 85 "" ;;
   esac
+  if ! goes_on; then exit "$code"; fi
+  if [ -z "$(find "$reports" -name '*.json')" ]; then
+    echo "error: no task was able to begin (exit code $code); the ranks' logs in $LOG_DIR say why" >&2
+    exit 2
+  fi
   # The first task judges. Where it was not able to, its node is sick, unless others never began.
   if [ ! -f "$reports/sick" ]; then
     for node in "${names[@]}"; do
@@ -139,7 +149,7 @@ check_nodes() {
   fi
   if [ "${EXCLUDE_SICK:-0}" = 1 ] && [ -s "$reports/sick" ]; then
     cat "$reports/sick" >>"$LOG_DIR/sick"
-    requeue
+    requeue || true
   fi
   exit 3
 }
@@ -191,6 +201,16 @@ last_step() {
   echo "${step:-start}"
 }
 
+# goes_on: whether the job still runs, or SLURM has put it back into the queue; not where it ends the job for good (scancel).
+# Where SLURM does not answer it is asked for five minutes.
+goes_on() {
+  local state='' asked=0
+  while [ -z "$state" ] && [ $((asked += 1)) -le 60 ]; do
+    state="$(squeue -h -j "$SLURM_JOB_ID" -t all -o %T 2>/dev/null)" || sleep 5
+  done
+  [ "$state" = RUNNING ] || is_requeued
+}
+
 # finish CODE DIR: ends the job, or puts it back into the queue.
 #   0, 2  done, or the user's mistake: ends.
 #   85    stopped on request (time limit, preemption): goes on; 138 and 143 before Python was able to say so.
@@ -200,10 +220,7 @@ finish() {
   case "$code" in
     0 | 2) exit "$code" ;;
   esac
-  # Where SLURM ends the job for good (scancel), that is that.
-  if [ "$(squeue -h -j "$SLURM_JOB_ID" -t all -o %T)" != RUNNING ] && ! is_requeued; then
-    exit "$code"
-  fi
+  if ! goes_on; then exit "$code"; fi
   case "$code" in
     85 | 138 | 143) echo "stopped on request; the job goes on later" ;;
     *)
@@ -216,7 +233,7 @@ finish() {
       echo "failed at step $step with exit code $code; the job goes on from what was last saved" >&2
       ;;
   esac
-  requeue
+  requeue || true
   exit "$code"
 }
 
@@ -230,16 +247,20 @@ train() {
     DS_ACCELERATOR=cpu alone python dehvf_ds/train.py --deepspeed "$DS_CONFIG" --config "$recipe" "$@" --dry-run
     exit
   fi
+  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
+    echo "error: these scripts requeue whole jobs, so no job arrays; submit a job for each run" >&2
+    exit 2
+  fi
   run_dir="$(flag --run_dir "${RUN_DIR:-runs/$(basename "$recipe" .yaml)}" "$@")"
   set -- --deepspeed "$DS_CONFIG" --config "$recipe" --run_dir "$run_dir" --train.timeout_minutes "$TIMEOUT_MINUTES" "$@"
-  if [ -n "${DEHVF_STAGE:-}" ]; then
-    data="$(alone python -m dehvf_ds.config data.train "$@")" || exit 2
-    data="$(stage "$data")" || exit 1
-    set -- "$@" --data.train "$data"
-  fi
   # USR1 (--signal, scancel) reaches the ranks alone; SIGTERM may reach this shell too, which has to outlive them.
   trap 'terminated=1' TERM
   trap : USR1
+  if [ -n "${DEHVF_STAGE:-}" ]; then
+    data="$(alone python -m dehvf_ds.config data.train "$@")" || exit 2
+    data="$(stage "$data")" || finish 1 "$run_dir"
+    set -- "$@" --data.train "$data"
+  fi
   check_nodes "$@"
   launch python dehvf_ds/train.py "$@" || code=$?
   finish "$code" "$run_dir"

@@ -6,43 +6,56 @@ tasks_per_node() {
   echo "${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))}"
 }
 
-# persist COMMAND...: tries it for 20 seconds; what it complains of is told at the end alone.
-persist() {
-  local said
-  for _ in {1..20}; do
-    if said="$("$@" 2>&1)"; then return; fi
-    sleep 1
-  done
-  echo "error: $*: $said" >&2
-  return 1
+# show_job PATTERN: the words of what SLURM knows of the job that match.
+show_job() {
+  scontrol show job "$SLURM_JOB_ID" -o | grep -oE " $1" | cut -c2-
 }
 
 # Whether SLURM has put the job back into the queue by itself: a node died, or a more important job came.
 is_requeued() {
   local restarts
-  restarts="$(scontrol show job "$SLURM_JOB_ID" -o | grep -o ' Restarts=[0-9]*' | cut -d= -f2)"
+  restarts="$(show_job 'Restarts=[0-9]+')"
+  restarts="${restarts#Restarts=}"
   [ "${restarts:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ]
 }
 
-# requeue: puts the job back into the queue, up to MAX_REQUEUES (20) times. Nodes that were found sick are left out.
+# requeue: puts the job back into the queue, up to MAX_REQUEUES (20) times. Nodes that were found sick are left out. Where
+# SLURM does not answer it is asked for five minutes.
 requeue() {
-  local settings=() restarts="${SLURM_RESTART_COUNT:-0}" held=''
-  # SLURM asks again for as many tasks as the job had, so that a node less would not do although `--nodes=MIN-MAX` allows
-  # it. With the tasks of one node --nodes alone decides.
-  if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then settings+=("NumTasks=$(tasks_per_node)"); fi
-  if [ -s "$LOG_DIR/sick" ]; then settings+=("ExcNodeList=$(sort -u "$LOG_DIR/sick" | paste -sd ,)"); fi
+  local said asked=0
   # Requeueing ends this shell, which has more to say: a signal that is ignored here is ignored by what it calls, too.
   trap '' TERM
-  if ! is_requeued; then
-    if [ "$restarts" -ge "${MAX_REQUEUES:-20}" ]; then
-      echo "error: requeued $restarts times already (MAX_REQUEUES); submit it again to go on" >&2
-      return
+  until is_requeued; do
+    if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_REQUEUES:-20}" ]; then
+      echo "error: requeued $SLURM_RESTART_COUNT times already (MAX_REQUEUES); submit it again to go on" >&2
+      return 1
     fi
-    # Settings can be changed only while a job waits.
-    if [ "${#settings[@]}" -gt 0 ]; then held=hold; fi
-    # Not every site lets jobs go back; scontrol says so, and the script's code why it stopped.
-    scontrol "requeue$held" "$SLURM_JOB_ID" || return 0
+    if said="$(scontrol requeue "$SLURM_JOB_ID" 2>&1)"; then break; fi
+    # Not every site lets jobs go back.
+    if [[ "$said" == *disabled* || "$said" == *denied* ]] || [ $((asked += 1)) -ge 60 ]; then
+      echo "error: not requeued: $said" >&2
+      return 1
+    fi
+    sleep 5
+  done
+  let_shrink || echo "error: SLURM did not take new settings; the job waits for as many nodes as it had" >&2
+}
+
+# let_shrink: what a job is to be given that waits again. It does not start before this shell has ended.
+let_shrink() {
+  local settings=() excluded asked=0
+  # SLURM asks again for as many tasks as the job had, so that a node less would not do although `--nodes=MIN-MAX` allows
+  # it. With the tasks of one node --nodes alone decides. (MIN itself is not told while nodes still clear up.)
+  if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then settings+=("NumTasks=$(tasks_per_node)"); fi
+  if [ -s "$LOG_DIR/sick" ]; then
+    excluded="$(show_job 'ExcNodeList=[^ ]*')"
+    excluded="${excluded#ExcNodeList=}"
+    if [ "$excluded" = "(null)" ]; then excluded=''; fi
+    settings+=("ExcNodeList=$(sort -u "$LOG_DIR/sick" | paste -sd ,)${excluded:+,$excluded}")
   fi
-  if [ "${#settings[@]}" -gt 0 ]; then persist scontrol update JobId="$SLURM_JOB_ID" "${settings[@]}" || true; fi
-  if [ -n "$held" ]; then persist scontrol release "$SLURM_JOB_ID"; fi
+  if [ "${#settings[@]}" = 0 ]; then return; fi
+  until scontrol update JobId="$SLURM_JOB_ID" "${settings[@]}" 2>/dev/null; do
+    if [ $((asked += 1)) -ge 20 ]; then return 1; fi
+    sleep 1
+  done
 }

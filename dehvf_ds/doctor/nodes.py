@@ -12,6 +12,7 @@ at the run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -164,8 +165,12 @@ class Examination:
 
 def read_reports(folder: Path) -> list[Report]:
     """The reports so far, by rank."""
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
-    return sorted((Report(**content) for content in contents), key=lambda report: report.rank)
+    reports = []
+    for path in folder.glob("*.json"):
+        # On NFS one that is being replaced may be neither the old nor the new file; it is read the next time.
+        with contextlib.suppress(OSError):
+            reports.append(Report(**json.loads(path.read_text(encoding="utf-8"))))
+    return sorted(reports, key=lambda report: report.rank)
 
 
 def describe(verdict: Verdict) -> list[str]:

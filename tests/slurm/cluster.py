@@ -34,7 +34,7 @@ ReturnToService=2
 SlurmctldPort={port}
 # When SLURM notices a dead node; on real clusters after minutes.
 SlurmdTimeout=30
-KillWait=10
+KillWait=6
 SchedulerParameters=sched_interval=2,bf_interval=2
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool.%n
@@ -123,6 +123,12 @@ class Cluster:
         managers = {parent for parent in map(_parent, tasks) if "slurmstepd" in _command(parent)}
         _send(tasks | managers, number)
         return tasks | managers
+
+    def signal_shells(self, name: str, number: signal.Signals) -> None:
+        """Signals the ranks' shells on a node alone, as SLURM does with proctrack/cgroup."""
+        for pid in _processes_of_node(name):
+            if "slurmstepd" in _command(_parent(pid)) and "rank.sh" in _command(pid):
+                os.kill(pid, number)
 
     def loader_workers(self, name: str) -> set[int]:
         """The DataLoader's processes on a node, by the name that torch gives them."""

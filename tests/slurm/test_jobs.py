@@ -267,12 +267,14 @@ def test_the_other_scripts(site, tmp_path: Path) -> None:
     (staged,) = (tmp_path / "local").iterdir()
     assert str(staged) in (site.root / "sqa/config.yaml").read_text()
     called = (tmp_path / "called").read_text()
-    assert called.startswith(f"exec --nv --bind /data:/data --pwd {REPOSITORY} picture.sif python ")
+    mounts = f"{REPOSITORY}:{REPOSITORY},{site.root}/sqa-logs:{site.root}/sqa-logs,/data:/data"
+    assert called.startswith(f"exec --nv --bind {mounts} --pwd {REPOSITORY} picture.sif python ")
 
     asked = ("--model", str(site.root / "sqa"), "--data", shards, "--task", "scienceqa")
     job = site.submit("eval", *asked, options=("--nodes=2",), script="slurm/eval.sh")
     wait_for((site.root / "eval-logs/rank-1.log").exists, 60, "start of the evaluation")
-    site.cluster.call("scancel", "--signal=USR1", job)
+    for node in ("n1", "n2"):
+        site.cluster.signal_shells(node, signal.SIGUSR1)
     ended = site.cluster.wait(job, 120)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), site.log("eval")
     read_metrics(site.root / "sqa/eval/scienceqa-scienceqa")
