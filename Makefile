@@ -17,7 +17,7 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 help:
 	@echo "make demo    prepare, train, evaluate, export and show the demo (about 20 minutes on two CPU cores)"
 	@echo "make test    install and run every test"
-	@echo "make test-slurm  the job scripts on a SLURM of two nodes, started here (root; some eight minutes)"
+	@echo "make test-slurm  the job scripts on a SLURM of two nodes, started here (root; some nine minutes)"
 	@echo "make check   ruff, pyright, import-linter, shellcheck"
 
 # --- set-up ---
