@@ -27,7 +27,7 @@ requeue() {
   trap '' TERM
   until is_requeued; do
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_REQUEUES:-20}" ]; then
-      echo "error: requeued $SLURM_RESTART_COUNT times already (MAX_REQUEUES); submit it again to go on" >&2
+      echo "error: requeued ${SLURM_RESTART_COUNT:-0} times already (MAX_REQUEUES); submit it again to go on" >&2
       return 1
     fi
     if said="$(scontrol requeue "$SLURM_JOB_ID" 2>&1)"; then break; fi

@@ -239,6 +239,7 @@ def test_a_rank_that_hangs_is_given_up_with_its_stacks(site) -> None:
     ended = site.cluster.wait(job, 90)
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "1:0"), site.log("hangs")
     assert "error: ranks that failed (rank, exit code): 0 1; giving the others up," in site.log("hangs")
+    assert "error: requeued 0 times already (MAX_REQUEUES)" in site.log("hangs")
     stacks = (site.root / "hangs-logs/rank-1.log").read_text()
     assert "Current thread" in stacks
     assert "loop.py" in stacks.partition("Current thread")[2]
