@@ -33,11 +33,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # --- the demo ---
 
-$(DATA)/backbones/.done: $(INSTALLED) tools/prepare_backbones.py $(wildcard tools/backbones/*.py)
+$(DATA)/backbones/.done: $(INSTALLED) dehvf_ds/demo/prepare_backbones.py $(wildcard dehvf_ds/demo/backbones/*.py)
 	$(BIN)/python tools/prepare_backbones.py --output $(DATA)/backbones
 	touch $@
 
-$(DATA)/scenes/.done: $(INSTALLED) tools/make_scenes.py tools/build_shards.py $(wildcard tools/scenes/*.py)
+$(DATA)/scenes/.done: $(INSTALLED) dehvf_ds/demo/make_scenes.py $(wildcard dehvf_ds/demo/scenes/*.py)
 	rm -rf $(DATA)/scenes
 	$(BIN)/python tools/make_scenes.py --output $(DATA)/scenes
 	for split in train val test; do \
@@ -56,7 +56,7 @@ demo: $(DATA)/backbones/.done $(DATA)/scenes/.done
 	$(TRAIN) --run_dir runs/demo-none --model.fusion none
 	$(BIN)/python dehvf_ds/eval.py --model runs/demo-none --data $(DATA)/scenes/shards/test
 	$(BIN)/python tools/merge_adapters.py --checkpoint runs/demo --output runs/demo/merged --force
-	$(BIN)/python tools/show_demo.py
+	$(BIN)/python -m dehvf_ds.demo.show
 
 # --- checks ---
 

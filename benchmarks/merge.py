@@ -23,10 +23,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from dehvf_ds.export.pieces import Piece
+from dehvf_ds.export.shards import write_shards
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
 from dehvf_ds.model.artifact import save_adapter
-from tools.exporting.pieces import Piece
-from tools.exporting.shards import write_shards
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["down_proj"]}
 
@@ -82,7 +82,7 @@ def main() -> int:
     args = parser.parse_args()
     if not (args.directory / "adapter").exists():
         build(args.directory, args.layers)
-    command = [sys.executable, "-m", "tools.merge_adapters", "--checkpoint", str(args.directory / "adapter")]
+    command = [sys.executable, "-m", "dehvf_ds.export", "--checkpoint", str(args.directory / "adapter")]
     start = time.perf_counter()
     subprocess.run([*command, "--output", str(args.directory / "model"), "--force"], check=True)
     seconds = time.perf_counter() - start

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from dehvf_ds.config import UserError
+from dehvf_ds.data.building.cli import main as build_shards
 from dehvf_ds.data.index import ShardIndex
-from tools.build_shards import main as build_shards
 
 
 @pytest.mark.slow

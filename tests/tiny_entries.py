@@ -14,8 +14,8 @@ from tiny_models import byte_tokenizer, vision_config
 from training.launch import REPOSITORY
 from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil, GPT2Config, LlamaConfig
 
-from tools.build_shards import main as build_shards
-from tools.make_scenes import main as make_scenes
+from dehvf_ds.data.building.cli import main as build_shards
+from dehvf_ds.demo.make_scenes import main as make_scenes
 
 
 def build_world(root: Path) -> Path:

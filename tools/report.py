@@ -1,45 +1,19 @@
-"""Writes one HTML page about one or several runs, side by side; it needs no network and no scripts.
+"""Writes one HTML page about one or several runs.
 
-python tools/report.py RUN_DIR... [--output report.html]
+    python tools/report.py RUN_DIR... [--output report.html]
+
+The same as ``python -m dehvf_ds.report``, which an installed package has without a clone.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-# Run as a script, tools/ is first on the path, from where tools.reporting is not seen.
+# Run as a script, tools/ is first on the path, from where the package is not seen.
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dehvf_ds.config import UserError
 from dehvf_ds.distributed import run_entry
-from tools.reporting.page import build_page
-from tools.reporting.runs import load_runs
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Writes the page; returns the exit code.
-
-    Raises:
-        UserError: a directory that is no run, or an output that cannot be written.
-    """
-    parser = argparse.ArgumentParser(description="Writes one HTML page about runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="what train.py wrote")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="default: %(default)s")
-    args = parser.parse_args(argv)
-
-    page = build_page(load_runs(args.runs))
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        # A damaged caption may hold half a surrogate pair, which UTF-8 cannot.
-        args.output.write_bytes(page.encode("utf-8", errors="replace"))
-    except OSError as error:
-        raise UserError(f"--output {args.output}: {error.strerror}") from None
-    print(f"report: {args.output}")
-    return 0
-
+from dehvf_ds.report.cli import main
 
 if __name__ == "__main__":
     run_entry(main)

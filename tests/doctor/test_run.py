@@ -17,8 +17,8 @@ from dehvf_ds.doctor import run
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """Tiny backbones, a shard of scenes and a recipe that names them."""
-    from tools.build_shards import main as build_shards
-    from tools.make_scenes import main as make_scenes
+    from dehvf_ds.data.building.cli import main as build_shards
+    from dehvf_ds.demo.make_scenes import main as make_scenes
 
     root = tmp_path_factory.mktemp("doctor")
     AutoModelForCausalLM.from_config(text_config()).save_pretrained(root / "llm")

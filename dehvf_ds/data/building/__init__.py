@@ -1,1 +1,1 @@
-"""Shard directories made, taken over and checked; used by ``tools/build_shards.py`` alone."""
+"""Shard directories made, taken over and checked; ``python -m dehvf_ds.data.building``."""

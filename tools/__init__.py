@@ -1,1 +1,0 @@
-"""Tools that are run as scripts."""

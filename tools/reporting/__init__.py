@@ -1,1 +1,0 @@
-"""The page that ``report.py`` writes: what it reads, its charts, its tables."""
