@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .adapters import ADAPTER_NAME
-from .configuration import ModelError
+from .configuration import ModelError, check_version
 from .identity import base_identity
 from .modeling import DehvfForConditionalGeneration
 
@@ -80,7 +80,7 @@ def save_adapter(
         saved.save_pretrained(str(part / "lora"))
     files = sorted(p.relative_to(part).as_posix() for p in part.rglob("*") if p.is_file())
     manifest = {
-        "format": 2,  # format 1 had no sketch of the base models' weights
+        "version": model.config.version,
         "dtype": str(dtype).removeprefix("torch."),
         "bases": {
             "language_model": base_identity(language_model, vision=False),
@@ -102,12 +102,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """Reads an artifact's manifest and checks that its files are whole.
 
     Raises:
-        ModelError: a file is missing or its hash differs.
+        ModelError: a file is missing or its hash differs, or another version trained it.
     """
     path = directory / MANIFEST_FILE
     if not path.is_file():
         raise ModelError(f"{directory}: no manifest.json; not an adapter artifact")
     manifest = json.loads(path.read_text(encoding="utf-8"))
+    check_version(manifest.get("version", 1), str(directory))
     for name, digest in manifest["files"].items():
         if not (directory / name).is_file():
             raise ModelError(f"{directory / name}: missing")

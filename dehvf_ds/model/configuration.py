@@ -7,6 +7,10 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+FUNCTION_VERSION = 2
+"""What the model computes of its weights. 1 did not normalise the visual FFN's queries; weights that were
+trained under another version would load and say something else."""
+
 FUSIONS = ("ffn", "prefix", "none")
 ROUTERS = ("layer", "static", "last")
 
@@ -33,6 +37,19 @@ def spaced_levels(num_blocks: int, num_levels: int) -> list[int]:
     return [round(num_blocks * (i + 1) / num_levels) for i in range(num_levels)]
 
 
+def check_version(version: int, owner: str) -> None:
+    """Refuses weights that belong to another function than this program's.
+
+    Raises:
+        ModelError: ``version`` is another.
+    """
+    if version != FUNCTION_VERSION:
+        raise ModelError(
+            f"{owner} was trained by a version of the program whose visual FFN computes something else "
+            f"({version}, not {FUNCTION_VERSION}): train it anew, or use that version"
+        )
+
+
 class DehvfConfig(PreTrainedConfig):
     """Configuration of ``DehvfForConditionalGeneration``.
 
@@ -51,6 +68,7 @@ class DehvfConfig(PreTrainedConfig):
             (ablated, or folded into the weights).
         task: what it was trained for: ``caption``, ``scienceqa`` or ``chat``.
         prompt: the instruction that captions were trained with; what ``generate`` is best given.
+        version: of the function that the weights belong to, see ``FUNCTION_VERSION``.
 
     Raises:
         ModelError: values outside their range.
@@ -73,8 +91,10 @@ class DehvfConfig(PreTrainedConfig):
         lora: dict[str, Any] | None = None,
         task: str | None = None,
         prompt: str | None = None,
+        version: int = FUNCTION_VERSION,
         **kwargs: Any,
     ) -> None:
+        self.version = version
         self.text_config = _sub_config(text_config, "llama")
         self.vision_config = _sub_config(vision_config, "clip_vision_model")
         if fusion not in FUSIONS:
@@ -105,6 +125,20 @@ class DehvfConfig(PreTrainedConfig):
                 )
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, for weights of this version's function alone.
+
+        Raises:
+            ModelError: the weights belong to another version.
+        """
+        check_version(config_dict.get("version", 1), "the model")
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, and always the version."""
+        return super().to_diff_dict() | {"version": self.version}
 
     @property
     def patches_per_side(self) -> int:

@@ -56,8 +56,8 @@ def base_identity(source: str, *, vision: bool, weights: bool = True) -> dict[st
 def check_base(identity: Mapping[str, Any], source: str, *, vision: bool, owner: str) -> None:
     """Refuses a base model that is not the one of an identity.
 
-    An identity without a sketch, from an artifact of format 1 or a run that did not use the weights, is
-    compared by its configuration alone.
+    An identity without a sketch, from a run that did not use the weights, is compared by its configuration
+    alone.
 
     Args:
         identity: what ``base_identity`` gave for the base that was trained on.

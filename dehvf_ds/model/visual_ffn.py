@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from .shapes import Float
 
+QUERY_EPS = 1e-8
+"""Added to a query's mean square before its root."""
+
 
 def read_memory(
     x: Float[Tensor, "batch tokens dim"],
@@ -21,12 +24,13 @@ def read_memory(
 ) -> Float[Tensor, "batch tokens dim"]:
     """Reads the visual memory for every token (ours).
 
-    q = (x W_q) * a;  A = silu(q (S + P_k)^T / sqrt(r));  result = ((A (S + P_v)) * b) W_o.
+    q = rms_norm(x W_q) * a;  A = silu(q (S + P_k)^T / sqrt(r));  result = ((A (S + P_v)) * b) W_o.
 
-    It equals an FFN whose hidden units are the M slots, with keys ((S + P_k) * a) W_q^T and values
-    ((S + P_v) * b) W_o, without ever building those [slots, dim] matrices.
+    It equals an FFN whose hidden units are the M slots, with keys ((S + P_k) * a) W_q^T, scores divided by
+    the root mean square of x W_q, and values ((S + P_v) * b) W_o, without ever building those [slots, dim]
+    matrices.
     """
-    query = (x @ w_query) * gain_in
+    query = _queries(x, w_query) * gain_in
     scores = query @ (memory + key_positions).transpose(1, 2) * memory.shape[-1] ** -0.5
     read = F.silu(scores) @ (memory + value_positions)
     return (read * gain_out) @ w_out
@@ -55,7 +59,17 @@ def read_prepared(
 ) -> Float[Tensor, "batch tokens dim"]:
     """As ``read_memory``, of a memory that ``prepare_memory`` made: half as many operations a token."""
     keys, values = prepared.unbind(dim=1)
-    return F.silu((x @ w_query) @ keys.transpose(1, 2)) @ values @ w_out
+    return F.silu(_queries(x, w_query) @ keys.transpose(1, 2)) @ values @ w_out
+
+
+def _queries(
+    x: Float[Tensor, "batch tokens dim"], w_query: Float[Tensor, "dim rank"]
+) -> Float[Tensor, "batch tokens rank"]:
+    """x W_q at a root mean square of 1, so that the spread of the scores does not hang on the LLM.
+
+    The inputs of an FFN have an RMS of 0.14 in SmolLM2 and of several in other LLMs.
+    """
+    return F.rms_norm(x @ w_query, w_query.shape[-1:], eps=QUERY_EPS)
 
 
 class MemoryReader(nn.Module):

@@ -22,7 +22,7 @@ from dehvf_ds.training.durable import read_pointer, size_and_hash
 from dehvf_ds.training.lease import Lease
 from dehvf_ds.training.progress import Progress
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STATE_FILE = "state.safetensors"
 INFO_FILE = "state.json"
 LATEST_FILE = "latest"
@@ -183,7 +183,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         content = json.loads((path / INFO_FILE).read_text(encoding="utf-8"))
         if content["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{path}: checkpoint format {content['format_version']}, not {FORMAT_VERSION}")
+            raise UserError(
+                f"{path}: checkpoint format {content['format_version']}, not {FORMAT_VERSION}; go on with "
+                "the version of the program that wrote it, or train anew"
+            )
         for name, promised in content["files"].items():
             if size_and_hash(path / name) != promised:
                 raise UserError(f"{path / name}: changed since it was written (size or sha256 differs)")

@@ -99,15 +99,23 @@ def test_the_tower_of_a_model_that_does_not_look_needs_no_weights(tmp_path, base
     find_trained(tmp_path / "adapter")
 
 
-def test_an_artifact_of_format_1_has_no_sketch_and_loads(tmp_path, bases) -> None:
-    save(trained_model(bases), bases, tmp_path / "adapter")
+def test_weights_of_another_versions_function_are_refused(tmp_path, bases) -> None:
+    model = trained_model(bases)
+    save(model, bases, tmp_path / "adapter")
     file = tmp_path / "adapter" / "manifest.json"
     manifest = json.loads(file.read_text())
-    manifest["format"] = 1
-    for identity in manifest["bases"].values():
-        del identity["sketch"]
+    del manifest["version"]
     file.write_text(json.dumps(manifest))
-    find_trained(tmp_path / "adapter").load()
+    with pytest.raises(ModelError, match=r"adapter was trained by a version .* \(1, not 2\): train it anew"):
+        find_trained(tmp_path / "adapter")
+
+    model.config.save_pretrained(tmp_path / "merged")
+    find_trained(tmp_path / "merged")
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    assert config.pop("version") == 2
+    (tmp_path / "merged/config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"computes something else \(1, not 2\)"):
+        find_trained(tmp_path / "merged")
 
 
 def test_values_that_are_not_finite_leave_the_previous_artifact(tmp_path, bases) -> None:

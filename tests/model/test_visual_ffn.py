@@ -14,9 +14,10 @@ NAMES = ("x", "memory", "gain_in", "gain_out", "w_query", "w_out", "key_position
 def materialised(x, memory, gain_in, gain_out, w_query, w_out, key_positions, value_positions):
     """The plain reference: an FFN whose M hidden units have d-wide keys and values."""
     rank = memory.shape[-1]
+    spread = ((x @ w_query).square().mean(dim=-1, keepdim=True) + 1e-8).sqrt()
     keys = ((memory + key_positions) * gain_in) @ w_query.T
     values = ((memory + value_positions) * gain_out) @ w_out
-    hidden = F.silu(torch.einsum("btd,bmd->btm", x, keys) / rank**0.5)
+    hidden = F.silu(torch.einsum("btd,bmd->btm", x, keys) / spread / rank**0.5)
     return torch.einsum("btm,bmd->btd", hidden, values)
 
 
@@ -53,6 +54,14 @@ def test_a_prepared_memory_is_read_as_the_plain_one() -> None:
     assert prepared.shape == (2, 2, 7, 6)
     found = read_prepared(given["x"], prepared, given["w_query"], given["w_out"])
     torch.testing.assert_close(found, read_memory(*given.values()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0.01, 0.14, 40.0])
+def test_what_is_read_does_not_depend_on_the_size_of_the_ffn_inputs(size) -> None:
+    given = tensors()
+    expected = read_memory(*given.values())
+    found = read_memory(given.pop("x") * size, *given.values())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_rank_space_keeps_no_wide_memory_for_backward() -> None:
