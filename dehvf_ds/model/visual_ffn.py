@@ -11,6 +11,12 @@ from .shapes import Float
 QUERY_EPS = 1e-8
 """Added to a query's mean square before its root."""
 
+SCORE_SPREAD = 36.0
+"""Start value of the gains of the queries: how sharply a token tells the slots apart (ours, by a sweep)."""
+
+READ_SIZE = 1.0
+"""Start value of the gains of the read, times sqrt(M): the sum over M slots grows like that (ours, likewise)."""
+
 
 def read_memory(
     x: Float[Tensor, "batch tokens dim"],
@@ -123,10 +129,8 @@ class VisualFFN(nn.Module):
     def __init__(self, ffn: nn.Module, reader: MemoryReader, num_slots: int, rank: int) -> None:
         super().__init__()
         self.ffn = ffn
-        # Start values hold the scales that made a prototype learn: scores 4/sqrt(r), sums over the M
-        # slots divided by sqrt(M).
-        self.gain_in = nn.Parameter(torch.full((rank,), 4.0))
-        self.gain_out = nn.Parameter(torch.full((rank,), num_slots**-0.5))
+        self.gain_in = nn.Parameter(torch.full((rank,), SCORE_SPREAD))
+        self.gain_out = nn.Parameter(torch.full((rank,), READ_SIZE * num_slots**-0.5))
         self._reader = (reader,)
         self.memory: Tensor | None = None
 
