@@ -1,4 +1,4 @@
-"""The tests of a GPU: each body runs on ``cuda`` where there is one, and on ``cpu`` as a rehearsal of itself."""
+"""The tests of a GPU: each runs on ``cuda`` where there is one, and on ``cpu`` as a rehearsal of itself."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from gpu.runs import Runs
 
 FACTS: list[str] = []
 """What the tests measured, printed at the end: a bound that holds tells little of by how much."""
+
+_started: dict[str, Runs] = {}
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -26,10 +28,17 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 
 @pytest.fixture(scope="session", params=["cuda", "cpu"])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    name = request.param
+    if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    return request.param
+    needed = any("runs" in getattr(item, "fixturenames", ()) for item in request.session.items)
+    if name == "cuda" and needed:
+        # Started before the first test of any file: they train while the others compute.
+        with Runs(name, request.getfixturevalue("world")) as _started[name]:
+            yield name
+    else:
+        yield name
 
 
 @pytest.fixture
@@ -41,5 +50,8 @@ def fact(request: pytest.FixtureRequest):
 @pytest.fixture(scope="session")
 def runs(device: str, world: Path) -> Iterator[Runs]:
     """Runs of ``train.py`` in processes of their own; on a GPU all are started at once."""
-    with Runs(device, world) as started:
-        yield started
+    if device in _started:
+        yield _started[device]
+    else:
+        with Runs(device, world) as started:
+            yield started

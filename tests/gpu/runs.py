@@ -34,7 +34,8 @@ class Runs:
     def __init__(self, device: str, world: Path) -> None:
         self.device = device
         self.world = world
-        self._futures: dict[str, Future[None]] = {}
+        self._futures: dict[str, Future[str]] = {}
+        self._resumed: dict[str, tuple[list[dict[str, Any]], Future[None]]] = {}
         self._pool = ThreadPoolExecutor(max_workers=8 if device == "cuda" else 1)
 
     def __enter__(self) -> Runs:
@@ -89,10 +90,22 @@ class Runs:
             flags += ["--data.train", str(self.world / "scienceqa")]
         return [*flags, "--train.activation_checkpointing", str(kind == "checkpointing").lower()]
 
-    def train_again(self, name: str, *, after: int) -> None:
-        """Leaves a finished run as a kill after step ``after`` did, and starts it anew to its end."""
-        for path in (self.finished(name) / "checkpoints").glob("step_*"):
-            if int(path.name.removeprefix("step_")) > after:
+    def resumed(self, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Leaves a finished run as a kill after step ``SAVED`` did, and starts it anew to its end.
+
+        Returns:
+            What the whole run wrote of each step, and what the resumed one did.
+        """
+        for one in ("zero2", "zero3") if self.device == "cuda" else (name,):
+            if one not in self._resumed:
+                self._resumed[one] = self.lines(one), self._pool.submit(self._train_again, one)
+        whole, again = self._resumed[name]
+        again.result()
+        return whole, self.lines(name)
+
+    def _train_again(self, name: str) -> None:
+        for path in (self.directory(name) / "checkpoints").glob("step_*"):
+            if int(path.name.removeprefix("step_")) > SAVED:
                 shutil.rmtree(path)
         self.run("dehvf_ds/train.py", self.arguments(name))
 
@@ -127,7 +140,7 @@ class Runs:
     def _start(self, name: str) -> None:
         if name not in self._futures:
             args = self.arguments(name)
-            self._futures[name] = self._pool.submit(lambda: (self.run("dehvf_ds/train.py", args), None)[1])
+            self._futures[name] = self._pool.submit(self.run, "dehvf_ds/train.py", args)
 
     def _deepspeed_json(self, stage: str) -> Path:
         """The shipped configuration, in bf16 also where the CPU has no fast one."""

@@ -24,7 +24,7 @@ ROWS, TOKENS = 3, 10
 
 
 def on_fake_gpu(model: DehvfForConditionalGeneration) -> DehvfForConditionalGeneration:
-    """In place: bf16 parameters and buffers of their own dtype, without memory. Under a ``FakeTensorMode``."""
+    """In place, under a ``FakeTensorMode``: bf16 parameters, and buffers of their own dtype."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
