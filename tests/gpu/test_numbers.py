@@ -1,4 +1,7 @@
-"""Forward, loss, gradients and decoding in half precision on a device, against fp32 on the CPU."""
+"""Forward, loss, gradients and decoding in half precision on a device, against fp32 on the CPU.
+
+fp16 is computed with, as an exported model may be; runs do not train in it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ BACKBONES = {"llama-clip": ("llama", "clip"), "qwen3-siglip": ("qwen3", "siglip"
 
 
 @pytest.fixture(params=BACKBONES)
-def backbones(request: pytest.FixtureRequest) -> tuple[str, str]:
+def backbones(request: pytest.FixtureRequest, device: str) -> tuple[str, str]:
+    if (device, request.param) == ("cpu", "qwen3-siglip"):
+        pytest.skip("rehearsed with llama-clip")
     return BACKBONES[request.param]
 
 
@@ -32,7 +37,9 @@ def fusion(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=DTYPES)
-def precision(request: pytest.FixtureRequest) -> str:
+def precision(request: pytest.FixtureRequest, device: str) -> str:
+    if (device, request.param) == ("cpu", "fp16"):
+        pytest.skip("rehearsed with bf16")
     return request.param
 
 
