@@ -12,11 +12,12 @@ RANKS ?= 2
 export PATH := $(abspath $(BIN)):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: demo test test-slurm chaos check format clean help
+.PHONY: demo test test-gpu test-slurm chaos check format clean help
 
 help:
 	@echo "make demo    prepare, train, evaluate, export and show the demo (about 20 minutes on two CPU cores)"
 	@echo "make test    install and run every test"
+	@echo "make test-gpu   what needs a GPU (skips where there is none; some four minutes)"
 	@echo "make test-slurm  the job scripts on a SLURM of two nodes, started here (root; some nine minutes)"
 	@echo "make check   ruff, pyright, import-linter, shellcheck"
 
@@ -62,6 +63,10 @@ demo: $(DATA)/backbones/.done $(DATA)/scenes/.done
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# On one GPU, some four minutes; `make test` rehearses the same on the CPU. Libraries' warnings are not ours.
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -rs -W default tests/gpu -k cuda
 
 # Debian's SLURM, where it can be installed; the tests skip by name where it cannot.
 test-slurm: $(INSTALLED)

@@ -1,0 +1,171 @@
+"""How fast a GPU trains and decodes: one command, a few minutes, no network and no weights.
+
+    python benchmarks/gpu.py --output DIR [--budget-s 450]      # one GPU of 80 GB
+    python benchmarks/gpu.py --output DIR --rehearse            # every part at tiny sizes on the CPU
+
+Random weights of LLaMA-7B's and 13B's shapes and of CLIP ViT-L/14's are made on the GPU in bf16. Parts run in
+order of their worth, in a few processes; after every part DIR holds all so far: ``results.json``, a table in
+``results.md``, and ``profile.txt``. What the budget has no time for is left out by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+GROUPS = ("plain", "zero3", "zero2", "decode", "largest")
+"""Of parts, each a process of its own: what breaks one leaves the others alone."""
+
+START_S = 30
+"""Below this many seconds no process is started."""
+
+GIB = 2**30
+NOTES = """\
+Weights are random and in bf16; trainables too (under ZeRO with fp32 masters), optimizer AdamW. Rows are
+captions of random tokens with a picture of 224 x 224 each, of 0.6 T to T tokens, padded on the right. A step
+is one micro-batch: host to device, forward, backward, clipping, AdamW; its median, and the range. Tokens are
+those of the text without padding; the 256 visual tokens a row of `prefix` are not counted. MFU is 4 FLOPs x
+parameters of the language model x tokens / time / 989 TFLOP/s; `all` is the share of that peak with all
+arithmetic of the step counted (padding, prefix, attention, tower, branch). `planned` is the memory of
+dehvf_ds/plan.py without CUDA's own.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs every group in a process of its own; returns 0 if each came to its end."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="directory of the results")
+    parser.add_argument("--budget-s", type=float, default=450, help="seconds; what does not fit is left out")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, in one process")
+    args = parser.parse_args(argv)
+    deadline = time.time() + args.budget_s
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "parts.jsonl").unlink(missing_ok=True)
+    whole = True
+    for groups in [args.groups] if args.rehearse else [[group] for group in args.groups]:
+        left = deadline - time.time()
+        if left < START_S and not args.rehearse:
+            append(args.output, {"part": " ".join(groups), "left out": "no time left"})
+            whole = False
+            continue
+        code = run_group(groups, args, deadline)
+        if code:
+            append(args.output, {"part": " ".join(groups), "failed": f"process ended with code {code}"})
+            whole = False
+    print((args.output / "results.md").read_text(encoding="utf-8"), flush=True)
+    return 0 if whole else 1
+
+
+def run_group(groups: list[str], args: argparse.Namespace, deadline: float) -> int:
+    """Runs groups in one process and kills it at the deadline; returns its exit code."""
+    command = [sys.executable, str(Path(__file__).with_name("gpu_parts.py")), *groups]
+    command += ["--output", str(args.output), "--deadline", str(deadline)]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    if args.rehearse:
+        command.append("--rehearse")
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    started = time.time()
+    process = subprocess.Popen(command, env=environment)
+    try:
+        code = process.wait(timeout=max(1.0, deadline - time.time()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        code = process.wait()
+    print(f"[{' '.join(groups)}: {time.time() - started:.0f} s, code {code}]", flush=True)
+    return code
+
+
+def append(output: Path, result: dict[str, Any]) -> None:
+    """Adds a part's result, and writes all so far anew."""
+    with (output / "parts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+    lines = (output / "parts.jsonl").read_text(encoding="utf-8").splitlines()
+    results = [json.loads(line) for line in lines]
+    (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    (output / "results.md").write_text(markdown(results), encoding="utf-8")
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """The tables: steps, largest micro-batches, decoding, the profile, and what is missing."""
+    lines = [NOTES]
+    for result in results:
+        if "device" in result:
+            lines += [f"{result['device']}, torch {result['torch']}, CUDA {result['cuda']}", ""]
+            break
+    lines += _table(
+        "model | rows x T | step ms | tokens/s | MFU | all | peak GiB | planned GiB",
+        [_step_row(r) for r in results if "step_s" in r],
+    )
+    lines += _table(
+        "largest micro-batch | T | rows | next that failed | peak GiB",
+        [
+            [r["part"], r["tokens"], r["rows"] or "none", r["failed_rows"] or "-", _gib(r["peak_bytes"])]
+            for r in results
+            if "failed_rows" in r
+        ],
+    )
+    lines += _table(
+        "decoding | batch | tokens/s | bare LLM | ratio",
+        [
+            [
+                r["part"],
+                r["batch"],
+                f"{r['tokens_per_s']:.0f}",
+                f"{r['bare_tokens_per_s']:.0f}",
+                f"{r['ratio']:.2f}",
+            ]
+            for r in results
+            if "bare_tokens_per_s" in r
+        ],
+    )
+    for result in results:
+        if "kernels" in result:
+            lines.append(
+                f"{result['part']}: step {1e3 * result['wall_s']:.1f} ms, device busy "
+                f"{1e3 * result['busy_s']:.1f} ms, host in synchronisation {1e3 * result['waiting_s']:.1f} ms"
+            )
+            lines += ["", *_table("where the time goes | share", list(map(list, result["kinds"])))]
+            lines += _table("kernel | ms a step | calls", list(map(list, result["kernels"])))
+    lines += [
+        f"- {r['part']}: {r.get('failed') or r.get('left out')}"
+        for r in results
+        if {"failed", "left out"} & r.keys()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _step_row(result: dict[str, Any]) -> list[Any]:
+    first, last = (1e3 * value for value in result["range_s"])
+    share = [("-" if result[k] is None else f"{100 * result[k]:.1f} %") for k in ("mfu", "utilisation")]
+    return [
+        result["part"],
+        f"{result['rows']} x {result['tokens']}",
+        f"{1e3 * result['step_s']:.1f} ({first:.1f}-{last:.1f})",
+        f"{result['tokens_per_s']:.0f}",
+        *share,
+        _gib(result["peak_bytes"]),
+        _gib(result["planned_bytes"]) if result.get("planned_bytes") else "-",
+    ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}"
+
+
+def _table(head: str, rows: list[list[Any]]) -> list[str]:
+    if not rows:
+        return []
+    columns = head.count("|") + 1
+    body = ["| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |" for row in rows]
+    return [f"| {head} |", "|" + " --- |" * columns, *body, ""]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""The tests of a GPU: each runs on ``cuda`` where there is one, and on ``cpu`` as a rehearsal of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from gpu.runs import Runs
+
+FACTS: list[str] = []
+"""What the tests measured, printed at the end: a bound that holds tells little of by how much."""
+
+_started: dict[str, Runs] = {}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    # Libraries warn of this or that build of CUDA; it is no defect of ours.
+    item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if FACTS:
+        terminalreporter.section("measured")
+        for fact in FACTS:
+            terminalreporter.write_line(fact)
+
+
+@pytest.fixture(scope="session", params=["cuda", "cpu"])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    name = request.param
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    needed = any("runs" in getattr(item, "fixturenames", ()) for item in request.session.items)
+    if name == "cuda" and needed:
+        # Started before the first test of any file: they train while the others compute.
+        with Runs(name, request.getfixturevalue("world")) as _started[name]:
+            yield name
+    else:
+        yield name
+
+
+@pytest.fixture
+def fact(request: pytest.FixtureRequest):
+    """Notes a measured number, for the end of the report."""
+    return lambda text: FACTS.append(f"{request.node.name}: {text}")
+
+
+@pytest.fixture(scope="session")
+def runs(device: str, world: Path) -> Iterator[Runs]:
+    """Runs of ``train.py`` in processes of their own; on a GPU all are started at once."""
+    if device in _started:
+        yield _started[device]
+    else:
+        with Runs(device, world) as started:
+            yield started
