@@ -11,10 +11,10 @@ from .shapes import Float
 QUERY_EPS = 1e-8
 """Added to a query's mean square before its root."""
 
-SCORE_SPREAD = 36.0
+SCORE_SPREAD = 64.0
 """Start value of the gains of the queries: how sharply a token tells the slots apart (ours, by a sweep)."""
 
-READ_SIZE = 1.0
+READ_SIZE = 0.5
 """Start value of the gains of the read, times sqrt(M): the sum over M slots grows like that (ours, likewise)."""
 
 
