@@ -22,7 +22,7 @@ from dehvf_ds.model import DehvfForConditionalGeneration, ModelError
 from dehvf_ds.model.adapters import folded_weight, lora_scaling
 from dehvf_ds.model.artifact import LORA_FILE, decoder_name, load_adapter, peft_name
 from dehvf_ds.model.backbones import load_backbone
-from dehvf_ds.model.weights import TrainedModel
+from dehvf_ds.model.weights import TrainedModel, settle_head_of
 
 
 class Piece(NamedTuple):
@@ -106,6 +106,7 @@ def build_skeleton(trained: TrainedModel, *, dtype: torch.dtype | None, fold: bo
     if trained.language_model is None or trained.vision_tower is None:
         raise ModelError(f"{trained.path} is merged already")
     config = copy.deepcopy(trained.config)
+    settle_head_of(config, trained.language_model)
     files = DecoderFiles.find(trained.language_model)
     dtype = dtype or files.dtype
     tower = None

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+_SIZES = ("hidden_size", "num_hidden_layers")
 FUSIONS = ("ffn", "prefix", "none")
 ROUTERS = ("layer", "static", "last")
 
@@ -31,6 +32,13 @@ def spaced_levels(num_blocks: int, num_levels: int) -> list[int]:
     if not 1 <= num_levels <= num_blocks:
         raise ModelError(f"{num_levels} vision levels asked of a tower with {num_blocks} blocks")
     return [round(num_blocks * (i + 1) / num_levels) for i in range(num_levels)]
+
+
+def square_side(size: Any) -> int | None:
+    """The side that a configuration states as one number or as several that are the same; None for others."""
+    if isinstance(size, list | tuple) and len(set(size)) == 1:
+        size = size[0]
+    return size if isinstance(size, int) else None
 
 
 class DehvfConfig(PreTrainedConfig):
@@ -81,6 +89,9 @@ class DehvfConfig(PreTrainedConfig):
             raise ModelError(f"fusion {fusion!r} is not one of {', '.join(FUSIONS)}")
         if router not in ROUTERS:
             raise ModelError(f"router {router!r} is not one of {', '.join(ROUTERS)}")
+        for config, kind in ((self.text_config, "decoder"), (self.vision_config, "tower of one width")):
+            if not all(isinstance(getattr(config, name, None), int) for name in _SIZES):
+                raise ModelError(f"a {config.model_type} model is no {kind}: it lacks {' or '.join(_SIZES)}")
         num_blocks = self.vision_config.num_hidden_layers
         self.fusion = fusion
         self.router = router
@@ -91,7 +102,13 @@ class DehvfConfig(PreTrainedConfig):
             self.levels = self.levels[-1:]  # the others would be projected and weighed 0
         self.rank = rank
         self.router_dim = router_dim
-        self.image_size = image_size or self.vision_config.image_size
+        own_size = square_side(getattr(self.vision_config, "image_size", None))
+        side = image_size or own_size
+        if square_side(getattr(self.vision_config, "patch_size", None)) is None or side is None:
+            raise ModelError(
+                f"a {self.vision_config.model_type} tower has no one size of square patches and pictures"
+            )
+        self.image_size: int = side
         self.prefix_tokens = prefix_tokens
         self.lora = dict(lora) if lora else None
         self.task = task
@@ -107,9 +124,16 @@ class DehvfConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     @property
+    def patch_size(self) -> int:
+        """Side of the tower's patches in pixels."""
+        side = square_side(self.vision_config.patch_size)
+        assert side is not None
+        return side
+
+    @property
     def patches_per_side(self) -> int:
         """Patches along one side of the input picture."""
-        return self.image_size // self.vision_config.patch_size
+        return self.image_size // self.patch_size
 
     @property
     def num_slots(self) -> int:

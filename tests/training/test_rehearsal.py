@@ -17,7 +17,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from dehvf_ds.training.rehearsal import scaled_down
+from dehvf_ds.model.trial import scaled_down
 
 
 @pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
