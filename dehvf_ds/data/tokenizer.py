@@ -37,11 +37,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> 
     token = max(vocabulary, key=lambda word: vocabulary[word])
     if vocabulary[token] >= num_embeddings:
         raise UserError(
-            f"{name}: its token {token!r} has id {vocabulary[token]}, but the language model has embeddings of "
-            f"0 to {num_embeddings - 1} alone; take the tokenizer that came with the model"
+            f"{name}: its token {token!r} has id {vocabulary[token]}, but the language model has "
+            f"{num_embeddings} embeddings; take the tokenizer that came with the model"
         )
     if 2 * len(vocabulary) < num_embeddings:
         raise UserError(
-            f"{name}: knows {len(vocabulary)} tokens, and the language model has {num_embeddings} embeddings; "
-            "take the tokenizer that came with the model"
+            f"{name}: knows {len(vocabulary)} tokens, and the language model has {num_embeddings} "
+            "embeddings; take the tokenizer that came with the model"
         )

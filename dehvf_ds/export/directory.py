@@ -128,7 +128,9 @@ def write_model(part: Path, trained: TrainedModel, skeleton: Skeleton, max_shard
 
     template = export_template(tokenizer, trained.task)
     tokenizer.chat_template = None  # both would be written to one file
-    processor = DehvfProcessor(transform.processor, tokenizer, chat_template=template)
+    processor = DehvfProcessor(
+        transform.processor, tokenizer, chat_template=template, written_prompts=trained.task == "chat"
+    )
     processor.save_pretrained(part)
     (part / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     record = {

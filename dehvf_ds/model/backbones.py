@@ -90,7 +90,8 @@ def load_backbone(
         vision: whether it is the tower.
 
     Raises:
-        ModelError: the checkpoint cannot be read, lacks weights, or holds some that the model has no place for.
+        ModelError: the checkpoint cannot be read, lacks weights, or holds some that the model has no place
+            for.
     """
     return _load(source, config, vision=vision, dtype=dtype)
 

@@ -62,8 +62,8 @@ def hidden_states(
     for state in states:
         if state.ndim != 3 or (state.shape[0], state.shape[2]) != wanted or state.shape[1] < num_patches:
             raise ModelError(
-                f"a {tower.config.model_type} tower gives hidden states of shape {list(state.shape)}, not one "
-                f"token of {wanted[1]} values for each of {num_patches} patches; CLIP, DINOv2 and SigLIP do"
+                f"a {tower.config.model_type} tower gives hidden states of shape {list(state.shape)}, not "
+                f"a token of {wanted[1]} values for each of {num_patches} patches, as CLIP and DINOv2 do"
             )
     return states
 

@@ -95,7 +95,7 @@ def _try_tower(tower: PreTrainedModel, image_size: int, patch_size: int) -> None
         states, again, other = (hidden_states(tower, each) for each in (pixels, pixels, changed))
     if len(states) != tower.config.num_hidden_layers + 1:
         raise ModelError(
-            f"a {kind} tower returns {len(states) - 1} hidden states of {tower.config.num_hidden_layers} blocks"
+            f"a {kind} tower returns {len(states) - 1} hidden states, not {tower.config.num_hidden_layers}"
         )
     if not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(states, again, strict=True)):
         raise ModelError(
@@ -142,7 +142,7 @@ def _try_decoder(decoder: PreTrainedModel, config: DehvfConfig, tower: PreTraine
 
 def _compare(own: Tensor, ours: Tensor, kind: str) -> None:
     largest = float(own.abs().max())
-    share = float((own - ours).abs().max()) / largest if own.shape == ours.shape else float("inf")
+    share = float((own - ours.detach()).abs().max()) / largest if own.shape == ours.shape else float("inf")
     if not share <= TOLERANCE:
         raise ModelError(
             f"a {kind} decoder computes other logits from embeddings than from ids, or elsewhere than in its "

@@ -24,6 +24,7 @@ from dehvf_ds.training.signals import StopRequest
 from dehvf_ds.training.step import train_step
 from dehvf_ds.training.validation import validation_loss
 
+
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
     """What came of it.
