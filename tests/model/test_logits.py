@@ -103,9 +103,7 @@ def test_such_decoders_pass_the_trial(kind: str) -> None:
 
 def config_of_experts(kind: str, lora=None) -> DehvfConfig:
     text = AutoConfig.for_model(kind, vocab_size=64, pad_token_id=None)
-    return DehvfConfig(
-        text_config=text, vision_config=vision_config(), rank=8, router_dim=4, lora=lora
-    )
+    return DehvfConfig(text_config=text, vision_config=vision_config(), rank=8, router_dim=4, lora=lora)
 
 
 def test_experts_take_no_adapters_and_that_is_said() -> None:
