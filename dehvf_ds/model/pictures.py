@@ -17,7 +17,7 @@ from .shapes import Float
 DRAFT_MARGIN = 2
 """How many times larger than asked for a JPEG is decoded at least, so that the later resize shapes it."""
 
-THIN = 4
+THIN = 16
 """Longer side to shorter side from which a picture is cropped before a resize that keeps its proportions."""
 
 # What white may be in pictures whose mode does not say it: the smallest that holds all their values.
@@ -62,27 +62,36 @@ def upright_rgb(image: Image.Image, *, shorter_side: int | None = None) -> Image
         return _to_rgb(image)
 
 
-def open_lazily(image: Image.Image) -> Image.Image:
-    """A JPEG that its owner has opened but not loaded, opened once more; any other picture as it is.
+def upright_for(image: Image.Image, side: int) -> Image.Image:
+    """As ``upright_rgb`` for pictures of ``side`` pixels, of one that its owner has opened.
 
-    Decoding at a smaller scale changes a picture for good, and this one may still be wanted whole.
+    Decoding at a smaller scale changes a picture for good, and this one may still be wanted whole: a large
+    JPEG that is not loaded yet is read twice.
+
+    Args:
+        image: opened; it is loaded, at its own scale.
+        side: shorter side in pixels that it is resized to later.
+
+    Raises:
+        Exception: as ``upright_rgb``.
     """
-    file = getattr(image, "fp", None)
-    if image.format != "JPEG" or not getattr(image, "tile", None) or file is None:
-        return image
+    file, large = getattr(image, "fp", None), min(image.size) >= 2 * DRAFT_MARGIN * side
+    if not large or image.format != "JPEG" or not getattr(image, "tile", None) or file is None:
+        return upright_rgb(image)
     place = file.tell()
     file.seek(0)
     data = file.read()
     file.seek(place)
-    return Image.open(io.BytesIO(data), formats=["JPEG"])
+    image.load()
+    return upright_rgb(Image.open(io.BytesIO(data), formats=["JPEG"]), shorter_side=side)
 
 
 def crop_thin(image: Image.Image, processor: Any) -> Image.Image:
     """Of a thin picture the middle that the processor's centred square is cut from; others as they are.
 
     A processor that resizes the shorter side makes 256 x 768,000 pixels of 1 x 3000, of which it keeps 224 x
-    224. What is left here is several times what it keeps, so that the resize finds the same neighbours; the
-    middle stays the middle.
+    224. What is left here is many times what it keeps, so that the resize finds the same neighbours, and of a
+    length that puts the kept square on the same pixels.
 
     Args:
         image: the picture.
@@ -93,11 +102,15 @@ def crop_thin(image: Image.Image, processor: Any) -> Image.Image:
         return image  # nothing grows beyond a square
     kept = max(_fields(getattr(processor, "crop_size", None)).values(), default=0)
     shorter, longer = sorted(image.size)
-    ratio = max(THIN, math.ceil(2 * kept / (size.get("shortest_edge") or kept or 1)))
+    edge = size.get("shortest_edge") or kept or 1
+    ratio = max(THIN, math.ceil(4 * kept / edge))
     if longer <= ratio * shorter:
         return image
-    # Of the same parity, so that the centre does not move.
-    length = ratio * shorter + (longer - ratio * shorter) % 2
+    # As even or odd as the whole, before and after the resize: then neither centre moves.
+    lengths = range(ratio * shorter - (longer - ratio * shorter) % 2, longer, 2)[:64]
+    length = next(
+        (n for n in lengths if (edge * n // shorter - edge * longer // shorter) % 2 == 0), lengths[0]
+    )
     before = (longer - length) // 2
     if image.width == longer:
         return image.crop((before, 0, before + length, image.height))

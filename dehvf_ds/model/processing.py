@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from transformers import AutoImageProcessor, BatchFeature
 from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessorMixin
 
-from .pictures import open_lazily, to_pixels, upright_rgb
+from .pictures import to_pixels, upright_for
 from .texts import prompt_ids, text_ids, tokenizer_traits
 
 # What a hub is asked with.
@@ -52,6 +54,20 @@ class DehvfProcessor(ProcessorMixin):
         place = {name: kwargs[name] for name in _PLACE if name in kwargs}
         processor.image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", **place)
         return processor
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+        """Writes the processor as ``ProcessorMixin.save_pretrained`` does; its tokenizer loads as it is now.
+
+        A class of transformers builds parts of its tokenizer anew when it loads, and its settings (``legacy``
+        of LLaMA's, for one) are not all saved; so the file is named as one to take as it stands.
+        """
+        written = super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / "tokenizer_config.json"
+        if getattr(self.tokenizer, "is_fast", False) and path.is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return written
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Processes a batch for ``generate``: prompts padded on the left, a picture a row or none.
@@ -123,19 +139,16 @@ class DehvfProcessor(ProcessorMixin):
 
     def _pixels(self, picture: Any) -> torch.Tensor:
         if isinstance(picture, str | Path) and Path(picture).is_file():
-            picture = Image.open(picture)
+            picture = Image.open(io.BytesIO(Path(picture).read_bytes()))
         elif isinstance(picture, str):
             picture = load_image(picture)  # an address, or base64
         elif isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3:
             picture = Image.fromarray(picture)
         if not isinstance(picture, Image.Image):
             return self.image_processor([picture], return_tensors="pt")["pixel_values"][0]
-        own = open_lazily(picture)
-        if own is not picture:
-            # Decoded at the scale that training decodes at.
-            side = to_pixels(self.image_processor, Image.new("RGB", (32, 32))).shape[-1]
-            picture = upright_rgb(own, shorter_side=side)
-        return to_pixels(self.image_processor, picture)
+        # Decoded at the scale that training decodes at.
+        side = to_pixels(self.image_processor, Image.new("RGB", (32, 32))).shape[-1]
+        return to_pixels(self.image_processor, upright_for(picture, side))
 
 
 def _one_picture_a_row(images: Any) -> list[Any]:

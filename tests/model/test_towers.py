@@ -1,4 +1,4 @@
-"""Vision towers of other shapes: seen as they should be, at sizes other than their own, or refused by name."""
+"""Vision towers of other shapes: seen rightly, at sizes other than their own, or refused by name."""
 
 from __future__ import annotations
 
