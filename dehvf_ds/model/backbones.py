@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
 from .configuration import ModelError, square_side
 from .loading import refuse_mismatched, refuse_missing
@@ -106,8 +108,9 @@ def check_backbone(source: str, config: PreTrainedConfig, *, vision: bool) -> No
     """
     if Path(source).is_dir():
         stored_tensors(source)
-        # Tensors of the meta device have names and shapes, and are not read.
-        _load(source, config, vision=vision, device_map="meta", ignore_mismatched_sizes=True)
+        with _without_progress_bar():
+            # Tensors of the meta device have names and shapes, and are not read.
+            _load(source, config, vision=vision, device_map="meta", ignore_mismatched_sizes=True)
 
 
 def settle_head(config: PreTrainedConfig, source: str) -> None:
@@ -147,10 +150,15 @@ def settle_head(config: PreTrainedConfig, source: str) -> None:
 
 def _load(source: str, config: PreTrainedConfig, *, vision: bool, **settings: Any) -> PreTrainedModel:
     auto_class: Any = AutoModel if vision else AutoModelForCausalLM
+    verbosity = logging.get_verbosity()
+    # What its table of missing and unexpected weights would say is decided below.
+    logging.set_verbosity_error()
     try:
         model, info = auto_class.from_pretrained(source, config=config, output_loading_info=True, **settings)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{source}: {_first_line(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
     refuse_missing(info["missing_keys"], source)
     refuse_mismatched(info, source)
     lost = [name for name in info["unexpected_keys"] if _belongs_to(model, name, vision=vision)]
@@ -174,6 +182,17 @@ def _belongs_to(model: PreTrainedModel, name: str, *, vision: bool) -> bool:
         return True
     parents = {bare_name(own).rpartition(".")[0] for own, _ in model.named_parameters()}
     return not vision and bare_name(name).rpartition(".")[0] in parents
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _is_path(source: str) -> bool:

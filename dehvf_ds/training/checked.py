@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dehvf_ds.config import RunConfig, UserError
+from dehvf_ds.data.collate import tokenizer_traits
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.loader import build_loader, build_validation_loader, epoch_samples, open_examples
 from dehvf_ds.data.prompts import CAPTION_PROMPT
@@ -115,6 +116,7 @@ def _caption_prompt(config: RunConfig) -> str | None:
 def _check_bases(
     config: RunConfig, model_config: DehvfConfig, tokenizer: PreTrainedTokenizerBase, world: World
 ) -> None:
+    tokenizer_traits(tokenizer)
     check_tokenizer(tokenizer, model_config.text_config.vocab_size)
     if world.is_main:
         try:
