@@ -27,15 +27,16 @@ def decoder_layers(language_model: PreTrainedModel) -> list[Any]:
     Raises:
         ModelError: the model has no such layers.
     """
-    layers = getattr(language_model.get_decoder(), "layers", None)
-    ffns = [getattr(layer, "mlp", None) for layer in layers] if isinstance(layers, nn.ModuleList) else []
+    found = getattr(language_model.get_decoder(), "layers", None)
+    layers = list(found) if isinstance(found, nn.ModuleList) else []
+    ffns = [getattr(layer, "mlp", None) for layer in layers]
     # One that several layers share would be wrapped several times.
     if not ffns or not all(isinstance(f, nn.Module) for f in ffns) or len({*map(id, ffns)}) < len(ffns):
         raise ModelError(
             f"{type(language_model).__name__} is not a decoder whose layers each have an FFN named `mlp` "
             "(Llama, Mistral and Qwen models are)"
         )
-    return list(layers)
+    return layers
 
 
 def peft_config(language_model: PreTrainedModel, lora: dict[str, Any]) -> LoraConfig:

@@ -159,7 +159,8 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         # Shapes are refused here, by name; transformers' own error names no tensor.
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = super().from_pretrained(source, *args, **kwargs)
+        loaded: Any = super().from_pretrained(source, *args, **kwargs)
+        model, info = loaded
         refuse_incomplete(model, info, str(source))
         return (model, info) if wants_info else model
 

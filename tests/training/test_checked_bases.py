@@ -89,7 +89,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1000
         (lambda path: path.write_bytes(POINTER), "cannot be read: it is a git-LFS pointer"),
         (
             lambda path: path.write_bytes(path.read_bytes()[:-10]),
-            "it ends too early, after .* bytes; copy it",
+            "it ends too early, after .* bytes",
         ),
         (lambda path: path.write_bytes(path.read_bytes()[:40]), "it ends too early, within its header"),
         (lambda path: path.write_bytes(b""), "it ends too early"),
