@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,9 @@ _MISFITS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, Index
 def scaled_down(config: PreTrainedConfig, *, num_layers: int | None = None) -> PreTrainedConfig:
     """A configuration of the same architecture, vocabulary and picture size, but 32 wide.
 
+    Where the rotary embedding has a factor for each pair of a head's values (Phi-3 of 128k tokens), heads stay
+    as wide as they are.
+
     Args:
         config: of a decoder or a vision tower.
         num_layers: layers of the copy; None keeps their number.
@@ -42,14 +46,17 @@ def scaled_down(config: PreTrainedConfig, *, num_layers: int | None = None) -> P
     values = config.to_dict()
     layers = min(num_layers or config.num_hidden_layers, config.num_hidden_layers)
     grouped = values.get("num_key_value_heads") not in (None, values.get("num_attention_heads"))
+    head_dim = HEAD_DIM
+    if any(_holds_list(values.get(name)) for name in ("rope_scaling", "rope_parameters")):
+        head_dim = values.get("head_dim") or config.hidden_size // config.num_attention_heads
     sizes = {
-        "hidden_size": NUM_HEADS * HEAD_DIM,
+        "hidden_size": NUM_HEADS * head_dim,
         "intermediate_size": 2 * NUM_HEADS * HEAD_DIM,
         "moe_intermediate_size": NUM_HEADS * HEAD_DIM,
         "shared_expert_intermediate_size": NUM_HEADS * HEAD_DIM,
         "num_attention_heads": NUM_HEADS,
         "num_key_value_heads": 1 if grouped else NUM_HEADS,
-        "head_dim": HEAD_DIM,
+        "head_dim": head_dim,
         "qk_rope_head_dim": HEAD_DIM,
         "num_hidden_layers": layers,
     }
@@ -60,6 +67,10 @@ def scaled_down(config: PreTrainedConfig, *, num_layers: int | None = None) -> P
             values[key] = value[:layers]
     values.pop("quantization_config", None)
     return type(config).from_dict(values)
+
+
+def _holds_list(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, dict) and any(map(_holds_list, value.values())))
 
 
 def try_backbones(config: DehvfConfig) -> None:
