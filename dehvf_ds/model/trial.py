@@ -36,8 +36,8 @@ _MISFITS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, Index
 def scaled_down(config: PreTrainedConfig, *, num_layers: int | None = None) -> PreTrainedConfig:
     """A configuration of the same architecture, vocabulary and picture size, but 32 wide.
 
-    Where the rotary embedding has a factor for each pair of a head's values (Phi-3 of 128k tokens), heads stay
-    as wide as they are.
+    Where the rotary embedding has a factor for each pair of a head's values (Phi-3 of 128k tokens), heads
+    stay as wide as they are.
 
     Args:
         config: of a decoder or a vision tower.
