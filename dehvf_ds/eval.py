@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
     tokenizer = load_tokenizer(trained.tokenizer_source)
     transform = build_image_transform(trained.processor_source, trained.config.image_size)
     form = {
-        "prompt": config.prompt or trained.config.prompt,
+        "prompt": trained.config.prompt if config.prompt is None else config.prompt,
         "scienceqa": ScienceqaConfig(image_captions=config.image_captions),
     }
     questions = open_questions(
@@ -144,7 +144,7 @@ def _report(config: EvalConfig, trained: TrainedModel, questions: Questions, dty
     """What the answers depend on; it goes into the metrics, and tells a killed evaluation from another."""
     protocol: dict[str, Any] = {"task": config.task, "split": _split(config), "reading": config.reading}
     if config.task == "coco":
-        protocol |= {"prompt": config.prompt or trained.config.prompt}
+        protocol |= {"prompt": trained.config.prompt if config.prompt is None else config.prompt}
         if config.references is not None:
             digest = hashlib.sha256(Path(config.references).read_bytes()).hexdigest()
             protocol |= {"references": {"path": config.references, "sha256": digest}}
@@ -191,7 +191,7 @@ def _mean_loss(
 ) -> float:
     """Over every caption of every row, or every problem's answer."""
     samples = (
-        read_sample(index, row, caption=caption)
+        read_sample(index, row, caption=caption, shorter_side=collator.image_size)
         for row in rows
         for caption in (range(int(index.captions[row])) if index.captions[row] else (None,))
     )

@@ -64,7 +64,8 @@ def main(argv: list[str]) -> int:
     output = _open_output(config)
     try:
         for number in range(0, len(paths), size):
-            named = [(path, _read_sample(path, record)) for path in paths[number : number + size]]
+            shown = paths[number : number + size]
+            named = [(path, _read_sample(path, record, collator.image_size)) for path in shown]
             good = [(path, sample) for path, sample in named if isinstance(sample, Sample)]
             bad = [(path, reason) for path, reason in named if isinstance(reason, str)]
             if bad and len(paths) == 1:
@@ -161,12 +162,13 @@ def _spread(argv: list[str]) -> list[str]:
     return spread
 
 
-def _read_sample(path: str | None, record: dict[str, Any]) -> Sample | str:
+def _read_sample(path: str | None, record: dict[str, Any], image_size: int) -> Sample | str:
     """A row with its picture; why not, where it cannot be read."""
     if path is None:
         return Sample(key="", image=None, record=record)
     try:
-        return Sample(key=path, image=decode_image(Path(path).read_bytes()), record=record)
+        image = decode_image(Path(path).read_bytes(), shorter_side=image_size)
+        return Sample(key=path, image=image, record=record)
     except OSError as error:
         return error.strerror or str(error)
     except ValueError as error:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dehvf_ds.batch import IGNORE_INDEX
 from dehvf_ds.config import UserError
+from dehvf_ds.model.texts import bos_ids, text_ids, tokenizer_name
 
 Messages = Sequence[Mapping[str, str]]
 """Turns in order, each with ``role`` (``system``, ``user`` or ``assistant``) and ``content``."""
@@ -98,7 +99,7 @@ def encode_chat(
     starts = [0] * len(bos) + [start for start, _ in encoding.offset_mapping]
     labels = [IGNORE_INDEX] * len(ids)
     for prompt, end in _answer_places(tokenizer, messages, text):
-        prompt_ids = [*bos, *_ids(tokenizer, prompt)]
+        prompt_ids = [*bos, *text_ids(tokenizer, prompt)]
         first = len(prompt_ids)
         if first >= max_tokens:
             break
@@ -124,19 +125,7 @@ def encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -
     """
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     text = _render(tokenizer, _defuse(tokenizer, asked), for_generation=True)
-    return [*_own_bos(tokenizer), *_ids(tokenizer, text)]
-
-
-@lru_cache(maxsize=8)
-def bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids that a tokenizer puts before a text by itself: none, or the begin-of-text id."""
-    first = tokenizer("a").input_ids[0]
-    return (first,) if first == tokenizer.bos_token_id and first != _ids(tokenizer, "a")[0] else ()
-
-
-def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
-    """``tokenizer NAME``, as messages to the user call it."""
-    return f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
+    return [*_own_bos(tokenizer), *text_ids(tokenizer, text)]
 
 
 def _parse_turn(turn: Any, number: int) -> dict[str, str]:
@@ -213,8 +202,3 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     texts = sorted(added.union(tokenizer.all_special_tokens), key=len, reverse=True)
     # Without any, a pattern that matches nowhere.
     return re.compile("|".join(map(re.escape, texts)) or "(?!)")
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: a text above the tokenizer's model_max_length is cut by us, not warned of.
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from string import ascii_uppercase
 
 import torch
@@ -15,65 +13,29 @@ from transformers import PreTrainedTokenizerBase
 
 from dehvf_ds.batch import IGNORE_INDEX, Batch, Sample
 from dehvf_ds.config import ScienceqaConfig, UserError
-from dehvf_ds.data.chat import (
-    bos_ids,
-    encode_chat,
-    encode_chat_prompt,
-    parse_conversation,
-    tokenizer_name,
-)
+from dehvf_ds.data.chat import encode_chat, encode_chat_prompt, parse_conversation
 from dehvf_ds.data.prompts import QCM_A, SCIENCEQA_ANSWER_PREFIX, Task, build_prompt, build_target
 from dehvf_ds.data.transforms import ImageTransform
-
-# Prompts end and targets begin like these.
-_SEAM_PROBES = (("picture:", "The dog"), ("Response:", "The answer is"), ("a", "b"))
-
-
-@dataclass(frozen=True)
-class TokenizerTraits:
-    """How a tokenizer behaves where prompt and target meet.
-
-    Attributes:
-        bos: ids that it puts before a text by itself; empty or the begin-of-text id.
-        seam: text put before the target so that its ids continue the prompt's: a space for byte-level BPE,
-            nothing for sentencepiece, which starts every text with one of its own.
-        eos_id: end-of-text id.
-        pad_id: padding id; the end-of-text id where the tokenizer has none.
-    """
-
-    bos: tuple[int, ...]
-    seam: str
-    eos_id: int
-    pad_id: int
+from dehvf_ds.model import ModelError, texts
+from dehvf_ds.model.texts import TokenizerTraits, tokenizer_name
 
 
-@lru_cache(maxsize=8)
 def tokenizer_traits(tokenizer: PreTrainedTokenizerBase) -> TokenizerTraits:
-    """Finds out by trial how a tokenizer behaves.
-
-    The seam is the one that makes the ids of prompt and target, taken apart, equal those of the whole text.
+    """How a tokenizer behaves where prompt and target meet.
 
     Raises:
         UserError: the tokenizer has no end-of-text token, or no seam makes prompt and target one text.
     """
-    eos_id = tokenizer.eos_token_id
-    name = tokenizer_name(tokenizer)
-    if not isinstance(eos_id, int):
-        raise UserError(f"{name}: no end-of-text token; set eos_token in its tokenizer_config.json")
-    for seam in (" ", ""):
-        if all(
-            _ids(tokenizer, prompt) + _ids(tokenizer, seam + target) == _ids(tokenizer, f"{prompt} {target}")
-            for prompt, target in _SEAM_PROBES
-        ):
-            pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos_id
-            return TokenizerTraits(bos_ids(tokenizer), seam, eos_id, pad_id)
-    raise UserError(f"{name}: 'prompt' and ' target' taken apart differ from 'prompt target' in ids")
+    try:
+        return texts.tokenizer_traits(tokenizer)
+    except ModelError as error:
+        raise UserError(str(error)) from None
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, max_tokens: int
 ) -> tuple[list[int], list[int]]:
-    """Turns prompt and target into ids and labels: [bos] prompt target eos, target and eos supervised.
+    """Turns prompt and target into ids and labels: ``prompt_ids``, target, eos; the last two supervised.
 
     The two are tokenised apart, so that the labels' border cannot drift; ``tokenizer_traits`` keeps the
     seam. A target that does not fit loses its end, and then its eos too: the model is not taught to stop in
@@ -81,7 +43,7 @@ def encode(
 
     Args:
         tokenizer: the LLM's tokenizer.
-        prompt: text before the target, without a space at its end.
+        prompt: text before the target; space at its end is left out.
         target: text to learn, without a space at its start. Special tokens in it are taken as plain text.
         max_tokens: longest row.
 
@@ -89,24 +51,19 @@ def encode(
         ids and labels, equally long; ``IGNORE_INDEX`` at positions that are not supervised.
     """
     traits = tokenizer_traits(tokenizer)
-    head = list(traits.bos) + (_ids(tokenizer, prompt) if prompt else [])
-    tail = [*_target_ids(tokenizer, traits, prompt, target), traits.eos_id]
+    head = texts.prompt_ids(tokenizer, prompt)
+    tail = [*texts.target_ids(tokenizer, prompt, target), traits.eos_id]
     ids = (head + tail)[:max_tokens]
-    labels = ([IGNORE_INDEX] * len(head) + tail)[:max_tokens]
-    # Nothing stands before the first token that could predict it.
-    labels[0] = IGNORE_INDEX
-    return ids, labels
+    return ids, ([IGNORE_INDEX] * len(head) + tail)[:max_tokens]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, answer_prefix: str = "") -> list[int]:
-    """The ids to generate from: [bos] prompt, and the target's first words where evaluation gives them.
+    """The ids to generate from: the prompt's, and of the target's first words where evaluation gives them.
 
     Never cut: a prompt without its end asks another question.
     """
-    traits = tokenizer_traits(tokenizer)
-    head = list(traits.bos) + (_ids(tokenizer, prompt) if prompt else [])
-    ids = head + (_target_ids(tokenizer, traits, prompt, answer_prefix) if answer_prefix else [])
-    return ids or [traits.eos_id]
+    tokenizer_traits(tokenizer)
+    return texts.prompt_ids(tokenizer, prompt) + texts.target_ids(tokenizer, prompt, answer_prefix)
 
 
 def letter_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -167,6 +124,11 @@ class Collator:
         self._answer_prefix = answer_prefix
         self._pad_id = tokenizer_traits(tokenizer).pad_id
 
+    @property
+    def image_size(self) -> int:
+        """Side in pixels that pictures are brought to; what ``read_sample`` takes as shorter_side."""
+        return self._transform.image_size
+
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Collates samples into a batch.
 
@@ -223,14 +185,3 @@ class Collator:
 
 def _without_labels(ids: list[int]) -> tuple[list[int], list[int]]:
     return ids, [IGNORE_INDEX] * len(ids)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, plain: bool = False) -> list[int]:
-    # verbose=False: a text above the tokenizer's model_max_length is cut by us, not warned of.
-    return tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=plain).input_ids
-
-
-def _target_ids(
-    tokenizer: PreTrainedTokenizerBase, traits: TokenizerTraits, prompt: str, target: str
-) -> list[int]:
-    return _ids(tokenizer, (traits.seam if prompt else "") + target, plain=True) if target else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 import warnings
@@ -11,11 +10,12 @@ from functools import partial
 
 import numpy as np
 from jaxtyping import Float64
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from dehvf_ds.batch import Sample
 from dehvf_ds.config import AugmentConfig
 from dehvf_ds.data.draw import Purpose, random_words
+from dehvf_ds.model.pictures import upright_rgb
 
 MAX_PIXELS = 100_000_000
 """Largest picture decoded, width x height. PIL takes 4 bytes a pixel, so this is 400 MB in every worker; a
@@ -28,16 +28,10 @@ square of the row: a WebP of 200 bytes that claims 10 million x 9 pixels took 40
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 """What is decoded, by PIL's names. Not all that PIL knows: some of it starts other programs (EPS)."""
 
-DRAFT_MARGIN = 2
-"""How many times larger than asked for a JPEG is decoded at least, so that the later resize shapes it."""
-
 MAX_ASPECT = 4 / 3
 """Widest random crop, width to height; the narrowest is its inverse. With ``CROP_TRIES`` as torchvision's."""
 
 CROP_TRIES = 10
-
-# What white may be in pictures whose mode does not say it: the smallest that holds all their values.
-_WHITES = {"I": (255, 65535), "F": (1, 255, 65535)}
 
 
 def decode_image(data: bytes, *, shorter_side: int | None = None) -> Image.Image:
@@ -62,14 +56,7 @@ def decode_image(data: bytes, *, shorter_side: int | None = None) -> Image.Image
         raise ValueError("not a readable picture: no bytes")
     try:
         with warnings.catch_warnings(action="ignore"), _open(data) as opened:
-            if shorter_side is not None:
-                # Only the scale: a mode given here would turn grey and CMYK into something else.
-                opened.draft(None, (DRAFT_MARGIN * shorter_side, DRAFT_MARGIN * shorter_side))
-            opened.load()
-            # Damaged EXIF does not make the pixels worse.
-            with contextlib.suppress(Exception):
-                ImageOps.exif_transpose(opened, in_place=True)
-            return _to_rgb(opened)
+            return upright_rgb(opened, shorter_side=shorter_side)
     except UnidentifiedImageError as error:
         raise ValueError("not a readable picture: of no known format, or cut off in its header") from error
     # PIL's parsers let through whatever they stumble over: struct.error, EOFError, zlib.error, KeyError, ...
@@ -161,23 +148,3 @@ def _open(data: bytes) -> Image.Image:
             f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded, and {MAX_SIDE:,} on a side"
         )
     return opened
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _scale_to_bytes(image).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _scale_to_bytes(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float32)
-    peak = float(np.max(values, where=np.isfinite(values), initial=0))
-    white = next((white for white in _WHITES.get(image.mode, (65535,)) if peak <= white), peak)
-    scaled = np.clip(np.nan_to_num(values * np.float32(255 / white)), 0, 255).round().astype(np.uint8)
-    if isinstance(key := image.info.get("transparency"), int):
-        scaled[values == key] = 255
-    return Image.fromarray(scaled)

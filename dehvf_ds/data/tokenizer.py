@@ -20,3 +20,28 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:
+    """Refuses a tokenizer that is another model's, as far as its size tells.
+
+    Args:
+        tokenizer: the language model's.
+        num_embeddings: rows of the language model's embedding; models have some more than ids, never fewer.
+
+    Raises:
+        UserError: it has ids beyond them, or knows less than half of them.
+    """
+    vocabulary = tokenizer.get_vocab()
+    name = f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
+    token = max(vocabulary, key=lambda word: vocabulary[word])
+    if vocabulary[token] >= num_embeddings:
+        raise UserError(
+            f"{name}: its token {token!r} has id {vocabulary[token]}, but the language model has "
+            f"{num_embeddings} embeddings; take the tokenizer that came with the model"
+        )
+    if 2 * len(vocabulary) < num_embeddings:
+        raise UserError(
+            f"{name}: knows {len(vocabulary)} tokens, and the language model has {num_embeddings} "
+            "embeddings; take the tokenizer that came with the model"
+        )

@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
 from dehvf_ds.config import UserError
+from dehvf_ds.model.pictures import to_pixels
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -41,8 +42,8 @@ class ImageTransform:
         self.image_size: int = trial[-1]
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
-        """Resizes, crops and normalises an RGB picture (float32)."""
-        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        """Resizes, crops and normalises a picture (float32), see ``to_pixels``."""
+        return to_pixels(self.processor, image)
 
 
 def build_image_transform(vision_tower_dir: str | Path, image_size: int | None) -> ImageTransform:

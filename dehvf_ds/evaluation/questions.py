@@ -57,7 +57,8 @@ class Questions:
         Raises:
             UserError: a row cannot be read.
         """
-        samples = [read_sample(self.index, row) for row in rows]
+        side = self.collator.image_size
+        samples = [read_sample(self.index, row, shorter_side=side) for row in rows]
         batch = self.collator(samples)
         if self.letters:
             counts = [len(sample.record["choices"]) for sample in samples]

@@ -102,7 +102,7 @@ def collect_facts(
 def model_card(facts: Facts) -> str:
     """The card, Markdown with YAML front matter as model hubs read it."""
     config = facts.config
-    prompt = config.prompt or (CAPTION_PROMPT if facts.task == "caption" else None)
+    prompt = CAPTION_PROMPT if config.prompt is None and facts.task == "caption" else config.prompt
     what = [_METHODS[config.fusion], _FORMS[facts.form]]
     if facts.dtype is not None:
         what.append(f"Weights: {facts.dtype}.")

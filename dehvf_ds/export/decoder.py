@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dehvf_ds.model import ModelError
-from dehvf_ds.model.identity import bare_name
-from dehvf_ds.model.stored import StoredFile, StoredTensor, checkpoint_files
+from dehvf_ds.model.sketch import bare_name
+from dehvf_ds.model.stored import StoredFile, StoredTensor, stored_tensors
 
 
 @dataclass
@@ -34,11 +34,7 @@ class DecoderFiles:
         Raises:
             ModelError: there are none, or one is damaged.
         """
-        places = {}
-        for path in checkpoint_files(source):
-            with StoredFile(path) as file:
-                places |= {name: (path, stored) for name, stored in file.tensors.items()}
-        return cls(source, places)
+        return cls(source, stored_tensors(source))
 
     @property
     def dtype(self) -> torch.dtype:

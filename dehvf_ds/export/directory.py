@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from dehvf_ds import __version__
 from dehvf_ds.config import UserError
+from dehvf_ds.data.prompts import CAPTION_PROMPT
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.export.pieces import Piece, Skeleton
@@ -128,8 +130,11 @@ def write_model(part: Path, trained: TrainedModel, skeleton: Skeleton, max_shard
 
     template = export_template(tokenizer, trained.task)
     tokenizer.chat_template = None  # both would be written to one file
-    processor = DehvfProcessor(transform.processor, tokenizer, chat_template=template)
+    processor = DehvfProcessor(
+        transform.processor, tokenizer, chat_template=template, written_prompts=trained.task == "chat"
+    )
     processor.save_pretrained(part)
+    _check_processor(part, processor, trained.config.prompt)
     (part / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     record = {
         "format": 1,
@@ -155,6 +160,28 @@ def _small_pieces(part: Path) -> Iterator[list[Piece]]:
             for name, stored in file.tensors.items()
         ]
     path.unlink()
+
+
+def _check_processor(part: Path, processor: DehvfProcessor, prompt: str | None) -> None:
+    """Refuses a processor that, loaded again, would ask otherwise than the model was trained.
+
+    Raises:
+        UserError: its ids or its pixels differ.
+    """
+    loaded = DehvfProcessor.from_pretrained(part)
+    eos = processor.tokenizer.eos_token
+    for text in (prompt or CAPTION_PROMPT, "", "What is it?\n", f"Options: (A) a (B) b {eos} Response:", eos):
+        ids, found = (each(text=text)["input_ids"].tolist() for each in (processor, loaded))
+        if ids != found:
+            raise UserError(
+                f"not exported: the tokenizer makes other ids of {text!r} once it is saved and loaded again, "
+                f"{found[0][:8]} in the place of {ids[0][:8]}"
+            )
+    for size in ((40, 30), (30, 400)):
+        picture = Image.radial_gradient("L").resize(size).convert("RGBA")
+        pixels, found = (each(images=picture)["pixel_values"] for each in (processor, loaded))
+        if not torch.equal(pixels, found):
+            raise UserError("not exported: the image processor, saved and loaded again, makes other pixels")
 
 
 def _generation_config(trained: TrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from dehvf_ds.export.decoder import DecoderFiles
 from dehvf_ds.model import DehvfForConditionalGeneration, ModelError
-from dehvf_ds.model.adapters import folded_weight, lora_scaling
+from dehvf_ds.model.adapters import decoder_layers, folded_weight, lora_scaling
 from dehvf_ds.model.artifact import LORA_FILE, decoder_name, load_adapter, peft_name
 from dehvf_ds.model.backbones import load_backbone
-from dehvf_ds.model.weights import TrainedModel
+from dehvf_ds.model.weights import TrainedModel, settle_head_of
 
 
 class Piece(NamedTuple):
@@ -39,7 +39,8 @@ class Skeleton:
     """A trained model without its decoder's weights.
 
     Attributes:
-        model: branch and tower loaded, the decoder on the meta device; its configuration is the export's.
+        model: branch and tower loaded, the decoder on the meta device unless it is a mixture of experts; its
+            configuration is the export's.
         files: the decoder's.
         lora: the FFN adapters by PEFT's names, fp32; empty without any.
         scaling: what an adapter's product is multiplied by.
@@ -106,6 +107,7 @@ def build_skeleton(trained: TrainedModel, *, dtype: torch.dtype | None, fold: bo
     if trained.language_model is None or trained.vision_tower is None:
         raise ModelError(f"{trained.path} is merged already")
     config = copy.deepcopy(trained.config)
+    settle_head_of(config, trained.language_model)
     files = DecoderFiles.find(trained.language_model)
     dtype = dtype or files.dtype
     tower = None
@@ -113,6 +115,9 @@ def build_skeleton(trained: TrainedModel, *, dtype: torch.dtype | None, fold: bo
         tower = load_backbone(trained.vision_tower, config.vision_config, dtype, vision=True)
     with torch.device("meta"):
         decoder = AutoModelForCausalLM.from_config(config.text_config)
+    if any(hasattr(layer.mlp, "experts") for layer in decoder_layers(decoder)):
+        # transformers stacks what the files hold of each expert; so it is loaded whole.
+        decoder = load_backbone(trained.language_model, config.text_config, dtype, vision=False)
     model = DehvfForConditionalGeneration(config, decoder, tower)
     load_adapter(model, trained.path)
     lora, scaling = {}, 0.0

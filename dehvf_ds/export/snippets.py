@@ -52,7 +52,7 @@ def loading(form: str, prompt: str | None, bases: Sequence[str]) -> str:
                 f"--vision_tower {bases[1]} --image picture.jpg`.",
             ]
         )
-    asked = prompt or "Your question"
+    asked = "Your question" if prompt is None else prompt
     needs = "torch, transformers, pillow" + (", peft" if form == "unfolded" else "")
     ask = _ASK.format(prompt=asked)
     return "\n\n".join(

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dehvf_ds.data.chat import PLAIN_CHAT_TEMPLATE, bos_ids
+from dehvf_ds.data.chat import PLAIN_CHAT_TEMPLATE
+from dehvf_ds.model.texts import bos_ids
 
 # Clients send a message as text, or as parts of which some are pictures; decoders' own templates know text.
 _TEXTS = (
@@ -19,7 +20,7 @@ _TEXTS = (
     "{%- endfor -%}"
     "{%- set messages = texts.of -%}"
 )
-_PLAIN_TEXT = "{{ messages | map(attribute='content') | join('\n') }}"
+_PLAIN_TEXT = "{{ (messages | map(attribute='content') | join('\n')).rstrip() }}"
 
 
 def export_template(tokenizer: PreTrainedTokenizerBase, task: str | None) -> str:

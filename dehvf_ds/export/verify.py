@@ -52,8 +52,9 @@ def read_prompts(trained: TrainedModel, data: str, num_rows: int) -> list[Batch]
         prompt=trained.config.prompt,
         for_generation=True,
     )
-    num_rows = min(num_rows, len(index))
-    return [collator([read_sample(index, len(index) * i // num_rows)]) for i in range(num_rows)]
+    num_rows, side = min(num_rows, len(index)), collator.image_size
+    chosen = (len(index) * i // num_rows for i in range(num_rows))
+    return [collator([read_sample(index, row, shorter_side=side)]) for row in chosen]
 
 
 def verify_export(

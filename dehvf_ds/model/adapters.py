@@ -27,15 +27,16 @@ def decoder_layers(language_model: PreTrainedModel) -> list[Any]:
     Raises:
         ModelError: the model has no such layers.
     """
-    layers = getattr(language_model.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not all(
-        isinstance(getattr(x, "mlp", None), nn.Module) for x in layers
-    ):
+    found = getattr(language_model.get_decoder(), "layers", None)
+    layers = list(found) if isinstance(found, nn.ModuleList) else []
+    ffns = [getattr(layer, "mlp", None) for layer in layers]
+    # One that several layers share would be wrapped several times.
+    if not ffns or not all(isinstance(f, nn.Module) for f in ffns) or len({*map(id, ffns)}) < len(ffns):
         raise ModelError(
-            f"{type(language_model).__name__} is not a decoder whose layers have an FFN named `mlp` "
+            f"{type(language_model).__name__} is not a decoder whose layers each have an FFN named `mlp` "
             "(Llama, Mistral and Qwen models are)"
         )
-    return list(layers)
+    return layers
 
 
 def peft_config(language_model: PreTrainedModel, lora: dict[str, Any]) -> LoraConfig:
@@ -55,6 +56,11 @@ def peft_config(language_model: PreTrainedModel, lora: dict[str, Any]) -> LoraCo
             module = getattr(layer.mlp, target, None)
             if not isinstance(module, nn.Linear):
                 linear = [n for n, m in layer.mlp.named_children() if isinstance(m, nn.Linear)]
+                if hasattr(layer.mlp, "experts"):
+                    raise ModelError(
+                        "the FFNs are mixtures of experts, which take no FFN adapters; set model.lora.rank 0 "
+                        "to train the visual branch alone"
+                    )
                 raise ModelError(f"the FFN has no linear map {target!r}; it has {', '.join(linear)}")
             targets.append(names[module])
     return LoraConfig(

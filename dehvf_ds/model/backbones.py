@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
 
-from .configuration import ModelError
+from .configuration import ModelError, square_side
+from .loading import refuse_mismatched, refuse_missing
+from .sketch import LANGUAGE_PARTS, bare_name, is_weight
+from .stored import StoredFile, stored_tensors
+
+# What reading a configuration raises: a class of transformers checks its own fields, too.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
@@ -17,7 +34,8 @@ def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
     Of a two-tower checkpoint (CLIP) the vision part is taken when ``vision``.
 
     Raises:
-        ModelError: nothing readable is there, or a vision part is asked of a model without one.
+        ModelError: nothing readable is there, the model is quantised, or a vision part is asked of a model
+            without one.
     """
     kind = "vision tower" if vision else "language model"
     if _is_path(source) and not Path(source).is_dir():
@@ -25,14 +43,41 @@ def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
         flag = kind.replace(" ", "_")
         raise ModelError(f"{kind} {source}: no such directory{where}; set {flag} to where it lies")
     try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{kind} {source}: {_first_line(error)}") from None
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except _UNREADABLE as error:
+        gguf = sorted(path.name for path in Path(source).glob("*.gguf")) if Path(source).is_dir() else []
+        hint = f" ({gguf[0]} is of llama.cpp: take the model that it was made of)" if gguf else ""
+        raise ModelError(f"{kind} {source}: {_first_line(error)}{hint}") from None
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation:
+        fields = quantisation if isinstance(quantisation, Mapping) else quantisation.to_dict()
+        method = str(fields.get("quant_method") or "quantization_config")
+        raise ModelError(
+            f"{kind} {source}: its weights are quantised ({method}); take the model that they were made of"
+        )
     if vision:
         config = getattr(config, "vision_config", config)
-        if not hasattr(config, "patch_size"):
-            raise ModelError(f"vision tower {source}: a {config.model_type} model has no patches")
+        if square_side(getattr(config, "patch_size", None)) is None:
+            raise ModelError(f"vision tower {source}: a {config.model_type} model has no patches of one size")
     return config
+
+
+def check_decoder_config(config: PreTrainedConfig, source: str) -> None:
+    """Refuses what is no decoder of text.
+
+    Raises:
+        ModelError: it is a vision-language model, an encoder-decoder, or has no LM head.
+    """
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"language model {source}: a {kind} model has an encoder; a decoder alone is needed")
+    if any(hasattr(config, part) for part in ("vision_config", "audio_config", "text_config")):
+        raise ModelError(
+            f"language model {source}: a {kind} model has other parts than a language model; name the "
+            "decoder that it was made of"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"language model {source}: a {kind} model has no LM head")
 
 
 def load_backbone(
@@ -47,17 +92,107 @@ def load_backbone(
         vision: whether it is the tower.
 
     Raises:
-        ModelError: the checkpoint cannot be read or lacks weights.
+        ModelError: the checkpoint cannot be read, lacks weights, or holds some that the model has no place
+            for.
     """
+    return _load(source, config, vision=vision, dtype=dtype)
+
+
+def check_backbone(source: str, config: PreTrainedConfig, *, vision: bool) -> None:
+    """Refuses what ``load_backbone`` would, and files cut short, by the files' headers alone.
+
+    Of a hub id nothing is looked at: its files may not be here yet.
+
+    Raises:
+        ModelError: a file is missing or damaged, or its tensors are not the model's.
+    """
+    if Path(source).is_dir():
+        stored_tensors(source)
+        with _without_progress_bar():
+            # Tensors of the meta device have names and shapes, and are not read.
+            _load(source, config, vision=vision, device_map="meta", ignore_mismatched_sizes=True)
+
+
+def settle_head(config: PreTrainedConfig, source: str) -> None:
+    """Makes ``tie_word_embeddings`` say what a decoder's files hold.
+
+    Where the configuration ties the LM head to the embedding and the files hold another head, transformers
+    keeps the two apart with a warning; where weights are partitioned it cannot tell and ties them.
+
+    Args:
+        config: of the decoder; changed in place.
+        source: directory or hub id.
+
+    Raises:
+        ModelError: the files cannot be read.
+    """
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    with torch.device("meta"):
+        decoder = AutoModelForCausalLM.from_config(config)
+    names = {id(module): name for name, module in decoder.named_modules()}
+    both = [names.get(id(each)) for each in (decoder.get_input_embeddings(), decoder.get_output_embeddings())]
+    tensors = stored_tensors(source)
+    found = []
+    for name in both:
+        same = [stored for stored in tensors if bare_name(stored) == bare_name(f"{name}.weight")]
+        found.append(same[0] if name is not None and len(same) == 1 else None)
+    embedding, head = found
+    if embedding is None or head is None:
+        return
+    weights = []
+    for name in (embedding, head):
+        with StoredFile(tensors[name][0]) as file:
+            weights.append(file.read(name))
+    if not torch.equal(*weights):
+        config.tie_word_embeddings = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _load(source: str, config: PreTrainedConfig, *, vision: bool, **settings: Any) -> PreTrainedModel:
     auto_class: Any = AutoModel if vision else AutoModelForCausalLM
+    verbosity = logging.get_verbosity()
+    # What its table of missing and unexpected weights would say is decided below.
+    logging.set_verbosity_error()
     try:
-        model, info = auto_class.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError) as error:
+        model, info = auto_class.from_pretrained(source, config=config, output_loading_info=True, **settings)
+    except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{source}: {_first_line(error)}") from None
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(f"{source}: the checkpoint lacks {len(missing)} weights, {missing[0]} among them")
+    finally:
+        logging.set_verbosity(verbosity)
+    refuse_missing(info["missing_keys"], source)
+    refuse_mismatched(info, source)
+    lost = [name for name in info["unexpected_keys"] if _belongs_to(model, name, vision=vision)]
+    if lost:
+        raise ModelError(
+            f"{source}: holds {len(lost)} weights that its config.json has no place for, {min(lost)} among "
+            "them; what it computed when it was trained is not what it would compute here"
+        )
     return model
+
+
+def _belongs_to(model: PreTrainedModel, name: str, *, vision: bool) -> bool:
+    """Whether a tensor that the model has no place for was a part of it: not of another tower, not a buffer.
+
+    What lies in its layers was; of a decoder also what lies beside a weight of its own, as a bias would.
+    """
+    if not is_weight(name, (1, 1)) or (vision and LANGUAGE_PARTS.intersection(name.split("."))):
+        return False
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    if any(bare_name(name).startswith(f"{bare_name(layers)}.") for layers in lists):
+        return True
+    parents = {bare_name(own).rpartition(".")[0] for own, _ in model.named_parameters()}
+    return not vision and bare_name(name).rpartition(".")[0] in parents
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _is_path(source: str) -> bool:
@@ -66,4 +201,4 @@ def _is_path(source: str) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,6 +11,7 @@ FUNCTION_VERSION = 2
 """What the model computes of its weights. 1 did not normalise the visual FFN's queries; weights that were
 trained under another version would load and say something else."""
 
+_SIZES = ("hidden_size", "num_hidden_layers")
 FUSIONS = ("ffn", "prefix", "none")
 ROUTERS = ("layer", "static", "last")
 
@@ -48,6 +49,13 @@ def check_version(version: int, owner: str) -> None:
             f"{owner} was trained by a version of the program whose visual FFN computes something else "
             f"({version}, not {FUNCTION_VERSION}): train it anew, or use that version"
         )
+
+
+def square_side(size: Any) -> int | None:
+    """The side that a configuration states as one number or as several that are the same; None for others."""
+    if isinstance(size, list | tuple) and len(set(size)) == 1:
+        size = size[0]
+    return size if isinstance(size, int) else None
 
 
 class DehvfConfig(PreTrainedConfig):
@@ -101,6 +109,9 @@ class DehvfConfig(PreTrainedConfig):
             raise ModelError(f"fusion {fusion!r} is not one of {', '.join(FUSIONS)}")
         if router not in ROUTERS:
             raise ModelError(f"router {router!r} is not one of {', '.join(ROUTERS)}")
+        for config, kind in ((self.text_config, "decoder"), (self.vision_config, "tower of one width")):
+            if not all(isinstance(getattr(config, name, None), int) for name in _SIZES):
+                raise ModelError(f"a {config.model_type} model is no {kind}: it lacks {' or '.join(_SIZES)}")
         num_blocks = self.vision_config.num_hidden_layers
         self.fusion = fusion
         self.router = router
@@ -111,7 +122,13 @@ class DehvfConfig(PreTrainedConfig):
             self.levels = self.levels[-1:]  # the others would be projected and weighed 0
         self.rank = rank
         self.router_dim = router_dim
-        self.image_size = image_size or self.vision_config.image_size
+        own_size = square_side(getattr(self.vision_config, "image_size", None))
+        side = image_size or own_size
+        if square_side(getattr(self.vision_config, "patch_size", None)) is None or side is None:
+            raise ModelError(
+                f"a {self.vision_config.model_type} tower has no one size of square patches and pictures"
+            )
+        self.image_size: int = side
         self.prefix_tokens = prefix_tokens
         self.lora = dict(lora) if lora else None
         self.task = task
@@ -141,9 +158,16 @@ class DehvfConfig(PreTrainedConfig):
         return super().to_diff_dict() | {"version": self.version}
 
     @property
+    def patch_size(self) -> int:
+        """Side of the tower's patches in pixels."""
+        side = square_side(self.vision_config.patch_size)
+        assert side is not None
+        return side
+
+    @property
     def patches_per_side(self) -> int:
         """Patches along one side of the input picture."""
-        return self.image_size // self.vision_config.patch_size
+        return self.image_size // self.patch_size
 
     @property
     def num_slots(self) -> int:

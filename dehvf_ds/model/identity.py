@@ -6,7 +6,6 @@ the names; a conversion between fp32, fp16 and bf16 changes values by one roundi
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ import torch
 
 from .backbones import load_backbone_config
 from .configuration import ModelError
-from .sketch import LANGUAGE_PARTS, VISION_PARTS, natural_key, sketch_weights
+from .sketch import bare_name, natural_key, sketch_weights
 
 # Fields of a backbone's configuration that say nothing about its weights.
 _LOOSE_FIELDS = {
@@ -27,8 +26,6 @@ _LOOSE_FIELDS = {
     "architectures",
     "use_cache",
 }
-# First words of a name that only say what the whole is wrapped in; versions of transformers differ in them.
-_WRAPPERS = VISION_PARTS | LANGUAGE_PARTS | {"model", "transformer", "base_model", "gpt_neox"}
 _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -147,11 +144,6 @@ def _parse(sketch: Mapping[str, str]) -> dict[str, _Sampled]:
         formats = tuple(f for f in _FORMATS if torch.equal(values.to(f).float(), values))
         tensors[keys[name]] = _Sampled(name, shape, tuple(values.tolist()), formats)
     return tensors
-
-
-def bare_name(name: str) -> str:
-    """A tensor's name without the words that only say what the whole is wrapped in."""
-    return ".".join(itertools.dropwhile(_WRAPPERS.__contains__, name.split(".")))
 
 
 def _agree(one: _Sampled, other: _Sampled) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .configuration import ModelError, square_side
 from .shapes import Float
 
 
@@ -32,14 +36,46 @@ def visual_levels(
         The features, in the tower's dtype, without gradient.
     """
     with torch.no_grad():
-        states = tower(pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
+        states = hidden_states(tower, pixel_values.to(tower.dtype))
         num_patches = _num_patches(tower, pixel_values)
         stacked = torch.stack([_with_class_slot(states[level], num_patches) for level in levels], dim=1)
         return F.layer_norm(stacked, stacked.shape[-1:])
 
 
+def hidden_states(
+    tower: PreTrainedModel, pixel_values: Float[Tensor, "batch 3 height width"]
+) -> tuple[Float[Tensor, "batch tokens vision_dim"], ...]:
+    """What every block of a tower returns, the patch embeddings first.
+
+    A tower whose position embeddings are of another grid than the pictures' interpolates them where it can.
+
+    Raises:
+        ModelError: these are not one token a patch, or the tower does not take such pictures.
+    """
+    given: dict[str, Any] = {}
+    own_size = square_side(getattr(tower.config, "image_size", None))
+    if own_size != pixel_values.shape[-1] and _can_interpolate(type(tower)):
+        given["interpolate_pos_encoding"] = True
+    states = tower(pixel_values, output_hidden_states=True, **given).hidden_states
+    wanted = (pixel_values.shape[0], tower.config.hidden_size)
+    num_patches = _num_patches(tower, pixel_values)
+    for state in states:
+        if state.ndim != 3 or (state.shape[0], state.shape[2]) != wanted or state.shape[1] < num_patches:
+            raise ModelError(
+                f"a {tower.config.model_type} tower gives hidden states of shape {list(state.shape)}, not "
+                f"a token of {wanted[1]} values for each of {num_patches} patches, as CLIP and DINOv2 do"
+            )
+    return states
+
+
+@lru_cache(maxsize=8)
+def _can_interpolate(tower_class: type) -> bool:
+    return "interpolate_pos_encoding" in inspect.signature(tower_class.forward).parameters
+
+
 def _num_patches(tower: PreTrainedModel, pixel_values: Tensor) -> int:
-    size = tower.config.patch_size
+    size = square_side(tower.config.patch_size)
+    assert size is not None
     return (pixel_values.shape[-2] // size) * (pixel_values.shape[-1] // size)
 
 

@@ -14,9 +14,10 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import ModelOutput
 
 from .adapters import add_lora, decoder_layers, lora_parameters
-from .configuration import DehvfConfig
+from .configuration import DehvfConfig, ModelError
 from .fuser import HierarchicalFuser
 from .levels import visual_levels
+from .loading import refuse_incomplete
 from .projector import PrefixProjector, Projector
 from .shapes import Bool, Float, Int
 from .visual_ffn import MemoryReader, VisualFFN, prepare_memory
@@ -101,6 +102,9 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Every module of ours initialises itself and the backbones come with weights of their own.
         with no_init_weights():
             self.post_init()
+        # Backbones may do without some weights that their own classes can do without; an export holds all.
+        self._keys_to_ignore_on_load_missing = set()
+        self._keys_to_ignore_on_load_unexpected = set()
         self.freeze_backbones()
 
     # --- parameters ---
@@ -136,6 +140,29 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if self.config.fusion != "none":
             self.vision_tower.eval()
         return self
+
+    # --- loading: what is not in the files is nowhere else ---
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads an export as ``PreTrainedModel.from_pretrained`` does, and refuses one that is not whole.
+
+        Args:
+            source: directory or hub id.
+            *args: as there.
+            **kwargs: as there.
+
+        Raises:
+            ModelError: the files lack a weight, hold one that the model has no place for, or of another
+                shape, or with values that are not finite.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        # Shapes are refused here, by name; transformers' own error names no tensor.
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded: Any = super().from_pretrained(source, *args, **kwargs)
+        model, info = loaded
+        refuse_incomplete(model, info, str(source))
+        return (model, info) if wants_info else model
 
     # --- HF plumbing: the decoder owns embeddings and head ---
 
@@ -256,13 +283,12 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return DehvfOutput(
                 logits=out.logits, past_key_values=out.past_key_values, level_weights=level_weights
             )
-        hidden = self.get_decoder()(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-        ).last_hidden_state
-        loss_sum, num_tokens = self._supervised_loss(hidden, labels)
+        # The label of a position is its next token's; nothing follows the last.
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        supervised = targets != IGNORE_INDEX
+        logits = self._logits_at(supervised, embeds, attention_mask, position_ids)
+        wanted = targets[supervised].to(logits.device)
+        loss_sum, num_tokens = F.cross_entropy(logits.float(), wanted, reduction="sum"), supervised.sum()
         return DehvfOutput(
             loss=loss_sum / num_tokens.clamp(min=1),
             loss_sum=loss_sum,
@@ -270,16 +296,46 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             level_weights=level_weights,
         )
 
-    def _supervised_loss(
-        self, hidden: Float[Tensor, "batch tokens dim"], labels: Int[Tensor, "batch tokens"]
-    ) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy and token count; the LM head runs at supervised positions alone."""
-        targets = labels[:, 1:]
-        supervised = targets != IGNORE_INDEX
-        # Two-dimensional before the head: a sliced 3-D tensor makes the CPU copy its weight per row.
-        logits = self.get_output_embeddings()(hidden[:, :-1][supervised])
-        loss_sum = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
-        return loss_sum, supervised.sum()
+    def _logits_at(
+        self,
+        chosen: Bool[Tensor, "batch tokens"],
+        embeds: Float[Tensor, "batch tokens dim"],
+        attention_mask: Int[Tensor, "batch tokens"] | None,
+        position_ids: Int[Tensor, "batch tokens"] | None,
+    ) -> Float[Tensor, "chosen vocab"]:
+        """Logits at the chosen positions alone, by the decoder's whole own forward.
+
+        Between its layers and its logits a decoder may do more than apply its head: scale, cap, normalise.
+        So its own code runs, and only the hidden states that it goes on with are fewer.
+
+        Raises:
+            ModelError: the decoder does not go on with what its layers return.
+        """
+        kept: list[Tensor] = []
+
+        def keep_chosen(_module: nn.Module, _args: Any, output: Any) -> Any:
+            hidden = output.last_hidden_state
+            # One row of all: a sliced 3-D tensor makes the CPU copy the head's weight per row.
+            output.last_hidden_state = hidden[chosen.to(hidden.device)][None]
+            kept.append(output.last_hidden_state)
+            return output
+
+        hook = self.get_decoder().register_forward_hook(keep_chosen)
+        try:
+            logits = self.language_model(
+                inputs_embeds=embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+            ).logits
+        finally:
+            hook.remove()
+        if len(kept) != 1 or logits.shape[:2] != kept[0].shape[:2]:
+            raise ModelError(
+                f"{type(self.language_model).__name__} makes its logits of something else than the hidden "
+                "states of its layers; it cannot be trained"
+            )
+        return logits[0]
 
     def _text_only_memory(self, inputs_embeds: Tensor) -> Tensor:
         config = self.config

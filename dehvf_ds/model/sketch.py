@@ -7,6 +7,7 @@ matrices, so four of each tell the models apart; ``identity.py`` compares.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -21,6 +22,8 @@ NUM_VALUES = 4
 # Module names that hold the wanted part of a checkpoint with several parts.
 VISION_PARTS = {"vision_model", "vision_tower", "visual"}
 LANGUAGE_PARTS = {"language_model", "text_model"}
+# First words of a name that only say what the whole is wrapped in; versions of transformers differ in them.
+_WRAPPERS = VISION_PARTS | LANGUAGE_PARTS | {"model", "transformer", "base_model", "gpt_neox"}
 # Buffers that older checkpoints store, and layers that transformers does not load.
 _NOT_WEIGHTS = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|num_batches_tracked)$|^mtp\.")
 
@@ -65,6 +68,11 @@ def sample_positions(num_elements: int) -> list[int]:
     """
     fractions = [(i + 1) * 2654435769 % 2**32 for i in range(NUM_VALUES)]
     return sorted({num_elements * fraction >> 32 for fraction in fractions} if num_elements else set())
+
+
+def bare_name(name: str) -> str:
+    """A tensor's name without the words that only say what the whole is wrapped in."""
+    return ".".join(itertools.dropwhile(_WRAPPERS.__contains__, name.split(".")))
 
 
 def natural_key(name: str) -> list[str | int]:

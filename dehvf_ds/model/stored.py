@@ -39,6 +39,7 @@ SAFETENSORS_DTYPES = {
 }
 """Dtypes by the names that safetensors gives them."""
 
+_POINTER = b"version https://git-lfs"
 _UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError)
 
 
@@ -80,6 +81,7 @@ class StoredFile:
         self._file: Any = None
         self._loaded: dict[str, Tensor] = {}
         with _readable(path):
+            _refuse_pointer(path)
             if path.suffix == ".safetensors":
                 self._file = path.open("rb", buffering=0)
                 try:
@@ -138,18 +140,20 @@ class StoredFile:
 
     def _header(self) -> Iterator[tuple[str, StoredTensor]]:
         header_bytes = int.from_bytes(self._bytes(0, 8), "little")
-        if header_bytes > self.path.stat().st_size:
-            raise ValueError("its header is longer than the file")
+        num_bytes, end = self.path.stat().st_size, 8 + header_bytes
+        if end > num_bytes:
+            raise ValueError("it ends too early, within its header")
         for name, entry in json.loads(self._bytes(8, header_bytes)).items():
             if name == "__metadata__":
                 continue
             if entry["dtype"] not in SAFETENSORS_DTYPES:
                 raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
             dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-            yield (
-                name,
-                StoredTensor(tuple(entry["shape"]), dtype, 8 + header_bytes + entry["data_offsets"][0]),
-            )
+            start, stop = (8 + header_bytes + offset for offset in entry["data_offsets"])
+            end = max(end, stop)
+            yield name, StoredTensor(tuple(entry["shape"]), dtype, start)
+        if end > num_bytes:
+            raise ValueError(f"it ends too early, after {num_bytes:,} of {end:,} bytes; copy it again")
 
     def _bytes(self, start: int, count: int) -> bytearray:
         data = bytearray(count)
@@ -163,6 +167,24 @@ class StoredFile:
         return data
 
 
+def stored_tensors(source: str) -> dict[str, tuple[Path, StoredTensor]]:
+    """File and entry of every tensor of a checkpoint, by its files' headers.
+
+    Args:
+        source: directory or hub id.
+
+    Raises:
+        ModelError: no weights are at hand, or a file is damaged or lacks what the index places in it.
+    """
+    places: dict[str, tuple[Path, StoredTensor]] = {}
+    for path, promised in _checkpoint(source).items():
+        with StoredFile(path) as file:
+            if lacking := promised - file.tensors.keys():
+                raise ModelError(f"{path}: lacks {min(lacking)}, which its index places there")
+            places |= {name: (path, stored) for name, stored in file.tensors.items()}
+    return places
+
+
 def checkpoint_files(source: str) -> list[Path]:
     """The files that transformers would load; of a hub id those in the local cache where they are there.
 
@@ -172,6 +194,11 @@ def checkpoint_files(source: str) -> list[Path]:
     Raises:
         ModelError: no weights are at hand.
     """
+    return list(_checkpoint(source))
+
+
+def _checkpoint(source: str) -> dict[Path, set[str]]:
+    """The files, and the tensors that an index places in each; none of them where there is no index."""
     try:
         return _find_files(source, local_only=True)
     except ModelError:
@@ -180,24 +207,37 @@ def checkpoint_files(source: str) -> list[Path]:
     return _find_files(source, local_only=False)
 
 
-def _find_files(source: str, *, local_only: bool) -> list[Path]:
+def _find_files(source: str, *, local_only: bool) -> dict[Path, set[str]]:
     """The first that is there of the four kinds of checkpoint, in transformers' order."""
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         path = _cached(source, name, local_only=local_only)
         if path is None:
             continue
         if not name.endswith(".json"):
-            return [path]
+            return {path: set()}
+        promised: dict[str, set[str]] = {}
         try:
-            shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError):
-            raise ModelError(f"{path}: not an index of shards") from None
-        files = {shard: _cached(source, shard, local_only=local_only) for shard in shards}
-        missing = [shard for shard, file in files.items() if file is None]
-        if missing:
-            raise ModelError(f"{source}: {missing[0]} is missing, which {name} names")
-        return [file for file in files.values() if file is not None]
-    raise ModelError(f"{source}: no weights found, neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
+            _refuse_pointer(path)
+            for tensor, shard in json.loads(path.read_text(encoding="utf-8"))["weight_map"].items():
+                promised.setdefault(shard, set()).add(tensor)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{path}: not an index of shards: {error}") from None
+        files: dict[Path, set[str]] = {}
+        for shard in sorted(promised):
+            file = _cached(source, shard, local_only=local_only)
+            if file is None:
+                raise ModelError(f"{source}: {shard} is missing, which {name} names")
+            files[file] = promised[shard]
+        return files
+    others = sorted(p.name for p in Path(source).glob("*.gguf")) if Path(source).is_dir() else []
+    hint = f"; {others[0]} is of llama.cpp: take the model that it was made of" if others else ""
+    raise ModelError(f"{source}: no weights found, neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}{hint}")
+
+
+def _refuse_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError("it is a git-LFS pointer in the file's place; run `git lfs pull` there")
 
 
 def _cached(source: str, name: str, *, local_only: bool) -> Path | None:

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from .artifact import CONFIG_FILE, load_adapter, read_manifest
-from .backbones import load_backbone, load_backbone_config
-from .configuration import DehvfConfig, ModelError, spaced_levels
+from .backbones import check_backbone, check_decoder_config, load_backbone, load_backbone_config, settle_head
+from .configuration import DehvfConfig, ModelError, spaced_levels, square_side
 from .identity import check_base
 from .modeling import DehvfForConditionalGeneration
 from .sketch import sketch_weights
+from .trial import try_backbones
 
 EXPORT_FILE = "export.json"
 """In a merged directory: what it was made of, and size and hash of its weights."""
@@ -39,11 +40,11 @@ def build_config(
         ModelError: a backbone cannot be read or a setting does not fit it.
     """
     vision_config = load_backbone_config(vision_tower, vision=True)
+    _check_image_size(settings.get("image_size"), vision_config, vision_tower)
     if not settings.get("levels") and num_levels is not None:
-        settings["levels"] = spaced_levels(vision_config.num_hidden_layers, num_levels)
+        settings["levels"] = spaced_levels(getattr(vision_config, "num_hidden_layers", 0), num_levels)
     text_config = load_backbone_config(language_model, vision=False)
-    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"language model {language_model}: a {text_config.model_type} model has no LM head")
+    check_decoder_config(text_config, language_model)
     return DehvfConfig(text_config=text_config, vision_config=vision_config, **settings)
 
 
@@ -65,6 +66,7 @@ def load_model(
     Raises:
         ModelError: a checkpoint lacks weights, or does not have the expected structure.
     """
+    settle_head_of(config, language_model)
     decoder = load_backbone(language_model, config.text_config, dtype, vision=False)
     tower = None
     if config.fusion != "none":
@@ -74,6 +76,49 @@ def load_model(
     for parameter in model.trainable_parameters().values():
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+def check_bases(config: DehvfConfig, language_model: str, vision_tower: str) -> None:
+    """Refuses backbones that ``load_model`` would refuse, or would load something else of than was trained.
+
+    Reads the headers of their files, and tries scaled-down copies out.
+
+    Args:
+        config: the model's configuration.
+        language_model: directory or hub id of the decoder.
+        vision_tower: directory or hub id of the tower.
+
+    Raises:
+        ModelError: what is wrong with one.
+    """
+    try_backbones(config)
+    check_backbone(language_model, config.text_config, vision=False)
+    if config.fusion != "none":
+        check_backbone(vision_tower, config.vision_config, vision=True)
+
+
+def settle_head_of(config: DehvfConfig, language_model: str) -> None:
+    """Makes the configuration say whether the decoder's files hold a head of its own, see ``settle_head``.
+
+    Raises:
+        ModelError: the files cannot be read.
+    """
+    settle_head(config.text_config, language_model)
+    config.tie_word_embeddings = getattr(config.text_config, "tie_word_embeddings", False)
+
+
+def _check_image_size(image_size: int | None, vision_config: PreTrainedConfig, source: str) -> None:
+    """Refuses a size that cuts patches; a tower's own may (SigLIP of 384 pixels in patches of 14)."""
+    patch_size = square_side(getattr(vision_config, "patch_size", None))
+    own_size = square_side(getattr(vision_config, "image_size", None))
+    if image_size is None or patch_size is None or image_size == own_size or image_size % patch_size == 0:
+        return
+    below = image_size // patch_size * patch_size
+    near = f"{below} or {below + patch_size}" if below else str(patch_size)
+    raise ModelError(
+        f"model.image_size {image_size} is no multiple of the {patch_size} pixels of a patch of {source}; "
+        f"set it to {near}"
+    )
 
 
 def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:

@@ -8,13 +8,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dehvf_ds.config import RunConfig, UserError
+from dehvf_ds.data.collate import tokenizer_traits
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.loader import build_loader, build_validation_loader, epoch_samples, open_examples
 from dehvf_ds.data.prompts import CAPTION_PROMPT
-from dehvf_ds.data.tokenizer import load_tokenizer
+from dehvf_ds.data.tokenizer import check_tokenizer, load_tokenizer
 from dehvf_ds.data.transforms import ImageTransform, build_image_transform
 from dehvf_ds.distributed import World
-from dehvf_ds.model import DehvfConfig
+from dehvf_ds.model import DehvfConfig, ModelError
+from dehvf_ds.model.weights import check_bases
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.engine import build_model_config
 
@@ -81,9 +83,10 @@ def check(config: RunConfig, world: World) -> Checked:
         config.model,
         image_size=transform.image_size,
         task=config.data.task,
-        prompt=(config.data.prompt or CAPTION_PROMPT) if config.data.task == "caption" else None,
+        prompt=_caption_prompt(config),
     )
     tokenizer = load_tokenizer(config.model.language_model)
+    _check_bases(config, model_config, tokenizer, world)
     index, examples = open_examples(config.data, seed=config.seed)
     if config.data.val is not None:
         ShardIndex(config.data.val)
@@ -101,6 +104,25 @@ def check(config: RunConfig, world: World) -> Checked:
         samples_per_epoch=samples_per_epoch,
         num_steps=planned_steps(config, samples_per_epoch),
     )
+
+
+def _caption_prompt(config: RunConfig) -> str | None:
+    """The instruction that captions are trained with; an empty one is one."""
+    if config.data.task != "caption":
+        return None
+    return CAPTION_PROMPT if config.data.prompt is None else config.data.prompt
+
+
+def _check_bases(
+    config: RunConfig, model_config: DehvfConfig, tokenizer: PreTrainedTokenizerBase, world: World
+) -> None:
+    tokenizer_traits(tokenizer)
+    check_tokenizer(tokenizer, model_config.text_config.vocab_size)
+    if world.is_main:
+        try:
+            check_bases(model_config, config.model.language_model, config.model.vision_tower)
+        except ModelError as error:
+            raise UserError(f"model: {error}") from None
 
 
 def planned_steps(config: RunConfig, num_samples: int) -> int:

@@ -10,22 +10,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_model
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from dehvf_ds.batch import Batch
 from dehvf_ds.config import RunConfig, UserError
 from dehvf_ds.distributed import World
 from dehvf_ds.model import DehvfConfig
+from dehvf_ds.model.trial import NUM_LAYERS, scaled_down
 from dehvf_ds.training.deepspeed_json import compute_dtype
 from dehvf_ds.training.engine import build_engine, build_model_config
 from dehvf_ds.training.optim import GradientWatch
 from dehvf_ds.training.signals import StopRequest
 from dehvf_ds.training.step import train_step
 from dehvf_ds.training.validation import validation_loss
-
-NUM_LAYERS = 2
-HEAD_DIM = 16
-NUM_HEADS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,33 +40,6 @@ class Rehearsal:
     grad_norm: float
     val_loss: float | None
     silent: tuple[str, ...]
-
-
-def scaled_down(config: PreTrainedConfig, *, num_layers: int | None = None) -> PreTrainedConfig:
-    """A configuration of the same architecture, vocabulary and picture size, but 32 wide.
-
-    Args:
-        config: of a decoder or a vision tower.
-        num_layers: layers of the copy; None keeps their number.
-    """
-    values = config.to_dict()
-    layers = min(num_layers or config.num_hidden_layers, config.num_hidden_layers)
-    grouped = values.get("num_key_value_heads") not in (None, values.get("num_attention_heads"))
-    sizes = {
-        "hidden_size": NUM_HEADS * HEAD_DIM,
-        "intermediate_size": 2 * NUM_HEADS * HEAD_DIM,
-        "num_attention_heads": NUM_HEADS,
-        "num_key_value_heads": 1 if grouped else NUM_HEADS,
-        "head_dim": HEAD_DIM,
-        "num_hidden_layers": layers,
-    }
-    values |= {key: size for key, size in sizes.items() if values.get(key) is not None}
-    for key, value in values.items():
-        # One entry a layer: kinds of attention, for one.
-        if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            values[key] = value[:layers]
-    values.pop("quantization_config", None)
-    return type(config).from_dict(values)
 
 
 def rehearse(

@@ -90,9 +90,13 @@ def test_special_tokens_in_a_target_are_plain_text(byte_bpe):
 
 
 def test_empty_prompt_supervises_all_that_can_be_predicted(byte_bpe, byte_bpe_with_bos):
-    ids, labels = encode(byte_bpe, "", TARGET, 64)
-    assert ids == [*byte_bpe(TARGET).input_ids, byte_bpe.eos_token_id]
-    assert labels == [IGNORE_INDEX, *ids[1:]]
+    # An end of text stands for the begin that the tokenizer has not: generation must begin from something.
+    eos = byte_bpe.eos_token_id
+    for prompt in ("", " ", "\n"):
+        ids, labels = encode(byte_bpe, prompt, TARGET, 64)
+        assert ids == [eos, *byte_bpe(TARGET).input_ids, eos]
+        assert labels == [IGNORE_INDEX, *ids[1:]]
+        assert encode_prompt(byte_bpe, prompt) == [eos]
     ids, labels = encode(byte_bpe_with_bos, "", TARGET, 64)
     assert labels == [IGNORE_INDEX, *ids[1:]]
 

@@ -220,6 +220,9 @@ def test_a_chat_is_written_as_in_training(tmp_path, own) -> None:
     for conversation in (plain, parts):
         ids = processor.apply_chat_template(conversation, **settings)["input_ids"]
         assert ids.tolist() == [encode_chat_prompt(tokenizer, plain)]
+        # In two steps, as many do.
+        text = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        assert torch.equal(processor(text=text)["input_ids"], ids)
     # The trainer's own entries read the directory, too.
     assert encode_chat_prompt(load_tokenizer(str(tmp_path / "model")), plain) == ids[0].tolist()
 

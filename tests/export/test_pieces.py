@@ -128,11 +128,10 @@ def test_a_decoder_file_that_ends_too_early_is_named(tmp_path) -> None:
     bases = build_bases(tmp_path)
     path = Path(bases["language_model"]) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    files = DecoderFiles.find(bases["language_model"])
-    last = max(files.places, key=lambda name: files.places[name][1].start)
-    with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read: it ends too early"):
-        files.read(last)
-    files.close()
+    with pytest.raises(
+        ModelError, match=r"model\.safetensors: cannot be read: it ends too early, after .*copy it"
+    ):
+        DecoderFiles.find(bases["language_model"])
 
 
 def test_an_adapter_of_no_weight_is_an_error(tmp_path) -> None:

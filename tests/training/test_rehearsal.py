@@ -11,13 +11,14 @@ from transformers import (
     Dinov2Config,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
 )
 
-from dehvf_ds.training.rehearsal import scaled_down
+from dehvf_ds.model.trial import scaled_down
 
 
 @pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
@@ -32,6 +33,24 @@ def test_a_decoder_keeps_its_kind_and_its_words(kind: type[PreTrainedConfig]) ->
     assert len(model.model.layers) == 2
     grouped = config.num_key_value_heads != config.num_attention_heads
     assert (small.num_key_value_heads != small.num_attention_heads) == grouped
+
+
+def test_a_decoder_with_a_rotary_factor_for_each_pair_keeps_its_heads() -> None:
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 12, "long_factor": [2.0] * 12}
+    rope = factors | {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    config = Phi3Config(
+        vocab_size=100,
+        hidden_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        pad_token_id=None,
+        rope_parameters=rope,
+        original_max_position_embeddings=64,
+        max_position_embeddings=128,
+    )
+    small = scaled_down(config, num_layers=2)
+    assert (small.hidden_size, small.num_attention_heads) == (48, 2)
+    assert AutoModelForCausalLM.from_config(small)(input_ids=torch.tensor([[9, 3]])).logits.shape[-1] == 100
 
 
 @pytest.mark.parametrize("kind", [CLIPVisionConfig, Dinov2Config, SiglipVisionConfig])

@@ -1,0 +1,148 @@
+"""From a picture to pixels: one way for training, evaluation, generation and exported processors (ours)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+from .shapes import Float
+
+DRAFT_MARGIN = 2
+"""How many times larger than asked for a JPEG is decoded at least, so that the later resize shapes it."""
+
+THIN = 16
+"""Longer side to shorter side from which a picture is cropped before a resize that keeps its proportions."""
+
+# What white may be in pictures whose mode does not say it: the smallest that holds all their values.
+_WHITES = {"I": (255, 65535), "F": (1, 255, 65535)}
+
+
+def to_pixels(processor: Any, image: Image.Image) -> Float[Tensor, "3 height width"]:
+    """Resizes, crops and normalises one picture for the vision tower (float32).
+
+    Args:
+        processor: the tower's own image processor.
+        image: any picture of PIL's; what ``upright_rgb`` gave stays as it is.
+    """
+    picture = crop_thin(upright_rgb(image), processor)
+    return processor(images=picture, return_tensors="pt")["pixel_values"][0]
+
+
+def upright_rgb(image: Image.Image, *, shorter_side: int | None = None) -> Image.Image:
+    """A picture upright, in mode RGB; the given one is not changed, but may be loaded.
+
+    EXIF orientation is applied; transparency is laid on white (diagrams are often black on nothing); 16-bit
+    and float grey is scaled to 8 bits, not clipped. Colour profiles are ignored.
+
+    Args:
+        image: opened, of an animation at the frame that is wanted.
+        shorter_side: shorter side in pixels that the picture is resized to later. A large JPEG that is not
+            loaded yet is then decoded at 1/2, 1/4 or 1/8 of its size, its shorter side still at least
+            ``DRAFT_MARGIN`` times this.
+
+    Raises:
+        Exception: what PIL's parsers raise on damaged files, which is about anything.
+    """
+    with warnings.catch_warnings(action="ignore"):
+        if shorter_side is not None:
+            # Only the scale: a mode given here would turn grey and CMYK into something else.
+            image.draft(None, (DRAFT_MARGIN * shorter_side, DRAFT_MARGIN * shorter_side))
+        image.load()
+        # Damaged EXIF does not make the pixels worse.
+        with contextlib.suppress(Exception):
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+        return _to_rgb(image)
+
+
+def upright_for(image: Image.Image, side: int) -> Image.Image:
+    """As ``upright_rgb`` for pictures of ``side`` pixels, of one that its owner has opened.
+
+    Decoding at a smaller scale changes a picture for good, and this one may still be wanted whole: a large
+    JPEG that is not loaded yet is read twice.
+
+    Args:
+        image: opened; it is loaded, at its own scale.
+        side: shorter side in pixels that it is resized to later.
+
+    Raises:
+        Exception: as ``upright_rgb``.
+    """
+    file, large = getattr(image, "fp", None), min(image.size) >= 2 * DRAFT_MARGIN * side
+    if not large or image.format != "JPEG" or not getattr(image, "tile", None) or file is None:
+        return upright_rgb(image)
+    place = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(place)
+    image.load()
+    return upright_rgb(Image.open(io.BytesIO(data), formats=["JPEG"]), shorter_side=side)
+
+
+def crop_thin(image: Image.Image, processor: Any) -> Image.Image:
+    """Of a thin picture the middle that the processor's centred square is cut from; others as they are.
+
+    A processor that resizes the shorter side makes 256 x 768,000 pixels of 1 x 3000, of which it keeps 224 x
+    224. What is left here is many times what it keeps, so that the resize finds the same neighbours, and of a
+    length that puts the kept square on the same pixels.
+
+    Args:
+        image: the picture.
+        processor: the tower's own image processor.
+    """
+    size = _fields(getattr(processor, "size", None))
+    if not getattr(processor, "do_resize", True) or getattr(processor, "do_pad", False) or size.get("height"):
+        return image  # nothing grows beyond a square
+    kept = max(_fields(getattr(processor, "crop_size", None)).values(), default=0)
+    shorter, longer = sorted(image.size)
+    edge = size.get("shortest_edge") or kept or 1
+    ratio = max(THIN, math.ceil(4 * kept / edge))
+    if longer <= ratio * shorter:
+        return image
+    # As even or odd as the whole, before and after the resize: then neither centre moves.
+    lengths = range(ratio * shorter - (longer - ratio * shorter) % 2, longer, 2)[:64]
+    length = next(
+        (n for n in lengths if (edge * n // shorter - edge * longer // shorter) % 2 == 0), lengths[0]
+    )
+    before = (longer - length) // 2
+    if image.width == longer:
+        return image.crop((before, 0, before + length, image.height))
+    return image.crop((0, before, image.width, before + length))
+
+
+def _fields(size: Any) -> dict[str, int]:
+    """The sides that a processor names: a mapping, transformers' own kind of one, or a number."""
+    if isinstance(size, int):
+        return {"shortest_edge": size}
+    return {} if size is None else {key: value for key, value in dict(size).items() if value}
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if type(image) is Image.Image and image.mode == "RGB" and "transparency" not in image.info:
+        return image  # was here before
+    if image.mode.startswith("I") or image.mode == "F":
+        return _scale_to_bytes(image).convert("RGB")
+    if image.mode == "La":  # grey multiplied by its opacity, which PIL brings back to LA alone
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_to_bytes(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.float32)
+    peak = float(np.max(values, where=np.isfinite(values), initial=0))
+    white = next((white for white in _WHITES.get(image.mode, (65535,)) if peak <= white), peak)
+    scaled = np.clip(np.nan_to_num(values * np.float32(255 / white)), 0, 255).round().astype(np.uint8)
+    if isinstance(key := image.info.get("transparency"), int):
+        scaled[values == key] = 255
+    return Image.fromarray(scaled)

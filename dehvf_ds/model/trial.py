@@ -1,0 +1,185 @@
+"""Tries two backbones out on scaled-down copies, before their weights are loaded (ours).
+
+Whether a decoder and a tower can be used is seen by what they compute, not by their names: a small copy with
+random weights, of the same classes and with the same constants, costs a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .configuration import DehvfConfig, ModelError
+from .levels import hidden_states
+from .modeling import DehvfForConditionalGeneration
+
+NUM_LAYERS = 2
+HEAD_DIM = 16
+NUM_HEADS = 2
+
+TOLERANCE = 1e-4
+"""Largest difference of logits, as a share of the largest logit, that rounding in fp32 may make."""
+
+LOGIT_SPREAD = 8.0
+"""Standard deviation that a copy's logits are brought to, so that what bends large ones is seen."""
+
+# What the library's model code raises where sizes do not fit together or arguments are not taken.
+_MISFITS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError)
+
+
+def scaled_down(config: PreTrainedConfig, *, num_layers: int | None = None) -> PreTrainedConfig:
+    """A configuration of the same architecture, vocabulary and picture size, but 32 wide.
+
+    Where the rotary embedding has a factor for each pair of a head's values (Phi-3 of 128k tokens), heads
+    stay as wide as they are.
+
+    Args:
+        config: of a decoder or a vision tower.
+        num_layers: layers of the copy; None keeps their number.
+    """
+    values = config.to_dict()
+    layers = min(num_layers or config.num_hidden_layers, config.num_hidden_layers)
+    grouped = values.get("num_key_value_heads") not in (None, values.get("num_attention_heads"))
+    head_dim = HEAD_DIM
+    if any(_holds_list(values.get(name)) for name in ("rope_scaling", "rope_parameters")):
+        head_dim = values.get("head_dim") or config.hidden_size // config.num_attention_heads
+    sizes = {
+        "hidden_size": NUM_HEADS * head_dim,
+        "intermediate_size": 2 * NUM_HEADS * HEAD_DIM,
+        "moe_intermediate_size": NUM_HEADS * HEAD_DIM,
+        "shared_expert_intermediate_size": NUM_HEADS * HEAD_DIM,
+        "num_attention_heads": NUM_HEADS,
+        "num_key_value_heads": 1 if grouped else NUM_HEADS,
+        "head_dim": head_dim,
+        "qk_rope_head_dim": HEAD_DIM,
+        "num_hidden_layers": layers,
+    }
+    values |= {key: size for key, size in sizes.items() if values.get(key) is not None}
+    for key, value in values.items():
+        # One entry a layer: kinds of attention, for one.
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            values[key] = value[:layers]
+    values.pop("quantization_config", None)
+    return type(config).from_dict(values)
+
+
+def _holds_list(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, dict) and any(map(_holds_list, value.values())))
+
+
+def try_backbones(config: DehvfConfig) -> None:
+    """Refuses backbones that would not compute in the model what they compute alone.
+
+    On a copy: the model at its start gives the decoder's own logits, with and without labels; every layer's
+    FFN is reached; the tower gives a token a patch, in the patches' order, the same at each call.
+
+    Args:
+        config: the run's model.
+
+    Raises:
+        ModelError: they would not, or no copy can be built.
+    """
+    with _own_randomness():
+        small = copy.deepcopy(config)
+        small.text_config = scaled_down(config.text_config, num_layers=NUM_LAYERS)
+        small.vision_config = scaled_down(config.vision_config)
+        decoder = _copy_of(AutoModelForCausalLM, small.text_config, config.text_config)
+        tower = None
+        if config.fusion != "none":
+            tower = _copy_of(AutoModel, small.vision_config, config.vision_config)
+            _try_tower(tower, config.image_size, small.patch_size)
+        _try_decoder(decoder, small, tower)
+
+
+def _try_tower(tower: PreTrainedModel, image_size: int, patch_size: int) -> None:
+    kind = tower.config.model_type
+    pixels = torch.randn(1, 3, image_size, image_size)
+    changed = pixels.clone()
+    changed[..., :patch_size, patch_size : 2 * patch_size] += 1  # the second patch of the first row
+    with torch.no_grad(), _refused(f"the vision tower, a {kind} model, cannot see {image_size} pixels"):
+        states, again, other = (hidden_states(tower, each) for each in (pixels, pixels, changed))
+    if len(states) != tower.config.num_hidden_layers + 1:
+        raise ModelError(
+            f"a {kind} tower returns {len(states) - 1} hidden states, not {tower.config.num_hidden_layers}"
+        )
+    if not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(states, again, strict=True)):
+        raise ModelError(
+            f"a {kind} tower sees something else at each look (it masks or shuffles patches at random); "
+            "set model.vision_tower to one that does not"
+        )
+    differing = (other[0] - states[0])[0].abs().amax(dim=-1) > 1e-6
+    num_patches = (image_size // patch_size) ** 2
+    if num_patches > 1 and differing[-num_patches:].nonzero().flatten().tolist() != [1]:
+        raise ModelError(
+            f"a {kind} tower does not return one token for each patch of {patch_size} pixels, row by row"
+        )
+
+
+def _try_decoder(decoder: PreTrainedModel, config: DehvfConfig, tower: PreTrainedModel | None) -> None:
+    kind = decoder.config.model_type
+    ids = torch.randint(0, min(decoder.config.vocab_size, 1000), (2, 6))
+    pixels = torch.randn(2, 3, config.image_size, config.image_size)
+    with _refused(f"the language model, a {kind} model, does not run by itself"), torch.no_grad():
+        head = decoder.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"a {kind} model has no LM head")
+        for parameter in head.parameters():
+            parameter *= LOGIT_SPREAD / decoder(input_ids=ids).logits.std().clamp(min=1e-6)
+        own = decoder(input_ids=ids).logits
+    model = DehvfForConditionalGeneration(config, decoder, tower).eval()
+    # Without the prefix, which is the one thing that changes what the decoder reads.
+    seen = {} if config.fusion == "prefix" else {"pixel_values": pixels}
+    with _refused(f"a {kind} decoder does not run with visual features in its FFNs"):
+        _compare(own, model(input_ids=ids, **seen).logits, kind)
+        chosen = torch.ones_like(ids, dtype=torch.bool)
+        if config.fusion == "ffn":
+            model.set_memory(model.encode_images(pixels, None)[0])
+        embeds = model.get_input_embeddings()(ids)
+        _compare(own.flatten(0, 1), model._logits_at(chosen, embeds, None, None), kind)
+        model(input_ids=ids, labels=ids, pixel_values=pixels).loss.backward()
+    silent = [name for name, p in model.trainable_parameters().items() if p.grad is None]
+    if silent:
+        raise ModelError(
+            f"a {kind} decoder does not use its layers' FFNs as modules: no gradient reaches {silent[0]} "
+            f"and {len(silent) - 1} more"
+        )
+
+
+def _compare(own: Tensor, ours: Tensor, kind: str) -> None:
+    largest = float(own.abs().max())
+    share = float((own - ours.detach()).abs().max()) / largest if own.shape == ours.shape else float("inf")
+    if not share <= TOLERANCE:
+        raise ModelError(
+            f"a {kind} decoder computes other logits from embeddings than from ids, or elsewhere than in its "
+            f"own forward: they differ by {share:.1e} of the largest, so it would be trained on another loss"
+        )
+
+
+def _copy_of(auto_class: type, small: PreTrainedConfig, config: PreTrainedConfig) -> PreTrainedModel:
+    with _refused(f"no scaled-down copy of a {config.model_type} model can be built"):
+        return auto_class.from_config(small).eval()
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except _MISFITS as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelError(f"{what}: {reason}") from None
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Draws that change no other draw, the same ones in every process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
