@@ -15,8 +15,10 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from dehvf_ds.config import DataConfig, UserError
+from dehvf_ds.data.damage import DamagedSample, one_line
 from dehvf_ds.data.manifest import INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME, open_table, read_manifest
-from dehvf_ds.data.shards import DamagedSample, one_line, parse_members
+from dehvf_ds.data.members import parse_members
+from dehvf_ds.data.prompts import Task
 from dehvf_ds.data.storage import ShardFile, Storage, build_storage, is_remote
 
 
@@ -135,7 +137,34 @@ class ShardIndex:
                 f"{where} ({size} bytes at {offset}): not the bytes that the index was made of; copy the "
                 f"shard again, or see what else is damaged: tools/build_shards.py verify {self.directory}"
             )
-        return parse_members(data, where)
+        members = parse_members(data, where)
+        if self.manifest.get("key_prefix") == "shard":
+            members["__key__"] = f"{self.shard_names[shard].removesuffix('.tar')}/{members['__key__']}"
+        return members
+
+    def check_task(self, task: Task, flag: str = "data.task") -> None:
+        """Compares what the rows are for with what a program is to do with them.
+
+        Args:
+            task: the task.
+            flag: what the user sets it by.
+
+        Raises:
+            UserError: rows are of another task, or captions lack their pictures.
+        """
+        held = {name: count for name, count in self.manifest.get("tasks", {}).items() if name != task}
+        if held:
+            listed = ", ".join(f"{count} rows for {name}" for name, count in held.items())
+            raise UserError(
+                f"{self.directory}: holds {listed}, not only for {flag} {task}; set {flag} to the shards' own "
+                "task, or build the shards of each task by itself"
+            )
+        lost = len(self) - self.manifest.get("num_pictures", len(self))
+        if task == "caption" and lost:
+            raise UserError(
+                f"{self.directory}: {lost} of {len(self)} captions have no picture; make the index again: "
+                f"tools/build_shards.py index {self.directory} --overwrite --skip-bad"
+            )
 
     def check_sizes(self) -> None:
         """Compares the shards' sizes with the manifest's; one look at each file, so one process is enough.

@@ -22,7 +22,7 @@ from typing import IO, Any, Protocol
 from webdataset.gopen import gopen
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.shards import DamagedSample, one_line
+from dehvf_ds.data.damage import DamagedSample, one_line
 
 MAX_OPEN_SHARDS = 64
 CHUNK_BYTES = 1 << 20

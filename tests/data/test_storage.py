@@ -12,8 +12,8 @@ import pytest
 
 from dehvf_ds.config import UserError
 from dehvf_ds.data import storage
+from dehvf_ds.data.damage import DamagedSample
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.shards import DamagedSample
 
 
 @pytest.fixture

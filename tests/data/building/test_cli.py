@@ -17,7 +17,7 @@ from PIL import Image
 
 from dehvf_ds.data.building import cli
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.shards import IMAGE_MEMBERS
+from dehvf_ds.data.members import IMAGE_MEMBERS
 
 SCRIPT = Path(__file__).parents[3] / "tools" / "build_shards.py"
 FLICKR = SCRIPT.parents[1].parent / "shared" / "data" / "flickr8k"
