@@ -16,10 +16,11 @@ from jaxtyping import Int32, Int64
 
 from dehvf_ds.config import DataConfig, UserError
 from dehvf_ds.data.damage import DamagedSample, one_line
+from dehvf_ds.data.fetch import is_remote, shown
 from dehvf_ds.data.manifest import INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME, open_table, read_manifest
 from dehvf_ds.data.members import parse_members
 from dehvf_ds.data.prompts import Task
-from dehvf_ds.data.storage import ShardFile, Storage, build_storage, is_remote
+from dehvf_ds.data.storage import ShardFile, Storage, build_storage
 
 
 class ShardIndex:
@@ -128,7 +129,7 @@ class ShardIndex:
         """
         shard = self._shard_of(sample_id)
         offset, size, _, checksum = (int(value) for value in self._table[sample_id])
-        where = f"{self._location}: {self.shard_names[shard]}: sample {sample_id}"
+        where = f"{shown(self._location)}: {self.shard_names[shard]}: sample {sample_id}"
         # A damaged index may ask for more than there is memory.
         fits = 0 <= offset <= offset + size <= self.manifest["shards"][shard]["bytes"]
         data = self._storage.read(shard, offset, size) if fits else b""

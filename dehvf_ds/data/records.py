@@ -178,7 +178,7 @@ def _check(record: dict[str, Any], has_picture: bool) -> CheckedRecord:
             # Scores tell problems with a picture from others by this field.
             record["image"] = "image"
         try:
-            problem_of(record, "its problem", has_picture)
+            problem_of(record, "its record", has_picture)
         except UserError as error:
             raise DamagedSample(str(error), BAD_PROBLEM) from None
     return CheckedRecord(record, task, tuple(notes))
