@@ -17,7 +17,14 @@ from jaxtyping import Int32, Int64
 from dehvf_ds.config import DataConfig, UserError
 from dehvf_ds.data.damage import DamagedSample, one_line
 from dehvf_ds.data.fetch import is_remote, shown
-from dehvf_ds.data.manifest import INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME, open_table, read_manifest
+from dehvf_ds.data.manifest import (
+    INDEX_NAME,
+    LENGTHS_NAME,
+    MANIFEST_NAME,
+    OLDER_VERSIONS,
+    open_table,
+    read_manifest,
+)
 from dehvf_ds.data.members import parse_members
 from dehvf_ds.data.prompts import Task
 from dehvf_ds.data.storage import ShardFile, Storage, build_storage
@@ -102,9 +109,14 @@ class ShardIndex:
 
     @property
     def digest(self) -> str:
-        """What tells this data set from others, wherever it lies: a hash of its shards' hashes."""
-        hashes = ",".join(shard["sha256"] for shard in self.manifest["shards"])
-        return hashlib.sha256(hashes.encode()).hexdigest()
+        """What tells this data set from others, wherever it lies: a hash of its shards' hashes and samples.
+
+        Two indexes of the same shards differ where one leaves out more samples. Earlier versions' manifests keep
+        the digest that they had, so that runs on them go on.
+        """
+        counts = self.manifest["format_version"] not in OLDER_VERSIONS
+        shards = [f"{s['sha256']}:{s['samples']}" if counts else s["sha256"] for s in self.manifest["shards"]]
+        return hashlib.sha256(",".join(shards).encode()).hexdigest()
 
     @property
     def captions(self) -> Int64[np.ndarray, " samples"]:
@@ -196,6 +208,11 @@ class ShardIndex:
         """Looks for the shards in one listing, cheaper for a metadata server than many looks."""
         if is_remote(self._location):
             return
+        if "://" in self._location:
+            raise UserError(
+                f"data.location {self._location}: neither a directory nor http(s)://; give a command, as pipe:aws s3 "
+                "cp s3://BUCKET/FOLDER/{} -"
+            )
         try:
             there = {path.name for path in Path(self._location).iterdir()}
         except OSError as error:

@@ -40,6 +40,11 @@ TEXT_MEMBERS = ("json", "txt")
 END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
 """Two zero blocks end a tar archive; a byte range from its middle has none."""
 
+SIDE_BY_SIDE = (
+    "a sample's members must stand side by side: write the tar in the order of the names (tar --sort=name)"
+)
+"""What to do where they do not."""
+
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 # What other programs leave beside files: macOS, Windows, git, unpacked pax headers.
@@ -194,8 +199,8 @@ def _by_kind(members: dict[str, bytes]) -> dict[str, bytes]:
     pictures = [name for kind in IMAGE_MEMBERS for name in kinds.get(kind, ())]
     if len(pictures) > 1:
         raise DamagedSample(
-            f"holds {len(pictures)} pictures ({', '.join(pictures)}); one picture a sample is read, and a key "
-            "ends at the first dot of a name",
+            f"holds {len(pictures)} pictures ({_listed(pictures)}); one a sample is read: a key ends at the first "
+            "dot of a name, so rename files whose names have more",
             SEVERAL_PICTURES,
         )
     found = dict(members)
@@ -204,14 +209,16 @@ def _by_kind(members: dict[str, bytes]) -> dict[str, bytes]:
         if kind not in members and len(names) == 1:
             found[kind] = found.pop(names[0])
         elif kind not in members and names:
-            raise DamagedSample(f"holds {len(names)} members .{kind} ({', '.join(names)}); keep one")
+            raise DamagedSample(f"holds {len(names)} members .{kind} ({_listed(names)}); keep one")
     if not any(kind in found for kind in TEXT_MEMBERS):
         raise DamagedSample(
-            f"lacks its .json or .txt (it holds .{', .'.join(members)}); a sample's members must stand side by "
-            "side: write the tar in the order of the names (tar --sort=name)",
-            NO_CAPTION,
+            f"lacks its .json or .txt (it holds {_listed(list(members))}); {SIDE_BY_SIDE}", NO_CAPTION
         )
     return found
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f".{name}" for name in names[:3]) + (", .." if len(names) > 3 else "")
 
 
 def _link_problem(info: tarfile.TarInfo, endings: str) -> str:

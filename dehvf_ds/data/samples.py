@@ -61,6 +61,8 @@ def read_sample(
         message = f"{where}: {error}; repair the picture and build the shards again"
         raise DamagedSample(message, UNDECODABLE) from error
     if caption is not None:
+        if caption >= len(record.get("captions", ())):
+            raise DamagedSample(f"{where}: has fewer captions than its index says; make the index again")
         record["caption"] = record["captions"][caption]
     return Sample(key=members["__key__"], image=image, record=record, epoch=epoch, example=example)
 

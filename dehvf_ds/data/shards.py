@@ -24,7 +24,7 @@ from webdataset.writer import TarWriter
 from dehvf_ds.config import UserError
 from dehvf_ds.data.damage import BAD_NAME, KEY_TWICE, UNDECODABLE, DamagedSample
 from dehvf_ds.data.images import decode_image
-from dehvf_ds.data.members import parse_members, picture_name, sample_ranges
+from dehvf_ds.data.members import SIDE_BY_SIDE, parse_members, picture_name, sample_ranges
 from dehvf_ds.data.records import CheckedRecord, read_record, text_lengths
 
 _PLAIN_KEY = re.compile(r"[^./\s][^.\s]*")
@@ -119,50 +119,63 @@ def scan_shard(
             picture, damaged text, its key stands twice, its path leaves the archive.
     """
     shown = shown_as or path
-    rows, lengths, bad = [], [], []
-    keys: dict[str, None] = {}
-    num_pictures, tasks, notes = 0, Counter(), Counter()
+    good: dict[str, _Found] = {}
+    bad: list[BadSample] = []
+    seen: set[str] = set()
+
+    def leave_out(error: DamagedSample) -> None:
+        if not skip_bad:
+            remedy = "repair it, or leave such samples out with --skip-bad"
+            raise UserError(f"{error}; {remedy}") from None
+        bad.append(BadSample(error.reason, str(error)))
+
     with path.open("rb") as file:
         for key, begin, end, problem in sample_ranges(path, shown):
             file.seek(begin)
             data = file.read(end - begin)
+            twice = DamagedSample(f"{shown}: key {key!r} is given to two samples; {SIDE_BY_SIDE}", KEY_TWICE)
+            if key in good and not good[key].has_picture:
+                # The rest of it, or another's: its picture may be what follows.
+                leave_out(twice)
+                del good[key]
             try:
                 if problem is not None:
                     raise DamagedSample(f"{shown}: {problem}", BAD_NAME)
-                if key in keys:
-                    raise DamagedSample(
-                        f"{shown}: key {key!r} is given to two samples, or its members do not stand side by "
-                        "side: write the tar in the order of the names (tar --sort=name)",
-                        KEY_TWICE,
-                    )
+                if key in good:
+                    raise twice
                 checked, has_picture = check_sample(data, f"{shown}: sample {key}", decode=decode)
+                if key in seen and not has_picture:
+                    raise twice
             except DamagedSample as error:
-                if not skip_bad:
-                    raise UserError(
-                        f"{error}; repair it, or leave such samples out with --skip-bad"
-                    ) from None
-                bad.append(BadSample(error.reason, str(error)))
-                continue
-            keys[key] = None
-            captions, texts = text_lengths(checked.record)
-            rows.append((begin, end - begin, captions, zlib.crc32(data)))
-            lengths.extend(texts)
-            num_pictures += has_picture
-            tasks[checked.task] += 1
-            notes.update(checked.notes)
+                leave_out(error)
+            else:
+                captions, texts = text_lengths(checked.record)
+                row = (begin, end - begin, captions, zlib.crc32(data))
+                good[key] = _Found(row, texts, has_picture, checked.task, checked.notes)
+            seen.add(key)
         file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return ShardTable(
-        rows=np.array(rows, dtype=np.int64).reshape(-1, 4),
-        text_lengths=np.array(lengths, dtype=np.int32),
-        key_hashes=hash_keys(keys),
+        rows=np.array([found.row for found in good.values()], dtype=np.int64).reshape(-1, 4),
+        text_lengths=np.array([n for found in good.values() for n in found.texts], dtype=np.int32),
+        key_hashes=hash_keys(good),
         num_bytes=path.stat().st_size,
         sha256=sha256,
-        num_pictures=num_pictures,
-        tasks=tasks,
-        notes=notes,
+        num_pictures=sum(found.has_picture for found in good.values()),
+        tasks=Counter(found.task for found in good.values()),
+        notes=Counter(note for found in good.values() for note in found.notes),
         bad=tuple(bad),
     )
+
+
+class _Found(NamedTuple):
+    """A usable sample of a shard."""
+
+    row: tuple[int, int, int, int]
+    texts: tuple[int, ...]
+    has_picture: bool
+    task: str
+    notes: tuple[str, ...]
 
 
 def check_sample(data: bytes, where: str, *, decode: bool) -> tuple[CheckedRecord, bool]:

@@ -152,6 +152,21 @@ def test_members_that_do_not_stand_side_by_side(tmp_path, order):
     check(tar(tmp_path / "a.tar", *members), good, 6, r"side by side|without a picture")
 
 
+@pytest.mark.parametrize("order", ["pictures first", "texts first"])
+def test_chats_whose_pictures_stand_elsewhere_are_not_text_only(tmp_path, order):
+    """Their records do not speak of a picture; that another member has their key tells that there is one."""
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A dog."}]
+    pictures = [(f"{key}.jpg", picture(key)) for key in "abc"]
+    texts = [(f"{key}.json", json.dumps({"conversations": turns}).encode()) for key in "abc"]
+    alone = ("d.json", texts[0][1])
+    members = [*texts, alone, *pictures] if order == "texts first" else [*pictures, alone, *texts]
+    path = tar(tmp_path / "a.tar", *members)
+    table = scan_shard(path, skip_bad=True)
+    assert (len(table.rows), table.num_pictures, len(table.bad)) == (1, 0, 6)
+    with pytest.raises(UserError, match="side by side"):
+        scan_shard(path)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_no_order_of_members_gives_another_picture(tmp_path, data):
