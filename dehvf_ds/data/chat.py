@@ -46,8 +46,8 @@ def parse_conversation(record: Mapping[str, Any], *, needs_answer: bool = True) 
     Args:
         record: ``{"conversations": [{"from": "human", "value": ".."}, {"from": "gpt", "value": ".."}, ..]}``;
             speakers are human or user, gpt or assistant, and system, in any case.
-        needs_answer: whether a conversation without an assistant's turn, or with an empty one, is an error, as
-            it is in training.
+        needs_answer: whether a conversation without an assistant's turn, or with an empty one, is an error,
+            as it is in training.
 
     Returns:
         The turns, as chat templates take them.

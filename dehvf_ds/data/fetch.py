@@ -1,4 +1,4 @@
-"""Shards that come through a command or the network: read forward once, with errors that a person can read."""
+"""Shards that come through a command or the network: read forward, with errors that a person can read."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def open_stream(location: str, name: str, *, steady: bool = False) -> Iterator[S
         steady: whether it is read without a pause, so that a stall is the server's and not ours.
 
     Raises:
-        OSError: it does not exist, is no shard, or its command fails; also while it is read. The message is one line
-            that names file, address or command, and what to do.
+        OSError: it does not exist, is no shard, or its command fails; also while it is read. The message is
+            one line that names file, address or command, and what to do.
     """
     if not is_remote(location):
         with (Path(location) / name).open("rb") as file:
@@ -117,7 +117,8 @@ class _Fetched:
             raise OSError(f"{self._what}: {self._reason()}")
         if chunk and not self._has_begun and _is_page(chunk):
             raise OSError(
-                f"{self._what}: sends a web page, not a shard (a login or an error page?); open it in a browser"
+                f"{self._what}: sends a web page, not a shard (a login or an error page?); open it in a "
+                "browser"
             )
         self._has_begun = True
         return chunk

@@ -111,8 +111,8 @@ class ShardIndex:
     def digest(self) -> str:
         """What tells this data set from others, wherever it lies: a hash of its shards' hashes and samples.
 
-        Two indexes of the same shards differ where one leaves out more samples. Earlier versions' manifests keep
-        the digest that they had, so that runs on them go on.
+        Two indexes of the same shards differ where one leaves out more samples. Earlier versions' manifests
+        keep the digest that they had, so that runs on them go on.
         """
         counts = self.manifest["format_version"] not in OLDER_VERSIONS
         shards = [f"{s['sha256']}:{s['samples']}" if counts else s["sha256"] for s in self.manifest["shards"]]
@@ -169,8 +169,8 @@ class ShardIndex:
         if held:
             listed = ", ".join(f"{count} rows for {name}" for name, count in held.items())
             raise UserError(
-                f"{self.directory}: holds {listed}, not only for {flag} {task}; set {flag} to the shards' own "
-                "task, or build the shards of each task by itself"
+                f"{self.directory}: holds {listed}, not only for {flag} {task}; set {flag} to the shards' "
+                "own task, or build the shards of each task by itself"
             )
         lost = len(self) - self.manifest.get("num_pictures", len(self))
         if task == "caption" and lost:
@@ -210,8 +210,8 @@ class ShardIndex:
             return
         if "://" in self._location:
             raise UserError(
-                f"data.location {self._location}: neither a directory nor http(s)://; give a command, as pipe:aws s3 "
-                "cp s3://BUCKET/FOLDER/{} -"
+                f"data.location {self._location}: neither a directory nor http(s)://; give a command, as "
+                "pipe:aws s3 cp s3://BUCKET/FOLDER/{} -"
             )
         try:
             there = {path.name for path in Path(self._location).iterdir()}

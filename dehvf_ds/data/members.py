@@ -1,7 +1,7 @@
 """What stands in a tar: which members make a sample, and what each of them is.
 
-A member ``KEY.ENDINGS`` belongs to the sample KEY, as WebDataset splits names: at the first dot after the last
-slash. Its last ending says what it is, so that ``s0.input.jpg`` is the picture of ``s0``.
+A member ``KEY.ENDINGS`` belongs to the sample KEY, as WebDataset splits names: at the first dot after the
+last slash. Its last ending says what it is, so that ``s0.input.jpg`` is the picture of ``s0``.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def picture_name(members: dict[str, Any]) -> str | None:
 def parse_members(data: bytes, where: str) -> dict[str, Any]:
     """Splits one sample's byte range: ``__key__`` and ``__url__`` (str), and bytes by ending.
 
-    The picture stands under its last ending, one of ``IMAGE_MEMBERS``, and the texts under ``json`` and ``txt``,
-    whatever stands before these (``s0.input.jpg``).
+    The picture stands under its last ending, one of ``IMAGE_MEMBERS``, and the texts under ``json`` and
+    ``txt``, whatever stands before these (``s0.input.jpg``).
 
     Raises:
         DamagedSample: the bytes are no tar members, hold several samples or several pictures, a link where a
@@ -199,8 +199,8 @@ def _by_kind(members: dict[str, bytes]) -> dict[str, bytes]:
     pictures = [name for kind in IMAGE_MEMBERS for name in kinds.get(kind, ())]
     if len(pictures) > 1:
         raise DamagedSample(
-            f"holds {len(pictures)} pictures ({_listed(pictures)}); one a sample is read: a key ends at the first "
-            "dot of a name, so rename files whose names have more",
+            f"holds {len(pictures)} pictures ({_listed(pictures)}); one a sample is read: a key ends at the "
+            "first dot of a name, so rename files whose names have more",
             SEVERAL_PICTURES,
         )
     found = dict(members)

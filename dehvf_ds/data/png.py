@@ -20,8 +20,8 @@ _KINDS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 def without_large_texts(data: bytes) -> bytes:
     """A PNG's bytes without its large text and profile chunks; other bytes as they are.
 
-    They do not change a pixel here, for profiles are ignored. Nothing is unpacked beyond ``MAX_CHUNK_BYTES``, so a
-    chunk that claims gigabytes costs no more than one that holds a megabyte.
+    They do not change a pixel here, for profiles are ignored. Nothing is unpacked beyond ``MAX_CHUNK_BYTES``:
+    a chunk that claims gigabytes costs no more than one that holds a megabyte.
     """
     if not data.startswith(SIGNATURE):
         return data

@@ -1,7 +1,7 @@
-"""A sample's record: read, cleaned and checked once, the same when shards are made, adopted, verified and read.
+"""A sample's record: read, cleaned and checked, the same when shards are made, adopted, verified and read.
 
-A caption row always has a picture. A row of another task is text only where two signs agree: the shard holds no
-picture, and the record speaks of none (or says ``image_missing``). So a lost picture is never trained blind.
+A caption row always has a picture. A row of another task is text only where two signs agree: the shard holds
+no picture, and the record speaks of none (or says ``image_missing``). So no row is trained blind.
 """
 
 from __future__ import annotations
@@ -225,7 +225,8 @@ def _require_no_picture(record: dict[str, Any], task: Task) -> None:
     fields = [field for field in PICTURE_FIELDS if record.get(field) not in (None, "", [], {})]
     if fields:
         raise DamagedSample(
-            f"its record names a picture ({fields[0]}: {record[fields[0]]!r:.60}), but the sample holds none{failed}",
+            f"its record names a picture ({fields[0]}: {record[fields[0]]!r:.60}), but the sample holds none"
+            f"{failed}",
             NO_PICTURE,
         )
     turns = record.get("conversations")

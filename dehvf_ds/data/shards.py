@@ -1,8 +1,9 @@
 """One shard: a tar file of samples, how it is written, and what a scan finds out about each sample.
 
-A sample is a run of neighbouring members: the picture (``members.IMAGE_MEMBERS``; absent for a text-only row) and
-``KEY.json``, the record; shards made by img2dataset may bring the caption as ``KEY.txt``. A scan gives every
-sample one byte range and its CRC-32, so that a sample can be read at random and no changed byte goes unnoticed.
+A sample is a run of neighbouring members: the picture (``members.IMAGE_MEMBERS``; absent for a text-only row)
+and ``KEY.json``, the record; shards made by img2dataset may bring the caption as ``KEY.txt``. A scan gives
+every sample one byte range and its CRC-32, so that a sample can be read at random and no changed byte goes
+unnoticed.
 """
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ def scan_shard(
         shown_as: the name that messages say; ``path`` by default.
 
     Raises:
-        UserError: the file is no whole tar, or a sample is unusable: no record, no caption, a caption without a
-            picture, damaged text, its key stands twice, its path leaves the archive.
+        UserError: the file is no whole tar, or a sample is unusable: no record, no caption, a caption without
+            a picture, damaged text, its key stands twice, its path leaves the archive.
     """
     shown = shown_as or path
     good: dict[str, _Found] = {}

@@ -169,7 +169,8 @@ class CachedShards(LocalShards):
         if digest.hexdigest() != shard.sha256:
             part.unlink()
             raise DamagedSample(
-                f"{shown(self._location)}: {shard.name}: its bytes do not have the manifest's sha256; copy it again"
+                f"{shown(self._location)}: {shard.name}: its bytes do not have the manifest's sha256; copy "
+                "it again"
             )
         part.rename(path)
 

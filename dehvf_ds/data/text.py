@@ -36,7 +36,8 @@ def decode_text(data: bytes, *, command: str = "") -> str:
         at = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
         line = data.count(b"\n", 0, at) + 1
         raise ValueError(
-            f"not UTF-8 at byte {at}, line {line} (0x{data[at]:02x}): it may be Latin-1 or Windows-1252{remedy}"
+            f"not UTF-8 at byte {at}, line {line} (0x{data[at]:02x}): it may be Latin-1 or "
+            f"Windows-1252{remedy}"
         ) from None
 
 

@@ -206,7 +206,7 @@ def rows_of(*records, picture=None) -> list[ShardRow]:
 
 
 def as_indexed_before(directory, rows, monkeypatch):
-    """Shards as an earlier version indexed them: without a look at the pictures, in its manifest's version."""
+    """Shards as an earlier version indexed them: without a look at the pictures."""
     with monkeypatch.context() as patch:
         patch.setattr(records, "_require_no_picture", lambda *_: None)
         write_shards(rows, directory, name="s", samples_per_shard=5, builder={})

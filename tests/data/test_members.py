@@ -54,7 +54,7 @@ def found_in(path, table) -> dict[str, bytes]:
 
 
 def check(path, good: str, bad: int, message: str = "") -> None:
-    """Good keys are read right; bad ones are refused in one line that names the shard, and left out on demand."""
+    """Good keys are read right; bad ones are refused in one line, and left out on demand."""
     table = scan_shard(path, skip_bad=True)
     assert found_in(path, table) == {key: picture(key) for key in good}
     assert len(table.bad) == bad, table.bad

@@ -87,8 +87,8 @@ def _find_shards(directory: Path, *, overwrite: bool, note: Note) -> list[Path]:
     if packed:
         others = f" (and {len(packed) - 1} others)" if len(packed) > 1 else ""
         raise UserError(
-            f"{directory}: {packed[0].name}{others} is compressed, and samples are read at random: unpack it to "
-            ".tar (gunzip, zstd -d, ..)"
+            f"{directory}: {packed[0].name}{others} is compressed, and samples are read at random: "
+            "unpack it to .tar (gunzip, zstd -d, ..)"
         )
     below = sorted(path for path in directory.glob("*/**/*.tar") if not path.name.startswith("."))
     if not paths:
@@ -106,8 +106,8 @@ def _places(directory: Path, below: list[Path], files: list[Path]) -> str:
     if below:
         folders = sorted({path.parent for path in below})
         return (
-            f", but {len(below)} lie in folders below it: index each folder by itself (tools/build_shards.py index "
-            f"{folders[0]}), or move them up"
+            f", but {len(below)} lie in folders below it: index each folder by itself "
+            f"(tools/build_shards.py index {folders[0]}), or move them up"
         )
     names = ", ".join(path.name for path in files[:3])
     return f" (it holds {names}, ..)" if names else " (it is empty)"

@@ -158,8 +158,9 @@ def _add_checks(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--skip-bad",
         action="store_true",
-        help=f"leave out {what} whose picture is missing or cannot be decoded, that have no caption or several "
-        "pictures, or whose text or record is damaged, and count them by reason; without it the first is an error",
+        help=f"leave out {what} whose picture is missing or cannot be decoded, that have no caption "
+        "or several pictures, or whose text or record is damaged, and count them by reason; without it the "
+        "first is an error",
     )
     parser.add_argument("--no-decode", action="store_true", help="do not decode the pictures")
 

@@ -71,7 +71,8 @@ def plan_shards(
     Args:
         rows: the samples.
         settings: how rows become shards.
-        bad: takes rows whose picture is missing, of an unknown kind or empty, or whose record cannot be stored.
+        bad: takes rows whose picture is missing, of an unknown kind or empty, or whose record cannot be
+            stored.
 
     Raises:
         UserError: such a row is not to be left out.

@@ -1,7 +1,7 @@
-"""Published layouts of data sets, read into rows: COCO, Karpathy's splits, ScienceQA, LLaVA; ``tables.py``: csv.
+"""Published layouts of data sets, read into rows: COCO, Karpathy's splits, ScienceQA, LLaVA.
 
-Only annotations are read here; ``plan.py`` looks at the pictures. What is wrong with a file is a ``UserError`` that
-names the file; what is wrong with a row goes to ``BadRows``.
+Tables are read in ``tables.py``. Only annotations are read here; ``plan.py`` looks at the pictures. What is
+wrong with a file is a ``UserError`` that names the file; what is wrong with a row goes to ``BadRows``.
 """
 
 from __future__ import annotations

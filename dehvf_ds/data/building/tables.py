@@ -1,4 +1,4 @@
-"""Pictures and captions of a table: Flickr8k's and Flickr30k's, img2dataset's and open_clip's csv files, and yours."""
+"""Pictures and captions of a table: Flickr8k's, Flickr30k's, those of open_clip, and yours."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DELIMITERS = (",", "\t", ";", "|")
 def read_csv(captions: Path, images: Path, *, note: Note, bad: BadRows | None = None) -> list[SourceRow]:
     """Reads a table with a header that names a column of pictures and one of captions; others are ignored.
 
-    The header tells commas, tabs, semicolons or bars. Rows of one picture are joined; blank lines are skipped.
+    The header tells commas, tabs, semicolons or bars. Rows of one picture are joined, blank lines skipped.
 
     Args:
         captions: the file, in UTF-8.
@@ -75,8 +75,8 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str], int, tuple[int, int]]]:
     while not header.strip() and (header := file.readline()):
         before += 1
     delimiter, names, places = _read_header(path, header.strip("\r\n"))
-    # strict: without it a quote that is never closed swallows the rest of the file as one caption. Tables with
-    # bars (Flickr30k) quote nothing.
+    # strict: without it a quote that is never closed swallows the rest of the file as one caption. Tables
+    # with bars (Flickr30k) quote nothing.
     quoting = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
     lines = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
     try:
@@ -97,8 +97,9 @@ def _read_header(path: Path, header: str) -> tuple[str, list[str], tuple[int, in
         if found[0] is not None and found[1] is not None:
             return delimiter, names, (found[0], found[1])
     raise UserError(
-        f"{path}: its first line is {header[:120]!r}, not a header with a column of pictures (image, image_name, "
-        "filepath, file_name, ..) and one of captions (caption, comment, title, text, ..), as image,caption"
+        f"{path}: its first line is {header[:120]!r}, not a header with a column of pictures (image, "
+        "image_name, filepath, file_name, ..) and one of captions (caption, comment, title, text, ..), "
+        "as image,caption"
     )
 
 
