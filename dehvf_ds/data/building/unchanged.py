@@ -44,8 +44,8 @@ def check_unchanged(output: Path, manifest: dict[str, Any], tasks: Sequence[Shar
         if _sha256_now(task) != promised:
             named = [str(row.image or row.key) for row in (*task.rows[:1], *task.rows[-1:])]
             raise UserError(
-                f"{output}: holds shards of other pictures: of {task.path.name} ({' .. '.join(named)}) one at "
-                "least was changed, added or removed since; give another --output, or remove it"
+                f"{output}: holds shards of other pictures: of {task.path.name} ({' .. '.join(named)}) one "
+                "at least was changed, added or removed since; give another --output, or remove it"
             )
     if others := set(numbers) - {task.path.name for task in tasks}:
         raise UserError(
