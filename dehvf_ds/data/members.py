@@ -51,6 +51,7 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _LEFT_BEHIND = re.compile(
     r"(?:.*/)?(?:\.[^./][^/]*|Thumbs\.db|desktop\.ini|(?:__MACOSX|PaxHeaders?[^/]*)/.*)", re.I
 )
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
 # WebDataset's own notes on a shard.
 _META = re.compile(r"__[^/]*__(?:$|/)")
 
@@ -142,7 +143,11 @@ def sample_ranges(path: Path, shown: Path) -> Iterator[SampleRange]:
                     end = archive.offset
                 start = _next_archive(file, end)
     except (tarfile.TarError, EOFError, OverflowError) as error:
-        raise UserError(f"{shown}: not a whole, uncompressed tar: {one_line(error)}; copy it again") from None
+        with path.open("rb") as file:
+            begin = file.read(6)
+        packed = next((name for magic, name in _PACKED.items() if begin.startswith(magic)), None)
+        remedy = f"it is packed by {packed}: unpack it" if packed else "copy it again"
+        raise UserError(f"{shown}: not a whole, uncompressed tar: {one_line(error)}; {remedy}") from None
 
 
 def _ranges_of(archive: tarfile.TarFile) -> Iterator[SampleRange]:

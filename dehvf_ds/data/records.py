@@ -35,8 +35,13 @@ PICTURE_FIELDS = (
 )
 """Fields by which a record speaks of a picture or video that belongs to it."""
 
+EMPTY_CAPTION = "empty caption beside others left out"
+UNASKED_TURN = "turn of the assistant before a question dropped"
+LOST_CHARACTER = "text with U+FFFD in it, a character that was lost before"
+
 TASK_FIELDS = ("captions", "conversations", "question")
 _COMMON_ENDINGS = ".jpg, .png, .webp, .gif, .bmp, .tif, .avif, .jp2, .."
+_LOST = "\ufffd"
 _PLACEHOLDERS = ("<image>", "<video>")
 _PROBLEM_TEXTS = ("question", "hint", "lecture", "solution", "image_caption")
 
@@ -163,7 +168,9 @@ def _check(record: dict[str, Any], has_picture: bool) -> CheckedRecord:
         pictures_named(record)
     try:
         # Half an emoji in any other field would end what writes it.
-        json.dumps(record, ensure_ascii=False).encode()
+        if _LOST in (written := json.dumps(record, ensure_ascii=False)):
+            notes.append(LOST_CHARACTER)
+        written.encode()
         for field in _PROBLEM_TEXTS:
             if isinstance(text := record.get(field), str):
                 record[field] = clean_text(text)
@@ -206,7 +213,7 @@ def _gather_captions(record: dict[str, Any]) -> list[str]:
         record["captions"] = [clean_text(caption) for caption in kept]
     except ValueError as error:
         raise DamagedSample(f"its caption {_as_clause(error)}; correct it", BAD_TEXT) from None
-    return ["empty caption left out"] * (len(captions) - len(kept))
+    return [EMPTY_CAPTION] * (len(captions) - len(kept))
 
 
 def _require_no_picture(record: dict[str, Any], task: Task) -> None:
@@ -247,7 +254,7 @@ def _check_chat(record: dict[str, Any]) -> list[str]:
         parse_conversation(record)
     except UserError as error:
         raise DamagedSample(str(error), BAD_CHAT) from None
-    return ["turn of the assistant before a question dropped"] if begins_with_answer(record) else []
+    return [UNASKED_TURN] if begins_with_answer(record) else []
 
 
 def _parse_json(data: bytes) -> dict[str, Any]:

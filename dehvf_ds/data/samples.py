@@ -50,7 +50,13 @@ def read_sample(
     """
     members = index.read(row)
     where = f"{members['__url__']} ({members['__key__']})"
-    checked = read_record({**members, "__url__": where})
+    try:
+        checked = read_record({**members, "__url__": where})
+    except DamagedSample as error:
+        remedy = f"tools/build_shards.py index {index.directory} --overwrite --skip-bad"
+        raise DamagedSample(
+            f"{error}; build the shards again, or leave such samples out: {remedy}", error.reason
+        ) from None
     if task is not None and checked.task != task:
         raise DamagedSample(f"{where}: a row for data.task {checked.task}, not {task}")
     record, name = checked.record, picture_name(members)

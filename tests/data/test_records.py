@@ -194,7 +194,7 @@ def test_captions_that_are_none(caption):
             continue
         assert refused(record).reason == "without a caption"
     kept = check_record({"captions": ["A dog.", ""]}, has_picture=True)
-    assert (kept.record["captions"], kept.notes) == (["A dog."], ("empty caption left out",))
+    assert (kept.record["captions"], kept.notes) == (["A dog."], ("empty caption beside others left out",))
 
 
 @pytest.mark.parametrize("text", ["half \ud83d", "\udc00 half", "a\0b", "\x01", "\x1b[31mred", "\x7f"])
@@ -312,3 +312,9 @@ def test_other_encodings(data, part):
         decode_text(data, command="F")
     assert part in str(caught.value)
     assert decode_text(b"\xef\xbb\xbfa") == "a"
+
+
+def test_lost_characters_are_noted():
+    checked = check_record({"captions": ["Ein B\ufffdr."]}, has_picture=True)
+    assert checked.record["captions"] == ["Ein B\ufffdr."]
+    assert checked.notes == ("text with U+FFFD in it, a character that was lost before",)

@@ -151,8 +151,9 @@ def read_scienceqa(
                     record["image_caption"] = texts[pid]
                 elif texts is not None:
                     bare += 1
-            record = check_record(record, has_picture=image is not None).record
-            rows.append(SourceRow(f"{int(pid):06d}" if pid.isdecimal() else pid, image, record))
+            checked = check_record(record, has_picture=image is not None)
+            bad.notes.update(checked.notes)
+            rows.append(SourceRow(f"{int(pid):06d}" if pid.isdecimal() else pid, image, checked.record))
     if missing:
         note(f"{missing} of {pictures} pictures are missing; their problems are text only")
     if bare:
@@ -199,7 +200,7 @@ class CaptionRows:
         self._images = images
         self._bad = bad
         self._rows: list[SourceRow] = []
-        self._num_empty = 0
+        self._notes: Counter[str] = Counter()
 
     def add(self, image_id: Any, file_name: str, captions: Sequence[Any], *parts: str) -> None:
         """Adds a picture at IMAGES/PARTS; its captions lose the space around them.
@@ -214,13 +215,13 @@ class CaptionRows:
             record = {"image_id": image_id, "file_name": file_name, "captions": list(captions)}
             checked = check_record(record, has_picture=True)
         record["captions"] = [caption.strip() for caption in checked.record["captions"]]
-        self._num_empty += len(checked.notes)
+        self._notes.update(checked.notes)
         self._rows.append(SourceRow(Path(file_name).stem, path, record))
 
     def finish(self, note: Note) -> list[SourceRow]:
-        """All rows; ``note`` is told of captions that were left out."""
-        if self._num_empty:
-            note(f"left out {self._num_empty} empty captions of pictures that have others")
+        """All rows; ``note`` is told what was put right in them."""
+        for what, count in sorted(self._notes.items()):
+            note(f"{count} times: {what}")
         return self._rows
 
 

@@ -84,7 +84,9 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str], int, tuple[int, int]]]:
             if any(field.strip() for field in fields):
                 yield before + lines.line_num, fields, len(names), places
     except csv.Error as error:
-        raise UserError(f"{path}, line {before + lines.line_num}: not csv: {error}") from None
+        raise UserError(
+            f"{path}, line {before + lines.line_num}: not csv: {error}; look at its quotes"
+        ) from None
 
 
 def _read_header(path: Path, header: str) -> tuple[str, list[str], tuple[int, int]]:

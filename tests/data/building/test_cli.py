@@ -84,7 +84,7 @@ def test_coco(run, coco, tmp_path):
     )
     assert code == 0, err
     assert "2 samples, 3 captions, 2 pictures, 2 shards" in out
-    assert err == "note: left out 1 empty captions of pictures that have others\n"
+    assert err == "note: 1 times: empty caption beside others left out\n"
     index = ShardIndex(tmp_path / "out")
     samples = list(read_all(index))
     assert [s.key for s in samples] == ["COCO_2", "COCO_1"]

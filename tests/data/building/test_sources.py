@@ -44,7 +44,7 @@ def test_coco_keeps_the_order_of_the_file(tmp_path, notes):
         ("1", ["One.", "Uno."]),
     ]
     assert rows[0].image == tmp_path / "images" / "3.jpg"
-    assert notes == ["left out 1 empty captions of pictures that have others"]
+    assert notes == ["1 times: empty caption beside others left out"]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_csv_mistakes(tmp_path, notes):
     path.write_bytes(b'\xef\xbb\xbfimage,caption\r\na.jpg,"A ""dog"", here"\r\na.jpg, \r\n')
     rows = read_csv(path, tmp_path, note=notes.append)
     assert rows[0].record == {"image_id": "a", "file_name": "a.jpg", "captions": ['A "dog", here']}
-    assert notes == ["left out 1 empty captions of pictures that have others"]
+    assert notes == ["1 times: empty caption beside others left out"]
 
 
 @pytest.mark.parametrize(

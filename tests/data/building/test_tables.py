@@ -88,7 +88,7 @@ def test_bad_lines(read, tmp_path, reason, line):
 def test_empty_captions_beside_others(read):
     notes = []
     assert read("image,caption\na.jpg,One.\na.jpg,\na.jpg,nan\n", notes=notes)[0] == {"a.jpg": ["One."]}
-    assert notes == ["left out 2 empty captions of pictures that have others"]
+    assert notes == ["2 times: empty caption beside others left out"]
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "utf-32"])
