@@ -66,6 +66,9 @@ def write_synthetic(directory: Path, num_shards: int, samples: int) -> None:
         "format_version": FORMAT_VERSION,
         "num_samples": total,
         "num_captions": total,
+        "num_pictures": total,
+        "tasks": {"caption": total},
+        "key_prefix": None,
         "shards": [{"name": name, **shard} for name in names],
         "builder": {},
     }

@@ -2,10 +2,10 @@
 
     python benchmarks/start_values.py --spec a=36,b=1 --spec a=36,b=4,lr=4e-3 [--device cuda] [--output FILE]
 
-``a`` fills the gains of the queries (the spread of the scores), ``b`` multiplies those of the read (its
+``a`` fills the gains of the queries (the spread of the scores), ``b`` over sqrt(M) those of the read (its
 size); ``lr``, ``steps``, ``seed`` and ``norm=0`` (queries as they come) may follow. Plain torch, fp32 masters
-beside bf16 weights; the tower runs once, for its outputs do not change. Prints a JSON line a spec: loss a token
-and F1 of the words for colour, texture and shape in greedy captions, on scenes that were never shown.
+beside bf16 weights; the tower runs once, for its outputs do not change. Prints a JSON line a spec: loss a
+token and F1 of the words for colour, texture and shape in greedy captions, on scenes that were never shown.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def run(spec: str, data: Path, device: str) -> dict[str, Any]:
         if name.endswith("gain_in") and "a" in given:
             parameter.data.fill_(float(given["a"]))
         if name.endswith("gain_out"):
-            parameter.data.mul_(float(given.get("b", 1)))
+            size = float(given.get("b", visual_ffn.READ_SIZE))
+            parameter.data.fill_(size * model.config.num_slots**-0.5)
     tokenizer = load_tokenizer(llm)
     scenes = {s: Scenes(model, data / "scenes/shards" / s, tower, tokenizer) for s in ("train", "test")}
     began = time.monotonic()

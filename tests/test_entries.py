@@ -96,7 +96,8 @@ def build_chats(world: Path) -> Path:
     pictures = sorted((world / "scenes/images/train").iterdir())[:8]
     chats = []
     for i, picture in enumerate(pictures):
-        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"Scene {i}."}]
+        question = "<image>\nWhat is it?" if i % 3 else "What is it?"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"Scene {i}."}]
         if i % 2:
             turns += [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]
         chats.append({"id": str(i), "conversations": turns} | ({"image": picture.name} if i % 3 else {}))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from dehvf_ds.data.manifest import shard_name, write_index
 from dehvf_ds.data.shards import ShardRow, write_shard
@@ -22,3 +26,16 @@ def write_shards(
         names.append(shard_name(name, len(names)))
         tables.append(write_shard(group, output / names[-1]))
     return write_index(output, names, tables, builder)
+
+
+def picture_bytes(colour: tuple[int, int, int] = (200, 30, 10)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (6, 5), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def caption_row(number: int, *, captions: int = 2) -> ShardRow:
+    texts = [f"The dog {number} runs {k}." for k in range(captions)]
+    record = {"image_id": number, "file_name": f"{number}.png", "captions": texts}
+    members = {"json": json.dumps(record).encode(), "png": picture_bytes((number % 256, 0, 0))}
+    return ShardRow(key=f"row{number}", members=members)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dehvf_ds.batch import IGNORE_INDEX
 from dehvf_ds.config import UserError
+from dehvf_ds.data.text import is_text
 from dehvf_ds.model.texts import bos_ids, text_ids, tokenizer_name
 
 Messages = Sequence[Mapping[str, str]]
@@ -40,28 +41,45 @@ def parse_conversation(record: Mapping[str, Any], *, needs_answer: bool = True) 
     """Reads ``conversations`` of a LLaVA or ShareGPT record.
 
     ``<image>`` and ``<video>`` leave a user's turn, with the line break or space beside them: they mark the
-    place of visual tokens, and there are none. Space around a turn goes too.
+    place of visual tokens, and there are none. Space around a turn goes too. A turn of the assistant that
+    answers nothing, before the first question, is dropped, as LLaVA's own loader does.
 
     Args:
         record: ``{"conversations": [{"from": "human", "value": ".."}, {"from": "gpt", "value": ".."}, ..]}``;
-            speakers are human or user, gpt or assistant, and system.
-        needs_answer: whether a conversation without an assistant's turn is an error, as it is in training.
+            speakers are human or user, gpt or assistant, and system, in any case.
+        needs_answer: whether a conversation without an assistant's turn, or with an empty one, is an error,
+            as it is in training.
 
     Returns:
         The turns, as chat templates take them.
 
     Raises:
-        UserError: no turns, an unknown speaker, a text that is no string, two turns of one speaker in a row,
-            an answer without a question, or no answer.
+        UserError: no turns, an unknown speaker, a text that is no string, an empty question, two turns of one
+            speaker in a row, or no answer.
     """
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise UserError("the conversation has no turns (conversations is empty or missing)")
     messages = [_parse_turn(turn, number) for number, turn in enumerate(turns, start=1)]
     _check_order([message["role"] for message in messages])
+    first = _unasked_turn(messages)
+    for place, (turn, message) in enumerate(zip(turns, messages, strict=True)):
+        # A question that is ``<image>`` alone asks for a caption.
+        is_question = message["role"] == "user"
+        matters = is_question or (needs_answer and message["role"] == "assistant")
+        if matters and place != first and not is_text(turn["value"]):
+            what = "question" if is_question else "answer"
+            raise UserError(f"turn {place + 1} of the conversation: the {what} is empty")
+    if first is not None:
+        del messages[first]
     if needs_answer and all(message["role"] != "assistant" for message in messages):
         raise UserError("the conversation has no turn of the assistant, so nothing is to be learnt of it")
     return messages
+
+
+def begins_with_answer(record: Mapping[str, Any]) -> bool:
+    """Whether ``parse_conversation`` drops a turn of the assistant that stands before the first question."""
+    return _unasked_turn([_parse_turn(turn, 0) for turn in record["conversations"]]) is not None
 
 
 def encode_chat(
@@ -130,7 +148,7 @@ def encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -
 
 def _parse_turn(turn: Any, number: int) -> dict[str, str]:
     speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
-    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
+    role = _ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None:
         raise UserError(
             f"turn {number} of the conversation: unknown speaker {speaker!r}; known: {', '.join(_ROLES)}"
@@ -144,8 +162,12 @@ def _check_order(roles: Sequence[str]) -> None:
     for number, (role, before) in enumerate(zip(roles[1:], roles, strict=False), start=2):
         if role == before:
             raise UserError(f"turn {number} of the conversation: {role} speaks twice in a row")
-    if "assistant" in roles and "user" not in roles[: roles.index("assistant")]:
-        raise UserError("the conversation begins with the assistant, not with a question")
+
+
+def _unasked_turn(messages: Messages) -> int | None:
+    """Place of the assistant's turn before the first question, if there is one."""
+    first = next((i for i, message in enumerate(messages) if message["role"] != "system"), None)
+    return first if first is not None and messages[first]["role"] == "assistant" else None
 
 
 def _answer_places(

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 from jaxtyping import Float64
@@ -15,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from dehvf_ds.batch import Sample
 from dehvf_ds.config import AugmentConfig
 from dehvf_ds.data.draw import Purpose, random_words
+from dehvf_ds.data.png import without_large_texts
 from dehvf_ds.model.pictures import upright_rgb
 
 MAX_PIXELS = 100_000_000
@@ -25,7 +27,11 @@ MAX_SIDE = 65_535
 """Longest side decoded, as JPEG has it. Where a row is longer than PIL reads at once, its time goes with the
 square of the row: a WebP of 200 bytes that claims 10 million x 9 pixels took 40 s."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM"),
+    # Of Pillow 11.3 and later.
+    *(("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()),
+)
 """What is decoded, by PIL's names. Not all that PIL knows: some of it starts other programs (EPS)."""
 
 MAX_ASPECT = 4 / 3
@@ -139,7 +145,7 @@ def _open(data: bytes) -> Image.Image:
     # PIL's own limit is higher and its error does not tell width and height; in decoding it holds again.
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+        opened = Image.open(io.BytesIO(without_large_texts(data)), formats=FORMATS)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
     width, height = opened.size

@@ -15,9 +15,19 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from dehvf_ds.config import DataConfig, UserError
-from dehvf_ds.data.manifest import INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME, open_table, read_manifest
-from dehvf_ds.data.shards import DamagedSample, one_line, parse_members
-from dehvf_ds.data.storage import ShardFile, Storage, build_storage, is_remote
+from dehvf_ds.data.damage import DamagedSample, one_line
+from dehvf_ds.data.fetch import is_remote, shown
+from dehvf_ds.data.manifest import (
+    INDEX_NAME,
+    LENGTHS_NAME,
+    MANIFEST_NAME,
+    OLDER_VERSIONS,
+    open_table,
+    read_manifest,
+)
+from dehvf_ds.data.members import parse_members
+from dehvf_ds.data.prompts import Task
+from dehvf_ds.data.storage import ShardFile, Storage, build_storage
 
 
 class ShardIndex:
@@ -99,9 +109,14 @@ class ShardIndex:
 
     @property
     def digest(self) -> str:
-        """What tells this data set from others, wherever it lies: a hash of its shards' hashes."""
-        hashes = ",".join(shard["sha256"] for shard in self.manifest["shards"])
-        return hashlib.sha256(hashes.encode()).hexdigest()
+        """What tells this data set from others, wherever it lies: a hash of its shards' hashes and samples.
+
+        Two indexes of the same shards differ where one leaves out more samples. Earlier versions' manifests
+        keep the digest that they had, so that runs on them go on.
+        """
+        counts = self.manifest["format_version"] not in OLDER_VERSIONS
+        shards = [f"{s['sha256']}:{s['samples']}" if counts else s["sha256"] for s in self.manifest["shards"]]
+        return hashlib.sha256(",".join(shards).encode()).hexdigest()
 
     @property
     def captions(self) -> Int64[np.ndarray, " samples"]:
@@ -126,7 +141,7 @@ class ShardIndex:
         """
         shard = self._shard_of(sample_id)
         offset, size, _, checksum = (int(value) for value in self._table[sample_id])
-        where = f"{self._location}: {self.shard_names[shard]}: sample {sample_id}"
+        where = f"{shown(self._location)}: {self.shard_names[shard]}: sample {sample_id}"
         # A damaged index may ask for more than there is memory.
         fits = 0 <= offset <= offset + size <= self.manifest["shards"][shard]["bytes"]
         data = self._storage.read(shard, offset, size) if fits else b""
@@ -135,7 +150,34 @@ class ShardIndex:
                 f"{where} ({size} bytes at {offset}): not the bytes that the index was made of; copy the "
                 f"shard again, or see what else is damaged: tools/build_shards.py verify {self.directory}"
             )
-        return parse_members(data, where)
+        members = parse_members(data, where)
+        if self.manifest.get("key_prefix") == "shard":
+            members["__key__"] = f"{self.shard_names[shard].removesuffix('.tar')}/{members['__key__']}"
+        return members
+
+    def check_task(self, task: Task, flag: str = "data.task") -> None:
+        """Compares what the rows are for with what a program is to do with them.
+
+        Args:
+            task: the task.
+            flag: what the user sets it by.
+
+        Raises:
+            UserError: rows are of another task, or captions lack their pictures.
+        """
+        held = {name: count for name, count in self.manifest.get("tasks", {}).items() if name != task}
+        if held:
+            listed = ", ".join(f"{count} rows for {name}" for name, count in held.items())
+            raise UserError(
+                f"{self.directory}: holds {listed}, not only for {flag} {task}; set {flag} to the shards' "
+                "own task, or build the shards of each task by itself"
+            )
+        lost = len(self) - self.manifest.get("num_pictures", len(self))
+        if task == "caption" and lost:
+            raise UserError(
+                f"{self.directory}: {lost} of {len(self)} captions have no picture; make the index again: "
+                f"tools/build_shards.py index {self.directory} --overwrite --skip-bad"
+            )
 
     def check_sizes(self) -> None:
         """Compares the shards' sizes with the manifest's; one look at each file, so one process is enough.
@@ -166,6 +208,11 @@ class ShardIndex:
         """Looks for the shards in one listing, cheaper for a metadata server than many looks."""
         if is_remote(self._location):
             return
+        if "://" in self._location:
+            raise UserError(
+                f"data.location {self._location}: neither a directory nor http(s)://; give a command, as "
+                "pipe:aws s3 cp s3://BUCKET/FOLDER/{} -"
+            )
         try:
             there = {path.name for path in Path(self._location).iterdir()}
         except OSError as error:

@@ -44,6 +44,7 @@ def open_examples(config: DataConfig, *, seed: int) -> tuple[ShardIndex, Example
         raise UserError(
             f"data.train {config.train}: holds captions, not rows as data.task {config.task} needs"
         )
+    index.check_task(config.task)
     examples = Examples(
         index.captions,
         index.shard_rows,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from typing import Any
 import numpy as np
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.shards import ShardTable, find_key, one_line, publish, temporary_name
+from dehvf_ds.data.damage import one_line
+from dehvf_ds.data.shards import ShardTable, find_key, publish, temporary_name
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+OLDER_VERSIONS = (2,)
+"""Read, too: without the counts of pictures and tasks, so that rows are checked as they are read only."""
+
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 LENGTHS_NAME = "text_lengths.npy"
@@ -44,11 +49,11 @@ def write_index(
         The manifest.
 
     Raises:
-        UserError: there is no sample, or a key stands in two shards.
+        UserError: there is no sample, or a sample stands in two shards.
     """
     if not sum(len(table.rows) for table in tables):
         raise UserError(f"{directory}: there is no sample to index; look at the arguments")
-    _check_unique(directory, names, tables)
+    prefixed = _keys_repeat(directory, names, tables)
     arrays = {
         INDEX_NAME: np.concatenate([table.rows for table in tables]),
         LENGTHS_NAME: np.concatenate([table.text_lengths for table in tables]),
@@ -61,6 +66,10 @@ def write_index(
         "format_version": FORMAT_VERSION,
         "num_samples": len(arrays[INDEX_NAME]),
         "num_captions": int(arrays[INDEX_NAME][:, 2].sum()),
+        "num_pictures": sum(table.num_pictures for table in tables),
+        "tasks": dict(sorted(sum((table.tasks for table in tables), Counter()).items())),
+        # Where shards number their keys anew, a sample's key is SHARD/KEY.
+        "key_prefix": "shard" if prefixed else None,
         "shards": [
             {
                 "name": name,
@@ -96,7 +105,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version, num_samples = manifest["format_version"], manifest["num_samples"]
-        if version != FORMAT_VERSION:
+        if version not in (FORMAT_VERSION, *OLDER_VERSIONS):
             raise UserError(
                 f"{path}: format version {version}, this program reads {FORMAT_VERSION}; make it again: "
                 f"tools/build_shards.py index {directory} --overwrite"
@@ -107,6 +116,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             if not PLAIN_FILE_NAME.fullmatch(shard["name"]):
                 raise ValueError(f"shard name {shard['name']!r} is not a plain file name")
             _ = int(shard["examples"]), int(shard["bytes"]), str(shard["sha256"])
+        if version == FORMAT_VERSION:
+            _ = int(manifest["num_pictures"]), dict(manifest["tasks"])
+            if manifest["key_prefix"] not in (None, "shard"):
+                raise ValueError(f"key_prefix {manifest['key_prefix']!r}")
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__} {one_line(error)}"
         raise UserError(f"{path}: not a manifest of shards: {reason}; make it again") from None
@@ -136,13 +149,25 @@ def open_table(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     return table
 
 
-def _check_unique(directory: Path, names: Sequence[str], tables: Sequence[ShardTable]) -> None:
+def _keys_repeat(directory: Path, names: Sequence[str], tables: Sequence[ShardTable]) -> bool:
+    """Whether two shards use the same key for different samples, as those that number their keys anew do.
+
+    Raises:
+        UserError: it is the same sample, for it would be learnt twice; or one shard stands there twice.
+    """
     hashes = np.concatenate([table.key_hashes for table in tables])
-    order = np.argsort(hashes, kind="stable")
-    same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    checks = np.concatenate([table.rows[:, 3] for table in tables])
+    order = np.lexsort((checks, hashes))
+    repeats = hashes[order[1:]] == hashes[order[:-1]]
+    same = np.flatnonzero(repeats & (checks[order[1:]] == checks[order[:-1]]))
     if len(same):
         ends = np.cumsum([len(table.key_hashes) for table in tables])
         rows = order[same[0] : same[0] + 2]
-        first, second = (names[int(i)] for i in np.searchsorted(ends, rows, side="right"))
+        first, second = (names[int(i)] for i in np.searchsorted(ends, sorted(rows), side="right"))
         key = find_key(directory / first, int(hashes[rows[0]]))
-        raise UserError(f"{directory}: key {key!r} is given to two samples, in {first} and in {second}")
+        others = f" (and {len(same) - 1} others)" if len(same) > 1 else ""
+        raise UserError(
+            f"{directory}: sample {key!r}{others} stands in {first} and, the same bytes, in {second}; "
+            "remove one of the two"
+        )
+    return bool(repeats.any())

@@ -8,12 +8,13 @@ from torch.utils.data import Dataset
 
 from dehvf_ds.batch import Sample
 from dehvf_ds.config import UserError
-from dehvf_ds.data.chat import parse_conversation
+from dehvf_ds.data.damage import UNDECODABLE, DamagedSample
 from dehvf_ds.data.examples import Examples
 from dehvf_ds.data.images import decode_image
 from dehvf_ds.data.index import ShardIndex
+from dehvf_ds.data.members import picture_name
 from dehvf_ds.data.prompts import Task
-from dehvf_ds.data.shards import IMAGE_MEMBERS, DamagedSample, names_picture, parse_record
+from dehvf_ds.data.records import read_record
 
 PADDING_ROW = -1
 """Number of an example that is read for its shape alone."""
@@ -30,6 +31,7 @@ def read_sample(
     example: int = 0,
     caption: int | None = None,
     shorter_side: int | None = None,
+    task: Task | None = None,
 ) -> Sample:
     """Reads and decodes one row.
 
@@ -41,22 +43,32 @@ def read_sample(
         caption: number of the caption to learn; it becomes the record's field ``caption``.
         shorter_side: pixels that the transform will keep of the shorter side; lets large JPEGs decode faster.
 
+        task: what the row must be for; None takes any.
+
     Raises:
-        DamagedSample: the row is damaged, or lacks a picture that its record names.
+        DamagedSample: the row is damaged, of another task, or lacks its picture.
     """
     members = index.read(row)
-    record = parse_record(members)
     where = f"{members['__url__']} ({members['__key__']})"
-    picture = next((members[name] for name in IMAGE_MEMBERS if name in members), None)
-    if picture is None and names_picture(record):
+    try:
+        checked = read_record({**members, "__url__": where})
+    except DamagedSample as error:
+        remedy = f"tools/build_shards.py index {index.directory} --overwrite --skip-bad"
         raise DamagedSample(
-            f"{where}: its record names a picture, but the shard holds none; build the shards again"
-        )
+            f"{error}; build the shards again, or leave such samples out: {remedy}", error.reason
+        ) from None
+    if task is not None and checked.task != task:
+        raise DamagedSample(f"{where}: a row for data.task {checked.task}, not {task}")
+    record, name = checked.record, picture_name(members)
+    picture = None if name is None else members[name]
     try:
         image = None if picture is None else decode_image(picture, shorter_side=shorter_side)
     except ValueError as error:
-        raise DamagedSample(f"{where}: {error}; repair the picture and build the shards again") from error
+        message = f"{where}: {error}; repair the picture and build the shards again"
+        raise DamagedSample(message, UNDECODABLE) from error
     if caption is not None:
+        if caption >= len(record.get("captions", ())):
+            raise DamagedSample(f"{where}: has fewer captions than its index says; make the index again")
         record["caption"] = record["captions"][caption]
     return Sample(key=members["__key__"], image=image, record=record, epoch=epoch, example=example)
 
@@ -88,10 +100,10 @@ class SampleReader(Dataset):
             index: the data set.
             examples: which row and caption an example is.
             shorter_side: pixels that the transform will keep of the shorter side.
-            task: with ``chat``, turns that cannot be read make a sample a damaged one.
+            task: rows of another are damaged ones.
             replace_bad: whether another sample of its shard takes a damaged one's place.
         """
-        self._task = task
+        self._task: Task = task
         self._index = index
         self._examples = examples
         self._shorter_side = shorter_side
@@ -110,21 +122,15 @@ class SampleReader(Dataset):
 
     def _read(self, epoch: int, example: int) -> Sample:
         row, caption = self._examples.resolve(epoch, example)
-        sample = read_sample(
+        return read_sample(
             self._index,
             row,
             epoch=epoch,
             example=example,
             caption=caption,
             shorter_side=self._shorter_side,
+            task=self._task,
         )
-        if self._task == "chat":
-            try:
-                parse_conversation(sample.record)
-            except UserError as error:
-                where = f"{self._index.directory}: sample {row} ({sample.key})"
-                raise DamagedSample(f"{where}: {error}") from None
-        return sample
 
     def _read_other(self, epoch: int, example: int, damage: DamagedSample) -> DrawnSample | UserError:
         row, _ = self._examples.resolve(epoch, example)

@@ -1,7 +1,7 @@
 """One shard: a tar file of samples, how it is written, and what a scan finds out about each sample.
 
-A sample is a run of neighbouring members ``KEY.jpg|jpeg|png|webp`` (absent for a text-only row) and
-``KEY.json``, the record; shards made by img2dataset may bring the caption as ``KEY.txt``. A scan gives
+A sample is a run of neighbouring members: the picture (``members.IMAGE_MEMBERS``; absent for a text-only row)
+and ``KEY.json``, the record; shards made by img2dataset may bring the caption as ``KEY.txt``. A scan gives
 every sample one byte range and its CRC-32, so that a sample can be read at random and no changed byte goes
 unnoticed.
 """
@@ -9,35 +9,26 @@ unnoticed.
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import os
 import re
-import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt64
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 from webdataset.writer import TarWriter
 
 from dehvf_ds.config import UserError
+from dehvf_ds.data.damage import BAD_NAME, KEY_TWICE, UNDECODABLE, DamagedSample
+from dehvf_ds.data.images import decode_image
+from dehvf_ds.data.members import SIDE_BY_SIDE, parse_members, picture_name, sample_ranges
+from dehvf_ds.data.records import CheckedRecord, read_record, text_lengths
 
-IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
-"""Member names that hold a sample's picture."""
-
-TEXT_MEMBERS = ("json", "txt")
-# Two zero blocks end a tar archive; a byte range from its middle has none.
-END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
 _PLAIN_KEY = re.compile(r"[^./\s][^.\s]*")
-
-
-class DamagedSample(UserError):
-    """A sample that cannot be used; ``data.on_bad`` says what becomes of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +37,18 @@ class ShardRow:
 
     Attributes:
         key: unique in the data set, free of dots, slashes and white space.
-        members: bytes by member name: ``json`` and at most one of ``IMAGE_MEMBERS``.
+        members: bytes by member name: ``json`` and at most one of ``members.IMAGE_MEMBERS``.
     """
 
     key: str
     members: dict[str, bytes]
+
+
+class BadSample(NamedTuple):
+    """A sample that was left out: a word to count it by, and the line that names it."""
+
+    reason: str
+    line: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +62,10 @@ class ShardTable:
         key_hashes: 64 bits of a hash of each sample's key, to find keys that two shards share.
         num_bytes: size of the file.
         sha256: hash of the file.
-        bad: why samples were left out, one line each; only with ``skip_bad``.
+        num_pictures: samples with a picture.
+        tasks: samples by what they are for: ``caption``, ``chat``, ``scienceqa``.
+        notes: what was put right in records, by a word each.
+        bad: the samples that were left out; only with ``skip_bad``.
     """
 
     rows: Int64[np.ndarray, "samples 4"]
@@ -72,7 +73,10 @@ class ShardTable:
     key_hashes: UInt64[np.ndarray, " samples"]
     num_bytes: int
     sha256: str
-    bad: tuple[str, ...] = ()
+    num_pictures: int = 0
+    tasks: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    bad: tuple[BadSample, ...] = ()
 
 
 def write_shard(rows: Iterable[ShardRow], path: Path) -> ShardTable:
@@ -100,47 +104,105 @@ def write_shard(rows: Iterable[ShardRow], path: Path) -> ShardTable:
     return table
 
 
-def scan_shard(path: Path, *, skip_bad: bool = False, shown_as: Path | None = None) -> ShardTable:
-    """Reads a whole shard once, in order, and looks at every sample's text (pictures are not decoded).
+def scan_shard(
+    path: Path, *, skip_bad: bool = False, decode: bool = False, shown_as: Path | None = None
+) -> ShardTable:
+    """Reads a whole shard once, in order, and checks every sample (``records.check_record``).
 
     Args:
         path: the tar file, uncompressed.
         skip_bad: leave unusable samples out of the table instead of raising.
+        decode: decode the pictures, too.
         shown_as: the name that messages say; ``path`` by default.
 
     Raises:
-        UserError: the file is no whole tar, or a sample is unusable: no record, no caption, no UTF-8, its key
-            stands twice, its path leaves the archive.
+        UserError: the file is no whole tar, or a sample is unusable: no record, no caption, a caption without
+            a picture, damaged text, its key stands twice, its path leaves the archive.
     """
     shown = shown_as or path
-    rows, lengths, bad = [], [], []
-    keys: dict[str, None] = {}
+    good: dict[str, _Found] = {}
+    bad: list[BadSample] = []
+    seen: set[str] = set()
+
+    def leave_out(error: DamagedSample) -> None:
+        if not skip_bad:
+            remedy = "repair it, or leave such samples out with --skip-bad"
+            raise UserError(f"{error}; {remedy}") from None
+        bad.append(BadSample(error.reason, str(error)))
+
     with path.open("rb") as file:
-        for key, begin, end in _sample_ranges(path, shown):
+        for key, begin, end, problem in sample_ranges(path, shown):
             file.seek(begin)
             data = file.read(end - begin)
+            twice = DamagedSample(f"{shown}: key {key!r} is given to two samples; {SIDE_BY_SIDE}", KEY_TWICE)
+            if key in good and not good[key].has_picture:
+                # The rest of it, or another's: its picture may be what follows.
+                leave_out(twice)
+                del good[key]
             try:
-                if key in keys:
-                    raise DamagedSample(f"{shown}: key {key!r} is given to two samples")
-                captions, texts = text_lengths(parse_record(parse_members(data, f"{shown}: sample {key}")))
+                if problem is not None:
+                    raise DamagedSample(f"{shown}: {problem}", BAD_NAME)
+                if key in good:
+                    raise twice
+                checked, has_picture = check_sample(data, f"{shown}: sample {key}", decode=decode)
+                if key in seen and not has_picture:
+                    raise twice
             except DamagedSample as error:
-                if not skip_bad:
-                    raise UserError(f"{error}; repair it") from None
-                bad.append(str(error))
-                continue
-            keys[key] = None
-            rows.append((begin, end - begin, captions, zlib.crc32(data)))
-            lengths.extend(texts)
+                leave_out(error)
+            else:
+                captions, texts = text_lengths(checked.record)
+                row = (begin, end - begin, captions, zlib.crc32(data))
+                good[key] = _Found(row, texts, has_picture, checked.task, checked.notes)
+            seen.add(key)
         file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return ShardTable(
-        rows=np.array(rows, dtype=np.int64).reshape(-1, 4),
-        text_lengths=np.array(lengths, dtype=np.int32),
-        key_hashes=hash_keys(keys),
+        rows=np.array([found.row for found in good.values()], dtype=np.int64).reshape(-1, 4),
+        text_lengths=np.array([n for found in good.values() for n in found.texts], dtype=np.int32),
+        key_hashes=hash_keys(good),
         num_bytes=path.stat().st_size,
         sha256=sha256,
+        num_pictures=sum(found.has_picture for found in good.values()),
+        tasks=Counter(found.task for found in good.values()),
+        notes=Counter(note for found in good.values() for note in found.notes),
         bad=tuple(bad),
     )
+
+
+class _Found(NamedTuple):
+    """A usable sample of a shard."""
+
+    row: tuple[int, int, int, int]
+    texts: tuple[int, ...]
+    has_picture: bool
+    task: str
+    notes: tuple[str, ...]
+
+
+def check_sample(data: bytes, where: str, *, decode: bool) -> tuple[CheckedRecord, bool]:
+    """Checks a sample's byte range; returns its record, and whether it has a picture.
+
+    Raises:
+        DamagedSample: it cannot be used.
+    """
+    members = parse_members(data, where)
+    checked = read_record(members)
+    picture = picture_name(members)
+    if picture is not None and decode:
+        check_picture(members[picture], where)
+    return checked, picture is not None
+
+
+def check_picture(data: bytes, where: str) -> None:
+    """Decodes a picture, as small as its kind can be, to see whether it is whole.
+
+    Raises:
+        DamagedSample: it is not.
+    """
+    try:
+        decode_image(data, shorter_side=1)
+    except ValueError as error:
+        raise DamagedSample(f"{where}: {error}", UNDECODABLE) from None
 
 
 def hash_keys(keys: Iterable[str]) -> UInt64[np.ndarray, " keys"]:
@@ -153,69 +215,7 @@ def hash_keys(keys: Iterable[str]) -> UInt64[np.ndarray, " keys"]:
 
 def find_key(path: Path, key_hash: int) -> str:
     """The key of a shard that has this hash."""
-    return next(key for key, _, _ in _sample_ranges(path, path) if int(hash_keys([key])[0]) == key_hash)
-
-
-def parse_members(data: bytes, where: str) -> dict[str, Any]:
-    """Splits one sample's byte range: ``__key__`` (a str) and bytes by member name.
-
-    Raises:
-        DamagedSample: the bytes are no tar members, hold several samples, or lack the text.
-    """
-    # webdataset annotates an open archive where it takes a stream.
-    stream: Any = io.BytesIO(data + END_OF_ARCHIVE)
-    try:
-        members = ({**member, "__url__": where} for member in tar_file_iterator(stream))
-        samples = list(group_by_keys(members))
-    except (tarfile.TarError, ValueError, OSError, EOFError) as error:
-        raise DamagedSample(f"{where}: not readable: {one_line(error)}") from error
-    if len(samples) != 1 or not any(name in samples[0] for name in TEXT_MEMBERS):
-        raise DamagedSample(f"{where}: lacks its .json, or is not one sample")
-    return samples[0]
-
-
-def parse_record(members: dict[str, Any]) -> dict[str, Any]:
-    """The sample's record; a caption that lies in a ``.txt``, or alone in ``caption``, becomes ``captions``.
-
-    Raises:
-        DamagedSample: it is no JSON object in UTF-8, or a caption or turn is no text.
-    """
-    where = f"{members.get('__url__', 'sample')}"
-    try:
-        record = json.loads(members["json"]) if "json" in members else {}
-        if not isinstance(record, dict):
-            raise ValueError("not an object")
-        if "txt" in members and "captions" not in record:
-            record["captions"] = [members["txt"].decode("utf-8")]
-        elif isinstance(record.get("caption"), str) and "captions" not in record:
-            record["captions"] = [record["caption"]]
-    except (ValueError, RecursionError) as error:
-        raise DamagedSample(f"{where}: its text is not usable: {one_line(error)}") from error
-    turns = record.get("conversations", ())
-    if not isinstance(turns, list | tuple) or not all(
-        isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns
-    ):
-        raise DamagedSample(f"{where}: its conversation is no list of turns with a text each")
-    captions = record.get("captions", ())
-    if not isinstance(captions, list | tuple) or not all(isinstance(c, str) and c.strip() for c in captions):
-        raise DamagedSample(f"{where}: has an empty caption, or one that is no text")
-    return record
-
-
-def names_picture(record: dict[str, Any]) -> bool:
-    """Whether the record belongs to a picture that should be there."""
-    return bool(record.get("file_name") or record.get("image")) and not record.get("image_missing")
-
-
-def text_lengths(record: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
-    """Number of captions, and the characters of each example's text without its prompt (for bucketing)."""
-    if captions := record.get("captions"):
-        return len(captions), tuple(len(caption) for caption in captions)
-    if turns := record.get("conversations"):
-        return 0, (sum(len(turn["value"]) for turn in turns),)
-    choices = record.get("choices")
-    texts = [record.get("question"), record.get("hint"), *(choices if isinstance(choices, list) else ())]
-    return 0, (sum(len(text) for text in texts if isinstance(text, str)),)
+    return next(r.key for r in sample_ranges(path, path) if int(hash_keys([r.key])[0]) == key_hash)
 
 
 def temporary_name(path: Path) -> Path:
@@ -231,38 +231,3 @@ def publish(path: Path) -> None:
     finally:
         os.close(descriptor)
     temporary_name(path).rename(path)
-
-
-def one_line(error: Exception) -> str:
-    """An exception's message without line breaks."""
-    return " ".join(str(error).split())
-
-
-def _sample_ranges(path: Path, shown: Path) -> Iterator[tuple[str, int, int]]:
-    """Yields key, first byte and end of every sample; neighbours of one key belong together."""
-    try:
-        with tarfile.open(path, "r:") as archive:
-            key, begin, end = None, 0, 0
-            while member := archive.next():
-                # tarfile remembers every member; a shard of millions would fill the memory.
-                archive.members = []  # pyright: ignore[reportAttributeAccessIssue]
-                if not member.isreg():
-                    continue
-                found, _ = base_plus_ext(member.name)
-                if found is None or found.startswith("/") or ".." in found.split("/"):
-                    raise UserError(f"{shown}: member {member.name!r}: not KEY.EXTENSION inside the archive")
-                if found != key:
-                    if key is not None:
-                        yield key, begin, end
-                    key, begin = found, member.offset
-                blocks = -(-member.size // tarfile.BLOCKSIZE)
-                end = member.offset_data + blocks * tarfile.BLOCKSIZE
-            if key is not None:
-                yield key, begin, end
-            # Without the mark of its end an archive cut between two members looks whole.
-            with path.open("rb") as file:
-                file.seek(end)
-                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise EOFError("its end is missing")
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{shown}: not a whole, uncompressed tar: {one_line(error)}; copy it again") from None

@@ -10,22 +10,19 @@ import errno
 import fcntl
 import hashlib
 import os
-import shlex
 import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
-
-from webdataset.gopen import gopen
+from typing import Protocol
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.shards import DamagedSample, one_line
+from dehvf_ds.data.damage import DamagedSample, one_line
+from dehvf_ds.data.fetch import CHUNK_BYTES, Stream, is_remote, open_stream, shown
 
 MAX_OPEN_SHARDS = 64
-CHUNK_BYTES = 1 << 20
 # Copies of different shards share these locks, so that the cache holds no lock file for each shard.
 NUM_LOCKS = 64
 # A copy takes minutes at most; what is older was left by a killed process.
@@ -80,11 +77,6 @@ def build_storage(
     if is_remote(location):
         return StreamedShards(shards, location)
     return LocalShards([Path(location) / shard.name for shard in shards])
-
-
-def is_remote(location: str) -> bool:
-    """Whether shards come through a command or the network and not from a directory."""
-    return location.startswith(("pipe:", "http://", "https://"))
 
 
 class LocalShards:
@@ -160,20 +152,25 @@ class CachedShards(LocalShards):
                 with part.open("wb") as file:
                     os.posix_fallocate(file.fileno(), 0, shard.num_bytes)
             digest = hashlib.sha256()
-            with part.open("r+b") as file, open_stream(self._location, shard.name) as stream:
-                while chunk := _read_chunk(stream):
+            with part.open("r+b") as file, open_stream(self._location, shard.name, steady=True) as stream:
+                while chunk := stream.read(CHUNK_BYTES):
                     digest.update(chunk)
                     file.write(chunk)
+                num_bytes = file.tell()
                 file.truncate()
         except OSError as error:
             part.unlink(missing_ok=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                 raise UserError(f"data.cache_dir {self._directory}: {one_line(error)}") from None
             raise
+        if num_bytes < shard.num_bytes:
+            part.unlink()
+            raise DamagedSample(f"{shown(self._location)}: {shard.name}: {_ended_early(num_bytes, shard)}")
         if digest.hexdigest() != shard.sha256:
             part.unlink()
             raise DamagedSample(
-                f"{self._location}: {shard.name}: its bytes do not have the manifest's sha256; copy it again"
+                f"{shown(self._location)}: {shard.name}: its bytes do not have the manifest's sha256; copy "
+                "it again"
             )
         part.rename(path)
 
@@ -227,14 +224,14 @@ class StreamedShards:
             if shard not in self._open_streams:
                 while len(self._open_streams) >= MAX_OPEN_SHARDS:
                     self._open_streams.popitem(last=False)[1].close()
-                self._open_streams[shard] = _Stream(self._location, self._shards[shard].name)
+                self._open_streams[shard] = _Stream(self._location, self._shards[shard])
             self._open_streams.move_to_end(shard)
             return self._open_streams[shard].read(offset, size)
         except OSError as error:
             if stream := self._open_streams.pop(shard, None):
                 stream.close()
             name = self._shards[shard].name
-            raise DamagedSample(f"{self._location}: {name}: cannot be read: {one_line(error)}") from error
+            raise DamagedSample(f"{name}: cannot be read: {one_line(error)}") from error
 
     def close(self) -> None:
         """See ``Storage``."""
@@ -245,17 +242,20 @@ class StreamedShards:
 class _Stream:
     """A forward stream and what has passed of it."""
 
-    def __init__(self, location: str, name: str):
+    def __init__(self, location: str, shard: ShardFile):
+        self._shard = shard
         self._leave = contextlib.ExitStack()
         passed = tempfile.TemporaryFile(prefix="dehvf-shard-")  # noqa: SIM115
         self._passed = self._leave.enter_context(passed)
-        self._stream = self._leave.enter_context(open_stream(location, name))
+        self._stream: Stream = self._leave.enter_context(open_stream(location, shard.name))
         self._num_bytes = 0
 
     def read(self, offset: int, size: int) -> bytes:
-        while self._num_bytes < offset + size and (chunk := _read_chunk(self._stream)):
+        while self._num_bytes < offset + size and (chunk := self._stream.read(CHUNK_BYTES)):
             self._passed.write(chunk)
             self._num_bytes += len(chunk)
+        if self._num_bytes < min(offset + size, self._shard.num_bytes):
+            raise OSError(_ended_early(self._num_bytes, self._shard))
         self._passed.flush()
         return _pread(self._passed.fileno(), offset, size)
 
@@ -263,36 +263,8 @@ class _Stream:
         self._leave.close()
 
 
-@contextlib.contextmanager
-def open_stream(location: str, name: str) -> Iterator[IO[bytes]]:
-    """Opens a shard for reading forward; leaving early is no error.
-
-    Raises:
-        OSError: it does not exist, or its command fails; also while it is read.
-    """
-    if not is_remote(location):
-        with (Path(location) / name).open("rb") as file:
-            yield file
-        return
-    if location.startswith("pipe:"):
-        url = location.replace("{}", shlex.quote(name))
-    else:
-        url = f"{location.rstrip('/')}/{name}"
-    stream: Any = gopen(url, bufsize=CHUNK_BYTES)
-    try:
-        yield stream
-    finally:
-        stream.proc.terminate()
-        stream.stream.close()
-        stream.proc.wait()
-
-
-def _read_chunk(stream: Any) -> bytes:
-    chunk = stream.read(CHUNK_BYTES)
-    if not chunk and hasattr(stream, "wait_for_child"):
-        # The end of a pipe is the end of the shard only if its command says so.
-        stream.wait_for_child()
-    return chunk
+def _ended_early(num_bytes: int, shard: ShardFile) -> str:
+    return f"ended after {num_bytes} of {shard.num_bytes} bytes; copy it again, or try again"
 
 
 def _pread(descriptor: int, offset: int, size: int) -> bytes:

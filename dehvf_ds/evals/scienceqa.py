@@ -13,16 +13,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from string import ascii_uppercase
-from typing import Any
 
 from dehvf_ds.config import UserError
+from dehvf_ds.data.problems import Problem, is_choice
+from dehvf_ds.data.problems import problem_of as problem_of
 from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX
 
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")
 """Columns in the papers' order: subject, context, grade, all."""
 
-_SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
-_GRADE = re.compile(r"grade([1-9]|1[0-2])")
 # After the letter a full stop that ends the word, or nothing more: "A dog" and "A.5" name no choice.
 _LETTER = re.compile(rf"(?:\A\s*|(?<!\S){re.escape(SCIENCEQA_ANSWER_PREFIX)}\s+)([A-Z])(?:\.(?!\S)|\s*\Z)")
 _NUM_NAMED = 3
@@ -30,36 +29,6 @@ _LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """What scoring needs to know of a problem.
-
-    Attributes:
-        id: the sample's key.
-        answer: number of the right choice, from 0.
-        num_choices: 2 to 26.
-        subject: ``natural science``, ``social science`` or ``language science``.
-        grade: 1 to 12.
-        has_hint: whether it comes with a text context.
-        has_image: whether it comes with a picture.
-    """
-
-    id: str
-    answer: int
-    num_choices: int
-    subject: str
-    grade: int
-    has_hint: bool
-    has_image: bool
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns that it counts in; a problem with a hint and a picture is in both TXT and IMG."""
-        contexts = [name for name, has in (("TXT", self.has_hint), ("IMG", self.has_image)) if has]
-        grades = "G1-6" if self.grade <= 6 else "G7-12"
-        return _SUBJECTS[self.subject], *(contexts or ["NO"]), grades, "Avg"
 
 
 @dataclass(frozen=True)
@@ -94,43 +63,6 @@ class ScienceqaScores:
     def parse_failure_percent(self) -> float:
         """Parse failures x100 over all problems."""
         return 100 * len(self.parse_failures) / self.columns["Avg"].num_problems
-
-
-def problem_of(record: Mapping[str, Any], key: str, has_image: bool) -> Problem:
-    """The facts of a shard's record.
-
-    Args:
-        record: a problem with ``choices``, ``answer``, ``subject``, ``grade`` and ``hint``.
-        key: the sample's key.
-        has_image: whether the problem comes with a picture: for the papers' columns, whether the record names
-            an ``image``, also where the shard lacks it (``image_missing``).
-
-    Raises:
-        UserError: a field is missing, or is not what ScienceQA has there.
-    """
-    fields = ("choices", "answer", "subject", "grade", "hint")
-    if missing := [name for name in fields if name not in record]:
-        raise UserError(f"{key}: not a problem of ScienceQA: lacks {', '.join(missing)}")
-    choices, answer, subject, grade, hint = (record[name] for name in fields)
-    if not isinstance(choices, list | tuple) or not 2 <= len(choices) <= len(ascii_uppercase):
-        raise UserError(f"{key}: choices is not a list of 2 to {len(ascii_uppercase)} texts")
-    if not _is_choice(answer, len(choices)):
-        raise UserError(f"{key}: answer {answer!r} is no number of its {len(choices)} choices, from 0")
-    if not isinstance(subject, str) or subject not in _SUBJECTS:
-        raise UserError(f"{key}: subject {subject!r} is none of {', '.join(_SUBJECTS)}")
-    if not isinstance(grade, str) or not (parsed := _GRADE.fullmatch(grade)):
-        raise UserError(f"{key}: grade {grade!r} is none of grade1 .. grade12")
-    if not isinstance(hint, str | None):
-        raise UserError(f"{key}: hint is {type(hint).__name__}, not a text")
-    return Problem(
-        id=key,
-        answer=answer,
-        num_choices=len(choices),
-        subject=subject,
-        grade=int(parsed[1]),
-        has_hint=bool(hint and hint.strip()),
-        has_image=has_image,
-    )
 
 
 def read_letter(text: str, num_choices: int) -> int | None:
@@ -187,7 +119,7 @@ def score(problems: Iterable[Problem], predictions: Mapping[str, int | None]) ->
     wrong = [
         key
         for key, problem in by_id.items()
-        if predictions[key] is not None and not _is_choice(predictions[key], problem.num_choices)
+        if predictions[key] is not None and not is_choice(predictions[key], problem.num_choices)
     ]
     if wrong:
         raise UserError(f"{len(wrong)} predictions are no number of a choice, from 0: {_named(wrong)}")
@@ -252,11 +184,6 @@ def _refuse_others(by_id: Mapping[str, Problem], ids: Iterable[str], *, complete
 
 def _named(ids: list[str]) -> str:
     return ", ".join([*ids[:_NUM_NAMED], *(["..."] if len(ids) > _NUM_NAMED else [])])
-
-
-def _is_choice(value: Any, num_choices: int) -> bool:
-    # True is an int, and a letter is no number.
-    return type(value) is int and 0 <= value < num_choices
 
 
 def _on_one_line(text: str) -> str:

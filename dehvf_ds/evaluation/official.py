@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dehvf_ds.config import EvalConfig, UserError
+from dehvf_ds.data.building.left_out import BadRows
 from dehvf_ds.data.building.plan import BuildSettings, describe_file
 from dehvf_ds.data.building.sources import SourceRow, read_coco, read_karpathy, read_scienceqa
 from dehvf_ds.data.building.write import build_shards
@@ -33,7 +34,9 @@ def build_official(config: EvalConfig, output: Path) -> Path:
     Raises:
         UserError: a flag is missing, a file is of another kind, or the disk is full.
     """
-    rows, facts = _read(config)
+    # No row is left out: scores would be of other rows than the published ones.
+    bad = BadRows(skip=False, remedy="correct it")
+    rows, facts = _read(config, bad)
     shards = output / "shards"
     build_shards(
         rows,
@@ -44,22 +47,30 @@ def build_official(config: EvalConfig, output: Path) -> Path:
         num_workers=1,
         progress=_Silent(),
         note=_note,
+        bad=bad,
     )
     return shards
 
 
-def _read(config: EvalConfig) -> tuple[list[SourceRow], dict[str, Any]]:
+def _read(config: EvalConfig, bad: BadRows) -> tuple[list[SourceRow], dict[str, Any]]:
     data = Path(config.data)
     if data.is_dir():
         files = {name: describe_file(data / f"{name}.json") for name in ("problems", "pid_splits")}
-        rows = read_scienceqa(data, _split(config), allow_missing_images=True, note=_note)
+        rows = read_scienceqa(data, _split(config), allow_missing_images=True, note=_note, bad=bad)
         return rows, {"source": "scienceqa", "split": config.split, "allow_missing_images": True, **files}
+    # A picture without a caption cannot be scored.
+    unscored = BadRows(skip=True)
     images = data.parent if config.images is None else Path(config.images)
     if is_karpathy(data):
         facts = {"source": "karpathy", "split": config.split, "dataset": describe_file(data)}
-        return read_karpathy(data, images, _split(config), note=_note), facts
+        return _scored(read_karpathy(data, images, _split(config), note=_note, bad=unscored), unscored), facts
     facts = {"source": "coco", "annotations": describe_file(data)}
-    return read_coco(data, images, note=_note), facts
+    return _scored(read_coco(data, images, note=_note, bad=unscored), unscored), facts
+
+
+def _scored(rows: list[SourceRow], unscored: BadRows) -> list[SourceRow]:
+    unscored.tell(_note, len(rows) + sum(unscored.counts.values()))
+    return rows
 
 
 def _split(config: EvalConfig) -> str:

@@ -13,7 +13,7 @@ from dehvf_ds.data.collate import Collator, letter_ids
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.loader import read_sample
 from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX, Task
-from dehvf_ds.data.shards import parse_record
+from dehvf_ds.data.records import parse_record
 from dehvf_ds.data.transforms import ImageTransform
 from dehvf_ds.evals.coco_tokens import require_java
 from dehvf_ds.evals.decode import Decoding, decode_answers, likeliest_options
@@ -117,6 +117,7 @@ def open_questions(
         raise UserError(f"{data}: holds rows without captions; --task coco cannot score them")
     if task == "scienceqa" and without < len(index):
         raise UserError(f"{data}: holds captions, not problems; --task scienceqa cannot score them")
+    index.check_task("caption" if task == "coco" else "scienceqa", "--task")
     if task == "coco" and reading == "likelihood":
         raise UserError("--reading likelihood is ScienceQA's; captions are generated")
     if task == "coco" and caption_tokenizer == "ptb":

@@ -15,7 +15,7 @@ SCORE_SPREAD = 64.0
 """Start value of the gains of the queries: how sharply a token tells the slots apart (ours, by a sweep)."""
 
 READ_SIZE = 0.5
-"""Start value of the gains of the read, times sqrt(M): the sum over M slots grows like that (ours, likewise)."""
+"""Start value of the gains of the read over sqrt(M), as sums over M slots grow (ours, likewise)."""
 
 
 def read_memory(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,11 @@ import pytest
 import torch
 from PIL import Image
 from sentencepiece import SentencePieceTrainer
-from tiny_shards import write_shards
+from tiny_shards import caption_row, write_shards
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.shards import ShardRow
 
 CORPUS = [
     "Caption of the picture: The dog runs. A child in a pink dress.",
@@ -121,19 +119,6 @@ def llama_legacy(tmp_path_factory) -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def tiny_transform() -> TinyTransform:
     return TinyTransform()
-
-
-def picture_bytes(colour: tuple[int, int, int] = (200, 30, 10)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (6, 5), colour).save(file, "PNG")
-    return file.getvalue()
-
-
-def caption_row(number: int, *, captions: int = 2) -> ShardRow:
-    texts = [f"The dog {number} runs {k}." for k in range(captions)]
-    record = {"image_id": number, "file_name": f"{number}.png", "captions": texts}
-    members = {"json": json.dumps(record).encode(), "png": picture_bytes((number % 256, 0, 0))}
-    return ShardRow(key=f"row{number}", members=members)
 
 
 @pytest.fixture

@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from dehvf_ds.batch import IGNORE_INDEX
 from dehvf_ds.config import UserError
-from dehvf_ds.data.chat import bos_ids, encode_chat, encode_chat_prompt, parse_conversation
+from dehvf_ds.data.chat import (
+    begins_with_answer,
+    bos_ids,
+    encode_chat,
+    encode_chat_prompt,
+    parse_conversation,
+)
 
 CHATML = (
     "{% for message in messages %}"
@@ -105,7 +111,7 @@ def test_llava_record():
     ],
 )
 def test_placeholders_leave_with_the_space_beside_them(value, content):
-    assert parse_conversation(turns(("human", value), ("gpt", "")))[0]["content"] == content
+    assert parse_conversation(turns(("human", value), ("gpt", "a")))[0]["content"] == content
 
 
 def test_text_only_record_with_a_system_turn():
@@ -126,8 +132,17 @@ def test_text_only_record_with_a_system_turn():
         (turns(("human", None)), r"turn 1 .*: value is NoneType, not a text"),
         (turns(("human", "a"), ("user", "b")), r"turn 2 .*: user speaks twice in a row"),
         (turns(("human", "a"), ("gpt", "b"), ("gpt", "c")), r"turn 3 .*: assistant speaks twice in a row"),
-        (turns(("gpt", "a"), ("human", "b")), r"begins with the assistant"),
-        (turns(("system", "a"), ("gpt", "b")), r"begins with the assistant"),
+        (turns(("gpt", "a"), ("human", "b")), r"no turn of the assistant"),
+        (turns(("system", "a"), ("gpt", "b")), r"no turn of the assistant"),
+        (turns(("gpt", "a"), ("gpt", "b"), ("human", "c")), r"turn 2 .*: assistant speaks twice"),
+        (turns(("human", "a"), ("gpt", "")), r"turn 2 .*: the answer is empty"),
+        (
+            turns(("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", " \n")),
+            r"turn 4 .*: the answer is empty",
+        ),
+        (turns(("human", "a"), ("gpt", "\u200b\ufeff")), r"turn 2 .*: the answer is empty"),
+        (turns(("human", " "), ("gpt", "b")), r"turn 1 .*: the question is empty"),
+        (turns(("human", float("nan")), ("gpt", "b")), r"turn 1 .*: value is float, not a text"),
         (turns(("human", "a")), r"no turn of the assistant"),
     ],
 )
@@ -135,6 +150,22 @@ def test_damaged_records(record, message):
     with pytest.raises(UserError, match=message) as caught:
         parse_conversation(record)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("before", [(), (("system", "s"),)])
+@pytest.mark.parametrize("first", ["Hello, I can see.", ""])
+def test_an_answer_before_the_first_question_is_dropped(before, first):
+    talk = (("human", "a"), ("gpt", "b"))
+    record = turns(*before, ("gpt", first), *talk)
+    assert begins_with_answer(record)
+    assert not begins_with_answer(turns(*before, *talk))
+    assert parse_conversation(record) == parse_conversation(turns(*before, *talk))
+
+
+@pytest.mark.parametrize("speakers", [("Human", "GPT"), ("USER", "Assistant"), (" human", "gpt ")])
+def test_speakers_in_any_case(speakers):
+    talk = parse_conversation(turns((speakers[0], "<image>"), (speakers[1], "b")))
+    assert [message["role"] for message in talk] == ["user", "assistant"]
 
 
 def test_generation_needs_no_answer():

@@ -4,6 +4,7 @@ import io
 import pickle
 import re
 import struct
+import tracemalloc
 import zlib
 from datetime import timedelta
 
@@ -240,15 +241,50 @@ def test_large_is_decoded_without_a_warning(monkeypatch):
         decode_image(encoded(Image.new("RGB", (41, 40))))
 
 
+def text_chunk(kind: bytes, text: bytes) -> bytes:
+    heads = {b"tEXt": b"a\0", b"iTXt": b"a\0\1\0\0\0", b"zTXt": b"a\0\0", b"iCCP": b"a\0\0"}
+    return png_chunk(kind, heads[kind] + (text if kind == b"tEXt" else zlib.compress(text)))
+
+
 @pytest.mark.parametrize("place", ["before", "after"])
-@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
-def test_huge_text_in_a_png(kind, place):
-    bomb = zlib.compress(bytes(30_000_000))
-    content = b"a\0\1\0\0\0" + bomb if kind == b"iTXt" else b"a\0\0" + bomb
-    data = encoded(Image.new("RGB", (4, 4)))
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt", b"iCCP"])
+@pytest.mark.parametrize(
+    ("count", "size"), [(1, 2_000_000), (1, 80_000_000), (80, 1_000_000)], ids=["large", "bomb", "many"]
+)
+def test_huge_texts_and_profiles_of_a_png_are_not_unpacked(kind, place, count, size):
+    """The picture is decoded as without them, in little memory."""
+    if kind == b"tEXt" and count > 1:
+        pytest.skip("nothing is packed")
+    data = encoded(quarters())
     at = 33 if place == "before" else len(data) - 12
-    with pytest.raises(ValueError, match=NOT_READABLE):
-        decode_image(data[:at] + png_chunk(kind, content) + data[at:])
+    given = data[:at] + text_chunk(kind, bytes(size)) * count + data[at:]
+    tracemalloc.start()
+    try:
+        found = decode_image(given)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert_colours(of_quarters(found), [RED, GREEN, BLUE, WHITE], 0)
+    # What is kept of the file itself, and at most 16 texts of a megabyte, each as bytes and as text.
+    assert peak < 3 * len(given) + 60_000_000
+
+
+def test_small_texts_of_a_png_stay():
+    """ImageMagick writes EXIF as a text, and with it how the picture is turned."""
+    data = encoded(quarters())
+    xmp = b"XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation='3' tiff:Orientation=\"3\"/>"
+    given = data[:33] + png_chunk(b"iTXt", xmp) + text_chunk(b"zTXt", bytes(2_000_000)) + data[33:]
+    assert_colours(of_quarters(decode_image(given)), [WHITE, BLUE, GREEN, RED], 0)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "DIB", "WEBP"])
+def test_kinds_of_pictures(kind):
+    if kind == "AVIF" and kind not in images.FORMATS:
+        pytest.skip("this Pillow has no AVIF")
+    options = {"quality": 100} if kind in ("AVIF", "WEBP") else {}
+    assert_colours(
+        of_quarters(decode_image(encoded(quarters(64, 64), kind, **options))), [RED, GREEN, BLUE, WHITE], 12
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
-from tiny_shards import write_shards
+from tiny_shards import caption_row, write_shards
 
 from dehvf_ds.config import UserError
+from dehvf_ds.data.damage import DamagedSample
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.manifest import INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME
-from dehvf_ds.data.shards import DamagedSample, ShardRow
+from dehvf_ds.data.shards import ShardRow
 
 
 def test_every_sample_is_read_from_its_own_bytes(make_shards):
@@ -94,7 +95,7 @@ def _break(directory, what):
         ("no manifest", r"manifest.json: no such file; build shards"),
         ("no json", r"manifest.json: not a manifest"),
         ("no fields", r"manifest.json: not a manifest of shards: KeyError"),
-        ("version", r"format version 99, this program reads 2"),
+        ("version", r"format version 99, this program reads 3"),
         ("other name", r"shard name '../x.tar' is not a plain file name"),
         ("no lengths", r"text_lengths.npy: no such file"),
         ("sum", r"num_samples 11 is not the sum"),
@@ -151,10 +152,10 @@ def test_index_of_other_shards_gives_no_other_sample(make_shards):
             index.read(row)
 
 
-def test_a_key_in_two_shards_is_named(tmp_path):
-    rows = [ShardRow(key=key, members={"json": b"{}"}) for key in ("a", "b", "c", "a")]
+def test_a_sample_in_two_shards_is_named(tmp_path):
+    rows = [caption_row(number) for number in (0, 1, 2, 0)]
     with pytest.raises(
-        UserError, match=r"key 'a' is given to two samples, in x-000000.tar and in x-000001.tar"
+        UserError, match=r"'row0' stands in x-000000.tar and, the same bytes, in x-000001.tar; remove one"
     ):
         write_shards(rows, tmp_path / "out", name="x", samples_per_shard=2, builder={})
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
@@ -181,9 +182,9 @@ def test_writing_is_deterministic_and_leaves_no_part(tmp_path, make_shards):
     [
         ([], "no sample to index"),
         ([ShardRow(key="a.b", members={"json": b"{}"})], "dot, slash or space"),
-        ([ShardRow(key=k, members={"json": b"{}"}) for k in "aba"], "key 'a' is given to two samples"),
+        ([caption_row(number) for number in (0, 1, 0)], "key 'row0' is given to two samples"),
         ([ShardRow(key="a", members={"json": b"[]"})], "text is not usable: not an object; repair it"),
-        ([ShardRow(key="a", members={"json": b'{"captions": [" "]}'})], "has an empty caption"),
+        ([ShardRow(key="a", members={"json": b'{"captions": [" "]}', "png": b"p"})], "has an empty caption"),
     ],
 )
 def test_unfit_rows(tmp_path, rows, message):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,8 @@ from tiny_shards import write_shards
 
 from dehvf_ds.batch import IGNORE_INDEX
 from dehvf_ds.config import DataConfig, UserError
+from dehvf_ds.data import records
+from dehvf_ds.data.damage import DamagedSample
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.loader import (
     build_loader,
@@ -22,7 +25,7 @@ from dehvf_ds.data.loader import (
     read_all,
 )
 from dehvf_ds.data.samples import read_sample
-from dehvf_ds.data.shards import DamagedSample, ShardRow
+from dehvf_ds.data.shards import ShardRow
 
 
 @pytest.fixture
@@ -189,22 +192,74 @@ def test_damaged_sample_is_one_line(make_shards, build, workers):
     assert multiprocessing.active_children() == []
 
 
-def test_sample_that_lost_its_picture(tmp_path):
-    row = ShardRow(key="a", members={"json": b'{"file_name": "a.jpg", "captions": ["x"]}'})
-    text_only = ShardRow(key="b", members={"json": b'{"image": "b.png", "image_missing": true}'})
-    broken = ShardRow(key="c", members={"json": b"{}", "png": b"no picture"})
-    write_shards([row, text_only, broken], tmp_path / "s", name="s", samples_per_shard=5, builder={})
+PROBLEM = {"question": "?", "choices": ["a", "b"], "answer": 0, "hint": "", "grade": "grade2"}
+PROBLEM |= {"subject": "social science"}
+TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A dog."}]
+
+
+def rows_of(*records, picture=None) -> list[ShardRow]:
+    members = {} if picture is None else {"png": picture}
+    return [
+        ShardRow(key=f"r{number}", members={"json": json.dumps(record).encode(), **members})
+        for number, record in enumerate(records)
+    ]
+
+
+def as_indexed_before(directory, rows, monkeypatch):
+    """Shards as an earlier version indexed them: without a look at the pictures."""
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "_require_no_picture", lambda *_: None)
+        write_shards(rows, directory, name="s", samples_per_shard=5, builder={})
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"format_version": 2}
+    for name in ("num_pictures", "tasks", "key_prefix"):
+        del manifest[name]
+    path.write_text(json.dumps(manifest))
+
+
+def test_sample_that_lost_its_picture(tmp_path, monkeypatch):
+    lost, missing = PROBLEM | {"image": "b.png"}, PROBLEM | {"image": "b.png", "image_missing": True}
+    rows = rows_of({"file_name": "a.jpg", "captions": ["x"]}, missing, lost)
+    broken = ShardRow(key="c", members={"json": b'{"captions": ["x"]}', "png": b"no picture"})
+    as_indexed_before(tmp_path / "s", [*rows, broken], monkeypatch)
     index = ShardIndex(tmp_path / "s")
-    with pytest.raises(DamagedSample, match=r"sample 0 \(a\): its record names a picture"):
+    with pytest.raises(
+        DamagedSample, match=r"sample 0 \(r0\): a caption without a picture.*--overwrite --skip-bad"
+    ):
         read_sample(index, 0)
     assert read_sample(index, 1).image is None
-    with pytest.raises(DamagedSample, match=r"sample 2 \(c\): not a readable picture"):
+    with pytest.raises(DamagedSample, match=r"sample 2 \(r2\): its record names a picture"):
         read_sample(index, 2)
+    with pytest.raises(DamagedSample, match=r"sample 3 \(c\): not a readable picture"):
+        read_sample(index, 3)
+
+
+def test_no_caption_is_trained_blind(tmp_path, monkeypatch, build):
+    """Not in shards that an earlier version indexed, nor where an index counts fewer pictures than rows."""
+    as_indexed_before(tmp_path / "s", rows_of(*[{"captions": ["x"]}] * 4), monkeypatch)
+    with pytest.raises(UserError, match=r"a caption without a picture"):
+        next(iter(build(data_config(tmp_path / "s"))))
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "_require_no_picture", lambda *_: None)
+        write_shards(rows_of({"captions": ["x"]}), tmp_path / "t", name="s", samples_per_shard=5, builder={})
+    with pytest.raises(UserError, match=r"1 of 1 captions have no picture; make the index again"):
+        open_examples(data_config(tmp_path / "t"), seed=0)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_rows_of_another_task(tmp_path, monkeypatch, build, old):
+    for name, record, wrong in (("p", PROBLEM, "chat"), ("c", {"conversations": TURNS}, "scienceqa")):
+        directory = tmp_path / name
+        if old:
+            as_indexed_before(directory, rows_of(record, record), monkeypatch)
+        else:
+            write_shards(rows_of(record, record), directory, name="s", samples_per_shard=5, builder={})
+        with pytest.raises(UserError, match=rf"data\.task .*{wrong}"):
+            next(iter(build(data_config(directory, task=wrong))))
 
 
 def test_shards_of_another_task(tmp_path, make_shards):
-    problem = ShardRow(key="p", members={"json": b'{"question": "?"}'})
-    write_shards([problem], tmp_path / "p", name="p", samples_per_shard=5, builder={})
+    write_shards(rows_of(PROBLEM), tmp_path / "p", name="p", samples_per_shard=5, builder={})
     with pytest.raises(UserError, match=r"sample 0 has no caption, as data\.task caption needs"):
         open_examples(data_config(tmp_path / "p"), seed=0)
     with pytest.raises(UserError, match=r"holds captions, not rows as data.task scienceqa needs"):

@@ -11,18 +11,17 @@ import pytest
 from tiny_shards import write_shards
 
 from dehvf_ds.config import UserError
+from dehvf_ds.data.damage import DamagedSample
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.manifest import write_index
+from dehvf_ds.data.members import parse_members
+from dehvf_ds.data.records import parse_record, text_lengths
 from dehvf_ds.data.shards import (
-    DamagedSample,
     ShardRow,
     find_key,
     hash_keys,
-    parse_members,
-    parse_record,
     scan_shard,
     temporary_name,
-    text_lengths,
     write_shard,
 )
 
@@ -50,10 +49,11 @@ def write_tar(path, *members, form=tarfile.USTAR_FORMAT):
 
 def test_what_is_written_is_scanned(tmp_path):
     path = tmp_path / "a.tar"
-    table = write_shard(
-        [row(0), row(1), row(2, size=0, captions=[], question="Why?", choices=["a", "bc"])], path
-    )
+    problem = {"question": "Why?", "choices": ["a", "bc"], "answer": 1, "hint": "", "grade": "grade2"}
+    problem |= {"subject": "social science"}
+    table = write_shard([row(0), row(1), row(2, size=0, captions=[], **problem)], path)
     assert table.rows[:, 2].tolist() == [2, 2, 0]
+    assert (table.num_pictures, table.tasks) == (2, {"caption": 2, "scienceqa": 1})
     assert table.text_lengths.tolist() == [11, 7, 12, 7, 7]
     assert table.num_bytes == path.stat().st_size
     assert [find_key(path, int(value)) for value in table.key_hashes] == ["row0", "row1", "row2"]
@@ -92,31 +92,41 @@ def test_keys_that_do_not_fit(tmp_path, key):
 
 
 GOOD = b'{"captions": ["One."]}'
+
+
+def sample(key, record=GOOD):
+    return [(f"{key}.jpg", b"j"), (f"{key}.json", record)]
+
+
 BAD_SAMPLES = {
     "no text": ([("b.jpg", b"j")], "lacks its .json"),
-    "not JSON": ([("b.json", b"{")], "its text is not usable"),
-    "a list": ([("b.json", b"[]")], "not an object"),
-    "not UTF-8": ([("b.json", b'{"a": "\xff"}')], "its text is not usable"),
-    "txt not UTF-8": ([("b.txt", b"\xff")], "its text is not usable"),
-    "empty caption": ([("b.txt", b"  ")], "has an empty caption"),
-    "number as caption": ([("b.json", b'{"captions": [3]}')], "has an empty caption, or one that is no text"),
-    "captions a text": ([("b.json", b'{"captions": "One."}')], "has an empty caption"),
-    "key twice": ([("b.json", GOOD), ("c.json", GOOD), ("b.json", GOOD)], "key 'b' is given to two samples"),
-    "member twice": ([("b.json", GOOD), ("b.json", GOOD)], "not readable"),
+    "not JSON": (sample("b", b"{"), "its text is not usable"),
+    "a list": (sample("b", b"[]"), "not an object"),
+    "not UTF-8": (sample("b", b'{"a": "\xff"}'), "its text is not usable"),
+    "txt not UTF-8": ([("b.jpg", b"j"), ("b.txt", b"\xff")], "its text is not usable: not UTF-8 at byte 0"),
+    "txt of UTF-16": ([("b.jpg", b"j"), ("b.txt", "a dog".encode("utf-16"))], "it looks like UTF-16"),
+    "empty caption": ([("b.jpg", b"j"), ("b.txt", b"  ")], "has an empty caption"),
+    "number as caption": (sample("b", b'{"captions": [3]}'), "has an empty caption, or one that is no text"),
+    "captions a text": (sample("b", b'{"captions": "One."}'), "captions is str, not a list"),
+    "nothing to learn": (sample("b", b'{"url": "x"}'), "has no caption, nor conversations"),
+    "key twice": ([*sample("b"), *sample("c"), *sample("b")], "key 'b' is given to two samples"),
+    "member twice": ([*sample("b"), ("b.json", GOOD)], "holds two members .json"),
+    "a name that leaves": ([("../b.json", GOOD)], "inside the archive"),
+    "no ending": ([("b", GOOD)], "inside the archive"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_SAMPLES)
 def test_bad_samples_are_named_or_left_out(tmp_path, name):
     members, message = BAD_SAMPLES[name]
-    path = write_tar(tmp_path / "a.tar", ("a.json", GOOD), *members, ("z.json", GOOD))
+    path = write_tar(tmp_path / "a.tar", *sample("a"), *members, *sample("z"))
     with pytest.raises(UserError, match=message) as caught:
         scan_shard(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     table = scan_shard(path, skip_bad=True)
     assert len(table.bad) == 1
-    assert message in table.bad[0]
+    assert message in table.bad[0].line
     keys = [find_key(path, int(value)) for value in table.key_hashes]
     assert (keys[0], keys[-1]) == ("a", "z")
 
@@ -130,9 +140,9 @@ def test_damage_is_called_by_the_shown_name(tmp_path):
 @pytest.mark.parametrize("name", ["../a.json", "/a.json", "x/../../a.json", "no_extension"])
 def test_members_that_leave_the_archive(tmp_path, name):
     path = write_tar(tmp_path / "a.tar", (name, GOOD))
-    for skip_bad in (False, True):
-        with pytest.raises(UserError, match="inside the archive"):
-            scan_shard(path, skip_bad=skip_bad)
+    with pytest.raises(UserError, match="inside the archive"):
+        scan_shard(path)
+    assert [bad.reason for bad in scan_shard(path, skip_bad=True).bad] == ["with an unusable name"]
 
 
 def test_img2dataset_and_long_names(tmp_path):
@@ -140,12 +150,14 @@ def test_img2dataset_and_long_names(tmp_path):
         ("000000000.jpg", b"j"),
         ("000000000.json", b'{"caption": "From json.", "key": "000000000", "width": 3}'),
         ("000000000.txt", b"From txt."),
+        ("deep/er/000000001.JPG", b"j"),
         ("deep/er/000000001.JSON", b'{"caption": "Alone."}'),
+        ("x" * 180 + ".gif", b"g"),
         ("x" * 180 + ".txt", "Länge".encode()),
     ]
     for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         if form == tarfile.USTAR_FORMAT:
-            path = write_tar(tmp_path / "a.tar", *members[:4], form=form)
+            path = write_tar(tmp_path / "a.tar", *members[:5], form=form)
         else:
             path = write_tar(tmp_path / "a.tar", *members, form=form)
         table = scan_shard(path)
@@ -192,7 +204,7 @@ def test_a_compressed_tar_is_refused(tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("a.json"))
-    with pytest.raises(UserError, match="not a whole, uncompressed tar"):
+    with pytest.raises(UserError, match=r"not a whole, uncompressed tar.*packed by gzip: unpack it"):
         scan_shard(path)
 
 
@@ -331,7 +343,7 @@ FOREIGN_RECORDS = {
 
 @pytest.mark.parametrize("name", FOREIGN_RECORDS)
 def test_odd_records_are_taken_or_refused(tmp_path, name):
-    path = write_tar(tmp_path / "a.tar", ("a.json", FOREIGN_RECORDS[name]))
+    path = write_tar(tmp_path / "a.tar", *sample("a", FOREIGN_RECORDS[name]))
     table = scan_shard(path, skip_bad=True)
     assert len(table.rows) + len(table.bad) == 1
 

@@ -7,13 +7,14 @@ import threading
 import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data import storage
+from dehvf_ds.data import fetch, storage
+from dehvf_ds.data.damage import DamagedSample
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.shards import DamagedSample
 
 
 @pytest.fixture
@@ -99,6 +100,85 @@ def test_what_cannot_be_fetched_is_one_line(directory, remote, http, tmp_path, c
     assert "tiny-000001.tar" in str(caught.value)
     index.close()
     assert list(tmp_path.glob("cache/*.part")) == []
+
+
+class Failing(QuietHandler):
+    """Answers as servers do that have no shard to give."""
+
+    def do_GET(self):
+        what = self.path.split("/")[1]
+        body = (Path(self.directory) / Path(self.path).name).read_bytes()
+        if what.isdigit():
+            self.send_error(int(what))
+        elif what == "login":
+            self.send_response(302)
+            self.send_header("Location", "/page")
+            self.end_headers()
+        elif what == "page":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"\n<!DOCTYPE html><html>Please log in</html>")
+        else:
+            self.send_response(200)
+            if what == "cut":
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:700])
+
+
+@pytest.fixture
+def failing(remote):
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Failing, directory=str(remote))) as server:
+        (remote / "page").write_bytes(b"")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://user:secret@127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("404", r"/404/tiny-000001\.tar: HTTP 404: there is no such file; look at data\.location"),
+        ("403", r"HTTP 403: the server refuses it; look at permissions"),
+        ("401", r"HTTP 401: the server wants a login"),
+        ("500", r"HTTP 500: the server fails; try again later"),
+        ("login", r"sends a web page, not a shard .*; open it in a browser"),
+        ("cut", r"ended early; try again|ended after 700 of \d+ bytes"),
+        ("short", r"ended after 700 of \d+ bytes; copy it again"),
+    ],
+)
+def test_what_a_server_refuses_is_one_line(directory, failing, tmp_path, monkeypatch, path, message, cached):
+    monkeypatch.setattr(fetch, "RETRIES", 0)
+    place = f"{failing}/{path}"
+    index = ShardIndex(directory, location=place, cache_dir=str(tmp_path / "cache") if cached else None)
+    with pytest.raises(DamagedSample, match=message) as caught:
+        index.read(4)
+    assert "\n" not in str(caught.value)
+    assert "tiny-000001.tar" in str(caught.value)
+    assert "Popen" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+    index.close()
+    assert list(tmp_path.glob("cache/*.part")) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("http://127.0.0.1:9", "the server cannot be reached; look at data.location"),
+        ("http://no-such-server.invalid", "the server's name is unknown|proxy"),
+        ("pipe:echo first >&2; echo 'no such bucket' >&2; exit 3 # {}", "with code 3: no such bucket"),
+        ("pipe:no-such-program {}", "with code 127: .*not found"),
+    ],
+)
+def test_what_cannot_be_reached_is_one_line(directory, remote, monkeypatch, capfd, place, message):
+    monkeypatch.setattr(fetch, "RETRIES", 0)
+    index = ShardIndex(directory, location=place)
+    with pytest.raises(DamagedSample, match=message) as caught:
+        index.read(4)
+    assert "\n" not in str(caught.value)
+    index.close()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_changed_copy_is_refused(directory, remote, tmp_path):

@@ -19,8 +19,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Relative, by norm; eight bits of mantissa in bf16, eleven in fp16, through four layers.
 LOGITS = {"bf16": 6e-2, "fp16": 1e-2}
 LOSS = {"bf16": 5e-3, "fp16": 1e-3}
-# Nats a token. Logits that are 3 % off turn near ties around: 0.52 was measured on an H200, while a token that
-# has nothing to do with the model lies some 4 below.
+# Nats a token. Logits that are 3 % off turn near ties around: 0.52 was measured on an H200, while a token
+# that has nothing to do with the model lies some 4 below.
 REGRET = {"bf16": 1.0, "fp16": 0.1}
 GRADIENT = {"bf16": 0.2, "fp16": 3e-2}
 NEW_TOKENS = 8

@@ -55,9 +55,6 @@ train:
 
 def _row(number: int) -> ShardRow:
     record = {"captions": [f"Row {number} says {'so ' * (number % 5)}much."]}
-    members = {}
-    if number % 4:
-        file = io.BytesIO()
-        Image.new("RGB", (20, 18), (number * 7 % 256, 30, 200)).save(file, "PNG")
-        members["png"] = file.getvalue()
-    return ShardRow(key=f"row{number}", members={"json": json.dumps(record).encode(), **members})
+    file = io.BytesIO()
+    Image.new("RGB", (20, 18), (number * 7 % 256, 30, 200)).save(file, "PNG")
+    return ShardRow(key=f"row{number}", members={"json": json.dumps(record).encode(), "png": file.getvalue()})

@@ -32,8 +32,10 @@ from rich.text import Text
 from dehvf_ds.config import UserError
 from dehvf_ds.data.building import sources
 from dehvf_ds.data.building.adopt import adopt_shards
+from dehvf_ds.data.building.left_out import BadRows
 from dehvf_ds.data.building.plan import BuildSettings, describe_file
 from dehvf_ds.data.building.sources import SourceRow
+from dehvf_ds.data.building.tables import read_csv
 from dehvf_ds.data.building.verify import verify_shards
 from dehvf_ds.data.building.write import build_shards
 
@@ -77,8 +79,12 @@ def build_parser() -> argparse.ArgumentParser:
     karpathy.add_argument("--images", type=Path, required=True, help="directory of the pictures")
     karpathy.add_argument("--split", required=True, help="train, val, test, or several as train+restval")
 
-    table = _add_source(commands, "csv", _csv, "Flickr8k's captions.txt, with the header image,caption")
-    table.add_argument("--captions", type=Path, required=True, help="the csv file")
+    table = _add_source(
+        commands, "csv", _csv, "a table with a header, as image,caption (Flickr8k, Flickr30k)"
+    )
+    table.add_argument(
+        "--captions", type=Path, required=True, help="the table, of commas, tabs, semicolons or bars"
+    )
     table.add_argument("--images", type=Path, required=True, help="directory of the pictures")
 
     problems = _add_source(commands, "scienceqa", _scienceqa, "ScienceQA's problems.json and pictures")
@@ -99,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     index = commands.add_parser("index", help="index shards made by another tool")
     index.add_argument("directory", type=Path, metavar="DIR", help="holds *.tar, as img2dataset writes them")
-    index.add_argument("--skip-bad", action="store_true", help="leave unusable samples out of the index")
+    _add_checks(index, "samples")
     index.add_argument("--overwrite", action="store_true", help="index anew what has a manifest")
     index.set_defaults(run=_run_index)
     verify = commands.add_parser("verify", help="read everything again and say what is damaged")
@@ -120,7 +126,7 @@ def parse_size(text: str) -> int:
 
 
 def _add_source(
-    commands: Any, name: str, read: Callable[[argparse.Namespace], list[SourceRow]], text: str
+    commands: Any, name: str, read: Callable[[argparse.Namespace, BadRows], list[SourceRow]], text: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=f"Builds shards from {text}.")
     parser.add_argument(
@@ -142,10 +148,21 @@ def _add_source(
         "--shorter-side", type=int, metavar="N", help="make larger pictures smaller, to this shorter side"
     )
     parser.add_argument("--jpeg-quality", type=int, default=90, metavar="Q", help="of those (%(default)s)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out rows of a bad picture")
+    _add_checks(parser, "rows")
     _add_num_workers(parser)
     parser.set_defaults(run=_run_build, read=read)
     return parser
+
+
+def _add_checks(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help=f"leave out {what} whose picture is missing or cannot be decoded, that have no caption "
+        "or several pictures, or whose text or record is damaged, and count them by reason; without it the "
+        "first is an error",
+    )
+    parser.add_argument("--no-decode", action="store_true", help="do not decode the pictures")
 
 
 def _add_num_workers(parser: argparse.ArgumentParser) -> None:
@@ -158,30 +175,31 @@ def _add_num_workers(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _coco(args: argparse.Namespace) -> list[SourceRow]:
-    return sources.read_coco(args.annotations, args.images, note=_note)
+def _coco(args: argparse.Namespace, bad: BadRows) -> list[SourceRow]:
+    return sources.read_coco(args.annotations, args.images, note=_note, bad=bad)
 
 
-def _karpathy(args: argparse.Namespace) -> list[SourceRow]:
-    return sources.read_karpathy(args.dataset, args.images, args.split, note=_note)
+def _karpathy(args: argparse.Namespace, bad: BadRows) -> list[SourceRow]:
+    return sources.read_karpathy(args.dataset, args.images, args.split, note=_note, bad=bad)
 
 
-def _csv(args: argparse.Namespace) -> list[SourceRow]:
-    return sources.read_csv(args.captions, args.images, note=_note)
+def _csv(args: argparse.Namespace, bad: BadRows) -> list[SourceRow]:
+    return read_csv(args.captions, args.images, note=_note, bad=bad)
 
 
-def _scienceqa(args: argparse.Namespace) -> list[SourceRow]:
+def _scienceqa(args: argparse.Namespace, bad: BadRows) -> list[SourceRow]:
     return sources.read_scienceqa(
         args.root,
         args.split,
         captions=args.captions,
         allow_missing_images=args.allow_missing_images,
         note=_note,
+        bad=bad,
     )
 
 
-def _llava(args: argparse.Namespace) -> list[SourceRow]:
-    return sources.read_llava(args.json, args.images)
+def _llava(args: argparse.Namespace, bad: BadRows) -> list[SourceRow]:
+    return sources.read_llava(args.json, args.images, bad=bad)
 
 
 def _facts(args: argparse.Namespace) -> dict[str, Any]:
@@ -209,8 +227,10 @@ def _run_build(args: argparse.Namespace) -> int:
         shorter_side=args.shorter_side,
         jpeg_quality=args.jpeg_quality,
         skip_bad=args.skip_bad,
+        decode=not args.no_decode,
     )
-    rows = args.read(args)
+    bad = BadRows(skip=args.skip_bad)
+    rows = args.read(args, bad)
     facts = _facts(args)
     with _Progress("Writing shards", "samples") as progress:
         manifest, was_there = build_shards(
@@ -222,6 +242,7 @@ def _run_build(args: argparse.Namespace) -> int:
             num_workers=args.num_workers,
             progress=progress,
             note=_note,
+            bad=bad,
         )
     print(f"{args.output}: {'complete already: ' if was_there else ''}{_counts(manifest)}")
     return 0
@@ -236,6 +257,7 @@ def _run_index(args: argparse.Namespace) -> int:
             num_workers=args.num_workers,
             progress=progress,
             note=_note,
+            decode=not args.no_decode,
         )
     print(f"{args.directory}: {_counts(manifest)}")
     return 0
@@ -262,6 +284,7 @@ def _counts(manifest: dict[str, Any]) -> str:
     total = sum(shard["bytes"] for shard in manifest["shards"])
     return (
         f"{manifest['num_samples']} samples, {manifest['num_captions']} captions, "
+        f"{manifest.get('num_pictures', 'some')} pictures, "
         f"{len(manifest['shards'])} shards, {total / 1e6:.1f} MB"
     )
 

@@ -7,19 +7,17 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from dehvf_ds.config import UserError
+from dehvf_ds.data.damage import one_line
 from dehvf_ds.data.manifest import MANIFEST_NAME, read_manifest
-from dehvf_ds.data.shards import one_line, publish, temporary_name
+from dehvf_ds.data.shards import publish, temporary_name
 
 PLAN_NAME = ".build.json"
 """Arguments of a build that is not finished; the manifest takes them over."""
-
-MAX_NAMED = 20
-"""Most samples that a manifest names as left out."""
 
 
 class Progress(Protocol):
@@ -76,11 +74,6 @@ def write_error(error: OSError, path: Path) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"{path}: {reason}; make room and call again, finished shards are kept")
     return UserError(f"{error.filename or path}: {reason}")
-
-
-def left_out_fields(left_out: Sequence[str]) -> dict[str, Any]:
-    """What a manifest says of samples that are not in the shards."""
-    return {"left_out": len(left_out), "left_out_first": list(left_out[:MAX_NAMED])}
 
 
 def finished_manifest(output: Path, builder: dict[str, Any]) -> dict[str, Any] | None:

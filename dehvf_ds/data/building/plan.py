@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import Any
 
 from dehvf_ds.config import UserError
+from dehvf_ds.data.building.left_out import BadRows
 from dehvf_ds.data.building.sources import SourceRow
-from dehvf_ds.data.shards import one_line
+from dehvf_ds.data.damage import BAD_RECORD, NO_PICTURE, UNDECODABLE, one_line
+from dehvf_ds.data.members import IMAGE_MEMBERS
 
-MEMBER_OF_SUFFIX = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+MEMBER_OF_SUFFIX = {f".{kind}": kind for kind in IMAGE_MEMBERS} | {".jpeg": "jpg"}
 MAX_KEY_LENGTH = 80
 STAT_THREADS = 16
 
@@ -30,7 +31,8 @@ class BuildSettings:
         bytes_per_shard: largest sum of the source files' sizes in a shard (a single larger row is one, too).
         shorter_side: pictures with a longer one are resized to this shorter side and stored as JPEG.
         jpeg_quality: quality of those, 1 to 100.
-        skip_bad: leave out rows whose picture has no bytes or cannot be decoded for resizing.
+        skip_bad: leave out rows that cannot be used.
+        decode: decode every picture, to find those that are not whole.
     """
 
     samples_per_shard: int | None = 1000
@@ -38,6 +40,7 @@ class BuildSettings:
     shorter_side: int | None = None
     jpeg_quality: int = 90
     skip_bad: bool = False
+    decode: bool = False
 
     def __post_init__(self) -> None:
         for name in ("samples_per_shard", "bytes_per_shard", "shorter_side", "jpeg_quality"):
@@ -58,18 +61,38 @@ class PlannedRow:
     image_bytes: int
 
 
-def plan_shards(rows: Sequence[SourceRow], settings: BuildSettings) -> list[list[PlannedRow]]:
+def plan_shards(
+    rows: Sequence[SourceRow], settings: BuildSettings, bad: BadRows | None = None
+) -> list[list[PlannedRow]]:
     """Gives every row its key and its shard; looks at every picture's size and at no picture's bytes.
 
+    Keys do not depend on which rows are left out.
+
+    Args:
+        rows: the samples.
+        settings: how rows become shards.
+        bad: takes rows whose picture is missing, of an unknown kind or empty, or whose record cannot be
+            stored.
+
     Raises:
-        UserError: a picture is missing, of an unknown kind or empty, or a record cannot be stored.
+        UserError: such a row is not to be left out.
     """
-    sizes = _check_pictures(rows, skip_bad=settings.skip_bad)
+    bad = bad or BadRows(skip=settings.skip_bad)
+    sizes = picture_sizes(rows)
+    missing = sum(size is None for size in sizes), sum(row.image is not None for row in rows)
     keys = _unique_keys([row.name for row in rows])
     shards, filled = [[]], 0
     for row, key, image_bytes in zip(rows, keys, sizes, strict=True):
-        planned = PlannedRow(key, _encode_record(row, key), row.image, image_bytes)
-        num_bytes = image_bytes + len(planned.record)
+        try:
+            record = json.dumps(row.record, ensure_ascii=False, sort_keys=True).encode()
+        except ValueError as error:
+            bad.add(key, f"sample {key}: its record is not fit for UTF-8: {one_line(error)}", BAD_RECORD)
+            continue
+        if problem := _picture_problem(row.image, image_bytes, missing):
+            bad.add(key, f"{row.image}: {problem[0]}", problem[1])
+            continue
+        planned = PlannedRow(key, record, row.image, image_bytes or 0)
+        num_bytes = planned.image_bytes + len(record)
         full = len(shards[-1]) == settings.samples_per_shard
         if settings.bytes_per_shard is not None:
             full = bool(shards[-1]) and filled + num_bytes > settings.bytes_per_shard
@@ -95,30 +118,23 @@ def describe_file(path: Path) -> dict[str, str]:
         return {"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _check_pictures(rows: Sequence[SourceRow], *, skip_bad: bool) -> list[int]:
-    """Size of each row's picture in bytes, 0 without one."""
+def picture_sizes(rows: Sequence[SourceRow]) -> list[int | None]:
+    """Size of each row's picture in bytes; 0 for a row without one, None where there is no such file."""
     with ThreadPoolExecutor(STAT_THREADS) as pool:
-        sizes = list(pool.map(_file_bytes, [row.image for row in rows]))
-    paths = [(row.image, size) for row, size in zip(rows, sizes, strict=True) if row.image is not None]
-    if missing := [path for path, size in paths if size is None]:
-        raise UserError(
-            f"{missing[0]}: no such picture{_others(missing)} of {len(paths)}; look at --images or --root"
-        )
-    for path, _ in paths:
-        if path.suffix.lower() not in MEMBER_OF_SUFFIX:
-            known = ", ".join(MEMBER_OF_SUFFIX)
-            raise UserError(f"{path}: a picture's name ends in one of {known}; convert it")
-    empty = [path for path, size in paths if size == 0]
-    if empty and not skip_bad:
-        raise UserError(
-            f"{empty[0]}: a picture of 0 bytes{_others(empty)}; copy it again, or leave such rows out "
-            "with --skip-bad"
-        )
-    return [size or 0 for size in sizes]
+        return list(pool.map(_file_bytes, [row.image for row in rows]))
 
 
-def _others(found: Sequence[Any]) -> str:
-    return f" (and {len(found) - 1} others)" if len(found) > 1 else ""
+def _picture_problem(path: Path | None, size: int | None, missing: tuple[int, int]) -> tuple[str, str] | None:
+    """What is wrong with a row's picture, and a word to count it by."""
+    if path is None:
+        return None
+    if size is None:
+        others = f" (and {missing[0] - 1} others)" if missing[0] > 1 else ""
+        return f"no such picture{others} of {missing[1]}; look at --images or --root", NO_PICTURE
+    if path.suffix.lower() not in MEMBER_OF_SUFFIX:
+        known = ", ".join(f".{kind}" for kind in ("jpg", "png", "webp", "gif", "bmp", "tif", "avif", "jp2"))
+        return f"a picture's name ends in one of {known}, ..; convert it", UNDECODABLE
+    return ("a picture of 0 bytes; copy it again", UNDECODABLE) if size == 0 else None
 
 
 def _file_bytes(path: Path | None) -> int | None:
@@ -129,13 +145,6 @@ def _file_bytes(path: Path | None) -> int | None:
         return path.stat().st_size if path.is_file() else None
     except (OSError, ValueError):
         return None
-
-
-def _encode_record(row: SourceRow, key: str) -> bytes:
-    try:
-        return json.dumps(row.record, ensure_ascii=False, sort_keys=True).encode()
-    except ValueError as error:
-        raise UserError(f"sample {key}: its record is not fit for UTF-8: {one_line(error)}") from None
 
 
 def _unique_keys(names: Sequence[str]) -> list[str]:

@@ -1,24 +1,26 @@
-"""Published layouts of data sets, read into rows: COCO, Karpathy's splits, a csv file, ScienceQA, LLaVA.
+"""Published layouts of data sets, read into rows: COCO, Karpathy's splits, ScienceQA, LLaVA.
 
-Only annotations are read here; ``building.py`` looks at the pictures. What is wrong with a file is a
-``UserError`` that names the file and the entry. ``note`` gets what was left out, in one line.
+Tables are read in ``tables.py``. Only annotations are read here; ``plan.py`` looks at the pictures. What is
+wrong with a file is a ``UserError`` that names the file; what is wrong with a row goes to ``BadRows``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
+import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dehvf_ds.config import UserError
-
-Note = Callable[[str], None]
-"""Takes one line that the user should read."""
+from dehvf_ds.data.building.left_out import BadRows, Note
+from dehvf_ds.data.damage import BAD_NAME, KEY_TWICE, NO_CAPTION, DamagedSample
+from dehvf_ds.data.records import check_record, pictures_named
+from dehvf_ds.data.text import decode_text, is_text
 
 
 @dataclass(frozen=True)
@@ -30,36 +32,43 @@ class SourceRow:
     record: dict[str, Any]
 
 
-def read_coco(annotations: Path, images: Path, *, note: Note) -> list[SourceRow]:
+def read_coco(annotations: Path, images: Path, *, note: Note, bad: BadRows | None = None) -> list[SourceRow]:
     """Reads COCO's official annotations: pictures in the file's order, their captions in the file's order.
 
     Args:
         annotations: ``captions_*.json``.
         images: directory of the pictures.
-        note: told of empty captions and pictures without one, which are left out.
+        note: told of empty captions beside others, which are left out.
+        bad: takes rows that cannot be used; by default the first is an error.
 
     Raises:
         UserError: the file is not of this kind, an annotation names an unknown picture, an id stands twice.
     """
     content = _read_object(annotations, ("images", "annotations"), "COCO captions")
+    bad = bad or BadRows(skip=False)
+    pictures: dict[Any, str] = {}
+    captions: dict[Any, list[Any]] = {}
     with _entries_of(annotations):
-        captions: dict[Any, list[str]] = {}
-        for image in content["images"]:
-            if image["id"] in captions:
-                raise UserError(f"{annotations}: image id {image['id']} is given to two pictures")
-            captions[image["id"]] = []
-        for annotation in content["annotations"]:
-            if annotation["image_id"] not in captions:
-                raise UserError(f"{annotations}: annotation {annotation.get('id')} names an unknown image_id")
-            captions[annotation["image_id"]].append(annotation["caption"])
-        pictures = (
-            (image["id"], image["file_name"], _inside(images, annotations, image["file_name"]))
-            for image in content["images"]
-        )
-        return _caption_rows(annotations, ((*p, captions[p[0]]) for p in pictures), note)
+        for number, image in enumerate(content["images"]):
+            with bad.row(f"images[{number}]", f"{annotations}: images[{number}]"):
+                if image["id"] in pictures:
+                    raise DamagedSample(f"image id {image['id']} is given to two pictures", KEY_TWICE)
+                pictures[image["id"]], captions[image["id"]] = image["file_name"], []
+        for number, annotation in enumerate(content["annotations"]):
+            with bad.row(f"annotations[{number}]", f"{annotations}: annotations[{number}]"):
+                if annotation["image_id"] not in captions:
+                    raise DamagedSample(f"annotation {annotation.get('id')} names an unknown image_id")
+                captions[annotation["image_id"]].append(annotation.get("caption"))
+    rows = CaptionRows(images, bad)
+    for image_id, name in pictures.items():
+        with bad.row(f"image {image_id}", f"{annotations}: image id {image_id}"):
+            rows.add(image_id, name, captions[image_id], name)
+    return rows.finish(note)
 
 
-def read_karpathy(dataset: Path, images: Path, split: str, *, note: Note) -> list[SourceRow]:
+def read_karpathy(
+    dataset: Path, images: Path, split: str, *, note: Note, bad: BadRows | None = None
+) -> list[SourceRow]:
     """Reads a Karpathy split; pictures lie at IMAGES/filepath/filename or IMAGES/filename.
 
     Args:
@@ -67,70 +76,40 @@ def read_karpathy(dataset: Path, images: Path, split: str, *, note: Note) -> lis
         images: directory of the pictures.
         split: a split's name, or several as ``train+restval``.
         note: as for ``read_coco``.
+        bad: as for ``read_coco``.
 
     Raises:
         UserError: the file is not of this kind, or has no such split.
     """
     content = _read_object(dataset, ("images",), "Karpathy's split")
+    bad = bad or BadRows(skip=False)
     with _entries_of(dataset):
-        counts = Counter(image["split"] for image in content["images"])
-        wanted = split.split("+")
-        if unknown := [name for name in wanted if name not in counts]:
-            found = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
-            raise UserError(f"--split {split}: {dataset} has no split {unknown[0]!r}; it has {found}")
-
-        def path_of(image: dict[str, Any]) -> Path:
-            nested = _inside(images, dataset, image.get("filepath", ""), image["filename"])
-            return nested if nested.is_file() else _inside(images, dataset, image["filename"])
-
-        pictures = (
-            (
-                image["cocoid"] if "cocoid" in image else image["imgid"],
-                image["filename"],
-                path_of(image),
-                [sentence["raw"] for sentence in image["sentences"]],
-            )
-            for image in content["images"]
-            if image["split"] in wanted
-        )
-        return _caption_rows(dataset, pictures, note)
-
-
-def read_csv(captions: Path, images: Path, *, note: Note) -> list[SourceRow]:
-    """Reads a csv file with the header ``image,caption``; rows of one picture are joined.
-
-    Args:
-        captions: the file, in UTF-8.
-        images: directory of the pictures.
-        note: as for ``read_coco``.
-
-    Raises:
-        UserError: the file or its header is not there, or a line is not of two fields.
-    """
-    texts: dict[str, list[str]] = {}
-    _require_file(captions)
-    with captions.open(encoding="utf-8-sig", newline="") as file:
-        # strict: without it a quote that is never closed swallows the rest of the file as one caption.
-        lines = csv.reader(file, strict=True)
-        try:
-            if next(lines, None) != ["image", "caption"]:
-                raise UserError(f"{captions}: its first line is not the header image,caption")
-            for fields in lines:
-                if len(fields) != 2:
-                    raise UserError(
-                        f"{captions}, line {lines.line_num}: {len(fields)} fields, not 2; quote commas"
-                    )
-                texts.setdefault(fields[0], []).append(fields[1])
-        except UnicodeDecodeError as error:
-            raise UserError(f"{captions}: not UTF-8 after line {lines.line_num}: {error}") from None
-        except csv.Error as error:
-            raise UserError(f"{captions}, line {lines.line_num}: not csv: {error}") from None
-    pictures = ((Path(name).stem, name, _inside(images, captions, name), raw) for name, raw in texts.items())
-    return _caption_rows(captions, pictures, note)
+        entries = list(content["images"])
+    counts = Counter(entry["split"] for entry in entries if isinstance(entry, dict) and "split" in entry)
+    wanted = split.split("+")
+    if unknown := [name for name in wanted if name not in counts]:
+        found = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+        raise UserError(f"--split {split}: {dataset} has no split {unknown[0]!r}; it has {found}")
+    rows = CaptionRows(images, bad)
+    for number, entry in enumerate(entries):
+        with bad.row(f"images[{number}]", f"{dataset}: images[{number}]"):
+            if entry["split"] not in wanted:
+                continue
+            name, folder = entry["filename"], entry.get("filepath", "")
+            parts = [folder, name] if inside(images, folder, name).is_file() else [name]
+            image_id = entry["cocoid"] if "cocoid" in entry else entry["imgid"]
+            rows.add(image_id, name, [sentence["raw"] for sentence in entry["sentences"]], *parts)
+    return rows.finish(note)
 
 
 def read_scienceqa(
-    root: Path, split: str, *, captions: Path | None = None, allow_missing_images: bool = False, note: Note
+    root: Path,
+    split: str,
+    *,
+    captions: Path | None = None,
+    allow_missing_images: bool = False,
+    note: Note,
+    bad: BadRows | None = None,
 ) -> list[SourceRow]:
     """Reads a ScienceQA split. A record is the problem's own fields and its ``pid``.
 
@@ -143,6 +122,7 @@ def read_scienceqa(
         allow_missing_images: a problem whose picture is not there becomes text only, with
             ``image_missing``: true.
         note: told how many pictures and captions are missing.
+        bad: takes problems that could not be trained on or scored; by default the first is an error.
 
     Raises:
         UserError: the files are not of this kind, or there is no such split.
@@ -150,19 +130,20 @@ def read_scienceqa(
     problems_file, splits_file = root / "problems.json", root / "pid_splits.json"
     problems = _read_object(problems_file, (), "ScienceQA")
     splits = _read_object(splits_file, (), "ScienceQA")
+    bad = bad or BadRows(skip=False)
     if split not in splits:
         raise UserError(f"--split {split}: not in {splits_file}; it has {', '.join(splits)}")
     texts = None if captions is None else _read_image_captions(captions)
     rows, missing, bare, pictures = [], 0, 0, 0
-    with _entries_of(problems_file):
-        for pid in splits[split]:
+    for pid in splits[split]:
+        with bad.row(f"problem {pid}", f"{problems_file}: problem {pid}"):
             if pid not in problems:
-                raise UserError(f"{problems_file}: has no problem {pid}, which pid_splits.json names")
+                raise DamagedSample("it is not there, but pid_splits.json names it")
             record = {**problems[pid], "pid": pid}
             image = None
-            if record.get("image"):
+            if names := pictures_named(record):
                 pictures += 1
-                image = _inside(root / "images", problems_file, record["split"], pid, record["image"])
+                image = inside(root / "images", record["split"], pid, names[0])
                 if allow_missing_images and not image.is_file():
                     image, missing = None, missing + 1
                     record["image_missing"] = True
@@ -170,7 +151,9 @@ def read_scienceqa(
                     record["image_caption"] = texts[pid]
                 elif texts is not None:
                     bare += 1
-            rows.append(SourceRow(f"{int(pid):06d}" if pid.isdecimal() else pid, image, record))
+            checked = check_record(record, has_picture=image is not None)
+            bad.notes.update(checked.notes)
+            rows.append(SourceRow(f"{int(pid):06d}" if pid.isdecimal() else pid, image, checked.record))
     if missing:
         note(f"{missing} of {pictures} pictures are missing; their problems are text only")
     if bare:
@@ -178,72 +161,86 @@ def read_scienceqa(
     return rows
 
 
-def read_llava(annotations: Path, images: Path) -> list[SourceRow]:
+def read_llava(annotations: Path, images: Path, *, bad: BadRows | None = None) -> list[SourceRow]:
     """Reads conversations as LLaVA and ShareGPT publish them, in the file's order; records stay as they are.
 
     Args:
         annotations: a ``.json`` list, or a ``.jsonl`` with one on each line, of
             ``{"id": .., "image": NAME or absent, "conversations": [{"from": .., "value": ..}, ..]}``.
         images: directory of the pictures.
+        bad: takes rows that cannot be used; by default the first is an error.
 
     Raises:
-        UserError: the file is not of this kind, a row has no turns, or several pictures.
+        UserError: the file is not of this kind.
     """
+    bad = bad or BadRows(skip=False)
     rows = []
-    for number, record in enumerate(_read_list(annotations), start=1):
-        if not isinstance(record, dict):
-            raise UserError(f"{annotations}: row {number} is no object")
-        where = f"{annotations}: row {number}, id {record.get('id')!r}"
-        _check_turns(record.get("conversations"), where)
-        image = record.get("image")
-        if isinstance(image, list) and len(image) > 1:
-            raise UserError(f"{where}: {len(image)} pictures; one picture a row is supported")
-        if isinstance(image, list):
-            image = image[0] if image else None
-        path = _inside(images, where, image) if image else None
-        given = record.get("id")
-        rows.append(SourceRow(f"{number:09d}" if given is None else str(given), path, record))
+    for number, (place, parse) in enumerate(_read_list(annotations), start=1):
+        with bad.row(place, f"{annotations}, {place}"):
+            record = parse()
+            if not isinstance(record, dict):
+                raise DamagedSample("is no object")
+            given = record.get("id")
+            with _named(f"id {given!r}"):
+                if "conversations" not in record:
+                    raise DamagedSample("has no turns (conversations is missing)", NO_CAPTION)
+                names = pictures_named(record)
+                path = inside(images, names[0]) if names else None
+                checked = check_record(record, has_picture=path is not None)
+            bad.notes.update(checked.notes)
+            rows.append(SourceRow(f"{number:09d}" if given is None else str(given), path, checked.record))
     return rows
 
 
-def _caption_rows(
-    source: Path, pictures: Iterable[tuple[Any, str, Path, Sequence[str]]], note: Note
-) -> list[SourceRow]:
-    rows, bare, blank = [], 0, 0
-    for image_id, file_name, path, raw in pictures:
-        if wrong := [text for text in raw if not isinstance(text, str)]:
-            raise UserError(f"{source}: a caption of {file_name} is {type(wrong[0]).__name__}, not a text")
-        captions = [caption.strip() for caption in raw if caption.strip()]
-        blank += len(raw) - len(captions)
-        if captions:
-            record = {"image_id": image_id, "file_name": file_name, "captions": captions}
-            rows.append(SourceRow(Path(file_name).stem, path, record))
-        else:
-            bare += 1
-    if bare or blank:
-        note(f"left out {blank} empty captions and {bare} pictures without a caption")
-    return rows
+class CaptionRows:
+    """Gathers pictures and their captions from any annotation file."""
+
+    def __init__(self, images: Path, bad: BadRows):
+        """Begins without a row."""
+        self._images = images
+        self._bad = bad
+        self._rows: list[SourceRow] = []
+        self._notes: Counter[str] = Counter()
+
+    def add(self, image_id: Any, file_name: str, captions: Sequence[Any], *parts: str) -> None:
+        """Adds a picture at IMAGES/PARTS; its captions lose the space around them.
+
+        Raises:
+            DamagedSample: it has no caption, or one that is no text.
+        """
+        path = inside(self._images, *parts)
+        with _named(file_name):
+            if not captions:
+                raise DamagedSample("has no caption", NO_CAPTION)
+            record = {"image_id": image_id, "file_name": file_name, "captions": list(captions)}
+            checked = check_record(record, has_picture=True)
+        record["captions"] = [caption.strip() for caption in checked.record["captions"]]
+        self._notes.update(checked.notes)
+        self._rows.append(SourceRow(Path(file_name).stem, path, record))
+
+    def finish(self, note: Note) -> list[SourceRow]:
+        """All rows; ``note`` is told what was put right in them."""
+        for what, count in sorted(self._notes.items()):
+            note(f"{count} times: {what}")
+        return self._rows
 
 
-def _check_turns(turns: Any, where: str) -> None:
-    if not isinstance(turns, list) or not turns:
-        raise UserError(f"{where}: has no turns (conversations is empty or missing)")
-    for turn in turns:
-        parts = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else ()
-        if not parts or not all(isinstance(part, str) for part in parts):
-            raise UserError(f"{where}: a turn is not {{'from': TEXT, 'value': TEXT}}")
+def inside(directory: Path, *parts: str) -> Path:
+    """A path below ``directory``; what an annotation names must not lead anywhere else.
 
-
-def _inside(directory: Path, source: Path | str, *parts: str) -> Path:
-    """A path below ``directory``; what an annotation names must not lead anywhere else."""
+    Raises:
+        DamagedSample: a part is no text, empty at the end, or leads out of it.
+    """
     for part in parts:
         if not isinstance(part, str):
-            raise UserError(f"{source}: the picture's name {part!r} is not a text")
+            raise DamagedSample(f"the picture's name {part!r} is not a text", BAD_NAME)
         plain = PurePosixPath(part)
+        if plain.is_absolute() and plain.is_relative_to(directory.absolute()):
+            plain = plain.relative_to(directory.absolute())
         if plain.is_absolute() or ".." in plain.parts or "\0" in part:
-            raise UserError(f"{source}: the picture's path {part!r} leaves the directory of the pictures")
-    if not parts[-1]:
-        raise UserError(f"{source}: a picture's name is empty")
+            raise DamagedSample(f"the picture's path {part!r} leaves the directory of the pictures", BAD_NAME)
+    if not is_text(parts[-1]):
+        raise DamagedSample("a picture's name is empty", BAD_NAME)
     return directory.joinpath(*parts)
 
 
@@ -254,45 +251,71 @@ def _read_image_captions(path: Path) -> dict[str, str]:
     return captions
 
 
-def _read_list(path: Path) -> list[Any]:
-    if path.suffix.lower() == ".jsonl":
-        lines = _read_text(path).split("\n")
-        return [
-            _parse_json(line, f"{path}, line {number}")
-            for number, line in enumerate(lines, start=1)
-            if line.strip()
-        ]
-    content = _parse_json(_read_text(path), path)
+def _read_list(path: Path) -> list[tuple[str, Callable[[], Any]]]:
+    """Where each row stands, and what parses it; of a .jsonl the lines that are not blank."""
+    text = read_text(path)
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        lines = enumerate(text.split("\n"), start=1)
+        return [(f"line {number}", partial(_parse_line, line)) for number, line in lines if line.strip()]
+    content = _parse_json(text, path)
     if not isinstance(content, list):
-        raise UserError(f"{path}: not conversations: needs a list of rows")
-    return content
+        raise UserError(
+            f"{path}: not conversations: needs a list of rows; a file of one row a line is .jsonl"
+        )
+    return [(f"row {number}", partial(_itself, row)) for number, row in enumerate(content, start=1)]
+
+
+def _itself(row: Any) -> Any:
+    return row
+
+
+def _parse_line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DamagedSample(f"not JSON: {error}") from None
 
 
 def _read_object(path: Path, fields: Sequence[str], kind: str) -> dict[str, Any]:
-    content = _parse_json(_read_text(path), path)
+    content = _parse_json(read_text(path), path)
     if not isinstance(content, dict) or any(field not in content for field in fields):
         raise UserError(f"{path}: not {kind}: needs an object with {' and '.join(fields) or 'problems'}")
     return content
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """An annotation file's text.
+
+    Raises:
+        UserError: there is no such file, or it is not UTF-8.
+    """
     _require_file(path)
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8: {error}") from None
+        return decode_text(path.read_bytes(), command=shlex.quote(str(path)))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _parse_json(text: str, where: Path | str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {error}") from None
+        hint = "; a file of one row a line is .jsonl" if "Extra data" in str(error) else ""
+        raise UserError(f"{where}: not JSON: {error}{hint}") from None
 
 
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Puts a row's name before what is wrong with it."""
+    try:
+        yield
+    except DamagedSample as error:
+        raise DamagedSample(f"{name}: {error}", error.reason) from None
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.shards import one_line
+from dehvf_ds.data.damage import one_line
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

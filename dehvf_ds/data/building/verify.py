@@ -15,17 +15,11 @@ import numpy as np
 from dehvf_ds.config import UserError
 from dehvf_ds.data.building.directory import Progress
 from dehvf_ds.data.building.tasks import Advance, run_tasks
-from dehvf_ds.data.images import decode_image
+from dehvf_ds.data.damage import one_line
 from dehvf_ds.data.manifest import INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME, open_table, read_manifest
-from dehvf_ds.data.shards import (
-    IMAGE_MEMBERS,
-    names_picture,
-    one_line,
-    parse_members,
-    parse_record,
-    scan_shard,
-    text_lengths,
-)
+from dehvf_ds.data.members import parse_members
+from dehvf_ds.data.records import text_lengths
+from dehvf_ds.data.shards import check_sample, scan_shard
 
 
 def verify_shards(
@@ -106,6 +100,10 @@ def _index_problems(task: _CheckTask) -> list[str]:
         table = scan_shard(task.path, skip_bad=True)
     except UserError as error:
         return [str(error)]
+    kept = np.isin(task.rows[:, 0], table.rows[:, 0])
+    if not kept.all() and np.array_equal(table.rows, task.rows[kept]):
+        # The unusable ones among its samples are named one by one.
+        return []
     if np.array_equal(table.rows, task.rows) and np.array_equal(table.text_lengths, task.lengths):
         return []
     name = INDEX_NAME if not np.array_equal(table.rows, task.rows) else LENGTHS_NAME
@@ -130,12 +128,10 @@ def _sample_problems(
                 if changed:
                     problems.append(f"{where} {_key_in(data)}: not the bytes that the index was made of")
                 continue
-            members = parse_members(data, where)
-            where = f"{where} ({members['__key__']})"
-            if text_lengths(parse_record({**members, "__url__": where}))[0] != captions:
+            where = f"{where} {_key_in(data)}"
+            checked, _ = check_sample(data, where, decode=task.decode)
+            if text_lengths(checked.record)[0] != captions:
                 problems.append(f"{where}: not {captions} captions as {INDEX_NAME} says")
-            if (reason := _picture_problem(members, decode=task.decode)) is not None:
-                problems.append(f"{where}: {reason}")
         except UserError as error:
             problems.append(str(error))
     return problems
@@ -147,21 +143,6 @@ def _read_range(file: io.BufferedReader, offset: int, size: int, num_bytes: int)
         return b""
     file.seek(offset)
     return file.read(size)
-
-
-def _picture_problem(members: dict[str, Any], *, decode: bool) -> str | None:
-    picture = next((members[name] for name in IMAGE_MEMBERS if name in members), None)
-    if picture is None:
-        named = names_picture(parse_record(members))
-        return "its record names a picture, but the shard holds none" if named else None
-    if not picture:
-        return "a picture of 0 bytes"
-    try:
-        if decode:
-            decode_image(picture)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _key_in(data: bytes) -> str:

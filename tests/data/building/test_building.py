@@ -14,6 +14,7 @@ from PIL import Image
 
 from dehvf_ds import __version__
 from dehvf_ds.config import UserError
+from dehvf_ds.data import shards
 from dehvf_ds.data.building import plan
 from dehvf_ds.data.building.adopt import adopt_shards
 from dehvf_ds.data.building.directory import PLAN_NAME, alone_in
@@ -24,6 +25,7 @@ from dehvf_ds.data.building.verify import verify_shards
 from dehvf_ds.data.building.write import build_shards
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.manifest import MANIFEST_NAME
+from dehvf_ds.data.records import CheckedRecord
 from dehvf_ds.data.shards import ShardRow, write_shard
 
 
@@ -321,18 +323,19 @@ def test_bad_pictures_are_left_out_on_demand(build, with_bad, tmp_path, notes):
     first = contents(tmp_path / "w1")
     assert first == contents(tmp_path / "w2")
     builder = json.loads(first[MANIFEST_NAME])["builder"]
-    assert (builder["left_out"], builder["left_out_first"]) == (3, ["p1", "p8", "p9"])
+    assert (builder["left_out"], builder["left_out_first"]) == (3, ["p8", "p1", "p9"])
+    assert builder["left_out_reasons"] == {"undecodable": 3}
     # The last shard of 4, 4 and 2 rows would be empty.
     assert "t-000002.tar" not in first
-    assert notes[0].startswith(f"left out {with_bad[1].image}: not a readable picture")
-    assert notes[3] == "left out 3 of 10 samples for their picture"
+    assert notes[1].startswith(f"left out {with_bad[1].image}: not a readable picture")
+    assert notes[3] == "left out 3 of 10: 3 undecodable"
     unfinish(tmp_path / "w2")
     build("w2", shorter_side=8, skip_bad=True)
     assert contents(tmp_path / "w2") == first
 
 
 def test_a_picture_that_vanishes_is_one_line(build, rows, monkeypatch, tmp_path):
-    monkeypatch.setattr(plan, "_check_pictures", lambda rows, skip_bad: [1] * len(rows))
+    monkeypatch.setattr(plan, "picture_sizes", lambda rows: [1] * len(rows))
     rows[5].image.unlink()
     with pytest.raises(UserError, match=r"p5\.png: No such file"):
         build()
@@ -420,6 +423,7 @@ def test_shards_of_img2dataset(adopt, tmp_path):
         "skip_bad": False,
         "version": __version__,
         "left_out": 0,
+        "left_out_reasons": {},
         "left_out_first": [],
     }
     index = ShardIndex(directory)
@@ -437,6 +441,9 @@ def test_shards_of_img2dataset(adopt, tmp_path):
 def test_bad_samples_of_others(adopt, tmp_path, notes):
     directory = img2dataset(tmp_path / "a")
     with tarfile.open(directory / "00001.tar", "a") as archive:
+        picture = tarfile.TarInfo("x.jpg")
+        picture.size = 1
+        archive.addfile(picture, io.BytesIO(b"j"))
         archive.addfile(tarfile.TarInfo("x.txt"))
     with pytest.raises(UserError, match=r"00001\.tar: sample x: has an empty caption"):
         adopt(directory, num_workers=2)
@@ -444,7 +451,7 @@ def test_bad_samples_of_others(adopt, tmp_path, notes):
     manifest = adopt(directory, skip_bad=True)
     assert manifest["num_samples"] == 12
     assert manifest["builder"]["left_out_first"][0].startswith("00001.tar: sample x: has an empty caption")
-    assert notes[-1] == "left out 1 of 13 samples"
+    assert notes[-1] == "left out 1 of 13: 1 without a caption"
     assert verify(directory) == []
 
 
@@ -453,9 +460,15 @@ def test_bad_samples_of_others(adopt, tmp_path, notes):
     [
         (lambda d: (d / "00001.tar").write_bytes((d / "00001.tar").read_bytes()[:3000]), r"00001\.tar"),
         (lambda d: (d / "00001.tar").write_bytes(b"<html>Not found"), r"00001\.tar: not a whole"),
-        (lambda d: shutil.copy(d / "00000.tar", d / "00001.tar"), "is given to two samples, in 00000"),
+        (
+            lambda d: shutil.copy(d / "00000.tar", d / "00001.tar"),
+            r"'\d+' \(and 3 others\) stands in 00000\.tar and, the same bytes, in 00001",
+        ),
         (lambda d: (d / "00001.tar").rename(d / "a b.tar"), "a shard's name has letters"),
-        (lambda d: [path.rename(f"{path}.gz") for path in d.glob("*.tar")], r"no \*\.tar; 00000\.tar\.gz is"),
+        (
+            lambda d: [path.rename(f"{path}.gz") for path in d.glob("*.tar")],
+            r"00000\.tar\.gz \(and 2 others\) is compressed",
+        ),
         (lambda d: (d / PLAN_NAME).write_text("{}"), "a build that is not finished"),
         (lambda d: shutil.rmtree(d), "no such directory"),
     ],
@@ -483,10 +496,19 @@ def replace_sample(out, members):
         rows.append(ShardRow(key=f"p{number}", members=members(found) if number == 5 else found))
     index.close()
     (out / MANIFEST_NAME).unlink()
-    write_shard(rows, out / "t-000001.tar")
-    adopt_shards(
-        out, skip_bad=False, overwrite=True, num_workers=1, progress=Counted(), note=lambda line: None
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        # As an earlier version looked at them.
+        patch.setattr(shards, "read_record", lambda m: CheckedRecord(json.loads(m["json"]), "caption"))
+        write_shard(rows, out / "t-000001.tar")
+        adopt_shards(
+            out,
+            skip_bad=False,
+            overwrite=True,
+            num_workers=1,
+            progress=Counted(),
+            note=lambda line: None,
+            decode=False,
+        )
 
 
 def swap(out):
@@ -541,7 +563,7 @@ DAMAGE = {
     ),
     "no picture": (
         lambda out: replace_sample(out, lambda members: {"json": members["json"]}),
-        [r"t-000001\.tar: sample 1 \(p5\): its record names a picture, but the shard holds none"],
+        [r"t-000001\.tar: sample 1 \(p5\): a caption without a picture"],
     ),
     "zero bytes": (
         lambda out: replace_sample(out, lambda members: {**members, "png": b""}),

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dehvf_ds.data.building import cli
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.shards import IMAGE_MEMBERS
+from dehvf_ds.data.members import IMAGE_MEMBERS
 
 SCRIPT = Path(__file__).parents[3] / "tools" / "build_shards.py"
 FLICKR = SCRIPT.parents[1].parent / "shared" / "data" / "flickr8k"
@@ -66,7 +66,7 @@ def coco(tmp_path):
     return write_json(
         tmp_path / "captions.json",
         {
-            "images": [{"id": i, "file_name": f"COCO_{i}.jpg"} for i in (2, 1, 3)],
+            "images": [{"id": i, "file_name": f"COCO_{i}.jpg"} for i in (2, 1)],
             "annotations": [
                 {"id": 7, "image_id": 1, "caption": " One é.\n"},
                 {"id": 8, "image_id": 2, "caption": "Two."},
@@ -83,8 +83,8 @@ def test_coco(run, coco, tmp_path):
         *arguments, "--output", tmp_path / "out", "--samples-per-shard", 1, "--name", "train"
     )
     assert code == 0, err
-    assert "2 samples, 3 captions, 2 shards" in out
-    assert err == "note: left out 1 empty captions and 1 pictures without a caption\n"
+    assert "2 samples, 3 captions, 2 pictures, 2 shards" in out
+    assert err == "note: 1 times: empty caption beside others left out\n"
     index = ShardIndex(tmp_path / "out")
     samples = list(read_all(index))
     assert [s.key for s in samples] == ["COCO_2", "COCO_1"]
@@ -160,6 +160,7 @@ def test_csv(run, tmp_path):
 @pytest.fixture
 def scienceqa(tmp_path):
     base = {"question": "?", "choices": ["x", "y"], "answer": 0, "hint": "", "split": "test"}
+    base |= {"grade": "grade2", "subject": "social science"}
     problems = {"3": {**base, "image": "image.png"}, "12": {**base, "image": None}}
     write_json(tmp_path / "problems.json", problems)
     write_json(tmp_path / "pid_splits.json", {"test": ["12", "3"], "minitest": ["3", "4"]})
@@ -175,7 +176,7 @@ def test_scienceqa(run, scienceqa, tmp_path):
         ("000012", "12", True),
         ("000003", "3", False),
     ]
-    assert "2 samples, 0 captions" in out
+    assert "2 samples, 0 captions, 1 pictures" in out
 
 
 def test_scienceqa_without_pictures(run, scienceqa, tmp_path):
@@ -225,18 +226,20 @@ def test_mistakes_are_one_line(run, coco, karpathy, scienceqa, tmp_path):
         "has no split 'dev'; it has restval (1), test (1), train (1)",
     )
     one_line_error(run("scienceqa", "--root", scienceqa, "--split", "dev", *out), "it has test, minitest")
-    one_line_error(run("scienceqa", "--root", scienceqa, "--split", "minitest", *out), "no problem 4")
+    one_line_error(
+        run("scienceqa", "--root", scienceqa, "--split", "minitest", *out), "problem 4: it is not there"
+    )
 
     table = tmp_path / "t.csv"
-    table.write_text("file,text\n")
-    one_line_error(run(*csv_with, table), "not the header image,caption")
+    table.write_text("file,label\n")
+    one_line_error(run(*csv_with, table), "its first line is 'file,label', not a header with")
     table.write_text("image,caption\na.jpg,one, two\n")
     one_line_error(run(*csv_with, table), "line 2: 3 fields, not 2")
     table.write_text("image,caption\nx.jpg,one\ny.jpg,two\nz.jpg,three\n")
     one_line_error(run(*csv_with, table), "x.jpg: no such picture (and 2 others) of 3")
-    picture(images / "x.gif")
-    table.write_text("image,caption\nx.gif,one\n")
-    one_line_error(run(*csv_with, table), "x.gif", "convert it")
+    (images / "x.heic").write_bytes(b"x")
+    table.write_text("image,caption\nx.heic,one\n")
+    one_line_error(run(*csv_with, table), "x.heic", "convert it", "--skip-bad")
     table.write_text("image,caption\n")
     one_line_error(run(*csv_with, table), "no sample to write")
 
@@ -261,11 +264,12 @@ def test_mistakes_are_one_line(run, coco, karpathy, scienceqa, tmp_path):
 def test_llava(run, tmp_path):
     picture(tmp_path / "images" / "a.png")
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
-    rows = [{"id": "x", "image": "a.png", "conversations": turns}, {"id": "x", "conversations": turns * 2}]
+    talk = [{**turns[0], "value": "What?"}, turns[1]]
+    rows = [{"id": "x", "image": "a.png", "conversations": turns}, {"id": "x", "conversations": talk * 2}]
     chats = ["llava", "--json", write_json(tmp_path / "c.json", rows), "--images", tmp_path / "images"]
     code, out, err = run(*chats, "--output", tmp_path / "out")
     assert (code, err) == (0, "")
-    assert "2 samples, 0 captions, 1 shards" in out
+    assert "2 samples, 0 captions, 1 pictures, 1 shards" in out
     samples = list(read_all(ShardIndex(tmp_path / "out")))
     assert [(s.key, s.image is None, s.record) for s in samples] == [
         ("x", False, rows[0]),
@@ -274,7 +278,7 @@ def test_llava(run, tmp_path):
     rows[1]["id"] = "lonely"
     del rows[1]["conversations"]
     write_json(tmp_path / "c.json", rows)
-    one_line_error(run(*chats, "--output", tmp_path / "new"), "row 2, id 'lonely': has no turns")
+    one_line_error(run(*chats, "--output", tmp_path / "new"), "row 2: id 'lonely': has no turns")
 
 
 def test_the_same_call_again(run, coco, tmp_path):
@@ -303,7 +307,7 @@ def test_index_and_verify(run, coco, tmp_path):
     assert err == f"error: {out}: 2 shards, 2 samples: 1 of them damaged\n"
     one_line_error(run("index", out), "--overwrite")
     code, text, _ = run("index", out, "--overwrite")
-    assert (code, "1 samples, 1 captions, 1 shards" in text) == (0, True)
+    assert (code, "1 samples, 1 captions, 1 pictures, 1 shards" in text) == (0, True)
     assert run("verify", out)[0] == 0
 
 
@@ -390,7 +394,7 @@ def test_an_interrupted_build_goes_on(run, many, tmp_path, number, monkeypatch):
     assert not (out / "manifest.json").exists()
     code, text, err = run(*many, "--output", out, "--num-workers", "1")
     assert (code, err) == (0, "")
-    assert "240 samples, 240 captions, 120 shards" in text
+    assert "240 samples, 240 captions, 240 pictures, 120 shards" in text
     for path, stat in finished.items():
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
     assert run(*many, "--output", tmp_path / "whole", "--num-workers", "1")[0] == 0
@@ -420,7 +424,7 @@ def test_real_photographs(run, tmp_path):
         *["--output", tmp_path / "out", "--samples-per-shard", 32],
     )
     assert code == 0, err
-    assert "70 samples, 350 captions, 3 shards" in out
+    assert "70 samples, 350 captions, 70 pictures, 3 shards" in out
     samples = list(read_all(ShardIndex(tmp_path / "out")))
     assert len(samples) == 70
     assert all(s.image is not None and min(s.image.size) > 60 for s in samples)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.building.sources import read_coco, read_csv, read_karpathy, read_llava, read_scienceqa
+from dehvf_ds.data.building.sources import read_coco, read_karpathy, read_llava, read_scienceqa
+from dehvf_ds.data.building.tables import read_csv
 
 SCIENCEQA = Path(__file__).resolve().parents[4] / "shared" / "data" / "scienceqa"
 ESCAPES = ["../x.jpg", "a/../../x.jpg", "/etc/x.jpg", "a\0.jpg"]
@@ -35,7 +36,7 @@ def coco(tmp_path, images, *annotations):
 
 
 def test_coco_keeps_the_order_of_the_file(tmp_path, notes):
-    images = [{"id": i, "file_name": f"{i}.jpg"} for i in (3, 1, 2)]
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in (3, 1)]
     path = coco(tmp_path, images, (1, "One."), (3, "Three."), (1, " Uno. "), (3, " "))
     rows = read_coco(path, tmp_path / "images", note=notes.append)
     assert [(row.name, row.record["captions"]) for row in rows] == [
@@ -43,7 +44,7 @@ def test_coco_keeps_the_order_of_the_file(tmp_path, notes):
         ("1", ["One.", "Uno."]),
     ]
     assert rows[0].image == tmp_path / "images" / "3.jpg"
-    assert notes == ["left out 1 empty captions and 1 pictures without a caption"]
+    assert notes == ["1 times: empty caption beside others left out"]
 
 
 @pytest.mark.parametrize(
@@ -51,8 +52,12 @@ def test_coco_keeps_the_order_of_the_file(tmp_path, notes):
     [
         ([{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}], [], ["id 1 is given to two"]),
         ([{"id": 1, "file_name": "a.jpg"}], [(2, "x")], ["unknown image_id"]),
-        ([{"id": 1, "file_name": "a.jpg"}], [(1, 7)], ["a caption of a.jpg is int, not a text"]),
-        ([{"id": 1, "file_name": "a.jpg"}], [(1, None)], ["a caption of a.jpg is NoneType"]),
+        (
+            [{"id": 1, "file_name": "a.jpg"}],
+            [(1, 7)],
+            ["a.jpg: has an empty caption, or one that is no text (int 7)"],
+        ),
+        ([{"id": 1, "file_name": "a.jpg"}], [(1, None)], ["no text (NoneType None)"]),
         ([{"id": 1}], [(1, "x")], ["lacks a field", "file_name"]),
         ([{"id": [], "file_name": "a.jpg"}], [], ["another type"]),
         ([{"id": 1, "file_name": 5}], [], ["name 5 is not a text"]),
@@ -109,12 +114,12 @@ def test_paths_that_leave_the_directory(tmp_path, notes, name):
 def test_csv_mistakes(tmp_path, notes):
     path = tmp_path / "c.csv"
     for content, part in [
-        (b"image,caption\na.jpg,\xff\n", "not UTF-8 after line"),
+        (b"image,caption\na.jpg,\xff\n", "not UTF-8 at byte 20, line 2"),
         (b'image,caption\na.jpg,"never closed\nb.jpg,x\n', "line 3: not csv"),
         (b'image,caption\na.jpg,"' + b"x" * 200_000 + b'"\n', "line 2: not csv: field larger"),
         (b"image,caption\na.jpg\n", "line 2: 1 fields, not 2"),
         (b"image,caption\n,text\n", "a picture's name is empty"),
-        (b"", "not the header"),
+        (b"", "its first line is '', not a header"),
     ]:
         path.write_bytes(content)
         with pytest.raises(UserError) as caught:
@@ -123,7 +128,7 @@ def test_csv_mistakes(tmp_path, notes):
     path.write_bytes(b'\xef\xbb\xbfimage,caption\r\na.jpg,"A ""dog"", here"\r\na.jpg, \r\n')
     rows = read_csv(path, tmp_path, note=notes.append)
     assert rows[0].record == {"image_id": "a", "file_name": "a.jpg", "captions": ['A "dog", here']}
-    assert notes == ["left out 1 empty captions and 0 pictures without a caption"]
+    assert notes == ["1 times: empty caption beside others left out"]
 
 
 @pytest.mark.parametrize(
@@ -157,10 +162,12 @@ def scienceqa(root, problems, notes, *, captions=None, **options):
     return read_scienceqa(root, "train", note=notes.append, **options)
 
 
+PROBLEM = {"question": "?", "choices": ["x", "y"], "answer": 1, "hint": "", "grade": "grade2"}
+PROBLEM |= {"subject": "social science"}
 PROBLEMS = {
-    "7": {"question": "?", "image": "image.png", "split": "val"},
-    "12": {"question": "?", "image": None, "split": "train"},
-    "9": {"question": "?", "image": "choice.png", "split": "train"},
+    "7": PROBLEM | {"image": "image.png", "split": "val"},
+    "12": PROBLEM | {"image": None, "split": "train"},
+    "9": PROBLEM | {"image": "choice.png", "split": "train"},
 }
 
 
@@ -195,7 +202,7 @@ def test_scienceqa_missing_pictures(tmp_path, notes):
     [
         ({"7": 5}, "another type"),
         ({"7": {"image": "a.png"}}, "lacks a field"),
-        ({"7": {"image": ["a.png"], "split": "a"}}, "is not a text"),
+        ({"7": PROBLEM | {"image": 5, "split": "a"}}, "name 5 is not a text"),
     ],
 )
 def test_scienceqa_mistakes(tmp_path, notes, problems, part):
@@ -205,10 +212,11 @@ def test_scienceqa_mistakes(tmp_path, notes, problems, part):
 
 
 def test_scienceqa_numbers_that_are_none(tmp_path, notes):
-    rows = scienceqa(tmp_path, {"b-1": {"question": "?"}}, notes)
+    rows = scienceqa(tmp_path, {"b-1": PROBLEM}, notes)
     assert rows[0].name == "b-1"
 
 
+WORDS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A dog."}]
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
 
 
@@ -216,9 +224,9 @@ TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": 
 def test_llava(tmp_path, suffix):
     records = [
         {"id": "000033", "image": "coco/train2017/000033.jpg", "conversations": TURNS * 3},
-        {"id": "text", "conversations": TURNS, "model": "x"},
+        {"id": "text", "conversations": WORDS, "model": "x"},
         {"id": 5, "image": ["b.png"], "conversations": TURNS},
-        {"image": "", "conversations": [{"from": "system", "value": "s"}, *TURNS]},
+        {"image": "", "conversations": [{"from": "system", "value": "s"}, *WORDS]},
     ]
     content = json.dumps(records) if suffix == "json" else "\n".join(map(json.dumps, records)) + "\n\n"
     rows = read_llava(write(tmp_path / f"chat.{suffix}", content), tmp_path)
@@ -236,11 +244,11 @@ def test_llava(tmp_path, suffix):
     ("content", "parts"),
     [
         ({"id": 1}, ["needs a list of rows"]),
-        ([7], ["row 1 is no object"]),
+        ([7], ["row 1: is no object"]),
         ([{"id": "q7"}], ["id 'q7'", "has no turns"]),
         ([{"id": "q7", "conversations": []}], ["id 'q7'", "has no turns"]),
-        ([{"id": "q7", "conversations": ["hello"]}], ["id 'q7'", "a turn is not"]),
-        ([{"id": "q7", "conversations": [{"from": "human"}]}], ["id 'q7'", "a turn is not"]),
+        ([{"id": "q7", "conversations": ["hello"]}], ["id 'q7'", "unknown speaker None"]),
+        ([{"id": "q7", "conversations": [{"from": "human"}]}], ["id 'q7'", "value is NoneType, not a text"]),
         (
             [{"id": "q7", "conversations": TURNS, "image": ["a.jpg", "b.jpg"]}],
             ["id 'q7'", "2 pictures; one picture"],
@@ -256,10 +264,10 @@ def test_llava_mistakes(tmp_path, content, parts):
 
 
 def test_llava_lines_are_numbered(tmp_path):
-    path = write(tmp_path / "l.jsonl", json.dumps({"id": 1, "conversations": TURNS}) + "\n{\n")
+    path = write(tmp_path / "l.jsonl", json.dumps({"id": 1, "conversations": WORDS}) + "\n\n{\n")
     with pytest.raises(UserError) as caught:
         read_llava(path, tmp_path)
-    one_line(caught, f"{path}, line 2: not JSON")
+    one_line(caught, f"{path}, line 3: not JSON")
 
 
 @pytest.mark.skipif(not SCIENCEQA.is_dir(), reason=f"ScienceQA's problems are not at {SCIENCEQA}")

@@ -1,0 +1,42 @@
+"""Samples that cannot be used: why, in one line and in a word that they are counted by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dehvf_ds.config import UserError
+
+NO_PICTURE = "without a picture"
+SEVERAL_PICTURES = "with several pictures"
+UNDECODABLE = "undecodable"
+NO_CAPTION = "without a caption"
+BAD_TEXT = "of damaged text"
+BAD_RECORD = "with an unreadable record"
+BAD_PROBLEM = "with an unusable problem"
+BAD_CHAT = "with an unusable conversation"
+BAD_NAME = "with an unusable name"
+KEY_TWICE = "of a key used before"
+
+
+class DamagedSample(UserError):
+    """A sample that cannot be used; ``data.on_bad`` and ``--skip-bad`` say what becomes of it.
+
+    Attributes:
+        reason: one of the words above.
+    """
+
+    def __init__(self, message: str, reason: str = BAD_RECORD):
+        """Keeps the line and the reason."""
+        super().__init__(message)
+        self.reason = reason
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """``12: 7 without a picture, 5 undecodable``, the most frequent first."""
+    parts = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return f"{sum(counts.values())}: {', '.join(f'{count} {reason}' for reason, count in parts)}"
+
+
+def one_line(error: Exception) -> str:
+    """An exception's message without line breaks."""
+    return " ".join(str(error).split())

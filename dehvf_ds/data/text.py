@@ -1,0 +1,65 @@
+"""Text of other people's files: decoded, cleaned, and refused where it is damaged."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# Zero-width no-break space; at a text's beginning it is the byte order mark of a file that was read as text.
+_BYTE_ORDER_MARK = "\ufeff"
+_DAMAGE = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
+_BLANK = re.compile("[\\s\x1c-\x1f\u200b-\u200d\u2060\ufeff]*")
+_NULLS = frozenset(("nan", "none", "null", "<na>", "n/a", "#n/a"))
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+_SHOWN = 24
+
+
+def decode_text(data: bytes, *, command: str = "") -> str:
+    """Decodes UTF-8, with or without a byte order mark.
+
+    Args:
+        data: a file's bytes.
+        command: what the file is called in the remedy's command line; empty where there is no file.
+
+    Raises:
+        ValueError: it is of another encoding; says where, which it may be and how to convert it.
+    """
+    head = data[:64]
+    encoding = "UTF-16" if data.startswith(_UTF_16) or 3 * head.count(0) > len(head) else "WINDOWS-1252"
+    remedy = f"; convert it: iconv -f {encoding} -t UTF-8 {command} > NEW" if command else "; convert it"
+    if encoding == "UTF-16":
+        raise ValueError(f"not UTF-8 at byte {max(0, data.find(0))}: it looks like UTF-16{remedy}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # "utf-8-sig" counts from behind the mark.
+        at = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
+        line = data.count(b"\n", 0, at) + 1
+        raise ValueError(
+            f"not UTF-8 at byte {at}, line {line} (0x{data[at]:02x}): it may be Latin-1 or "
+            f"Windows-1252{remedy}"
+        ) from None
+
+
+def clean_text(text: str) -> str:
+    """A text without byte order marks.
+
+    Raises:
+        ValueError: it holds control characters or half a surrogate pair, as text does that was cut or decoded
+            wrongly; nothing sensible can be learnt of it.
+    """
+    if found := _DAMAGE.search(text):
+        around = text[max(0, found.start() - _SHOWN) : found.start() + _SHOWN]
+        what = "half an emoji (a lone surrogate)" if found[0] >= "\ud800" else "a control character"
+        raise ValueError(f"holds {what}, U+{ord(found[0]):04X}, in {around!a}")
+    return text.replace(_BYTE_ORDER_MARK, "")
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that shows something: not only white space and characters without width."""
+    return isinstance(value, str) and not _BLANK.fullmatch(value)
+
+
+def is_null(text: str) -> bool:
+    """Whether a text is what tables write where there is none: ``nan``, ``None``, ``null``, ..."""
+    return text.strip().lower() in _NULLS
