@@ -100,7 +100,7 @@ def problem_of(record: Mapping[str, Any], key: str, has_image: bool) -> Problem:
     """The facts of a shard's record.
 
     Args:
-        record: a problem with ``choices``, ``answer``, ``subject``, ``grade`` and ``hint``.
+        record: a problem with ``question``, ``choices``, ``answer``, ``subject``, ``grade`` and ``hint``.
         key: the sample's key.
         has_image: whether the problem comes with a picture: for the papers' columns, whether the record names
             an ``image``, also where the shard lacks it (``image_missing``).
@@ -108,12 +108,16 @@ def problem_of(record: Mapping[str, Any], key: str, has_image: bool) -> Problem:
     Raises:
         UserError: a field is missing, or is not what ScienceQA has there.
     """
-    fields = ("choices", "answer", "subject", "grade", "hint")
+    fields = ("question", "choices", "answer", "subject", "grade", "hint")
     if missing := [name for name in fields if name not in record]:
         raise UserError(f"{key}: not a problem of ScienceQA: lacks {', '.join(missing)}")
-    choices, answer, subject, grade, hint = (record[name] for name in fields)
+    question, choices, answer, subject, grade, hint = (record[name] for name in fields)
+    if not isinstance(question, str) or not question.strip():
+        raise UserError(f"{key}: question {question!r} is no text")
     if not isinstance(choices, list | tuple) or not 2 <= len(choices) <= len(ascii_uppercase):
         raise UserError(f"{key}: choices is not a list of 2 to {len(ascii_uppercase)} texts")
+    if odd := [choice for choice in choices if not isinstance(choice, str)]:
+        raise UserError(f"{key}: choice {odd[0]!r} is {type(odd[0]).__name__}, not a text")
     if not _is_choice(answer, len(choices)):
         raise UserError(f"{key}: answer {answer!r} is no number of its {len(choices)} choices, from 0")
     if not isinstance(subject, str) or subject not in _SUBJECTS:
@@ -122,6 +126,8 @@ def problem_of(record: Mapping[str, Any], key: str, has_image: bool) -> Problem:
         raise UserError(f"{key}: grade {grade!r} is none of grade1 .. grade12")
     if not isinstance(hint, str | None):
         raise UserError(f"{key}: hint is {type(hint).__name__}, not a text")
+    if not isinstance(caption := record.get("image_caption"), str | None):
+        raise UserError(f"{key}: image_caption is {type(caption).__name__}, not a text")
     return Problem(
         id=key,
         answer=answer,

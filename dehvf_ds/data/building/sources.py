@@ -86,7 +86,8 @@ def read_karpathy(dataset: Path, images: Path, split: str, *, note: Note) -> lis
         pictures = (
             (
                 image["cocoid"] if "cocoid" in image else image["imgid"],
-                image["filename"],
+                # With the folder: two of them may have pictures of one name.
+                str(PurePosixPath(image.get("filepath", ""), image["filename"])),
                 path_of(image),
                 [sentence["raw"] for sentence in image["sentences"]],
             )
