@@ -168,7 +168,11 @@ def _report(config: EvalConfig, trained: TrainedModel, questions: Questions, dty
             "fusion": trained.config.fusion,
             "router": trained.config.router,
         },
-        "data": {"path": str(Path(config.data).absolute()), "sha256": questions.index.digest},
+        "data": {
+            "path": str(Path(config.data).absolute()),
+            "images": None if config.images is None else str(Path(config.images).absolute()),
+            "sha256": questions.index.digest,
+        },
         "seeds": {"training": _training_seed(Path(config.model)), "decoding": None},
     }
 

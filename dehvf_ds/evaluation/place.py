@@ -154,9 +154,11 @@ def _is_outdated(held: Mapping[str, Any], report: Mapping[str, Any]) -> bool:
     )
 
 
-def _place(described: Any) -> Path | None:
-    path = described.get("path") if isinstance(described, dict) else None
-    return Path(path).resolve() if isinstance(path, str) else None
+def _place(described: Any) -> list[Path] | None:
+    """Where a model or data lie, pictures elsewhere included; None where nothing says so."""
+    if not isinstance(described, dict) or not isinstance(described.get("path"), str):
+        return None
+    return [Path(described[name]).resolve() for name in ("path", "images") if described.get(name)]
 
 
 def _remove(path: Path) -> None:

@@ -18,9 +18,16 @@ PREDICTIONS_NAME = "predictions.jsonl"
 _LOSS_NAMES = ("loss", "loss_num_tokens", "loss_num_left_out", "loss_reason")
 
 
+# JSON takes them as they are, but programs that read line by line end a line there.
+_LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
+
+
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON that UTF-8 can hold: letters as they are, but where a text has half a surrogate pair."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    """JSON that UTF-8 can hold: letters as they are, but where a text has half a surrogate pair.
+
+    Without ``indent`` it is one line, whatever a reader takes for the end of one.
+    """
+    text = json.dumps(value, ensure_ascii=False, indent=indent).translate(_LINE_ENDS)
     try:
         text.encode()
     except UnicodeEncodeError:
