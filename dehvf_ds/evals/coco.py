@@ -111,7 +111,9 @@ class References:
                     for key, value in by_key.items():
                         each[key][name] = 100 * value
         if not corpus:
-            raise UserError(f"no caption metric could be computed; {'; '.join(dict.fromkeys(missing.values()))}")
+            raise UserError(
+                f"no caption metric could be computed; {'; '.join(dict.fromkeys(missing.values()))}"
+            )
         return CaptionScores(
             corpus=corpus,
             each=each,
