@@ -300,9 +300,7 @@ def test_scores_that_fail_lose_no_answer(root, model, monkeypatch, told) -> None
 
     with monkeypatch.context() as patch:
         patch.setattr("dehvf_ds.evals.coco.METRICS", {("ROUGE-L",): fail})
-        with pytest.raises(
-            UserError, match=r"metric could .*; no room; the answers are kept in"
-        ):
+        with pytest.raises(UserError, match=r"metric could .*; no room; the answers are kept in"):
             evaluate(model, root / "a/test")
     assert len(lines(model)) == 2
     evaluate(model, root / "a/test")
