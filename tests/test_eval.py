@@ -14,9 +14,12 @@ from tiny_shards import write_shards
 
 from dehvf_ds import eval as program
 from dehvf_ds.config import UserError
+from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.shards import ShardRow
 from dehvf_ds.evals.coco import METRICS
 from dehvf_ds.evaluation.questions import Questions
+from dehvf_ds.evaluation.scores import CaptionScorer
+from dehvf_ds.evaluation.writing import write_results
 from dehvf_ds.model import DehvfForConditionalGeneration
 
 PROBLEM = {"question": "Which?", "choices": ["red", "blue"], "answer": 1, "hint": ""}
@@ -273,14 +276,20 @@ class TestUnreadable:
         assert not results(model)
 
 
-def test_damaged_text_does_not_end_an_evaluation(root, model, tmp_path) -> None:
-    data = captions(
-        tmp_path / "test", ["half \ud83d a dog", "a cat ||| x\n\ty", "nul \x00 \x85 \u2028 a cow"]
-    )
-    evaluate(model, data)
-    assert lines(model)[0]["references"][0] == "half \ud83d a dog"
-    assert results(model)["coco-test"]["ROUGE-L"] is not None
-    assert (model / "eval/coco-test/examples.png").stat().st_size > 1000
+def test_damaged_text_does_not_end_an_evaluation(root, tmp_path) -> None:
+    texts = ["half \ud83d a dog", "a cat ||| x\n\ty", "nul \x00 \x85 \u2028 a cow"]
+    records = [(f"{i}\udcff", {"captions": [text]}) for i, text in enumerate(texts)]
+    scorer = CaptionScorer(records, tokenizer="simple")
+    scored = scorer.score([text.upper() for text in texts])
+    assert scored.metrics["ROUGE-L"] == pytest.approx(100)
+    report = {"protocol": {"prompt": "\ud83d"}, "model": {"path": "\udcff"}}
+    assert write_results(tmp_path, scored, report, ShardIndex(root / "b/test")) == []
+    text = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
+    found = [json.loads(line) for line in text.splitlines()]
+    assert [line["references"] for line in found] == [[text] for text in texts]
+    assert [line["key"] for line in found] == [key for key, _ in records]
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["model"] == report["model"]
+    assert (tmp_path / "examples.png").stat().st_size > 1000
 
 
 def test_examples_that_cannot_be_drawn_fail_alone(root, model, monkeypatch, capsys) -> None:

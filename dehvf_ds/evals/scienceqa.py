@@ -128,6 +128,9 @@ def problem_of(record: Mapping[str, Any], key: str, has_image: bool) -> Problem:
         raise UserError(f"{key}: hint is {type(hint).__name__}, not a text")
     if not isinstance(caption := record.get("image_caption"), str | None):
         raise UserError(f"{key}: image_caption is {type(caption).__name__}, not a text")
+    for text in (question, *choices, hint or "", caption or ""):
+        if not text.isascii() and text.encode(errors="ignore").decode() != text:
+            raise UserError(f"{key}: a text holds half a surrogate pair, which no tokenizer reads; mend it")
     return Problem(
         id=key,
         answer=answer,

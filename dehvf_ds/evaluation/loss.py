@@ -37,7 +37,8 @@ def measure_loss(
 
     Returns:
         For ``metrics.json``: ``loss``; ``loss_num_tokens``; ``loss_num_left_out``, examples without a
-        supervised token (a prompt as long as the row) or with a picture that cannot be read. The loss is None
+        supervised token (a prompt as long as the row), or with a picture or a text that cannot be read. The
+        loss is None
         where nothing at all is supervised or the sum is no finite number, and ``loss_reason`` says so.
     """
     left_out = 0
@@ -48,9 +49,13 @@ def measure_loss(
             num_captions = int(questions.index.captions[row])
             for caption in range(num_captions) if num_captions else (None,):
                 try:
-                    yield read_sample(questions.index, row, caption=caption)
-                except DamagedSample:
+                    sample = read_sample(questions.index, row, caption=caption)
+                    # Half a surrogate pair can be scored, but no tokenizer reads it.
+                    str(sample.record.get("caption", "")).encode()
+                except (DamagedSample, UnicodeEncodeError):
                     left_out += 1
+                else:
+                    yield sample
 
     loss_sum, num_tokens = 0.0, 0
     for group in _groups(samples(), batch_size):
