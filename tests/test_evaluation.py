@@ -20,7 +20,7 @@ from training.launch import REPOSITORY, run_ranks, start_ranks
 
 from dehvf_ds.config import EvalConfig, InsideConfig, UserError, parse_run_config
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.shards import ShardRow
+from dehvf_ds.data.shards import DamagedSample, ShardRow
 from dehvf_ds.distributed import World
 from dehvf_ds.evals.coco import METRICS
 from dehvf_ds.evals.decode import Decoding
@@ -224,6 +224,21 @@ class TestInside:
         said = lines(data.parent / "run/samples/step_00000007.jsonl")
         assert [line["prediction"] for line in said] == ["a dog", "", "a dog"]
         assert "warning: step 7: 1 of 3 pictures could not be read" in capsys.readouterr().err
+
+    def test_a_shard_that_cannot_be_read_leaves_the_run_alive(self, data, monkeypatch, capsys) -> None:
+        read, rows = ShardIndex.read, []
+
+        def gone(index: ShardIndex, row: int) -> dict:
+            # All records are read before the first step.
+            rows.append(row)
+            if row == 2 and len(rows) > 3:
+                raise DamagedSample("x.tar: cannot be read: the network is down")
+            return read(index, row)
+
+        monkeypatch.setattr(ShardIndex, "read", gone)
+        assert self.evaluate(data, monkeypatch) is None
+        told = capsys.readouterr().err
+        assert "step 7 not evaluated: rank 0: x.tar: cannot be read: the network is down; the run" in told
 
     def test_one_picture_tells_no_best(self, data, monkeypatch, capsys) -> None:
         found = self.evaluate(data, monkeypatch, num_rows=1)

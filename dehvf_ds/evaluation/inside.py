@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dehvf_ds.config import InsideConfig
+from dehvf_ds.config import InsideConfig, UserError
 from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, on_main
 from dehvf_ds.evaluation.questions import Questions
 from dehvf_ds.evaluation.scores import AnswerScorer, CaptionScorer, open_scorer
@@ -68,7 +68,11 @@ class InsideEvaluation:
             The numbers; None where the evaluation was ended early or nothing could be scored.
         """
         started = time.perf_counter()
-        answered = self._answer()
+        try:
+            answered = self._answer()
+        except UserError as error:
+            _warn(f"step {step} not evaluated: rank {self.world.rank}: {error}; the run goes on")
+            answered = None
         if all_reduce_sum([float(answered is None)], self.world.device)[0]:
             return None
         gathered = sorted(gather_to_main(answered or [], self.world), key=lambda pair: pair[0])

@@ -60,8 +60,11 @@ class Questions:
         """Answers some rows together.
 
         Returns:
-            Texts, or the number of the likeliest option (None where no logit is a number); of a row that
-            cannot be read an object that says why, under ``UNREADABLE``.
+            Texts, or the number of the likeliest option (None where no logit is a number); of a row whose
+            picture cannot be read an object that says why, under ``UNREADABLE``.
+
+        Raises:
+            UserError: a shard cannot be read; the network may be down, and that is no answer.
         """
         samples = [self._read(row) for row in rows]
         good = [sample for sample in samples if isinstance(sample, Sample)]
@@ -72,6 +75,8 @@ class Questions:
         try:
             return read_sample(self.index, row)
         except DamagedSample as error:
+            # Of the picture alone: a shard that cannot be read raises once more.
+            self.index.read(row)
             return {UNREADABLE: " ".join(str(error).split())}
 
     def _answer(self, model: DehvfForConditionalGeneration, samples: Sequence[Sample]) -> list[Any]:
