@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import io
 import os
 import re
 import signal
@@ -202,6 +203,10 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
     On SIGUSR2 the process tells where each of its threads is, in the file that DEHVF_STACKS names or on
     stderr, and goes on: also where it hangs in a collective, so that nothing of Python runs.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A file's name or a caption may hold what the console's encoding lacks; that must end nothing.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     stacks = os.environ.get("DEHVF_STACKS")
     # The file stays open: a process that hangs or has no descriptors left opens none.
     faulthandler.register(signal.SIGUSR2, file=Path(stacks).open("a") if stacks else sys.stderr)  # noqa: SIM115

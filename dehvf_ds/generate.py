@@ -5,10 +5,11 @@ python dehvf_ds/generate.py --model DIR --image FILE|FOLDER [...] [--prompt TEXT
 
 from __future__ import annotations
 
-import json
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,22 +17,21 @@ from typing import Any, TextIO
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from PIL import Image
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from dehvf_ds.batch import Sample
 from dehvf_ds.config import GenerateConfig, UserError, parse_generate_config
 from dehvf_ds.data.collate import Collator
-from dehvf_ds.data.images import decode_image
+from dehvf_ds.data.images import FORMATS, decode_image
 from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.distributed import has_fast_bf16, read_world, run_entry
 from dehvf_ds.evals.decode import Answer, Decoding, decode_counted
+from dehvf_ds.evaluation.writing import json_text
 from dehvf_ds.model import ModelError
 from dehvf_ds.model.weights import TrainedModel, find_trained
-
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm"}
-"""What of a folder is taken, by the ends of names."""
 
 MAX_NEW_TOKENS = {"caption": 40, "scienceqa": 8, "chat": 256}
 
@@ -45,9 +45,11 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: no such model or picture, or a question that is not of the model's kind.
     """
-    config = parse_generate_config(_spread(argv))
+    config = parse_flags(argv)
+    for flag, texts in (("prompt", [config.prompt]), ("choices", config.choices), ("hint", [config.hint])):
+        _require_text(flag, texts)
     paths = list_pictures(config.image) or [None]
-    _check_output(config)
+    _check_output(config, paths)
     try:
         trained = find_trained(config.model, config.language_model, config.vision_tower)
         record, collator = ask_as_trained(config, trained)
@@ -83,7 +85,9 @@ def main(argv: list[str]) -> int:
                 _tell(config, output, path, answer, alone=len(paths) == 1)
     finally:
         if output is not None and output is not sys.stdout:
-            output.close()
+            # Every line is flushed: what is left is one that could not be written, which was said.
+            with contextlib.suppress(OSError):
+                output.close()
     seconds, done = time.perf_counter() - start, len(paths) - unreadable
     print(
         f"{done} answers, {num_tokens} tokens in {seconds:.1f} s "
@@ -96,16 +100,22 @@ def main(argv: list[str]) -> int:
 
 
 def list_pictures(given: Sequence[str]) -> list[str]:
-    """Files as they are named; of a folder its pictures and its subfolders', by name.
+    """Files as they are named; of a folder its pictures and its subfolders', by name. Each is taken once.
 
     Raises:
         UserError: nothing has that name, or a folder holds no picture.
     """
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
+
+    def is_picture(path: Path) -> bool:
+        # What macOS writes beside a file on other file systems has its name, and no picture.
+        return path.suffix.lower() in endings and not path.name.startswith("._") and path.is_file()
+
     paths = []
     for name in given:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+            inside = sorted(str(p) for p in path.rglob("*") if is_picture(p))
             if not inside:
                 raise UserError(f"--image {name}: no pictures in this folder")
             paths += inside
@@ -113,7 +123,11 @@ def list_pictures(given: Sequence[str]) -> list[str]:
             paths.append(name)
         else:
             raise UserError(f"--image {name}: No such file or directory")
-    return paths
+    once = list({Path(path).absolute(): path for path in reversed(paths)}.values())[::-1]
+    if len(once) < len(paths):
+        repeated = len(paths) - len(once)
+        print(f"note: {repeated} pictures are named more than once and answered once", file=sys.stderr)
+    return once
 
 
 def ask_as_trained(config: GenerateConfig, trained: TrainedModel) -> tuple[dict[str, Any], Collator]:
@@ -147,19 +161,40 @@ def ask_as_trained(config: GenerateConfig, trained: TrainedModel) -> tuple[dict[
     return record, collator
 
 
-def _spread(argv: list[str]) -> list[str]:
-    """Lets ``--image a b c`` stand for the list that the parser takes."""
-    spread: list[str] = []
+def parse_flags(argv: list[str]) -> GenerateConfig:
+    """As ``parse_generate_config``; ``--image a b c`` stands for a list, each word as it is.
+
+    Raises:
+        UserError: as there.
+    """
+    rest: list[str] = []
+    lists: dict[str, list[str]] = {}
     flag = None
     for word in argv:
-        if word in _LISTS:
-            flag = word
+        name, equals, value = word.partition("=")
+        if name in _LISTS and not value.startswith("["):
+            flag = name
+            lists.setdefault(flag, []).extend([value] if equals else [])
         elif word.startswith("--"):
             flag = None
-            spread.append(word)
+            rest.append(word)
+        elif flag is None:
+            rest.append(word)
         else:
-            spread.append(word if flag is None else f"{flag}+={word}")
-    return spread
+            lists[flag].append(word)
+    # The words go round the parser: of YAML, "[a]" is a list, "null" nothing and "#1" a remark.
+    counted = [f"{name}=[{', '.join(['x'] * len(words))}]" for name, words in lists.items() if words]
+    config = parse_generate_config([*rest, *counted])
+    return replace(config, **{name.removeprefix("--"): words for name, words in lists.items() if words})
+
+
+def _require_text(flag: str, texts: Sequence[str | None]) -> None:
+    """Refuses what no tokenizer takes: bytes of the shell's that are no UTF-8."""
+    try:
+        for text in texts:
+            (text or "").encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--{flag}: not UTF-8") from None
 
 
 def _read_sample(path: str | None, record: dict[str, Any], image_size: int) -> Sample | str:
@@ -175,10 +210,14 @@ def _read_sample(path: str | None, record: dict[str, Any], image_size: int) -> S
         return str(error)
 
 
-def _check_output(config: GenerateConfig) -> None:
+def _check_output(config: GenerateConfig, pictures: Sequence[str | None]) -> None:
     if config.output in (None, "-"):
         return
     path = Path(str(config.output))
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; name a file in it")
+    if path.exists() and any(name is not None and path.samefile(name) for name in pictures):
+        raise UserError(f"--output {path} is one of the pictures; name another file")
     if path.exists() and not config.overwrite:
         raise UserError(f"--output {path} is there already; name another, or pass --overwrite true")
     if not path.absolute().parent.is_dir():
@@ -203,13 +242,21 @@ def _tell(
         line = {"image": path, "prompt": config.prompt, "text": answer.text, "tokens": answer.num_tokens}
         _write(output, line)
     elif not config.stream:
-        print(answer.text if alone else f"{path}\t{answer.text}", flush=True)
+        print(answer.text if alone else f"{_in_one_field(path)}\t{answer.text}", flush=True)
+
+
+def _in_one_field(path: str | None) -> str:
+    return str(path).translate({ord(c): repr(c)[1:-1] for c in "\t\n\r\v\f\x85\u2028\u2029"})
 
 
 def _write(output: TextIO | None, line: dict[str, Any]) -> None:
-    if output is not None:
-        output.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if output is None:
+        return
+    try:
+        output.write(json_text(line) + "\n")
         output.flush()
+    except OSError as error:
+        raise UserError(f"--output {output.name}: {error.strerror or error}") from None
 
 
 def _streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import time
@@ -11,18 +12,25 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_entries import arguments, read_metrics, start, steps
+from tiny_shards import write_shards
 from training.launch import REPOSITORY, run_ranks, start_ranks
 
 from dehvf_ds.config import EvalConfig, InsideConfig, UserError, parse_run_config
 from dehvf_ds.data.index import ShardIndex
+from dehvf_ds.data.shards import DamagedSample, ShardRow
 from dehvf_ds.distributed import World
+from dehvf_ds.evals.coco import METRICS
+from dehvf_ds.evals.decode import Decoding
 from dehvf_ds.evaluation import inside
 from dehvf_ds.evaluation.inside import InsideEvaluation
 from dehvf_ds.evaluation.official import build_official, is_official
-from dehvf_ds.evaluation.scores import only_asked, score_answer_rows, score_caption_rows
+from dehvf_ds.evaluation.questions import Questions
+from dehvf_ds.evaluation.scores import AnswerScorer, CaptionScorer
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
+from dehvf_ds.training.loop import Evaluated
 from dehvf_ds.training.planning.inside import check_inside
 from dehvf_ds.training.signals import StopRequest
 
@@ -112,9 +120,9 @@ def test_a_killed_evaluation_goes_on_where_it_was(world: Path, asked_run, tmp_pa
 
 def test_published_layouts_become_the_shards_of_the_same_rows(world: Path, tmp_path: Path) -> None:
     def build(task: str, data: Path, **more: str) -> ShardIndex:
-        config = EvalConfig(model="none", data=str(data), task=task, **more)
+        config = EvalConfig(model="none", data=str(data), task=task, output=str(tmp_path), **more)
         assert is_official(config.data)
-        return ShardIndex(build_official(config, tmp_path / task))
+        return ShardIndex(build_official(config))
 
     def keys(index: ShardIndex) -> list[str]:
         return [index.read(row)["__key__"] for row in range(len(index))]
@@ -125,12 +133,13 @@ def test_published_layouts_become_the_shards_of_the_same_rows(world: Path, tmp_p
     assert keys(found) == keys(ShardIndex(world / "test"))
     problems = build("scienceqa", world / "scenes/scienceqa", split="train")
     assert keys(problems) == keys(ShardIndex(world / "scienceqa"))
-    # Built once; another split does not go into the same directory.
-    assert len(build("scienceqa", world / "scenes/scienceqa", split="train")) == len(problems)
+    # Built once; another split goes into another directory.
+    assert build("scienceqa", world / "scenes/scienceqa", split="train").directory == problems.directory
+    other = build("scienceqa", world / "scenes/scienceqa", split="test")
+    assert other.directory.parent == problems.directory.parent
+    assert other.digest != problems.digest
     with pytest.raises(UserError, match="name one with --split"):
         build("scienceqa", world / "scenes/scienceqa")
-    with pytest.raises(UserError, match=str(tmp_path)):
-        build("scienceqa", world / "scenes/scienceqa", split="test")
 
 
 def test_an_evaluation_that_does_not_fit_is_refused_with_its_numbers(world: Path, monkeypatch) -> None:
@@ -144,7 +153,10 @@ def test_an_evaluation_that_does_not_fit_is_refused_with_its_numbers(world: Path
 
 def test_a_request_to_stop_ends_the_evaluation(monkeypatch, tmp_path: Path) -> None:
     class Questions:
-        task, num_rows, asked = "coco", 5, 0
+        task, num_rows, asked, letters = "coco", 5, 0, ()
+
+        def records(self) -> list[tuple[str, dict]]:
+            return [(str(row), {"captions": ["a dog"]}) for row in range(5)]
 
         def ask(self, model: object, rows: list[int]) -> list[str]:
             self.asked += len(rows)
@@ -154,7 +166,7 @@ def test_a_request_to_stop_ends_the_evaluation(monkeypatch, tmp_path: Path) -> N
     stop, questions = StopRequest(), Questions()
     monkeypatch.setattr(inside, "whole_copy", lambda model, world: model)
     evaluation = InsideEvaluation(
-        config=InsideConfig(every_steps=1, batch_size=1),
+        config=InsideConfig(every_steps=1, batch_size=1, tokenizer="simple"),
         questions=questions,
         model=None,
         world=ALONE,
@@ -166,19 +178,106 @@ def test_a_request_to_stop_ends_the_evaluation(monkeypatch, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
-def test_references_of_another_split_are_named() -> None:
-    with pytest.raises(UserError, match="lack 1 of 2 evaluated pictures, b the first"):
-        only_asked({"a": ["x"], "c": ["y"]}, ["a", "b"])
-    assert only_asked({"a": ["x"], "c": ["y"]}, ["c"]) == {"c": ["y"]}
+class TestInside:
+    """An evaluation in the middle of a run, with answers given."""
+
+    @pytest.fixture
+    def data(self, tmp_path: Path) -> Path:
+        rows = []
+        for key, text in (("a", "a dog"), ("b", "a cat"), ("c", "a cow")):
+            content = io.BytesIO()
+            Image.new("RGB", (20, 20)).save(content, "PNG")
+            picture = content.getvalue()[: 40 if key == "b" else None]
+            record = json.dumps({"captions": [text], "file_name": f"{key}.png"})
+            rows.append(ShardRow(key=key, members={"png": picture, "json": record.encode()}))
+        write_shards(rows, tmp_path / "data", name="x", samples_per_shard=3, builder={})
+        return tmp_path / "data"
+
+    def evaluate(self, data: Path, monkeypatch, **more) -> Evaluated | None:
+        monkeypatch.setattr(inside, "whole_copy", lambda model, world: model)
+        monkeypatch.setattr(Questions, "_answer", lambda self, model, samples: ["a dog"] * len(samples))
+        without_java = {names: score for names, score in METRICS.items() if names[0] != "METEOR"}
+        monkeypatch.setattr("dehvf_ds.evals.coco.METRICS", without_java)
+        questions = Questions(
+            task="coco",
+            index=ShardIndex(data),
+            collator=None,  # pyright: ignore[reportArgumentType]
+            tokenizer=None,  # pyright: ignore[reportArgumentType]
+            decoding=Decoding(max_new_tokens=2),
+            **({"num_rows": 3} | more),
+        )
+        evaluation = InsideEvaluation(
+            config=InsideConfig(every_steps=1, batch_size=2, tokenizer="simple"),
+            questions=questions,
+            model=None,  # pyright: ignore[reportArgumentType]
+            world=ALONE,
+            run_dir=data.parent / "run",
+            stop=StopRequest(),
+        )
+        return evaluation(7)
+
+    def test_an_unreadable_picture_counts_as_an_empty_answer(self, data, monkeypatch, capsys) -> None:
+        found = self.evaluate(data, monkeypatch)
+        assert found is not None
+        assert found.numbers["eval/num_unreadable"] == 1
+        assert found.numbers["eval/ROUGE-L"] == pytest.approx(100 * (1 + 0 + 0.5) / 3)
+        said = lines(data.parent / "run/samples/step_00000007.jsonl")
+        assert [line["prediction"] for line in said] == ["a dog", "", "a dog"]
+        assert "warning: step 7: 1 of 3 pictures could not be read" in capsys.readouterr().err
+
+    def test_a_shard_that_cannot_be_read_leaves_the_run_alive(self, data, monkeypatch, capsys) -> None:
+        read, rows = ShardIndex.read, []
+
+        def gone(index: ShardIndex, row: int) -> dict:
+            # All records are read before the first step.
+            rows.append(row)
+            if row == 2 and len(rows) > 3:
+                raise DamagedSample("x.tar: cannot be read: the network is down")
+            return read(index, row)
+
+        monkeypatch.setattr(ShardIndex, "read", gone)
+        assert self.evaluate(data, monkeypatch) is None
+        told = capsys.readouterr().err
+        assert "step 7 not evaluated: rank 0: x.tar: cannot be read: the network is down; the run" in told
+
+    def test_one_picture_tells_no_best(self, data, monkeypatch, capsys) -> None:
+        found = self.evaluate(data, monkeypatch, num_rows=1)
+        assert found is not None
+        assert found.score is None
+        assert "eval/CIDEr" not in found.numbers
+        assert "step 7: without CIDEr, which tells the best checkpoint" in capsys.readouterr().err
+
+    def test_what_fails_after_decoding_leaves_the_run_alive(self, data, monkeypatch, capsys) -> None:
+        def fail(*_: object) -> None:
+            raise MemoryError("too large")
+
+        monkeypatch.setattr("dehvf_ds.evaluation.writing.draw_examples", fail)
+        found = self.evaluate(data, monkeypatch)
+        assert found is not None
+        assert found.sheet is None
+        assert "warning: step 7: without step_00000007.png: MemoryError: too large" in capsys.readouterr().err
+        monkeypatch.setattr(CaptionScorer, "score", fail)
+        assert self.evaluate(data, monkeypatch) is None
+        assert "warning: step 7 not evaluated: too large; the run goes on" in capsys.readouterr().err
+        assert len(lines(data.parent / "run/samples/step_00000007.jsonl")) == 3
+
+    def test_a_record_without_a_word_is_named_before_the_first_step(self, data, monkeypatch) -> None:
+        record = ("x", {"captions": ["..."]})
+        monkeypatch.setattr(Questions, "records", lambda self: [record])
+        with pytest.raises(UserError, match="1 pictures have no reference caption with a word, x the first"):
+            self.evaluate(data, monkeypatch)
 
 
 def test_rows_are_scored_against_an_annotation_files_captions() -> None:
     records = [("a", {"captions": ["nothing"]}), ("b", {"captions": ["nothing"]})]
     references = {"a": ["a red cat"], "b": ["two café dogs"], "c": ["x"]}
-    scored = score_caption_rows(records, ["a red cat", ""], tokenizer="simple", references=references)
+    scorer = CaptionScorer(records, tokenizer="simple", references=references)
+    scored = scorer.score(["a red cat", ""])
     assert scored.metrics["num_empty"] == 1
     assert scored.lines[1]["references"] == ["two café dogs"]
     assert scored.lines[0]["scores"]["ROUGE-L"] == pytest.approx(100)
+    with pytest.raises(UserError, match="lack 1 of 2 evaluated pictures, b the first"):
+        CaptionScorer(records, tokenizer="simple", references={"a": ["x"], "c": ["y"]})
 
 
 def test_a_curve_is_drawn_of_the_average_accuracy() -> None:
@@ -190,10 +289,13 @@ def test_a_curve_is_drawn_of_the_average_accuracy() -> None:
         "grade": "grade2",
         "hint": "",
     }
-    records = [("1", problem), ("2", problem)]
-    scored = score_answer_rows(records, ["The answer is B.", "no idea"], name="run")
+    scorer = AnswerScorer([("1", problem), ("2", problem)], name="run")
+    scored = scorer.score(["The answer is B.", "no idea"])
     assert scored.numbers == {"accuracy": 50.0, "parse_failure_rate": 50.0}
     assert [line["choice"] for line in scored.lines] == [1, None]
+    # Columns without a problem have no accuracy.
+    assert scored.metrics["accuracy"]["NAT"] == 50
+    assert scored.metrics["accuracy"]["SOC"] is None
 
 
 def lines(path: Path) -> list[dict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,13 @@ from PIL import Image
 from tiny_artifacts import build_bases, save, trained_model
 from transformers import LlamaForCausalLM
 
-from dehvf_ds import generate
 from dehvf_ds.batch import Sample
 from dehvf_ds.config import UserError, parse_generate_config
 from dehvf_ds.data.chat import encode_chat_prompt
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.evaluation.questions import build_collator
-from dehvf_ds.generate import ask_as_trained, main
+from dehvf_ds.generate import ask_as_trained, main, parse_flags
 from dehvf_ds.model import DehvfForConditionalGeneration
 from dehvf_ds.model.weights import find_trained
 
@@ -102,6 +102,70 @@ def test_a_broken_picture_does_not_lose_the_others(root, tmp_path, capsys) -> No
         ask(root, "--image", str(broken))
 
 
+ODD = [
+    "1.png",
+    "null.png",
+    "[a].png",
+    "a: b.png",
+    "#x.png",
+    "- x.png",
+    "a,b.png",
+    "ä 犬.png",
+    "a\tb\nc.png",
+    "~.png",
+    "UPPER.PNG",
+    "u\u2028v.png",
+]
+NO_UTF8 = "x\udcff.png"
+
+
+def test_pictures_of_odd_names_each_have_one_line(root, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in [*ODD, NO_UTF8]:
+        shutil.copy(names(root)[1], tmp_path / name)
+    (tmp_path / "._1.png").write_bytes(b"what macOS writes")
+    (tmp_path / "readme.md").write_text("no picture")
+    assert ask(root, "--image", *ODD, NO_UTF8, "--output", "out.jsonl") == 0
+    text = Path("out.jsonl").read_text(encoding="utf-8")
+    assert len(text.splitlines()) == len(ODD) + 1
+    assert [row["image"] for row in rows(text)] == [*ODD, NO_UTF8]
+    # Named, and named again by their folder and another spelling. (A program's own console takes any byte.)
+    (tmp_path / NO_UTF8).unlink()
+    capsys.readouterr()
+    assert ask(root, "--image", "1.png", ".", str(tmp_path / "null.png")) == 0
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == len(ODD)
+    assert sum(line.split("\t")[0] == "1.png" for line in told.out.splitlines()) == 1
+    assert "note: 2 pictures are named more than once and answered once" in told.err
+
+
+def test_choices_are_the_words_that_stand_there(root) -> None:
+    words = ["[a]", "null", "#1", "{b: c}", "1e5", ""]
+    given = ["--model", str(root / "scienceqa"), "--choices", *words, "--prompt", "Which?"]
+    assert parse_flags(given).choices == words
+    assert parse_flags([*given[:2], "--choices=[a, b]", *given[-2:]]).choices == ["a", "b"]
+
+
+def test_a_picture_is_not_written_over(root, tmp_path) -> None:
+    path = tmp_path / "a.png"
+    shutil.copy(names(root)[1], path)
+    with pytest.raises(UserError, match="is one of the pictures"):
+        ask(
+            root,
+            "--image",
+            str(path),
+            "--output",
+            str(tmp_path / "../" / tmp_path.name / "a.png"),
+            "--overwrite",
+        )
+    assert path.read_bytes() == Path(names(root)[1]).read_bytes()
+
+
+def test_a_disk_that_is_full_is_one_line(root) -> None:
+    with pytest.raises(UserError, match="--output /dev/full: No space left"):
+        ask(root, "--image", names(root)[0], "--output", "/dev/full", "--overwrite")
+
+
 def test_a_question_without_a_picture(root, capsys) -> None:
     assert ask(root, "--prompt", "What is blue?") == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
@@ -111,7 +175,7 @@ def test_a_question_without_a_picture(root, capsys) -> None:
 
 
 def prompt_ids(root: Path, task: str, *more: str) -> list[int]:
-    config = parse_generate_config(generate._spread(["--model", str(root / task), *more]))
+    config = parse_flags(["--model", str(root / task), *more])
     record, collator = ask_as_trained(config, find_trained(root / task))
     return collator([Sample(key="", image=None, record=record)]).input_ids[0].tolist()
 
@@ -173,6 +237,9 @@ def test_the_tower_looks_once_and_nothing_of_it_is_cached(root, monkeypatch) -> 
         ("caption", [], "name pictures with --image, or ask with --prompt"),
         ("caption", ["--prompt", "a", "--choices", "x", "y"], "--choices and --hint are of ScienceQA"),
         ("caption", ["--prompt", "a", "--stream", "--num_beams", "2"], "beams have none"),
+        ("caption", ["--prompt", "a", "--output", "/"], "--output / is a folder; name a file in it"),
+        ("caption", ["--prompt", "a\udcff"], "--prompt: not UTF-8"),
+        ("scienceqa", ["--prompt", "a", "--choices", "a", "\udcff"], "--choices: not UTF-8"),
         ("caption", ["--prompt", "a", "--output", "/nowhere/x.jsonl"], "no such folder /nowhere"),
         ("scienceqa", ["--prompt", "a"], "--choices: this model was trained on ScienceQA"),
         ("scienceqa", ["--prompt", "a", "--choices", "x"], "at least two"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +24,13 @@ LINE_ENDS = re.compile("[\n\v\f\r\u2028\u2029]")
 # The characters of the official list of punctuation, and those that PTB rewrites into entries of it.
 PUNCTUATION = "'`\".?!,:;-()[]{}"
 MAX_SHOWN = 240
+# METEOR writes and reads numbers by the machine's language, where "0,31" is none; texts travel as UTF-8.
+_FIXED_LOCALE = (
+    "-Duser.language=en",
+    "-Duser.country=US",
+    "-Dfile.encoding=UTF-8",
+    "-Dstdout.encoding=UTF-8",
+)
 
 
 def require_java() -> None:
@@ -36,6 +44,20 @@ def require_java() -> None:
             f"PTB tokenization needs a Java runtime and {NO_JAVA}, or take the simple tokenizer, whose "
             "scores compare with no published ones"
         )
+
+
+def java_command(*arguments: str) -> list[str]:
+    """A call of Java that reads and writes the same on every machine."""
+    return ["java", *_FIXED_LOCALE, *arguments]
+
+
+def java_environment() -> dict[str, str]:
+    """This process's environment, without what would overrule ``java_command``."""
+    environment = os.environ | {"LC_ALL": "C.UTF-8"}
+    # Read after the command line, so it would win.
+    if overruling := environment.get("_JAVA_OPTIONS"):
+        environment["_JAVA_OPTIONS"] = " ".join([overruling, *_FIXED_LOCALE])
+    return environment
 
 
 def ptb_tokens(captions: Captions) -> Tokens:
@@ -52,15 +74,11 @@ def ptb_tokens(captions: Captions) -> Tokens:
 
     lines = [_one_line(caption) for group in captions.values() for caption in group]
     jar = Path(official.__file__).with_name(official.STANFORD_CORENLP_3_4_1_JAR)
-    command = [
-        "java",
-        "-cp",
-        str(jar),
-        "edu.stanford.nlp.process.PTBTokenizer",
-        "-preserveLines",
-        "-lowerCase",
-    ]
-    done = subprocess.run(command, input="\n".join(lines).encode(), capture_output=True)
+    command = java_command(
+        "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"
+    )
+    text = "\n".join(lines).encode()
+    done = subprocess.run(command, input=text, capture_output=True, env=java_environment())
     if done.returncode:
         raise UserError(f"PTB tokenization failed: {java_error(done.stderr) or f'exit {done.returncode}'}")
     found = done.stdout.decode().split("\n")

@@ -112,8 +112,8 @@ def likeliest_options(
     batches: Iterable[Batch],
     option_ids: Sequence[int],
     num_options: Sequence[int],
-) -> Iterator[list[int]]:
-    """Of each row's options the one whose token is the likeliest to come next.
+) -> Iterator[list[int | None]]:
+    """Of each row's options the one whose token is the likeliest to come next; None where a logit is none.
 
     Args:
         model: in evaluation mode.
@@ -137,7 +137,10 @@ def likeliest_options(
         logits = generated.logits[0][:, list(option_ids)].float()  # pyright: ignore[reportAttributeAccessIssue]
         counts = num_options[start : start + len(logits)]
         start += len(logits)
-        yield [int(row[:count].argmax()) for row, count in zip(logits, counts, strict=True)]
+        yield [
+            None if row[:count].isnan().any() else int(row[:count].argmax())
+            for row, count in zip(logits, counts, strict=True)
+        ]
 
 
 @torch.inference_mode()

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dehvf_ds.config import UserError
+
+PARTS = ".answers-{}"
+TERMS_NAME = "terms.json"
+
+
+def digest_of(terms: Mapping[str, Any]) -> str:
+    """A hash of JSON values, the same for equal ones."""
+    return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class AnswerParts:
@@ -29,8 +38,7 @@ class AnswerParts:
         Raises:
             UserError: it cannot be written.
         """
-        text = json.dumps(identity, sort_keys=True)
-        self.directory = output / f".answers-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self.directory = output / PARTS.format(digest_of(identity))
         self._path = self.directory / f"rank-{rank:05d}.jsonl"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -41,10 +49,10 @@ class AnswerParts:
         """All ranks' answers by row; the torn last line of a killed rank is passed over."""
         answers: dict[int, Any] = {}
         for path in sorted(self.directory.glob("rank-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     row, answer = json.loads(line)
-                except ValueError:
+                except (ValueError, TypeError):
                     continue
                 answers[row] = answer
         return answers
@@ -65,6 +73,4 @@ class AnswerParts:
 
     def remove(self) -> None:
         """Removes the files, once the answers are written in one."""
-        for path in self.directory.glob("rank-*.jsonl"):
-            path.unlink(missing_ok=True)
-        self.directory.rmdir()
+        shutil.rmtree(self.directory, ignore_errors=True)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dehvf_ds.config import InsideConfig, UserError
 from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, on_main
 from dehvf_ds.evaluation.questions import Questions
-from dehvf_ds.evaluation.scores import Scored, draw_examples, score_answer_rows, score_caption_rows
+from dehvf_ds.evaluation.scores import AnswerScorer, CaptionScorer, open_scorer
+from dehvf_ds.evaluation.writing import try_examples, write_lines
 from dehvf_ds.model import DehvfForConditionalGeneration
 from dehvf_ds.training.loop import Evaluated
 from dehvf_ds.training.replica import release_cache, whole_copy
@@ -41,23 +41,38 @@ class InsideEvaluation:
     world: World
     run_dir: Path
     stop: StopRequest
+    scorer: CaptionScorer | AnswerScorer = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Looks at the rows' records before the first step. Every rank must construct it.
+
+        Raises:
+            UserError: a row could not be scored.
+        """
+        name = self.run_dir.resolve().name
+        scorer = on_main(
+            self.world, lambda: open_scorer(self.questions, name=name, tokenizer=self.config.tokenizer)
+        )
+        object.__setattr__(self, "scorer", scorer)
 
     def __call__(self, step: int) -> Evaluated | None:
         """Evaluates the weights as they are. Every rank must call it.
 
-        Scores that cannot be computed leave the run alive; it is said.
+        A picture that cannot be read counts as an empty answer. Scores that cannot be computed leave the run
+        alive; both are said.
 
         Args:
             step: names the files.
 
         Returns:
             The numbers; None where the evaluation was ended early or nothing could be scored.
-
-        Raises:
-            UserError: a row cannot be read.
         """
         started = time.perf_counter()
-        answered = self._answer()
+        try:
+            answered = self._answer()
+        except UserError as error:
+            _warn(f"step {step} not evaluated: rank {self.world.rank}: {error}; the run goes on")
+            answered = None
         if all_reduce_sum([float(answered is None)], self.world.device)[0]:
             return None
         gathered = sorted(gather_to_main(answered or [], self.world), key=lambda pair: pair[0])
@@ -65,12 +80,10 @@ class InsideEvaluation:
         def score() -> Evaluated | None:
             try:
                 return self._score(step, [answer for _, answer in gathered], started)
-            except (UserError, OSError) as error:
-                print(
-                    f"warning: step {step} not evaluated: {error}; the run goes on",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            # Whatever it is, the other ranks wait, and the training is worth more.
+            except Exception as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                _warn(f"step {step} not evaluated: {reason}; the run goes on")
                 return None
 
         return on_main(self.world, score)
@@ -93,19 +106,25 @@ class InsideEvaluation:
 
     def _score(self, step: int, answers: list[Any], started: float) -> Evaluated:
         questions = self.questions
-        records = questions.records()
-        if questions.task == "coco":
-            scored = score_caption_rows(records, answers, tokenizer=self.config.tokenizer)
-        else:
-            scored = score_answer_rows(records, answers, name=f"step {step}")
         sheet = self.run_dir / "samples" / f"step_{step:08d}.png"
-        draw_examples(questions.index, scored, sheet)
-        _write_lines(sheet.with_suffix(".jsonl"), scored)
+        # The answers first, which cost the most.
+        write_lines(sheet.with_suffix(".jsonl"), self.scorer.lines(answers))
+        scored = self.scorer.score(answers)
+        write_lines(sheet.with_suffix(".jsonl"), scored.lines)
+        for line in scored.summary:
+            if line.startswith("warning: "):
+                _warn(f"step {step}: {line.removeprefix('warning: ')}")
+        best = SCORE[questions.task]
+        if reason := scored.metrics.get("missing", {}).get(best):
+            _warn(f"step {step}: without {best}, which tells the best checkpoint: {reason}")
+        if reason := try_examples(questions.index, scored, sheet):
+            _warn(f"step {step}: without {sheet.name}: {reason}")
         numbers = {f"eval/{name}": value for name, value in scored.numbers.items()}
         numbers["eval/seconds"] = time.perf_counter() - started
-        return Evaluated(score=scored.numbers.get(SCORE[questions.task]), numbers=numbers, sheet=sheet)
+        return Evaluated(
+            score=scored.numbers.get(best), numbers=numbers, sheet=sheet if sheet.is_file() else None
+        )
 
 
-def _write_lines(path: Path, scored: Scored) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in scored.lines)
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)

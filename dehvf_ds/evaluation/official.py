@@ -12,6 +12,7 @@ from dehvf_ds.data.building.plan import BuildSettings, describe_file
 from dehvf_ds.data.building.sources import SourceRow, read_coco, read_karpathy, read_scienceqa
 from dehvf_ds.data.building.write import build_shards
 from dehvf_ds.evals.coco_files import is_karpathy
+from dehvf_ds.evaluation.place import shards_directory
 
 
 def is_official(data: str) -> bool:
@@ -20,24 +21,25 @@ def is_official(data: str) -> bool:
     return path.is_file() or (path / "problems.json").is_file()
 
 
-def build_official(config: EvalConfig, output: Path) -> Path:
+def build_official(config: EvalConfig) -> Path:
     """Builds the shards of an official layout, or finds them built by the same files. Rank 0 alone.
 
     Args:
         config: ``data`` is a directory with ``problems.json`` and ``pid_splits.json``, COCO's
             ``captions_*.json`` or Karpathy's ``dataset_*.json``; ``images`` the pictures of the latter two.
-        output: where the evaluation is written; the shards go into its ``shards``.
 
     Returns:
-        The directory of the shards.
+        The directory of the shards, below that of the results.
 
     Raises:
         UserError: a flag is missing, a file is of another kind, or the disk is full.
     """
+    data = Path(config.data)
+    names = ("problems.json", "pid_splits.json")
+    shards = shards_directory(config, *([data / name for name in names] if data.is_dir() else [data]))
     # No row is left out: scores would be of other rows than the published ones.
     bad = BadRows(skip=False, remedy="correct it")
     rows, facts = _read(config, bad)
-    shards = output / "shards"
     build_shards(
         rows,
         shards,
@@ -58,6 +60,11 @@ def _read(config: EvalConfig, bad: BadRows) -> tuple[list[SourceRow], dict[str, 
         files = {name: describe_file(data / f"{name}.json") for name in ("problems", "pid_splits")}
         rows = read_scienceqa(data, _split(config), allow_missing_images=True, note=_note, bad=bad)
         return rows, {"source": "scienceqa", "split": config.split, "allow_missing_images": True, **files}
+    if data.suffix.lower() != ".json":
+        raise UserError(
+            f"--data {data}: a file that is no .json; name the directory of the shards, that of ScienceQA, "
+            "or a file of COCO's captions or Karpathy's splits"
+        )
     # A picture without a caption cannot be scored.
     unscored = BadRows(skip=True)
     images = data.parent if config.images is None else Path(config.images)

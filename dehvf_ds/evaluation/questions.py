@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from dehvf_ds.batch import Sample
 from dehvf_ds.config import ScienceqaConfig, UserError
 from dehvf_ds.data.collate import Collator, letter_ids
+from dehvf_ds.data.damage import DamagedSample
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.loader import read_sample
 from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX, Task
@@ -25,6 +28,9 @@ Record = tuple[str, dict[str, Any]]
 
 TASKS: dict[str, EvalTask] = {"caption": "coco", "scienceqa": "scienceqa"}
 """What is scored, by ``data.task``."""
+
+UNREADABLE = "unreadable"
+"""Key of an answer that there is none of: {UNREADABLE: why the row's picture could not be read}."""
 
 MAX_NEW_TOKENS: dict[EvalTask, int] = {"coco": 40, "scienceqa": 8}
 
@@ -52,13 +58,29 @@ class Questions:
     letters: tuple[int, ...] = ()
 
     def ask(self, model: DehvfForConditionalGeneration, rows: Sequence[int]) -> list[Any]:
-        """Answers some rows together: texts, or the number of the likeliest option.
+        """Answers some rows together.
+
+        Returns:
+            Texts, or the number of the likeliest option (None where no logit is a number); of a row whose
+            picture cannot be read an object that says why, under ``UNREADABLE``.
 
         Raises:
-            UserError: a row cannot be read.
+            UserError: a shard cannot be read; the network may be down, and that is no answer.
         """
-        side = self.collator.image_size
-        samples = [read_sample(self.index, row, shorter_side=side) for row in rows]
+        samples = [self._read(row) for row in rows]
+        good = [sample for sample in samples if isinstance(sample, Sample)]
+        answers = iter(self._answer(model, good) if good else [])
+        return [next(answers) if isinstance(sample, Sample) else sample for sample in samples]
+
+    def _read(self, row: int) -> Sample | dict[str, str]:
+        try:
+            return read_sample(self.index, row, shorter_side=self.collator.image_size)
+        except DamagedSample as error:
+            # Of the picture alone: a shard that cannot be read raises once more.
+            self.index.read(row)
+            return {UNREADABLE: " ".join(str(error).split())}
+
+    def _answer(self, model: DehvfForConditionalGeneration, samples: Sequence[Sample]) -> list[Any]:
         batch = self.collator(samples)
         if self.letters:
             counts = [len(sample.record["choices"]) for sample in samples]
@@ -72,7 +94,15 @@ class Questions:
         return self.index.text_lengths[: self.num_rows].tolist()
 
     def records(self) -> list[Record]:
-        """Keys and records; one row at a time: the pictures of a whole split would not fit into memory."""
+        """Keys and records; one row at a time: the pictures of a whole split would not fit into memory.
+
+        Raises:
+            UserError: a row is damaged, so that nobody knows what it asks.
+        """
+        return self._records
+
+    @cached_property
+    def _records(self) -> list[Record]:
         members = (self.index.read(row) for row in range(self.num_rows))
         return [(item["__key__"], parse_record(item)) for item in members]
 
@@ -109,14 +139,25 @@ def open_questions(
         max_samples: rows to ask, from the first; None means all.
 
     Raises:
-        UserError: the rows are of another task, or Java is missing.
+        UserError: the rows are of another task, a length contradicts another, or Java is missing.
     """
+    longest = max_new_tokens or MAX_NEW_TOKENS[task]
+    if min_new_tokens > longest:
+        raise UserError(
+            f"--min_new_tokens {min_new_tokens} is more than the longest answer, {longest} tokens"
+        )
     index = ShardIndex(data)
     without = index.num_without_captions
     if task == "coco" and without:
-        raise UserError(f"{data}: holds rows without captions; --task coco cannot score them")
+        raise UserError(
+            f"{data}: holds rows without captions, which --task coco cannot score; "
+            "problems of ScienceQA need --task scienceqa"
+        )
     if task == "scienceqa" and without < len(index):
-        raise UserError(f"{data}: holds captions, not problems; --task scienceqa cannot score them")
+        raise UserError(
+            f"{data}: holds captions, not problems, which --task scienceqa cannot score; captions need "
+            "--task coco"
+        )
     index.check_task("caption" if task == "coco" else "scienceqa", "--task")
     if task == "coco" and reading == "likelihood":
         raise UserError("--reading likelihood is ScienceQA's; captions are generated")
@@ -136,12 +177,50 @@ def open_questions(
         ),
         tokenizer=tokenizer,
         decoding=Decoding(
-            max_new_tokens=max_new_tokens or MAX_NEW_TOKENS[task],
+            max_new_tokens=longest,
             min_new_tokens=min_new_tokens,
             num_beams=num_beams,
         ),
         letters=tuple(letter_ids(tokenizer)) if reading == "likelihood" else (),
     )
+
+
+def require_task(task: EvalTask, trained_for: str | None, *, prompt: str | None) -> str | None:
+    """Looks whether a model was trained for what it is asked.
+
+    Args:
+        task: what is scored.
+        trained_for: the model's ``task``; None where nothing says so.
+        prompt: the instruction of captions that the user gave.
+
+    Returns:
+        A line for the user, where the question has another form than the training's; else None.
+
+    Raises:
+        UserError: it was trained for the other task.
+    """
+    if trained_for is None or TASKS.get(trained_for) == task:
+        return None
+    told = f"the model was trained for {trained_for}, and --task {task} asks for something else"
+    if trained_for in TASKS and prompt is None:
+        raise UserError(
+            f"{told}; pass --task {TASKS[trained_for]} and data of that kind, or name another model"
+        )
+    return f"warning: {told}; the question is put in a form that it has not seen in training"
+
+
+def require_image_captions(data: str, questions: Questions) -> None:
+    """Refuses captions of pictures as context where the shards hold none.
+
+    Raises:
+        UserError: no row with a picture has one.
+    """
+    with_picture = [record for _, record in questions.records() if record.get("image")]
+    if with_picture and not any(record.get("image_caption") for record in with_picture):
+        raise UserError(
+            f"--image_captions: the problems of {data} have no captions of their pictures; build the shards "
+            "with --captions captions.json"
+        )
 
 
 def build_collator(

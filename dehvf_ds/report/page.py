@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import product
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from dehvf_ds.report import heatmap, tables
 from dehvf_ds.report.charts import Line, line_chart
 from dehvf_ds.report.markup import Child, document, tag
-from dehvf_ds.report.runs import Points, Run
+from dehvf_ds.report.runs import Evaluation, Points, Run
 from dehvf_ds.report.series import smooth
 
 STYLE = Path(__file__).with_name("page.css")
@@ -149,25 +149,31 @@ def _levels(runs: Sequence[Run]) -> list[Child]:
 
 def _examples(runs: Sequence[Run]) -> list[Child]:
     found: list[Child] = []
-    tasks = dict.fromkeys(e.task for run in runs for e in run.evaluations)
-    splits = dict.fromkeys(e.split for run in runs for e in run.evaluations)
-    for task, split in product(tasks, splits):
-        parts: list[Child] = [tables.examples(runs, task, split), *_sheets(runs, task, split)]
+    groups: dict[tuple[str, str, str], list[tuple[Run, Evaluation]]] = {}
+    for run in runs:
+        for evaluation in run.evaluations:
+            groups.setdefault((evaluation.task, evaluation.split, evaluation.data), []).append(
+                (run, evaluation)
+            )
+    titles = Counter((task, split) for task, split, _ in groups)
+    for (task, split, _), evaluations in groups.items():
+        parts: list[Child] = [tables.examples(evaluations, task), *_sheets(evaluations)]
         if any(part is not None for part in parts):
-            found += [tag("h3", f"{TASKS.get(task, task)}, {split}"), *parts]
+            # Data of one name are told apart by the evaluation's directory.
+            name = split if titles[task, split] == 1 else evaluations[0][1].label
+            found += [tag("h3", f"{TASKS.get(task, task)}, {name}"), *parts]
     if inside := [sheet for run in runs if (sheet := _sheet_inside(run)) is not None]:
         found += [tag("h3", "Inside the runs"), *inside]
     return found or [tag("p", "No run has examples.")]
 
 
-def _sheets(runs: Sequence[Run], task: str, split: str) -> list[Element]:
+def _sheets(evaluations: Sequence[tuple[Run, Evaluation]]) -> list[Element]:
     """The contact sheets, folded after the first: they show the same pictures."""
     found = []
-    for run in runs:
-        for evaluation in run.evaluations:
-            if (evaluation.task, evaluation.split) == (task, split) and evaluation.sheet:
-                title = f"Pictures with the captions of {run.name}; references in grey"
-                found.append(_folded(title, evaluation.sheet, is_open=not found))
+    for run, evaluation in evaluations:
+        if evaluation.sheet:
+            title = f"Pictures with the captions of {run.name}; references in grey"
+            found.append(_folded(title, evaluation.sheet, is_open=not found))
     return found
 
 

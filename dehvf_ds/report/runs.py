@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ import yaml
 from dehvf_ds.config import UserError
 
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+
+MAX_SHOWN = 1e100
+"""Largest number that is one; a range of numbers beyond has no ticks."""
 
 Points = list[tuple[float, float | None]]
 
@@ -26,6 +29,8 @@ class Evaluation:
     Attributes:
         task: ``coco`` or ``scienceqa``.
         split: as the evaluation named it.
+        label: the split; of one that shares it with another of its run, the directory's name.
+        data: hash of what was evaluated; the directory's name where nothing says so.
         metrics: content of ``metrics.json``.
         predictions: lines of ``predictions.jsonl``, in their order.
         sheet: bytes of ``examples.png``; None where there is none.
@@ -33,6 +38,8 @@ class Evaluation:
 
     task: str
     split: str
+    label: str
+    data: str
     metrics: dict[str, Any]
     predictions: list[dict[str, Any]]
     sheet: bytes | None
@@ -129,7 +136,7 @@ def load_run(path: Path, name: str) -> Run:
     if metrics.is_file():
         for row in _load_lines(metrics, "step", notes):
             # A later line of the same step is the one that counts: the run had gone back.
-            if isinstance(row["step"], int):
+            if isinstance(row["step"], int) and finite(row["step"]) is not None:
                 rows[row["step"]] = row
     else:
         notes.append("no metrics.jsonl: no step was taken")
@@ -137,6 +144,11 @@ def load_run(path: Path, name: str) -> Run:
         found
         for directory in sorted((path / "eval").glob("*"))
         if directory.is_dir() and (found := _load_evaluation(directory, notes))
+    ]
+    counts = Counter((found.task, found.split) for found in evaluations)
+    evaluations = [
+        replace(found, label=found.split) if counts[found.task, found.split] == 1 else found
+        for found in evaluations
     ]
     return Run(
         name=name,
@@ -179,9 +191,10 @@ def shown(value: Any) -> str:
 
 def finite(value: Any) -> float | None:
     """The value as a float; None where it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    # A whole number may be larger than any float; the rest cannot be drawn.
+    return float(value) if abs(value) <= MAX_SHOWN else None
 
 
 def _load_settings(path: Path) -> dict[str, str]:
@@ -218,7 +231,9 @@ def _load_evaluation(directory: Path, notes: list[str]) -> Evaluation | None:
     """None where it is not finished: its metrics are written last but for the pictures."""
     path = directory / "metrics.json"
     if not path.is_file():
-        notes.append(f"eval/{directory.name}: not finished")
+        # Shards made of a published file lie there, too.
+        if any(directory.glob(".answers-*")) or (directory / "predictions.jsonl").is_file():
+            notes.append(f"eval/{directory.name}: not finished")
         return None
     try:
         metrics = json.loads(path.read_text(encoding="utf-8", errors="replace"))
@@ -230,10 +245,14 @@ def _load_evaluation(directory: Path, notes: list[str]) -> Evaluation | None:
     protocol = metrics.get("protocol")
     protocol = protocol if isinstance(protocol, dict) else {}
     task, _, split = directory.name.partition("-")
+    data = metrics.get("data")
+    digest = data.get("sha256") if isinstance(data, dict) else None
     predictions, sheet = directory / "predictions.jsonl", directory / "examples.png"
     return Evaluation(
         task=str(protocol.get("task", task)),
         split=str(protocol.get("split", split)),
+        label=split,
+        data=str(digest or directory.name),
         metrics=metrics,
         predictions=list(_load_lines(predictions, "key", notes)) if predictions.is_file() else [],
         sheet=_load_picture(sheet),

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 from string import ascii_uppercase
 from xml.etree.ElementTree import Element
 
+from dehvf_ds.evals.coco import CAPTION_METRICS
 from dehvf_ds.evals.scienceqa import COLUMNS
 from dehvf_ds.report.markup import Child, tag
 from dehvf_ds.report.runs import Evaluation, Run, differing, finite, shown
 from dehvf_ds.report.series import number, spread
 
-CAPTION_METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
 NUM_EXAMPLES = 8
 NONE = "—"
 
@@ -59,7 +60,7 @@ def scores(runs: Sequence[Run], task: str) -> Element:
         rows.append(
             (
                 run.name + marks,
-                evaluation.split,
+                evaluation.label,
                 *(_score(evaluation, name) for name in names),
                 *(_cell(evaluation.metrics.get(name), 4) for name in losses),
                 shown(evaluation.metrics.get("num_samples", NONE)),
@@ -73,13 +74,13 @@ def scores(runs: Sequence[Run], task: str) -> Element:
             tag("p", "† not comparable with published numbers: not COCO's tokenizer.", class_="warning")
         )
     for run, evaluation in found:
-        label = f"{run.name}, {evaluation.split}"
+        label = f"{run.name}, {evaluation.label}"
         notes += [tag("p", f"{label}: {text}", class_="note") for text in _weak_rows(evaluation)]
         missing = evaluation.metrics.get("missing")
         for name, reason in missing.items() if isinstance(missing, dict) else ():
             notes.append(tag("p", f"{label}: without {name}: {reason}", class_="note"))
     if differ and len(found) > 1:
-        labels = [f"{run.name}, {evaluation.split}" for run, evaluation in found]
+        labels = [f"{run.name}, {evaluation.label}" for run, evaluation in found]
         notes.append(
             tag("p", "‡ Not all of these rows compare with each other. They differ in:", class_="warning")
         )
@@ -89,30 +90,37 @@ def scores(runs: Sequence[Run], task: str) -> Element:
     return tag("div", _table(head, rows, (0, 1)), *notes)
 
 
-def examples(runs: Sequence[Run], task: str, split: str) -> Element | None:
-    """Some rows of a split: references or the right answer, and what each run says; None without any."""
-    evaluations = [
-        (run, e)
-        for run in runs
-        for e in run.evaluations
-        if (e.task, e.split) == (task, split) and e.predictions
-    ]
+def examples(evaluations: Sequence[tuple[Run, Evaluation]], task: str) -> Element | None:
+    """Some rows of the same data: references or the right answer, and what each run says; None without any.
+
+    Args:
+        evaluations: of one task, split and data: keys of other data may be the same, and are other rows.
+        task: of all of them.
+    """
+    evaluations = [(run, e) for run, e in evaluations if e.predictions]
     if not evaluations:
         return None
+    names = Counter(run.name for run, _ in evaluations)
     lines = evaluations[0][1].predictions
-    by_key = [(run, {shown(line["key"]): line for line in e.predictions}) for run, e in evaluations]
+    by_key = [
+        (
+            run.name if names[run.name] == 1 else f"{run.name}, {e.label}",
+            {shown(line["key"]): line for line in e.predictions},
+        )
+        for run, e in evaluations
+    ]
     body = []
     for index in spread(len(lines), NUM_EXAMPLES):
         key = shown(lines[index]["key"])
-        said = [(run, answers[key]) for run, answers in by_key if key in answers]
-        for place, (run, line) in enumerate(said):
+        said = [(name, answers[key]) for name, answers in by_key if key in answers]
+        for place, (name, line) in enumerate(said):
             first = place == 0
             body.append(
                 tag(
                     "tr",
                     tag("th", key, rowspan=len(said), scope="rowgroup") if first else None,
                     tag("td", *_truth(lines[index]), rowspan=len(said)) if first else None,
-                    tag("td", run.name, class_="run"),
+                    tag("td", name, class_="run"),
                     tag("td", _letter(line.get("prediction")), class_="said"),
                     tag("td", *_line_scores(line), class_="note"),
                     class_="group" if first else None,
@@ -150,6 +158,7 @@ def _weak_rows(evaluation: Evaluation) -> list[str]:
     told = (
         ("num_empty", "empty captions, which are scored"),
         ("num_image_missing", "pictures missing"),
+        ("num_unreadable", "pictures that could not be read, which count as empty answers"),
     )
     numbers = [(finite(evaluation.metrics.get(name)), text) for name, text in told]
     return [f"{text}: {value:.0f}" for value, text in numbers if value]
@@ -159,7 +168,9 @@ def _score_names(evaluations: Sequence[Evaluation], task: str) -> list[str]:
     """The papers' columns for the two tasks; of captions those that any run has."""
     if task == "scienceqa":
         return [*COLUMNS, "parse failures"]
-    return [name for name in CAPTION_METRICS if any(name in e.metrics for e in evaluations)]
+    return [
+        name for name in CAPTION_METRICS if any(finite(e.metrics.get(name)) is not None for e in evaluations)
+    ]
 
 
 def _score(evaluation: Evaluation, name: str) -> str:

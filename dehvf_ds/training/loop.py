@@ -67,12 +67,12 @@ class Evaluated:
     Attributes:
         score: tells the best checkpoint, the higher the better; None where it could not be computed.
         numbers: for the metrics, by name.
-        sheet: a PNG of example pictures with their answers.
+        sheet: a PNG of example pictures with their answers; None where it could not be drawn.
     """
 
     score: float | None
     numbers: dict[str, float]
-    sheet: Path
+    sheet: Path | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +213,7 @@ def _evaluate(
         return {}
     if found.score is not None and (progress.best_score is None or found.score > progress.best_score):
         progress.best_score, progress.best_step = found.score, progress.step
-    if writer is not None:
+    if writer is not None and found.sheet is not None:
         writer.write_picture("eval/examples", found.sheet, progress.step)
     return found.numbers
 

@@ -89,3 +89,11 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file: Not a directory"):
         AnswerParts(tmp_path / "file", {}, 0)
+
+
+def test_what_is_cut_off_or_no_answer_is_asked_again(tmp_path: Path) -> None:
+    parts = AnswerParts(tmp_path, {}, 0)
+    parts.add([1, 2], ["a \u2028 b", {"unreadable": "why"}])
+    with (parts.directory / "rank-00003.jsonl").open("wb") as file:
+        file.write(b'[4, "d"]\n5\nnull\n[6]\n\x00\x00\xff\n[0, "c')
+    assert parts.read() == {1: "a \u2028 b", 2: {"unreadable": "why"}, 4: "d"}

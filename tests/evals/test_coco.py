@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pycocoevalcap.meteor import meteor
 from pycocoevalcap.spice import get_stanford_models, spice
 
 from dehvf_ds.config import UserError
-from dehvf_ds.evals.coco import SPICE_PARSER, score_captions, unique_predictions
+from dehvf_ds.evals.coco import SPICE_PARSER, CaptionScores, References, unique_predictions
 from dehvf_ds.evals.coco_tokens import PUNCTUATION, ptb_tokens, simple_tokens
 
 REFERENCES = {
@@ -32,6 +33,10 @@ java = [
     pytest.mark.java,
     pytest.mark.skipif(shutil.which("java") is None, reason="no Java runtime"),
 ]
+
+
+def score_captions(references, predictions, tokenizer="ptb") -> CaptionScores:
+    return References(references, tokenizer=tokenizer).score(predictions)
 
 
 @pytest.fixture
@@ -96,6 +101,10 @@ class TestOfficial:
             return started[-1]
 
         monkeypatch.setattr(meteor.subprocess, "Popen", watched)
+        # A machine that writes 0,31 and has no Unicode; Java reads the second after the command line.
+        monkeypatch.setenv("LC_ALL", "de_DE.ISO-8859-1")
+        monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Dfile.encoding=ISO-8859-1")
+        monkeypatch.setenv("_JAVA_OPTIONS", "-Duser.language=de -Dfile.encoding=ISO-8859-1")
         scores = score_captions(REFERENCES, PREDICTIONS)
         assert list(scores.corpus) == ALL_BUT_SPICE
         assert scores.comparable
@@ -199,6 +208,59 @@ def test_meteor_that_dies_is_named_and_does_not_hang(tmp_path, monkeypatch) -> N
     assert list(scores.corpus) == [*BLEU, "ROUGE-L", "CIDEr"]
 
 
+def test_nothing_in_a_caption_ends_a_line_or_a_field_of_meteors(tmp_path, monkeypatch) -> None:
+    program, told = tmp_path / "java", tmp_path / "told"
+    program.write_text(
+        f"""#!/bin/sh
+        while IFS= read -r line; do
+          printf '%s\\n' "$line" >> {told}
+          case "$line" in SCORE*) echo 1.0 2.0;; EVAL*) echo 0.25; echo 0.75; echo 0.5;; esac
+        done"""
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    references = {"a": ["x ||| y", "p\tq\r\nr\u2028s"], "b": ["||||| z\x85", "..."]}
+    scores = score_captions(references, {"a": "||| u\nv", "b": ""}, tokenizer="simple")
+    assert scores.corpus["METEOR"] == 50
+    assert [row["METEOR"] for row in scores.each.values()] == [25, 75]
+    assert told.read_text(encoding="utf-8").split("\n") == [
+        "SCORE ||| x y ||| p q r s ||| u v",
+        "SCORE ||| z ||| ",
+        "EVAL ||| 1.0 2.0 ||| 1.0 2.0",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("references", "predictions", "undefined"),
+    [
+        ({"a": ["a dog runs fast"]}, {"a": "a dog runs fast"}, ["CIDEr"]),
+        (
+            {"a": ["a dog", "it"], "b": ["it", "a dog"]},
+            {"a": "a dog", "b": "a dog"},
+            ["BLEU-3", "BLEU-4", "CIDEr"],
+        ),
+        ({"a": ["a dog"], "b": ["a cat"]}, {"a": "", "b": "..."}, BLEU),
+        ({"a": ["a dog"], "b": ["a cat"]}, {"a": "", "b": "dog"}, BLEU[1:]),
+        ({"a": ["a dog"], "b": ["a cat"]}, {"a": "it is a cat", "b": "dog"}, []),
+    ],
+    ids=["one picture", "the same references", "empty", "one word", "defined"],
+)
+def test_what_the_captions_do_not_define_is_no_number(no_java, references, predictions, undefined) -> None:
+    scores = score_captions(references, predictions, tokenizer="simple")
+    assert sorted(scores.missing) == sorted([*undefined, "METEOR", "SPICE"])
+    assert set(scores.corpus) == {*BLEU, "ROUGE-L", "CIDEr"} - set(undefined)
+    assert all(set(row) == set(scores.corpus) for row in scores.each.values())
+    for name in undefined:
+        assert re.search("^(with one picture|where all pictures|no answer has )", scores.missing[name])
+
+
+def test_an_empty_answer_equals_no_reference_without_a_word(no_java) -> None:
+    references = References({"a": ["...", "a dog"], "b": ["a cat"]}, tokenizer="simple")
+    assert references.num_wordless == 1
+    assert references.score({"a": "", "b": "a cat"}).each["a"]["ROUGE-L"] == 0
+
+
 def test_no_metric_at_all_is_an_error(monkeypatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("gone")
@@ -250,10 +312,10 @@ class TestBadInput:
         with pytest.raises(UserError, match=message):
             score_captions(REFERENCES, {"z": "A dog."})
 
-    @pytest.mark.parametrize("captions", [[], [" ", "\n"]])
+    @pytest.mark.parametrize("captions", [[], [" ", "\n"], ["...", "!"]])
     def test_a_picture_without_references_is_named(self, captions) -> None:
-        with pytest.raises(UserError, match="1 pictures have no reference caption, b the first"):
-            score_captions({"a": ["A dog."], "b": captions}, {"a": "A dog.", "b": "A dog."})
+        with pytest.raises(UserError, match="1 pictures have no reference caption with a word, b the first"):
+            References({"a": ["A dog."], "b": captions}, tokenizer="simple")
 
     def test_nothing(self) -> None:
         with pytest.raises(UserError, match="no picture to score"):

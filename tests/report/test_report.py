@@ -236,6 +236,72 @@ def test_answers_of_scienceqa_are_letters(tmp_path):
     assert page.table("ScienceQA, test")[1:] == [*rows, ["2", "B", "s", "Who knows", "names no choice"]]
 
 
+ODD = {
+    "nan": "NaN",
+    "inf": "-Infinity",
+    "huge": "1" + "0" * 400,
+    "large": "1e308",
+    "text": '"x"',
+    "list": "[1]",
+    "null": "null",
+}
+
+
+@pytest.mark.parametrize("value", ODD.values(), ids=ODD)
+def test_numbers_that_are_none_stop_no_page(tmp_path, value):
+    run = make_run(tmp_path / "run", 0.1, 1.0, 3)
+    names = [
+        "train/loss",
+        "val/loss",
+        "eval/CIDEr",
+        "lr",
+        "samples",
+        "skipped",
+        "levels/mean/01",
+        "visual/gain/0",
+    ]
+    row = ", ".join(f'"{name}": {value}' for name in names)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": 4, {row}}}\n{{"step": {value}, "train/loss": 1.0}}\n\x00\x00\n')
+    evaluate(run, "test", {"1": "x"}, CIDEr=1.0)
+    names = ("num_samples", "num_empty", "CIDEr", "missing", "decoding", "data")
+    odd = "".join(f', "{name}": {value}' for name in names)
+    text = f'{{"protocol": {{"task": "coco", "split": "test"}}{odd}}}'
+    (run / "eval/coco-test/metrics.json").write_text(text)
+    assert main([str(run), "--output", str(tmp_path / "x.html")]) == 0
+    page = Page((tmp_path / "x.html").read_text(encoding="utf-8"))
+    assert page.table("Captions (x100, higher is better)")[1][:2] == ["run", "test"]
+    assert page.table("Runs")[1][3].startswith("3.")
+
+
+def test_data_of_one_name_are_told_apart(tmp_path):
+    run = make_run(tmp_path / "run", 0.1, 1.0, 3)
+    evaluate(run, "test", {"1": "from a"}, CIDEr=1.0, data={"sha256": "a" * 64})
+    evaluate(run, "test-12345678", {"1": "from b"}, CIDEr=2.0, data={"sha256": "b" * 64}, num_unreadable=3)
+    for name in ("shards/coco-test-0a", "coco-killed/.answers-1"):
+        (run / "eval" / name).mkdir(parents=True)
+    metrics = run / "eval/coco-test-12345678/metrics.json"
+    metrics.write_text(metrics.read_text().replace('"split": "test-12345678"', '"split": "test"'))
+    assert main([str(run), "--output", str(tmp_path / "x.html")]) == 0
+    page = Page((tmp_path / "x.html").read_text(encoding="utf-8"))
+    rows = page.table("Captions (x100, higher is better)")[1:]
+    assert [row[1:3] for row in rows] == [["test", "1.00"], ["test-12345678", "2.00"]]
+    for heading, said in (("Captions, test", "from a"), ("Captions, test-12345678", "from b")):
+        assert [row[3] for row in page.table(heading)[1:]] == [said]
+    assert "run, test-12345678: pictures that could not be read, which count as empty answers: 3" in page.text
+    assert "eval/coco-killed: not finished" in page.text
+    assert "eval/shards" not in page.text
+
+
+def test_a_metric_that_no_run_has_is_no_column(tmp_path):
+    run = make_run(tmp_path / "run", 0.1, 1.0, 3)
+    evaluate(run, "test", {"1": "x"}, CIDEr=None, METEOR=3.0, missing={"CIDEr": "with one picture"})
+    assert main([str(run), "--output", str(tmp_path / "x.html")]) == 0
+    page = Page((tmp_path / "x.html").read_text(encoding="utf-8"))
+    assert page.table("Captions (x100, higher is better)")[0] == ["run", "split", "METEOR", "rows"]
+    assert "run, test: without CIDEr: with one picture" in page.text
+
+
 @pytest.mark.parametrize("damage", ["none", "no_run", "config", "output"])
 def test_a_mistake_is_one_line_that_names_the_path(tmp_path, damage):
     run, output = make_run(tmp_path / "run", 0.1, 1.0, 3), tmp_path / "x.html"

@@ -98,7 +98,9 @@ def read_karpathy(
             name, folder = entry["filename"], entry.get("filepath", "")
             parts = [folder, name] if inside(images, folder, name).is_file() else [name]
             image_id = entry["cocoid"] if "cocoid" in entry else entry["imgid"]
-            rows.add(image_id, name, [sentence["raw"] for sentence in entry["sentences"]], *parts)
+            # With the folder: two of them may have pictures of one name.
+            file_name = str(PurePosixPath(folder, name))
+            rows.add(image_id, file_name, [sentence["raw"] for sentence in entry["sentences"]], *parts)
     return rows.finish(note)
 
 

@@ -1,0 +1,461 @@
+"""Evaluations in this process: where they lie, what they refuse, and what they survive."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_artifacts import build_bases, save, trained_model
+from tiny_shards import write_shards
+
+from dehvf_ds import eval as program
+from dehvf_ds.config import UserError
+from dehvf_ds.data.index import ShardIndex
+from dehvf_ds.data.shards import ShardRow
+from dehvf_ds.evals.coco import METRICS
+from dehvf_ds.evaluation.questions import Questions
+from dehvf_ds.evaluation.scores import CaptionScorer
+from dehvf_ds.evaluation.writing import write_results
+from dehvf_ds.model import DehvfForConditionalGeneration
+
+PROBLEM = {"question": "Which?", "choices": ["red", "blue"], "answer": 1, "hint": ""}
+PROBLEM |= {"subject": "natural science", "grade": "grade3"}
+
+
+def picture(number: int) -> bytes:
+    content = io.BytesIO()
+    Image.linear_gradient("L").rotate(number * 40).convert("RGB").save(content, "PNG")
+    return content.getvalue()
+
+
+def captions(output: Path, texts: list[str], broken: tuple[int, ...] = ()) -> Path:
+    """Shards of a picture and two captions a row; some pictures are cut off."""
+    rows = []
+    for i, text in enumerate(texts):
+        record = {"captions": [text, f"{text} again"], "file_name": f"val/{i}.png"}
+        data = picture(i)[: 60 if i in broken else None]
+        rows.append(ShardRow(key=f"{i:03d}", members={"png": data, "json": json.dumps(record).encode()}))
+    write_shards(rows, output, name="x", samples_per_shard=2, builder={})
+    return output
+
+
+def problems(output: Path, records: list[dict], broken: tuple[int, ...] = ()) -> Path:
+    rows = []
+    for i, record in enumerate(records):
+        members = {"json": json.dumps(record).encode()}
+        if record.get("image"):
+            members["png"] = picture(i)[: 60 if i in broken else None]
+        rows.append(ShardRow(key=f"{i:03d}", members=members))
+    write_shards(rows, output, name="x", samples_per_shard=9, builder={})
+    return output
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Models of two tasks over the same bases, and shards."""
+    root = tmp_path_factory.mktemp("eval")
+    bases = build_bases(root)
+    for task in ("caption", "scienceqa", "chat"):
+        save(
+            trained_model(bases, task=task, prompt="Say:" if task == "caption" else None), bases, root / task
+        )
+    save(trained_model(bases, scale=0.4, task="caption", prompt="Say:"), bases, root / "other")
+    captions(root / "a/test", ["a red dog", "two blue cats"])
+    captions(root / "b/test", ["a green cow", "one grey bird", "no horse"])
+    problems(root / "sqa", [PROBLEM, PROBLEM | {"question": "Who?", "answer": 0}])
+    return root
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch) -> None:
+    """This process keeps its signal handlers, is no group, and starts no Java."""
+    monkeypatch.setattr(program, "exit_on_request", lambda: None)
+    monkeypatch.setattr(program, "init_process_group", lambda world: None)
+    without_java = {names: score for names, score in METRICS.items() if names[0] not in ("METEOR", "SPICE")}
+    monkeypatch.setattr("dehvf_ds.evals.coco.METRICS", without_java)
+
+
+@pytest.fixture
+def model(root: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(root / "caption", tmp_path / "run/adapter").parent
+
+
+def evaluate(model: Path, data: object, *more: str) -> None:
+    given = ["--model", str(model), "--data", str(data), "--max_new_tokens", "4", "--tokenizer", "simple"]
+    assert program.main([*given, *more]) == 0
+
+
+def results(model: Path) -> dict[str, dict]:
+    """What ``eval/`` holds, by directory."""
+    return {
+        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((model / "eval").glob("*/metrics.json"))
+    }
+
+
+def lines(model: Path, name: str = "coco-test") -> list[dict]:
+    text = (model / "eval" / name / "predictions.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+class Told:
+    """What an evaluation asked the model."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.rows: list[int] = []
+        self.dies_after: int | None = None
+        ask = Questions.ask
+
+        def told(questions: Questions, model: DehvfForConditionalGeneration, rows):
+            if self.dies_after is not None and len(self.rows) >= self.dies_after:
+                raise KeyboardInterrupt
+            self.rows += rows
+            return ask(questions, model, rows)
+
+        monkeypatch.setattr(Questions, "ask", told)
+
+
+@pytest.fixture
+def told(monkeypatch) -> Told:
+    return Told(monkeypatch)
+
+
+class TestPlaces:
+    def test_two_data_sets_of_one_name_have_a_place_each(self, root, model, capsys) -> None:
+        evaluate(model, root / "a/test")
+        evaluate(model, root / "b/test")
+        evaluate(model, root / "a/test")
+        found = results(model)
+        assert len(found) == 2
+        assert found.pop("coco-test")["num_samples"] == 2
+        ((name, other),) = found.items()
+        assert other["num_samples"] == 3
+        assert [line["key"] for line in lines(model, name)] == ["000", "001", "002"]
+        printed = capsys.readouterr()
+        assert f"metrics: {model / 'eval' / name / 'metrics.json'}" in printed.out
+        assert printed.err.count(f"this evaluation is written to {name}") == 1
+
+    def test_however_a_directory_is_spelt_it_is_the_same_evaluation(
+        self, root, model, told, tmp_path, monkeypatch
+    ) -> None:
+        data = captions(tmp_path / "data/val.2017", ["a dog", "a cat"])
+        (tmp_path / "link").symlink_to(data)
+        monkeypatch.chdir(data)
+        spellings = [".", "../val.2017", f"{data}/", f"{data}/../val.2017/.", tmp_path / "link", data]
+        for number, spelling in enumerate(spellings):
+            told.rows, told.dies_after = [], 1 if number == 0 else None
+            if number == 0:
+                with pytest.raises(KeyboardInterrupt):
+                    evaluate(model, spelling, "--batch_size", "1")
+            else:
+                evaluate(model, spelling, "--batch_size", "1")
+            # The second call takes up the first one's row.
+            assert len(told.rows) == (1 if number < 2 else 2)
+        assert list(results(model)) == ["coco-val.2017"]
+        assert not list(model.rglob(".answers-*"))
+
+    @pytest.mark.parametrize(
+        "split", ["a/b", "../../up", "train+restval", "val.2017", ".", "", "ä 犬 %", "x" * 300, "a\nb"]
+    )
+    def test_a_splits_name_is_one_directory(self, root, model, split: str) -> None:
+        evaluate(model, root / "a/test", f"--split={split}", "--max_samples", "1")
+        (found,) = results(model).values()
+        assert found["protocol"]["split"] == split
+        assert {path.parent.name for path in model.parent.rglob("metrics.json")} == set(results(model))
+
+    def test_other_settings_take_no_answers_and_overwrite_none(self, root, model, told, tmp_path) -> None:
+        content = {
+            "images": [{"id": i, "file_name": f"{i}.png"} for i in range(2)],
+            "annotations": [{"image_id": i, "caption": "a text"} for i in range(2)],
+        }
+        (tmp_path / "references.json").write_text(json.dumps(content))
+        told.dies_after = 1
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, root / "a/test", "--batch_size", "1")
+        settings = [
+            ("--prompt", "Other:"),
+            ("--prompt", ""),
+            ("--num_beams", "2"),
+            ("--max_new_tokens", "3"),
+            ("--min_new_tokens", "4"),
+            ("--max_samples", "1"),
+            ("--dtype", "bf16"),
+            ("--references", str(tmp_path / "references.json")),
+        ]
+        told.dies_after = None
+        for more in settings:
+            told.rows = []
+            evaluate(model, root / "a/test", *more)
+            assert sorted(told.rows) == ([0] if more[0] == "--max_samples" else [0, 1])
+        told.rows = []
+        evaluate(model, root / "a/test", "--batch_size", "1")
+        assert told.rows == [1]
+        found = results(model)
+        assert len(found) == 1 + len(settings)
+        assert found["coco-test"]["protocol"]["prompt"] == "Say:"
+        assert found["coco-test"]["decoding"]["num_beams"] == 1
+        evaluate(model, root / "a/test", *settings[2])
+        assert results(model) == found
+
+    def test_models_that_share_an_output_do_not_overwrite_each_other(self, root, model, tmp_path) -> None:
+        for name in ("caption", "other", "caption"):
+            evaluate(root / name, root / "a/test", "--output", str(tmp_path / "eval"))
+        found = results(tmp_path)
+        assert {Path(metrics["model"]["path"]).name for metrics in found.values()} == {"caption", "other"}
+
+    def test_what_was_made_anew_at_the_same_place_replaces_its_results(
+        self, root, model, told, tmp_path, capsys
+    ) -> None:
+        data = captions(tmp_path / "test", ["a dog", "a cat"])
+        evaluate(model, data)
+        # Trained on, and killed in its evaluation, twice.
+        for source in ("other", "caption"):
+            shutil.rmtree(model / "adapter")
+            shutil.copytree(root / source, model / "adapter")
+            told.rows, told.dies_after = [], 1
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(model, data, "--batch_size", "1")
+        told.rows, told.dies_after = [], None
+        shutil.rmtree(data)
+        captions(data, ["a horse", "a cow"])
+        evaluate(model, data)
+        assert list(results(model)) == ["coco-test"]
+        assert lines(model)[0]["references"][0] == "a horse"
+        assert len(told.rows) == 2
+        assert "results of an earlier model or earlier data are replaced" in capsys.readouterr().err
+        assert not list(model.rglob(".answers-*"))
+
+    def test_a_loss_that_was_measured_is_kept(self, root, model) -> None:
+        evaluate(model, root / "a/test", "--loss", "true")
+        first = results(model)["coco-test"]
+        assert first["loss"] > 0
+        evaluate(model, root / "a/test")
+        assert results(model)["coco-test"] == first
+
+
+class TestUnreadable:
+    def test_a_caption_counts_as_empty_and_is_told(self, root, model, tmp_path, capsys) -> None:
+        data = captions(tmp_path / "test", ["a dog", "a cat", "a cow", "a hen"], broken=(1, 2))
+        evaluate(model, data, "--loss", "true")
+        metrics = results(model)["coco-test"]
+        assert metrics["num_unreadable"] == 2
+        assert list(metrics["unreadable"]) == ["001", "002"]
+        assert "not a readable picture" in metrics["unreadable"]["001"]
+        assert metrics["num_empty"] >= 2
+        assert metrics["loss"] > 0
+        assert metrics["loss_num_left_out"] == 4
+        found = lines(model)
+        assert [line["prediction"] == "" for line in found] == [False, True, True, False]
+        assert [line["key"] for line in found if "unreadable" in line] == ["001", "002"]
+        told = capsys.readouterr().out
+        assert "warning: 2 of 4 pictures could not be read and count as empty answers: 001, 002" in told
+        with Image.open(model / "eval/coco-test/examples.png") as sheet:
+            assert sheet.width > 500
+
+    @pytest.mark.parametrize("reading", ["generation", "likelihood"])
+    def test_a_problem_names_no_choice(self, root, tmp_path, reading: str) -> None:
+        with_picture = PROBLEM | {"image": "image.png"}
+        data = problems(tmp_path / "test", [with_picture, PROBLEM, with_picture], broken=(0,))
+        given = ["--task", "scienceqa", "--output", str(tmp_path / "eval"), "--reading", reading]
+        evaluate(root / "scienceqa", data, *given)
+        metrics = results(tmp_path)["scienceqa-test"]
+        assert metrics["num_unreadable"] == 1
+        assert metrics["num_problems"]["IMG"] == 2
+        assert metrics["accuracy"]["SOC"] is None
+        assert metrics["num_parse_failures"] >= 1
+        assert lines(tmp_path, "scienceqa-test")[0]["choice"] is None
+
+    def test_nothing_readable_is_no_evaluation(self, root, model, tmp_path) -> None:
+        data = captions(tmp_path / "test", ["a dog", "a cat"], broken=(0, 1))
+        with pytest.raises(UserError, match=r"none of the 2 rows could be read: .*predictions\.jsonl"):
+            evaluate(model, data)
+        assert not results(model)
+
+
+def test_damaged_text_does_not_end_an_evaluation(root, tmp_path) -> None:
+    texts = ["half \ud83d a dog", "a cat ||| x\n\ty", "nul \x00 \x85 \u2028 a cow"]
+    records = [(f"{i}\udcff", {"captions": [text]}) for i, text in enumerate(texts)]
+    scorer = CaptionScorer(records, tokenizer="simple")
+    scored = scorer.score([text.upper() for text in texts])
+    assert scored.metrics["ROUGE-L"] == pytest.approx(100)
+    report = {"protocol": {"prompt": "\ud83d"}, "model": {"path": "\udcff"}}
+    assert write_results(tmp_path, scored, report, ShardIndex(root / "b/test")) == []
+    text = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
+    found = [json.loads(line) for line in text.splitlines()]
+    assert [line["references"] for line in found] == [[text] for text in texts]
+    assert [line["key"] for line in found] == [key for key, _ in records]
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["model"] == report["model"]
+    assert (tmp_path / "examples.png").stat().st_size > 1000
+
+
+def test_examples_that_cannot_be_drawn_fail_alone(root, model, monkeypatch, capsys) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr("dehvf_ds.evaluation.writing.draw_examples", fail)
+    evaluate(model, root / "a/test")
+    assert "without examples.png: MemoryError: too large" in capsys.readouterr().out
+    assert len(lines(model)) == 2
+    assert results(model)["coco-test"]["CIDEr"] is not None
+
+
+def test_scores_that_fail_lose_no_answer(root, model, monkeypatch, told) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dehvf_ds.evals.coco.METRICS", {("ROUGE-L",): fail})
+        with pytest.raises(UserError, match=r"metric could .*; no room; the answers are kept in"):
+            evaluate(model, root / "a/test")
+    assert len(lines(model)) == 2
+    evaluate(model, root / "a/test")
+    assert sorted(told.rows) == [0, 1]
+    assert results(model)["coco-test"]["CIDEr"] is not None
+
+
+def test_one_picture_has_no_cider(root, model, capsys) -> None:
+    evaluate(model, root / "a/test", "--max_samples", "1")
+    metrics = results(model)["coco-test"]
+    assert metrics["CIDEr"] is None
+    assert "with one picture every word weighs nothing" in metrics["missing"]["CIDEr"]
+    assert "without CIDEr: with one picture" in capsys.readouterr().out
+
+
+def test_a_loss_of_nothing_is_no_number(root, model, capsys) -> None:
+    evaluate(model, root / "a/test", "--loss", "true", "--prompt", "x" * 600)
+    metrics = results(model)["coco-test"]
+    assert metrics["loss"] is None
+    assert metrics["loss_num_left_out"] == 4
+    assert "without loss: no token of these rows is supervised" in capsys.readouterr().out
+
+
+def test_rows_are_scored_against_a_file_by_their_pictures_names(root, model, tmp_path) -> None:
+    # In another order, with pictures that are not asked, and their keys no part of the names.
+    content = {
+        "images": [{"id": i, "file_name": f"{name}.png"} for i, name in enumerate("910")],
+        "annotations": [{"image_id": i, "caption": f"of {i}"} for i in range(3)],
+    }
+    path = tmp_path / "references.json"
+    path.write_text(json.dumps(content))
+    evaluate(model, root / "a/test", "--references", str(path))
+    assert [line["references"] for line in lines(model)] == [["of 2"], ["of 1"]]
+    with pytest.raises(UserError, match=r"lack 1 of 3 evaluated pictures, val/2\.png"):
+        evaluate(model, root / "b/test", "--references", str(path))
+
+
+BAD_RECORDS = {
+    "choice": {"choices": ["a", None]},
+    "question": {"question": 3},
+    "answer": {"answer": 7},
+    "grade": {"grade": "grade13"},
+    "hint": {"hint": 1.5},
+    "image_caption": {"image_caption": ["x"]},
+}
+
+
+@pytest.mark.parametrize("field", BAD_RECORDS)
+def test_a_record_that_cannot_be_scored_is_named_before_decoding(root, tmp_path, told, field: str) -> None:
+    data = problems(tmp_path / "test", [PROBLEM, PROBLEM | BAD_RECORDS[field]])
+    with pytest.raises(UserError, match=rf"001: .*{field}"):
+        evaluate(root / "scienceqa", data, "--task", "scienceqa", "--output", str(tmp_path / "eval"))
+    assert told.rows == []
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "more", "message"),
+    [
+        ("caption", "nowhere", [], "nowhere: no such directory"),
+        ("caption", "llm", [], r"manifest\.json: no such file; build shards"),
+        ("caption", "llm/config.json", [], "neither COCO's captions nor Karpathy's splits"),
+        ("caption", "a/test/x-000000.tar", [], r"a file that is no \.json; name the directory of the shards"),
+        ("caption", "sqa", [], "holds rows without captions, .* need --task scienceqa"),
+        ("scienceqa", "a/test", ["--task", "scienceqa"], "holds captions, not problems, .* need --task coco"),
+        ("scienceqa", "a/test", [], "trained for scienceqa, and --task coco .* pass --task scienceqa"),
+        (
+            "caption",
+            "sqa",
+            ["--task", "scienceqa"],
+            "trained for caption, and --task scienceqa .* pass --task coco",
+        ),
+        ("scienceqa", "sqa", ["--task", "scienceqa", "--image_captions", "true"], None),
+        (
+            "scienceqa",
+            "sqa",
+            ["--task", "scienceqa", "--references", "x.json"],
+            "--references is of captions",
+        ),
+        ("caption", "a/test", ["--references", "nowhere.json"], r"nowhere\.json: No such file"),
+        ("caption", "a/test", ["--reading", "likelihood"], "--reading likelihood is ScienceQA's"),
+        ("caption", "a/test", ["--min_new_tokens", "5"], "min_new_tokens is larger than max_new_tokens"),
+        (
+            "caption",
+            "a/test",
+            ["--output", "{root}/llm/config.json"],
+            "config.json: (Not a directory|File exists)",
+        ),
+    ],
+)
+def test_mistakes_are_named_before_decoding(root, told, tmp_path, model, data, more, message) -> None:
+    more = [word.format(root=root) for word in more]
+    given = [*([] if "--output" in more else ["--output", str(tmp_path)]), *more]
+    if message is None:
+        evaluate(root / model, root / data, *given)
+        return
+    with pytest.raises(UserError, match=message) as error:
+        evaluate(root / model, root / data, *given)
+    assert "\n" not in str(error.value)
+    assert told.rows == []
+
+
+def test_captions_of_pictures_that_are_not_there_are_not_put_into_the_context(root, tmp_path, told) -> None:
+    data = problems(tmp_path / "test", [PROBLEM | {"image": "image.png"}, PROBLEM])
+    with pytest.raises(UserError, match=r"--image_captions: the problems of .* have no captions"):
+        evaluate(
+            root / "scienceqa",
+            data,
+            *("--task", "scienceqa", "--image_captions", "true", "--output", str(tmp_path)),
+        )
+    assert told.rows == []
+
+
+def test_a_shortest_answer_beyond_the_default_length_is_refused(root, model) -> None:
+    given = ["--model", str(model), "--data", str(root / "a/test"), "--tokenizer", "simple"]
+    with pytest.raises(UserError, match="--min_new_tokens 50 is more than the longest answer, 40 tokens"):
+        program.main([*given, "--min_new_tokens", "50"])
+
+
+@pytest.mark.parametrize("model", ["chat", "scienceqa"])
+def test_a_question_in_an_unseen_form_is_asked_with_a_warning(root, tmp_path, capsys, model: str) -> None:
+    evaluate(root / model, root / "a/test", "--prompt", "Caption:", "--output", str(tmp_path / "eval"))
+    assert f"warning: the model was trained for {model}, and --task coco" in capsys.readouterr().err
+    assert results(tmp_path)["coco-test"]["model"]["task"] == model
+
+
+def test_published_files_of_one_name_have_shards_each(root, model, tmp_path) -> None:
+    for number, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        content = {
+            "images": [{"id": i, "file_name": f"{i} ä%.png"} for i in range(2)],
+            "annotations": [{"image_id": i, "caption": f"{name} of {i}"} for i in range(2)],
+        }
+        (tmp_path / name / "captions.json").write_text(json.dumps(content))
+        for i in range(2):
+            (tmp_path / name / f"{i} ä%.png").write_bytes(picture(i + 5 * number))
+    for name in "aba":
+        path = tmp_path / name / "captions.json"
+        evaluate(model, path)
+    found = results(model)
+    assert len(found) == 2
+    assert lines(model, "coco-captions")[1]["references"] == ["a of 1"]
+    (other,) = found.keys() - {"coco-captions"}
+    assert lines(model, other)[1]["references"] == ["b of 1"]
+    # The same annotations over other pictures.
+    (tmp_path / "c").mkdir()
+    for i in range(2):
+        (tmp_path / f"c/{i} ä%.png").write_bytes(picture(i + 7))
+    evaluate(model, tmp_path / "a/captions.json", "--images", str(tmp_path / "c"))
+    assert len({metrics["data"]["sha256"] for metrics in results(model).values()}) == 3
