@@ -11,12 +11,14 @@ from dehvf_ds.config.model import LoraConfig, ModelConfig
 from dehvf_ds.config.parse import (
     RECIPES_DIR,
     load_run_config,
+    parse_config,
     parse_eval_config,
     parse_generate_config,
     parse_run_config,
     save_run_config,
     to_plain,
 )
+from dehvf_ds.config.paths import expand_flags
 from dehvf_ds.config.run import InsideConfig, RunConfig, TrainConfig
 
 __all__ = [
@@ -32,7 +34,9 @@ __all__ = [
     "ScienceqaConfig",
     "TrainConfig",
     "UserError",
+    "expand_flags",
     "load_run_config",
+    "parse_config",
     "parse_eval_config",
     "parse_generate_config",
     "parse_run_config",
