@@ -6,7 +6,7 @@ given by ``--deepspeed`` owns memory, precision and communication (DESIGN of the
 
 from dehvf_ds.config.answers import EvalConfig, GenerateConfig
 from dehvf_ds.config.data import AugmentConfig, DataConfig, ScienceqaConfig
-from dehvf_ds.config.errors import UserError
+from dehvf_ds.config.errors import UnsupervisedError, UserError
 from dehvf_ds.config.model import LoraConfig, ModelConfig
 from dehvf_ds.config.parse import (
     RECIPES_DIR,
@@ -33,6 +33,7 @@ __all__ = [
     "RunConfig",
     "ScienceqaConfig",
     "TrainConfig",
+    "UnsupervisedError",
     "UserError",
     "expand_flags",
     "load_run_config",

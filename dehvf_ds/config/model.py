@@ -69,6 +69,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "model.")
+        require(
+            self.fusion != "none" or self.lora.rank > 0,
+            "model.fusion none with model.lora.rank 0 leaves nothing to train; set one of them",
+        )
         if self.levels is not None:
             require(len(self.levels) > 0, "model.levels is empty")
             require(

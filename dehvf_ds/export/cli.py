@@ -33,8 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parse(argv)
     try:
-        check_output(args.output, force=args.force)
+        needed = {"--checkpoint": args.checkpoint, "--verify-data": args.verify_data}
+        check_output(args.output, force=args.force, needed=needed)
         trained = find_trained(args.checkpoint, args.language_model, args.vision_tower)
+        needed = {
+            "what is exported": trained.path,
+            "its language model": trained.language_model,
+            "its vision tower": trained.vision_tower,
+        }
+        check_output(args.output, force=args.force, needed=needed)
         if trained.language_model is None:
             raise UserError(f"--checkpoint {args.checkpoint} is merged already")
         if args.adapter_only:

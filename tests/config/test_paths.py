@@ -53,8 +53,8 @@ def test_these_settings_are_paths() -> None:
     names = {name for _, name in PATHS}
     assert names >= {
         "run_dir", "deepspeed", "init_from", "resume", "model.language_model", "model.vision_tower",
-        "data.train", "data.val", "data.location", "data.cache_dir", "eval.data", "model", "data", "images", "references",
-        "output", "image", "language_model", "vision_tower",
+        "data.train", "data.val", "data.location", "data.cache_dir", "eval.data", "model", "data", "images",
+        "references", "output", "image", "language_model", "vision_tower",
     }  # fmt: skip
 
 
