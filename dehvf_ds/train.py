@@ -193,7 +193,7 @@ def dry_run(run: Checked, questions: Questions | None) -> int:
     if held_out_batch is not None and config.data.val is not None:
         check_validation(
             held_out_batch,
-            lambda: run.without_limit().validation_batches(),
+            lambda: run.without_limit().validation_batches() or (),
             world,
             data=config.data.val,
             max_tokens=limit,

@@ -62,7 +62,8 @@ def read_deepspeed_json(
     if given["zero_optimization"]["stage"] == 1 and _enabled(given, "bf16") and fp32_sums:
         # DeepSpeed's optimizer for this case keeps its state where no checkpoint of ours finds it.
         raise UserError(
-            f"{path}: ZeRO stage 1 with bf16 and data_types.grad_accum_dtype fp32 is not supported; take stage 2"
+            f"{path}: zero_optimization.stage 1 with bf16 and data_types.grad_accum_dtype fp32 fails; "
+            "take stage 2"
         )
     _fill_hpz(path, given, world_size, local_size or world_size)
     _check_with_deepspeed(path, given)
@@ -94,9 +95,11 @@ def _refuse_duplicates(text: str, path: str) -> None:
         if match[0] in "{[":
             open_objects.append({})
             names.append(key)
+            key = ""
         elif match[0] in "}]":
             open_objects.pop()
             names.pop()
+            key = ""
         elif match[2]:
             key, line = json.loads(match[1]), text.count("\n", 0, match.start()) + 1
             if key in open_objects[-1]:

@@ -153,7 +153,7 @@ def check_keys(given: Mapping[str, Any], path: str) -> dict[str, Any]:
     zero = kept.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if not isinstance(stage, int) or stage not in (1, 2, 3):
-        # Without ZeRO, DeepSpeed takes steps of gradients that are not finite, and bf16 keeps no fp32 weights.
+        # Without ZeRO, DeepSpeed takes steps of NaN gradients, and in bf16 keeps no fp32 weights.
         is_now = f"is {stage!r}" if "stage" in zero else "is missing"
         raise UserError(f"{path}: zero_optimization.stage {is_now}; it must be 1, 2 or 3 (on one GPU take 2)")
     device = zero.get("offload_param", {}).get("device", "none")
