@@ -8,6 +8,7 @@ Also under ``torchrun`` and ``srun``, or alone as ``python dehvf_ds/train.py``.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -46,9 +47,13 @@ def main(argv: list[str]) -> int:
         UserError: anything in the configuration, the files or the environment that the user must mend.
     """
     config = parse_run_config(argv)
+    idle = ignored_settings(config)
+    if config.dry_run:
+        # A cache is written; shards are read where they lie.
+        config = replace(config, data=replace(config.data, cache_dir=None))
     run = check(config, read_world())
     if run.world.is_main:
-        for line in notes(run):
+        for line in [*idle, *schedule_notes(run)]:
             print(f"note: {line}", file=sys.stderr, flush=True)
     questions = open_inside(run)
     stop = StopRequest()
@@ -58,9 +63,9 @@ def main(argv: list[str]) -> int:
     return dry_run(run, questions) if config.dry_run else train(run, questions, stop)
 
 
-def notes(run: Checked) -> list[str]:
-    """What the run's settings do not do, though they look like it."""
-    lines, train = ignored_settings(run.config), run.config.train
+def schedule_notes(run: Checked) -> list[str]:
+    """What the schedule does not do in so many steps, though it looks like it."""
+    lines, train = [], run.config.train
     if train.warmup_steps >= run.num_steps:
         lines.append(
             f"train.warmup_steps {train.warmup_steps} is not over in the run's {run.num_steps} steps, and "
