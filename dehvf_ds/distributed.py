@@ -178,7 +178,9 @@ def on_main(world: World, function: Callable[[], Result]) -> Result:
     torch.distributed.broadcast_object_list(outcome, src=0)
     result, mistake = outcome[0]
     if mistake is not None:
-        raise UserError(mistake)
+        error = UserError(mistake)
+        error.everywhere = True
+        raise error
     return result
 
 
@@ -218,7 +220,7 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
         # Before the ranks meet they all find the same mistake; after, a damaged sample is one rank's own.
         if rank == "0":
             print(f"error: {line}", file=sys.stderr, flush=True)
-        elif torch.distributed.is_initialized():
+        elif torch.distributed.is_initialized() and not error.everywhere:
             print(f"error (rank {rank}): {line}", file=sys.stderr, flush=True)
         code = USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 # Run as a script, dehvf_ds/ is first on the path, where our module names would shadow other packages'.
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jsonargparse import ArgumentError, ArgumentParser
-
-from dehvf_ds.config import UserError, parse_run_config
+from dehvf_ds.config import parse_config, parse_run_config
+from dehvf_ds.config.kinds import settings_of
 from dehvf_ds.distributed import run_entry
 from dehvf_ds.training.planning.place import PlanConfig
 from dehvf_ds.training.planning.plan import build_plan
@@ -41,7 +39,7 @@ def main(argv: list[str]) -> int:
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Parts the flags of ``PlanConfig``, written with dashes or underscores, from the run's."""
-    names = {field.name for field in fields(PlanConfig)}
+    names = settings_of(PlanConfig)
     own, others = [], []
     rest = iter(argv)
     for arg in rest:
@@ -65,13 +63,7 @@ def parse_plan_config(args: Sequence[str]) -> PlanConfig:
         UserError: a value of the wrong type or outside its range.
     """
     description = (__doc__ or "").splitlines()[0] + " Every flag of train.py is taken too."
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_class_arguments(PlanConfig)
-    try:
-        namespace = parser.instantiate(parser.parse_args(list(args)))
-    except (ArgumentError, TypeError) as error:
-        raise UserError(" ".join(str(error).split())) from None
-    return PlanConfig(**{field.name: namespace[field.name] for field in fields(PlanConfig)})
+    return parse_config(PlanConfig, args, description)
 
 
 if __name__ == "__main__":

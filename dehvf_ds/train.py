@@ -8,6 +8,7 @@ Also under ``torchrun`` and ``srun``, or alone as ``python dehvf_ds/train.py``.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +19,13 @@ if not __package__:
 import torch
 
 from dehvf_ds.config import RunConfig, UserError, parse_run_config
+from dehvf_ds.config.ignored import ignored_settings
 from dehvf_ds.data.loader import read_sample
 from dehvf_ds.distributed import World, init_process_group, on_main, read_world, run_entry, set_timeout
 from dehvf_ds.evaluation.inside import InsideEvaluation
 from dehvf_ds.evaluation.questions import TASKS, Questions, open_questions
 from dehvf_ds.training.checked import Checked, check
-from dehvf_ds.training.checkpoint import Checkpoints, save_artifact
+from dehvf_ds.training.checkpoint import Checkpoints, complete_artifact, save_artifact
 from dehvf_ds.training.deepspeed_json import compute_dtype
 from dehvf_ds.training.engine import build_engine
 from dehvf_ds.training.lease import Lease
@@ -34,6 +36,7 @@ from dehvf_ds.training.progress import Progress
 from dehvf_ds.training.rehearsal import rehearse
 from dehvf_ds.training.resume import Checkpoint, choose_start, open_run
 from dehvf_ds.training.signals import REQUEUE_EXIT_CODE, StopRequest
+from dehvf_ds.training.supervision import check_supervised, check_validation
 from dehvf_ds.training.validation import validation_loss
 
 
@@ -44,13 +47,31 @@ def main(argv: list[str]) -> int:
         UserError: anything in the configuration, the files or the environment that the user must mend.
     """
     config = parse_run_config(argv)
+    idle = ignored_settings(config)
+    if config.dry_run:
+        # A cache is written; shards are read where they lie.
+        config = replace(config, data=replace(config.data, cache_dir=None))
     run = check(config, read_world())
+    if run.world.is_main:
+        for line in [*idle, *schedule_notes(run)]:
+            print(f"note: {line}", file=sys.stderr, flush=True)
     questions = open_inside(run)
     stop = StopRequest()
     stop.install()
     init_process_group(run.world, config.train.start_timeout_minutes)
     on_main(run.world, lambda: check_inside(config, run.ds_config, run.world))
     return dry_run(run, questions) if config.dry_run else train(run, questions, stop)
+
+
+def schedule_notes(run: Checked) -> list[str]:
+    """What the schedule does not do in so many steps, though it looks like it."""
+    lines, train = [], run.config.train
+    if train.warmup_steps >= run.num_steps:
+        lines.append(
+            f"train.warmup_steps {train.warmup_steps} is not over in the run's {run.num_steps} steps, and "
+            f"the learning rate never gets to train.lr {train.lr:g}"
+        )
+    return lines
 
 
 def open_inside(run: Checked) -> Questions | None:
@@ -90,9 +111,14 @@ def train(run: Checked, questions: Questions | None, stop: StopRequest) -> int:
     checkpoint = on_main(world, take_directory)
     try:
         start = Progress() if checkpoint is None else checkpoint.progress
-        if start.step >= run.num_steps:
+        if checkpoint is not None and start.step >= run.num_steps:
+            # It may have been killed between its last checkpoint and its artifact.
+            adapter, last = Path(config.run_dir) / "adapter", checkpoint
+            written = on_main(world, lambda: complete_artifact(adapter, last))
             if world.is_main:
                 print(f"{config.run_dir}: finished already, all {run.num_steps} steps", flush=True)
+            if world.is_main and written:
+                print(f"adapter: {adapter}, which was not there or not whole", flush=True)
             return 0
         engine, model = build_engine(config, run.model_config, run.ds_config, world)
         dtype = compute_dtype(run.ds_config)
@@ -161,6 +187,22 @@ def dry_run(run: Checked, questions: Questions | None) -> int:
     micro_batches = list(run.training_batches(start.samples, 1))
     held_out = run.validation_batches()
     held_out_batch = None if held_out is None else next(iter(held_out))
+    limit = config.data.max_tokens
+    told = check_supervised(
+        micro_batches,
+        lambda: run.without_limit().training_batches(start.samples, 1),
+        world,
+        data=config.data.train,
+        max_tokens=limit,
+    )
+    if held_out_batch is not None and config.data.val is not None:
+        check_validation(
+            held_out_batch,
+            lambda: run.without_limit().validation_batches() or (),
+            world,
+            data=config.data.val,
+            max_tokens=limit,
+        )
     rehearsed = rehearse(config, run.model_config, run.ds_config, world, micro_batches, held_out_batch)
     if world.is_main:
         zero = run.ds_config["zero_optimization"].get("stage", 0)
@@ -185,6 +227,8 @@ def dry_run(run: Checked, questions: Questions | None) -> int:
             f"  one step of a scaled-down copy, 32 wide: loss {rehearsed.loss:.3f}, "
             f"gradient norm {rehearsed.grad_norm:.3g}{validated}"
         )
+        if told is not None:
+            lines.append(f"  warning: {told}")
         print("\n".join(lines), flush=True)
     if rehearsed.silent or not rehearsed.loss < float("inf"):
         names = ", ".join(rehearsed.silent[:4]) or "none missed"

@@ -78,7 +78,7 @@ def test_the_arms_of_flickr8k_differ_in_the_method_alone(arm: str) -> None:
         (["--train.global_batch_size", "33"], "global_batch_size 33 is not a multiple of"),
         (["--model.router", "token"], "router"),
         (["--model.levels", "[3,2]"], "rising block numbers"),
-        (["--train.lr", "-1"], "train.lr must be positive"),
+        (["--train.lr", "-1"], "train.lr is -1; it must be above 0 and at most 100"),
         (["--data.num_workers", "-1"], "num_workers"),
     ],
 )
@@ -106,7 +106,7 @@ def test_accumulation_is_derived_from_the_world() -> None:
 
 
 def test_evaluation_flags_are_checked() -> None:
-    with pytest.raises(UserError, match="batch_size must be at least 1"):
+    with pytest.raises(UserError, match="batch_size is 0; it must be at least 1"):
         parse_eval_config(["--model", "m", "--data", "d", "--batch_size", "0"])
 
 
@@ -126,8 +126,8 @@ def test_dashes_and_bare_switches_are_taken() -> None:
     ("changes", "message"),
     [
         ({"max_new_tokens": 3, "min_new_tokens": 4}, "min_new_tokens is larger"),
-        ({"num_beams": 0}, "num_beams must be"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be"),
+        ({"num_beams": 0}, "num_beams is 0; it must be"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be"),
     ],
 )
 def test_an_evaluation_checks_its_decoding(changes: dict, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -246,9 +247,18 @@ def test_a_mistake_is_one_line_and_code_2(world: Path, entry: str, more: list[st
 
 @pytest.mark.slow
 def test_a_dry_run_walks_the_whole_road_and_writes_nothing(world: Path) -> None:
+    # Neither what the JSON has DeepSpeed write, nor anything in the home directory but compiled code.
+    profiler = {"enabled": True, "profile_step": 1, "output_file": str(world / "profile.txt")}
+    (world / "dry.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 3}, "flops_profiler": profiler})
+    )
+    (world / "home").mkdir()
+    compiled = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache/torch_extensions"))
     before = sorted(world.rglob("*"))
     more = ["--dry-run", "--data.val", str(world / "test"), "--model.levels", "[2, 4]"]
-    result = start("dehvf_ds/train.py", arguments(world, "dry", *more))
+    more += ["--deepspeed", str(world / "dry.json"), "--data.cache_dir", "~/cache"]
+    env = {"HOME": str(world / "home"), "TORCH_EXTENSIONS_DIR": compiled}
+    result = start("dehvf_ds/train.py", arguments(world, "dry", *more), **env)
     assert result.returncode == 0, result.stderr
     assert "begins, for 4 steps" in result.stdout
     assert f"{world / 'test'}: first micro-batch 2 rows of up to" in result.stdout

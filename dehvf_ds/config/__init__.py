@@ -6,17 +6,19 @@ given by ``--deepspeed`` owns memory, precision and communication (DESIGN of the
 
 from dehvf_ds.config.answers import EvalConfig, GenerateConfig
 from dehvf_ds.config.data import AugmentConfig, DataConfig, ScienceqaConfig
-from dehvf_ds.config.errors import UserError
+from dehvf_ds.config.errors import UnsupervisedError, UserError
 from dehvf_ds.config.model import LoraConfig, ModelConfig
 from dehvf_ds.config.parse import (
     RECIPES_DIR,
     load_run_config,
+    parse_config,
     parse_eval_config,
     parse_generate_config,
     parse_run_config,
     save_run_config,
     to_plain,
 )
+from dehvf_ds.config.paths import expand_flags
 from dehvf_ds.config.run import InsideConfig, RunConfig, TrainConfig
 
 __all__ = [
@@ -31,8 +33,11 @@ __all__ = [
     "RunConfig",
     "ScienceqaConfig",
     "TrainConfig",
+    "UnsupervisedError",
     "UserError",
+    "expand_flags",
     "load_run_config",
+    "parse_config",
     "parse_eval_config",
     "parse_generate_config",
     "parse_run_config",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dehvf_ds.config.errors import require
+from dehvf_ds.config.kinds import AtLeastZero, Beams, LocalPath, Positive, Rows, Tokens, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,37 +39,33 @@ class EvalConfig:
         loss: also measure the loss a token over all references.
     """
 
-    model: str
-    data: str
-    images: str | None = None
-    references: str | None = None
+    model: LocalPath
+    data: LocalPath
+    images: LocalPath | None = None
+    references: LocalPath | None = None
     task: Literal["coco", "scienceqa"] = "coco"
     split: str | None = None
-    output: str | None = None
-    batch_size: int = 16
-    max_new_tokens: int | None = None
-    min_new_tokens: int = 0
-    num_beams: int = 1
-    max_samples: int | None = None
+    output: LocalPath | None = None
+    batch_size: Rows = 16
+    max_new_tokens: Tokens | None = None
+    min_new_tokens: AtLeastZero = 0
+    num_beams: Beams = 1
+    max_samples: Positive | None = None
     prompt: str | None = None
     reading: Literal["generation", "likelihood"] = "generation"
     image_captions: bool = False
     tokenizer: Literal["ptb", "simple"] = "ptb"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    language_model: str | None = None
-    vision_tower: str | None = None
+    language_model: LocalPath | None = None
+    vision_tower: LocalPath | None = None
     loss: bool = False
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "batch_size must be at least 1")
+        check_ranges(self)
         longest = self.max_new_tokens
-        require(longest is None or longest >= 1, "max_new_tokens must be at least 1")
-        require(self.min_new_tokens >= 0, "min_new_tokens must be at least 0")
         require(
             longest is None or self.min_new_tokens <= longest, "min_new_tokens is larger than max_new_tokens"
         )
-        require(self.num_beams >= 1, "num_beams must be at least 1")
-        require(self.max_samples is None or self.max_samples >= 1, "max_samples must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,26 +89,23 @@ class GenerateConfig:
         vision_tower: where the tower lies now; None takes the path it was trained with.
     """
 
-    model: str
-    image: list[str] = field(default_factory=list)
+    model: LocalPath
+    image: list[LocalPath] = field(default_factory=list)
     prompt: str | None = None
     choices: list[str] = field(default_factory=list)
     hint: str | None = None
-    output: str | None = None
+    output: LocalPath | None = None
     overwrite: bool = False
-    batch_size: int = 8
-    num_beams: int = 1
+    batch_size: Rows = 8
+    num_beams: Beams = 1
     stream: bool = False
-    max_new_tokens: int | None = None
+    max_new_tokens: Tokens | None = None
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    language_model: str | None = None
-    vision_tower: str | None = None
+    language_model: LocalPath | None = None
+    vision_tower: LocalPath | None = None
 
     def __post_init__(self) -> None:
-        longest = self.max_new_tokens
-        require(longest is None or longest >= 1, "max_new_tokens must be at least 1")
-        require(self.batch_size >= 1, "batch_size must be at least 1")
-        require(self.num_beams >= 1, "num_beams must be at least 1")
+        check_ranges(self)
         require(not self.stream or self.num_beams == 1, "stream prints words as they come; beams have none")
         require(not self.stream or self.output != "-", "stream and output - both write to the console")
         require(

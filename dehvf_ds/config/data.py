@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from dehvf_ds.config.errors import require
+from dehvf_ds.config.kinds import (
+    AtLeastZero,
+    LocalPath,
+    Positive,
+    PositiveNumber,
+    Range,
+    Share,
+    ShareBelowOne,
+    check_ranges,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +42,11 @@ class AugmentConfig:
         flip: probability of a horizontal flip. Captions that tell left from right become wrong by it.
     """
 
-    min_crop: float = 1.0
-    flip: float = 0.0
+    min_crop: Annotated[float, Range(0.01, 1)] = 1.0
+    flip: Share = 0.0
 
     def __post_init__(self) -> None:
-        require(0 < self.min_crop <= 1, "data.augment.min_crop must lie in (0, 1]")
-        require(0 <= self.flip <= 1, "data.augment.flip must lie in [0, 1]")
+        check_ranges(self, "data.augment.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,30 +78,24 @@ class DataConfig:
         val_samples: captions, problems or chats of ``val`` to take, from the first; 0 means all.
     """
 
-    train: str
-    location: str | None = None
-    cache_dir: str | None = None
-    cache_gb: float = 100.0
+    train: LocalPath
+    location: LocalPath | None = None
+    cache_dir: LocalPath | None = None
+    cache_gb: PositiveNumber = 100.0
     task: Literal["caption", "scienceqa", "chat"] = "caption"
     prompt: str | None = None
     captions: Literal["all", "one"] = "all"
     scienceqa: ScienceqaConfig = field(default_factory=ScienceqaConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    max_tokens: int = 128
-    shuffle_window: int = 4096
-    bucket_steps: int = 0
+    max_tokens: Annotated[int, Range(8, 2**20)] = 128
+    shuffle_window: Positive = 4096
+    bucket_steps: Annotated[int, Range(0, 10**6)] = 0
     tail: Literal["wrap", "drop"] = "wrap"
     on_bad: Literal["raise", "replace"] = "raise"
-    max_bad_share: float = 0.01
-    num_workers: int = 2
-    val: str | None = None
-    val_samples: int = 0
+    max_bad_share: ShareBelowOne = 0.01
+    num_workers: Annotated[int, Range(0, 256)] = 2
+    val: LocalPath | None = None
+    val_samples: AtLeastZero = 0
 
     def __post_init__(self) -> None:
-        require(self.val_samples >= 0, "data.val_samples must be at least 0")
-        require(self.cache_gb > 0, "data.cache_gb must be positive")
-        require(self.max_tokens >= 8, "data.max_tokens must be at least 8")
-        require(self.shuffle_window >= 1, "data.shuffle_window must be at least 1")
-        require(self.bucket_steps >= 0, "data.bucket_steps must be at least 0")
-        require(0 <= self.max_bad_share < 1, "data.max_bad_share must lie in [0, 1)")
-        require(self.num_workers >= 0, "data.num_workers must be at least 0")
+        check_ranges(self, "data.")

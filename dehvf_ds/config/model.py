@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from dehvf_ds.config.errors import require
+from dehvf_ds.config.kinds import (
+    LocalPath,
+    PositiveNumber,
+    Range,
+    ShareBelowOne,
+    Width,
+    check_ranges,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +27,13 @@ class LoraConfig:
         targets: names of the FFN's linear maps that get an adapter.
     """
 
-    rank: int = 4
-    alpha: float = 8.0
-    dropout: float = 0.0
+    rank: Annotated[int, Range(0, 2**16)] = 4
+    alpha: PositiveNumber = 8.0
+    dropout: ShareBelowOne = 0.0
     targets: tuple[str, ...] = ("down_proj",)
 
     def __post_init__(self) -> None:
-        require(self.rank >= 0, "model.lora.rank must be at least 0")
-        require(0 <= self.dropout < 1, "model.lora.dropout must lie in [0, 1)")
+        check_ranges(self, "model.lora.")
         require(self.rank == 0 or len(self.targets) > 0, "model.lora.targets names no linear map")
 
 
@@ -48,25 +55,27 @@ class ModelConfig:
         lora: the FFN adapters.
     """
 
-    language_model: str
-    vision_tower: str
+    language_model: LocalPath
+    vision_tower: LocalPath
     fusion: Literal["ffn", "prefix", "none"] = "ffn"
     router: Literal["layer", "static", "last"] = "layer"
-    num_levels: int = 6
-    levels: tuple[int, ...] | None = None
-    rank: int = 96
-    router_dim: int = 32
-    image_size: int | None = None
-    prefix_tokens: int | None = None
+    num_levels: Annotated[int, Range(1, 1024)] = 6
+    levels: tuple[Annotated[int, Range(1, 1024)], ...] | None = None
+    rank: Width = 96
+    router_dim: Width = 32
+    image_size: Annotated[int, Range(1, 4096)] | None = None
+    prefix_tokens: Annotated[int, Range(1, 2**20)] | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        require(self.num_levels >= 1, "model.num_levels must be at least 1")
-        require(self.rank >= 1, "model.rank must be at least 1")
-        require(self.router_dim >= 1, "model.router_dim must be at least 1")
+        check_ranges(self, "model.")
+        require(
+            self.fusion != "none" or self.lora.rank > 0,
+            "model.fusion none with model.lora.rank 0 leaves nothing to train; set one of them",
+        )
         if self.levels is not None:
             require(len(self.levels) > 0, "model.levels is empty")
             require(
-                list(self.levels) == sorted(set(self.levels)) and min(self.levels) >= 1,
+                list(self.levels) == sorted(set(self.levels)),
                 "model.levels must be rising block numbers, 1 the first",
             )

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from dehvf_ds.config.data import DataConfig
 from dehvf_ds.config.errors import require
+from dehvf_ds.config.kinds import (
+    AtLeastZero,
+    Beams,
+    LocalPath,
+    Minutes,
+    Positive,
+    PositiveNumber,
+    Range,
+    Rows,
+    Share,
+    ShareBelowOne,
+    Tokens,
+    check_ranges,
+)
 from dehvf_ds.config.model import ModelConfig
 
 
@@ -36,47 +50,33 @@ class TrainConfig:
         log_every: optimizer steps between plain log lines when the console is not a terminal.
     """
 
-    epochs: float = 1.0
-    steps: int | None = None
-    global_batch_size: int = 32
-    micro_batch_size: int = 16
-    lr: float = 2e-3
-    min_lr_ratio: float = 0.0
-    warmup_steps: int = 20
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.02
-    max_grad_norm: float = 1.0
+    epochs: PositiveNumber = 1.0
+    steps: Positive | None = None
+    global_batch_size: Rows = 32
+    micro_batch_size: Rows = 16
+    lr: Annotated[float, Range(0, 100, open_low=True)] = 2e-3
+    min_lr_ratio: Share = 0.0
+    warmup_steps: AtLeastZero = 20
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
+    weight_decay: Annotated[float, Range(0, 100)] = 0.02
+    max_grad_norm: Annotated[float, Range(0, 10**6)] = 1.0
     activation_checkpointing: bool = False
-    max_bad_steps: int = 5
-    save_every: int = 0
-    keep_checkpoints: int = 2
-    eval_every: int = 0
-    levels_every: int = 50
-    timeout_minutes: float = 30.0
-    start_timeout_minutes: float = 30.0
-    log_every: int = 10
+    max_bad_steps: Positive = 5
+    save_every: AtLeastZero = 0
+    keep_checkpoints: Positive = 2
+    eval_every: AtLeastZero = 0
+    levels_every: AtLeastZero = 50
+    timeout_minutes: Minutes = 30.0
+    start_timeout_minutes: Minutes = 30.0
+    log_every: Positive = 10
 
     def __post_init__(self) -> None:
-        require(self.epochs > 0, "train.epochs must be positive")
-        require(self.steps is None or self.steps >= 1, "train.steps must be at least 1")
-        require(self.micro_batch_size >= 1, "train.micro_batch_size must be at least 1")
+        check_ranges(self, "train.")
         require(
             self.global_batch_size % self.micro_batch_size == 0,
             f"train.global_batch_size {self.global_batch_size} is not a multiple of "
             f"train.micro_batch_size {self.micro_batch_size}",
         )
-        require(self.lr > 0, "train.lr must be positive")
-        require(self.warmup_steps >= 0, "train.warmup_steps must be at least 0")
-        require(0 <= self.min_lr_ratio <= 1, "train.min_lr_ratio must lie in [0, 1]")
-        require(self.max_bad_steps >= 1, "train.max_bad_steps must be at least 1")
-        require(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1")
-        require(self.log_every >= 1, "train.log_every must be at least 1")
-        require(
-            min(self.timeout_minutes, self.start_timeout_minutes) > 0,
-            "train.timeout_minutes and start_timeout_minutes must be positive",
-        )
-        for name in ("save_every", "eval_every", "levels_every"):
-            require(getattr(self, name) >= 0, f"train.{name} must be at least 0")
 
     def accumulation(self, world_size: int) -> int:
         """Micro-steps of one optimizer step on ``world_size`` ranks.
@@ -108,21 +108,16 @@ class InsideConfig:
         tokenizer: of caption scores; ``simple`` needs no Java, and is not comparable with published numbers.
     """
 
-    every_steps: int = 0
-    data: str | None = None
-    max_samples: int = 256
-    batch_size: int = 16
-    max_new_tokens: int | None = None
-    num_beams: int = 1
+    every_steps: AtLeastZero = 0
+    data: LocalPath | None = None
+    max_samples: Positive = 256
+    batch_size: Rows = 16
+    max_new_tokens: Tokens | None = None
+    num_beams: Beams = 1
     tokenizer: Literal["ptb", "simple"] = "ptb"
 
     def __post_init__(self) -> None:
-        require(self.every_steps >= 0, "eval.every_steps must be at least 0")
-        for name in ("max_samples", "batch_size", "num_beams"):
-            require(getattr(self, name) >= 1, f"eval.{name} must be at least 1")
-        require(
-            self.max_new_tokens is None or self.max_new_tokens >= 1, "eval.max_new_tokens must be at least 1"
-        )
+        check_ranges(self, "eval.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,19 +139,20 @@ class RunConfig:
         dry_run: check everything, read a batch of each set, take a step of a scaled-down copy; write nothing.
     """
 
-    run_dir: str
+    run_dir: LocalPath
     model: ModelConfig
     data: DataConfig
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: InsideConfig = field(default_factory=InsideConfig)
-    seed: int = 0
-    deepspeed: str = "ds_configs/zero3.json"
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    deepspeed: LocalPath = "ds_configs/zero3.json"
     overwrite: bool = False
-    resume: str = "auto"
-    init_from: str | None = None
+    resume: LocalPath = "auto"
+    init_from: LocalPath | None = None
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.eval.every_steps:
             require(self.data.task != "chat", "eval.every_steps: data.task chat has no scores; leave it 0")
             require(

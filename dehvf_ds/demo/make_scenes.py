@@ -24,7 +24,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from dehvf_ds.config import UserError
+from dehvf_ds.config import UserError, expand_flags
 from dehvf_ds.demo.scenes.pictures import draw_picture
 from dehvf_ds.demo.scenes.questions import ask_about_picture, ask_in_words
 from dehvf_ds.demo.scenes.world import SPLITS, draw_scene
@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     counts = {split: getattr(args, split) for split in SPLITS}
     try:
+        expand_flags(args)
         for split, count in counts.items():
             if count < 1:
                 raise UserError(f"--{split} {count}: give at least 1 picture")

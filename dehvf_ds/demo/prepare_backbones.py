@@ -22,7 +22,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from dehvf_ds.config import UserError
+from dehvf_ds.config import UserError, expand_flags
 from dehvf_ds.demo.backbones.llm import LLM, write_llm
 from dehvf_ds.demo.backbones.source import prepare
 from dehvf_ds.demo.backbones.tower import TOWER, write_tower
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     jobs = {"llm": (LLM, write_llm), "tower": (TOWER, write_tower)}
     try:
+        expand_flags(args)
         with quiet_transformers():
             for name, (source, write) in jobs.items():
                 if args.only in (None, name):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from dehvf_ds.config import UserError, load_run_config
+from dehvf_ds.config import UserError, expand_flags, load_run_config
 from dehvf_ds.export.card import collect_facts, model_card
 from dehvf_ds.export.directory import check_output, finished_directory, write_model
 from dehvf_ds.export.licences import copy_licence_files
@@ -33,8 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parse(argv)
     try:
-        check_output(args.output, force=args.force)
+        needed = {"--checkpoint": args.checkpoint, "--verify-data": args.verify_data}
+        check_output(args.output, force=args.force, needed=needed)
         trained = find_trained(args.checkpoint, args.language_model, args.vision_tower)
+        needed = {
+            "what is exported": trained.path,
+            "its language model": trained.language_model,
+            "its vision tower": trained.vision_tower,
+        }
+        check_output(args.output, force=args.force, needed=needed)
         if trained.language_model is None:
             raise UserError(f"--checkpoint {args.checkpoint} is merged already")
         if args.adapter_only:
@@ -63,6 +70,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vision-tower", help="where the tower lies now, if it was moved")
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     args = parser.parse_args(argv)
+    expand_flags(args, "checkpoint", "verify_data", "language_model", "vision_tower")
     if args.adapter_only and (args.dtype or args.no_fold or args.verify):
         parser.error("--adapter-only copies what was trained; --dtype, --no-fold and --verify are of a model")
     try:

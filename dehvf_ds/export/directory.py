@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ def finished_directory(output: Path, *, force: bool) -> Iterator[Path]:
         UserError: the output is in use or cannot be written.
     """
     check_output(output, force=force)
+    output = output.resolve()  # a link stays one
     part = output.with_name(f".{output.name}.part")
     old = output.with_name(f".{output.name}.old")
     try:
@@ -69,12 +70,26 @@ def finished_directory(output: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def check_output(output: Path, *, force: bool) -> None:
+def check_output(output: Path, *, force: bool, needed: Mapping[str, str | Path | None] | None = None) -> None:
     """Refuses an output that would cover something.
 
+    Args:
+        output: what is to be written.
+        force: replaces an earlier export.
+        needed: what must not be replaced, by what the message calls it; hub ids and None are no paths.
+
     Raises:
-        UserError: it is a file, not empty without ``force``, or with it no earlier export.
+        UserError: it is a file, not empty without ``force``, or with it no earlier export, or holds what is
+            needed.
     """
+    place = output.resolve()
+    for name, path in {
+        "the working directory": ".",
+        "the home directory": Path.home(),
+        **(needed or {}),
+    }.items():
+        if path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(place):
+            raise UserError(f"--output {output} is or holds {name} ({path}); name another")
     if not output.exists():
         return
     if not output.is_dir():
@@ -83,10 +98,17 @@ def check_output(output: Path, *, force: bool) -> None:
         return
     if not force:
         raise UserError(f"--output {output} is not empty; name another, or pass --force to replace an export")
-    if not any((output / name).is_file() for name in (EXPORT_FILE, ADAPTER_CONFIG_FILE)):
+    if not _is_export(output):
         raise UserError(
             f"--output {output} holds no earlier export, so --force does not replace it; remove it yourself"
         )
+
+
+def _is_export(output: Path) -> bool:
+    """Whether an export lies there: a model with its record, or an adapter with its card."""
+    return (output / EXPORT_FILE).is_file() or all(
+        (output / name).is_file() for name in (ADAPTER_CONFIG_FILE, "README.md")
+    )
 
 
 def write_model(part: Path, trained: TrainedModel, skeleton: Skeleton, max_shard_size: str) -> None:

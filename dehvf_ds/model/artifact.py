@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,41 @@ def save_adapter(
     broken = [name for name, tensor in tensors.items() if tensor.numel() == 0 or not tensor.isfinite().all()]
     if broken:
         raise ModelError(f"not written, empty or not finite: {', '.join(broken[:4])}")
+
+    def write(part: Path) -> None:
+        part.mkdir(parents=True)
+        _write_parts(part, tensors, model, language_model, vision_tower, dtype, info)
+
+    replace_artifact(directory, write)
+
+
+def replace_artifact(directory: Path, write: Callable[[Path], object]) -> None:
+    """Writes an artifact beside its final name and renames it, so that a crash leaves the previous one.
+
+    Args:
+        directory: final name; what is there is replaced.
+        write: writes it into the directory that it is given, which is not there yet.
+    """
     part = directory.with_name(directory.name + ".partial")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    write(part)
+    old = directory.with_name(directory.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    part.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_parts(
+    part: Path,
+    tensors: Mapping[str, Tensor],
+    model: DehvfForConditionalGeneration,
+    language_model: str,
+    vision_tower: str,
+    dtype: torch.dtype,
+    info: Mapping[str, Any] | None,
+) -> None:
     visual = {n: t.contiguous() for n, t in tensors.items() if ".lora_" not in n}
     save_file(visual, part / VISUAL_FILE)
     model.config.to_json_file(str(part / CONFIG_FILE), use_diff=False)
@@ -90,12 +122,6 @@ def save_adapter(
         **(info or {}),
     }
     (part / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-    old = directory.with_name(directory.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    part.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

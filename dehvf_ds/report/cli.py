@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dehvf_ds.config import UserError
+from dehvf_ds.config import UserError, expand_flags
 from dehvf_ds.report.page import build_page
 from dehvf_ds.report.runs import load_runs
 
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Writes one HTML page about runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="what train.py wrote")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="default: %(default)s")
-    args = parser.parse_args(argv)
+    args = expand_flags(parser.parse_args(argv))
 
     page = build_page(load_runs(args.runs))
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -65,6 +65,11 @@ class Checked:
         if self.config.data.val is None:
             return None
         return build_validation_loader(self.config.data, self.tokenizer, self.transform, **self._place())
+
+    def without_limit(self) -> Checked:
+        """The same with rows of any length, to see how long what was cut is."""
+        data = replace(self.config.data, max_tokens=2**20)
+        return replace(self, config=replace(self.config, data=data))
 
     def _place(self) -> dict[str, int]:
         micro_batch_size = self.config.train.micro_batch_size

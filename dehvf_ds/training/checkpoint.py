@@ -30,7 +30,7 @@ from torch import Tensor
 from dehvf_ds.config import ModelConfig, RunConfig, UserError, to_plain
 from dehvf_ds.distributed import World, on_main
 from dehvf_ds.model import DehvfForConditionalGeneration, ModelError
-from dehvf_ds.model.artifact import save_adapter
+from dehvf_ds.model.artifact import read_manifest, replace_artifact, save_adapter
 from dehvf_ds.training.durable import flush_to_disk, read_pointer, size_and_hash, write_pointer
 from dehvf_ds.training.progress import Progress
 from dehvf_ds.training.resume import (
@@ -149,6 +149,33 @@ class Checkpoints:
             raise UserError(f"{checkpoint.path}: {error}") from None
         self.engine.global_steps = checkpoint.progress.step
         self.engine.global_samples = checkpoint.progress.samples
+
+
+def complete_artifact(directory: Path, checkpoint: Checkpoint) -> bool:
+    """Puts a last checkpoint's artifact in the place of one that is missing, damaged or older. Rank 0 alone.
+
+    Args:
+        directory: the run's artifact.
+        checkpoint: of the run's last step.
+
+    Returns:
+        Whether it was written; False where the right one was there.
+
+    Raises:
+        UserError: the checkpoint's own is damaged, or nothing can be written.
+    """
+    try:
+        if read_manifest(directory).get("step") == checkpoint.progress.step:
+            return False
+    except (ModelError, OSError, ValueError, KeyError, TypeError):
+        pass  # missing, or not whole
+    source = checkpoint.path / "adapter"
+    try:
+        read_manifest(source)
+        replace_artifact(directory, lambda part: shutil.copytree(source, part))
+    except (ModelError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory}: not written from {source}: {error}") from None
+    return True
 
 
 def save_artifact(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from pydantic import ValidationError
 
 from dehvf_ds.config import RunConfig, UserError
 from dehvf_ds.distributed import has_fast_bf16
+from dehvf_ds.training.deepspeed_keys import check_keys
+
+_JSON_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[][{}]')
 
 
 def read_deepspeed_json(
@@ -30,21 +33,19 @@ def read_deepspeed_json(
         A configuration for ``deepspeed.initialize`` and ``HfDeepSpeedConfig``.
 
     Raises:
-        UserError: no such file, not JSON, a key that contradicts our configuration, or one that DeepSpeed
-            does not know.
+        UserError: no such file, not JSON, a key that contradicts our configuration or is not supported.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        given = json.loads(text, object_pairs_hook=_without_duplicates)
+        text = Path(path).read_text(encoding="utf-8-sig")
+        given = json.loads(text, parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise UserError(f"--deepspeed {path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--deepspeed {path}: {error}") from None
     if not isinstance(given, dict):
         raise UserError(f"--deepspeed {path}: not a JSON object")
-    for key in ("zero_optimization", "bf16", "fp16"):
-        if not isinstance(given.get(key, {}), dict):
-            raise UserError(f"{path}: {key} is {given[key]!r}, not a section in braces")
+    _refuse_duplicates(text, path)
+    given = check_keys(given, path)
     train = config.train
     owned = {
         "train_batch_size": ("train.global_batch_size", train.global_batch_size),
@@ -55,19 +56,18 @@ def read_deepspeed_json(
     for key, (ours, value) in owned.items():
         if given.get(key, "auto") not in ("auto", value):
             raise UserError(f"{path}: {key} is {given[key]}, but {ours} is {value}; remove it from the JSON")
-    for key in ("optimizer", "scheduler"):
-        if key in given:
-            raise UserError(
-                f"{path}: {key} is set by train.* of the run's configuration; remove it from the JSON"
-            )
-    if _enabled(given, "fp16"):
-        raise UserError(f"{path}: fp16 is not supported; enable bf16, or neither for fp32")
     if given.get("bf16", {}).get("enabled") == "auto":
         given["bf16"] = given["bf16"] | {"enabled": has_fast_bf16()}
+    fp32_sums = given.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    if given["zero_optimization"]["stage"] == 1 and _enabled(given, "bf16") and fp32_sums:
+        # DeepSpeed's optimizer for this case keeps its state where no checkpoint of ours finds it.
+        raise UserError(
+            f"{path}: zero_optimization.stage 1 with bf16 and data_types.grad_accum_dtype fp32 fails; "
+            "take stage 2"
+        )
     _fill_hpz(path, given, world_size, local_size or world_size)
     _check_with_deepspeed(path, given)
     given |= {key: value for key, (_, value) in owned.items()}
-    given.setdefault("zero_optimization", {"stage": 0})
     given.setdefault("steps_per_print", 10**9)
     return given
 
@@ -77,54 +77,48 @@ def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if _enabled(ds_config, "bf16") else torch.float32
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)} stands there twice")
-    return content
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
-class _AskedDict(dict):
-    """A dictionary that remembers which keys it was asked for."""
+def _refuse_duplicates(text: str, path: str) -> None:
+    """Refuses a key that stands in one object twice, of which JSON's readers take the last in silence.
 
-    def __init__(self, content: dict[str, Any]):
-        super().__init__(content)
-        self.asked: set[str] = set()
-
-    def __contains__(self, key: object) -> bool:
-        self.asked.add(str(key))
-        return super().__contains__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
-        return super().get(key, default)
-
-    def __getitem__(self, key: str) -> Any:
-        self.asked.add(key)
-        return super().__getitem__(key)
-
-    def __copy__(self) -> _AskedDict:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _AskedDict:
-        return self
+    Args:
+        text: JSON that was read once.
+        path: the file, for the message.
+    """
+    open_objects: list[dict[str, int]] = []
+    names: list[str] = []
+    key = ""
+    for match in _JSON_TOKEN.finditer(text):
+        if match[0] in "{[":
+            open_objects.append({})
+            names.append(key)
+            key = ""
+        elif match[0] in "}]":
+            open_objects.pop()
+            names.pop()
+            key = ""
+        elif match[2]:
+            key, line = json.loads(match[1]), text.count("\n", 0, match.start()) + 1
+            if key in open_objects[-1]:
+                full = ".".join([name for name in names[1:] if name] + [key])
+                raise UserError(
+                    f"{path}: {full} stands there twice, in line {open_objects[-1][key]} and in line {line}; "
+                    "keep one"
+                )
+            open_objects[-1][key] = line
 
 
 def _check_with_deepspeed(path: str, given: dict[str, Any]) -> None:
-    """Lets DeepSpeed read the configuration, and finds the keys that it passes over in silence.
-
-    Sections that DeepSpeed hands to a pydantic model refuse unknown keys themselves. At the top, and in
-    ``data_types``, a misspelt key is one that it never asks for. Keys that begin with ``_`` are comments.
-    """
+    """Lets DeepSpeed read the configuration, for the ranges and combinations that it checks itself."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
-    sections = {key: given[key] for key in ("data_types",) if isinstance(given.get(key), dict)}
-    asked = {key: _AskedDict(section) for key, section in sections.items()}
     # Its batch sizes depend on the ranks, which need not have met yet.
-    top = _AskedDict(given | asked | {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1})
+    top = given | {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     top.pop("train_batch_size", None)
     try:
         DeepSpeedConfig(top)
@@ -134,13 +128,6 @@ def _check_with_deepspeed(path: str, given: dict[str, Any]) -> None:
         raise UserError(f"{path}: {key}: {wrong['msg']} (DeepSpeed's {error.title})") from None
     except (DeepSpeedConfigError, ValueError, TypeError, AssertionError, KeyError) as error:
         raise UserError(f"{path}: DeepSpeed refuses it: {error}") from None
-    for name, section in {"": top, **asked}.items():
-        for key in section.keys() - section.asked:
-            if not key.startswith("_"):
-                shown = f"{name}.{key}" if name else key
-                near = difflib.get_close_matches(key, section.asked, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise UserError(f"{path}: DeepSpeed knows no key {shown}{hint}")
 
 
 def _fill_hpz(path: str, given: dict[str, Any], world_size: int, local_size: int) -> None:

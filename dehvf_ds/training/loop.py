@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 
 from dehvf_ds.batch import Batch
-from dehvf_ds.config import TrainConfig
+from dehvf_ds.config import TrainConfig, UnsupervisedError
 from dehvf_ds.distributed import World
 from dehvf_ds.training.damage import DamageLog
 from dehvf_ds.training.levels import level_metrics
@@ -29,6 +31,10 @@ from dehvf_ds.training.step import StepResult, train_step
 
 MIN_SAMPLES_OF_SHARE = 1000
 """Samples before the share of damaged ones is looked at; one among the first ten says nothing."""
+
+
+MAX_UNSUPERVISED_SHARE = 0.01
+"""Share of rows without a token to learn that a run tells of, once."""
 
 
 class TrainingError(Exception):
@@ -123,12 +129,31 @@ def fit(
     Raises:
         TrainingError: a trainable gets no gradient, too many steps in a row were not finite, or too many
             samples are damaged.
+        UnsupervisedError: a step or the validation has no token to learn; the weights until then are saved.
     """
+    try:
+        return _fit(engine, batches, job, progress, actions, writer, stop)
+    except UnsupervisedError:
+        if progress.step:
+            actions.finish(progress)
+        raise
+
+
+def _fit(
+    engine: Any,
+    batches: Iterable[Batch],
+    job: Job,
+    progress: Progress,
+    actions: Actions,
+    writer: MetricsWriter | None,
+    stop: StopRequest,
+) -> bool:
     config, world = job.config, job.world
     accumulation = config.accumulation(world.size)
     stream = iter(batches)
     watch = GradientWatch(engine.module.trainable_parameters())
     damage = DamageLog(world)
+    told = False
     for step in range(progress.step + 1, job.num_steps + 1):
         started = time.perf_counter()
         micro_batches = [next(stream) for _ in range(accumulation)]
@@ -146,6 +171,7 @@ def fit(
         damage.add(micro_batches)
         seconds = time.perf_counter() - started
         last = step == job.num_steps
+        told = told or _tell_of_unsupervised(progress, world, last=last)
         more = {}
         if config.levels_every and (step % config.levels_every == 0 or step == 1 or last):
             more |= level_metrics(engine.module, result.level_weights)
@@ -192,13 +218,29 @@ def _count(progress: Progress, result: StepResult, config: TrainConfig, *, taken
     progress.replaced += result.num_replaced
 
 
+def _tell_of_unsupervised(progress: Progress, world: World, *, last: bool) -> bool:
+    """Warns where too many rows had nothing to learn; returns whether it did."""
+    seen = progress.samples if last else max(progress.samples, MIN_SAMPLES_OF_SHARE)
+    if progress.unsupervised_rows <= MAX_UNSUPERVISED_SHARE * seen:
+        return False
+    if world.is_main:
+        print(
+            f"warning: {progress.unsupervised_rows} of {progress.samples} rows had no token to learn: their "
+            "prompts fill all data.max_tokens; raise it",
+            file=sys.stderr,
+            flush=True,
+        )
+    return True
+
+
 def _validate(
     validate: Callable[[], float | None], progress: Progress, *, tells_best: bool
 ) -> dict[str, float]:
     loss = validate()
     if loss is None:
         return {}
-    if progress.best_loss is None or loss < progress.best_loss:
+    # Of what is not finite nothing is the best.
+    if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
         progress.best_loss = loss
         if tells_best:
             progress.best_step = progress.step
@@ -211,8 +253,13 @@ def _evaluate(
     found = evaluate(progress.step)
     if found is None:
         return {}
-    if found.score is not None and (progress.best_score is None or found.score > progress.best_score):
-        progress.best_score, progress.best_step = found.score, progress.step
+    score = found.score
+    if (
+        score is not None
+        and math.isfinite(score)
+        and (progress.best_score is None or score > progress.best_score)
+    ):
+        progress.best_score, progress.best_step = score, progress.step
     if writer is not None and found.sheet is not None:
         writer.write_picture("eval/examples", found.sheet, progress.step)
     return found.numbers

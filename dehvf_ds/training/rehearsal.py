@@ -24,6 +24,9 @@ from dehvf_ds.training.signals import StopRequest
 from dehvf_ds.training.step import train_step
 from dehvf_ds.training.validation import validation_loss
 
+TELLING = ("flops_profiler", "comms_logger", "dump_state", "memory_breakdown", "wall_clock_breakdown")
+"""Keys of the DeepSpeed JSON that make it write or print, which is not for a copy."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
@@ -64,6 +67,7 @@ def rehearse(
         UserError: no copy of such a model can be built.
     """
     dtype = compute_dtype(ds_config)
+    ds_config = {key: value for key, value in ds_config.items() if key not in TELLING}
     with tempfile.TemporaryDirectory() as directory:
         small = _write_backbones(config, model_config, Path(directory))
         small_config = build_model_config(small.model, image_size=model_config.image_size)

@@ -102,11 +102,11 @@ def open_run(config: RunConfig, data_digest: str) -> tuple[Lease, Checkpoint | N
     run_dir = Path(config.run_dir)
     lease = Lease(run_dir)
     try:
+        checkpoint = choose_start(config, data_digest)
         if config.overwrite:
             for name in RUN_PARTS:
                 shutil.rmtree(run_dir / name, ignore_errors=True)
             (run_dir / "metrics.jsonl").unlink(missing_ok=True)
-        checkpoint = choose_start(config, data_digest)
         save_run_config(config, run_dir / "config.yaml")
     except BaseException:
         lease.release()
@@ -124,6 +124,8 @@ def choose_start(config: RunConfig, data_digest: str) -> Checkpoint | None:
         UserError: the run directory holds another run, or the weights to start from do not fit.
     """
     run_dir = Path(config.run_dir)
+    if config.overwrite:
+        check_overwrite(config)
     checkpoint = None if config.overwrite else find_checkpoint(run_dir, config.resume)
     if checkpoint is not None:
         check_same_run(checkpoint, config, data_digest)
@@ -138,6 +140,55 @@ def choose_start(config: RunConfig, data_digest: str) -> Checkpoint | None:
             raise UserError(f"--init_from {config.init_from}: {error}") from None
         check_bases(adapter, config.model, config.init_from)
     return None
+
+
+def check_overwrite(config: RunConfig) -> None:
+    """Refuses to empty a directory that is no run, or that holds what the run needs.
+
+    Raises:
+        UserError: says what lies there.
+    """
+    run_dir = Path(config.run_dir)
+    if config.resume not in ("auto", "never"):
+        raise UserError("--overwrite removes the checkpoints that --resume goes on from; give one of them")
+    parts = [run_dir / name for name in RUN_PARTS if (run_dir / name).exists()]
+    if not parts and not (run_dir / "metrics.jsonl").exists():
+        return
+    if not _is_run(run_dir):
+        found = parts[0].name if parts else "metrics.jsonl"
+        raise UserError(
+            f"run_dir {run_dir} holds {found} and no run's config.yaml, so --overwrite leaves it alone; "
+            "name another"
+        )
+    needed = {
+        "model.language_model": config.model.language_model,
+        "model.vision_tower": config.model.vision_tower,
+        "data.train": config.data.train,
+        "data.location": config.data.location,
+        "data.val": config.data.val,
+        "data.cache_dir": config.data.cache_dir,
+        "eval.data": config.eval.data,
+        "deepspeed": config.deepspeed,
+        "init_from": config.init_from,
+        "the working directory": ".",
+    }
+    whole = run_dir.resolve()
+    for name, path in needed.items():
+        if path is None:
+            continue
+        found = Path(path).resolve()
+        # What a run trained lies in such a part, also where the run itself is named.
+        if (name == "init_from" and found == whole) or any(found.is_relative_to(p.resolve()) for p in parts):
+            raise UserError(
+                f"--overwrite would remove {name} {path}, which lies in run_dir {run_dir}; name another"
+            )
+
+
+def _is_run(run_dir: Path) -> bool:
+    try:
+        return "run_dir:" in (run_dir / "config.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _check_can_start_again(config: RunConfig, run_dir: Path) -> None:

@@ -82,9 +82,6 @@ def load_state(
     elif hasattr(zero, "single_partition_of_fp32_groups"):
         _start_moments(optimizer, zero.single_partition_of_fp32_groups, steps)
         put = _put_zero2
-    elif isinstance(zero, torch.optim.Optimizer):
-        _start_moments(optimizer, list(parameters.values()), steps)
-        put = _put_plain
     else:
         raise UserError(f"a run under {type(zero).__name__} cannot be resumed; use ZeRO stage 1, 2 or 3")
     with torch.no_grad():
@@ -150,11 +147,6 @@ def _put_zero2(zero: Any, optimizer: Any, parameter: Any, values: Mapping[str, T
         part = flat if key == MASTER else optimizer.state[flat][key]
         own = value.flatten().narrow(0, source.start, source.numel)
         part.narrow(0, target.start, target.numel).copy_(own)
-
-
-def _put_plain(zero: Any, optimizer: Any, parameter: Any, values: Mapping[str, Tensor]) -> None:
-    for key, value in values.items():
-        (parameter.data if key == MASTER else optimizer.state[parameter][key]).copy_(value)
 
 
 def _start_moments(optimizer: Any, tensors: list[Tensor], steps: int) -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dehvf_ds.batch import Batch
+from dehvf_ds.config import UnsupervisedError
 from dehvf_ds.distributed import World, all_reduce_sum, seed_micro_step
 
 
@@ -18,8 +19,8 @@ class StepResult:
     """One optimizer step over all ranks.
 
     Attributes:
-        loss: mean cross-entropy a supervised token, in nats; 0 without any.
-        num_supervised: tokens that the loss was taken at.
+        loss: mean cross-entropy a supervised token, in nats.
+        num_supervised: tokens that the loss was taken at; at least 1.
         num_tokens: text tokens that went through the model.
         num_unsupervised_rows: rows that nothing was learnt of.
         num_replaced: damaged samples that others stood in for.
@@ -63,6 +64,9 @@ def train_step(
         seed: the run's seed, for dropout.
         step: number of this optimizer step, for dropout.
         stopping: whether this rank was asked to stop; the step is taken all the same.
+
+    Raises:
+        UnsupervisedError: no row of any rank has a token to learn; nothing was changed.
     """
     counts = (
         (b.num_supervised(), b.num_tokens(), b.num_unsupervised_rows(), len(b.replaced), b.checksum())
@@ -72,21 +76,25 @@ def train_step(
     num_supervised, num_tokens, unsupervised, replaced, checksum, num_stopping = all_reduce_sum(
         [*own, float(stopping)], world.device
     )
-    # A window without any supervised token walks the same road, with a loss of 0.
-    divisor = max(num_supervised, 1.0)
+    if not num_supervised:
+        rows = sum(len(batch.labels) for batch in micro_batches) * world.size
+        raise UnsupervisedError(
+            f"step {step}: none of its {rows} rows has a token to learn; the prompts fill all "
+            "data.max_tokens, so raise it"
+        )
     own_loss = torch.zeros((), dtype=torch.float64, device=world.device)
     weights = None
     for micro_step, batch in enumerate(micro_batches):
         seed_micro_step(seed, step, micro_step, world.rank)
         output = engine(**batch.to(world.device, dtype).inputs())
-        engine.backward(output.loss_sum * (world.size / divisor), scale_wrt_gas=False)
+        engine.backward(output.loss_sum * (world.size / num_supervised), scale_wrt_gas=False)
         engine.step()
         own_loss += output.loss_sum.detach().double()
         if output.level_weights is not None and batch.has_image.any():
             weights = output.level_weights.detach()[batch.has_image.to(world.device)].mean(dim=0)
     (loss_sum_all,) = all_reduce_sum([own_loss.item()], world.device)
     return StepResult(
-        loss=loss_sum_all / divisor,
+        loss=loss_sum_all / num_supervised,
         num_supervised=int(num_supervised),
         num_tokens=int(num_tokens),
         num_unsupervised_rows=int(unsupervised),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dehvf_ds.batch import Batch
+from dehvf_ds.config import UnsupervisedError
 from dehvf_ds.distributed import World, all_reduce_sum
 from dehvf_ds.training.signals import StopRequest
 
@@ -26,6 +27,9 @@ def validation_loss(
 
     Returns:
         The loss in nats, or None where the validation was ended early.
+
+    Raises:
+        UnsupervisedError: no row has a token to learn.
     """
     loss_sum, num_tokens = 0.0, 0.0
     engine.eval()
@@ -40,4 +44,9 @@ def validation_loss(
                     return None
     finally:
         engine.train()
-    return loss_sum / max(num_tokens, 1.0)
+    if not num_tokens:
+        raise UnsupervisedError(
+            "no row of data.val has a token to learn, so there is no validation loss; the prompts fill all "
+            "data.max_tokens, so raise it"
+        )
+    return loss_sum / num_tokens

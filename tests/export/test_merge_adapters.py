@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dehvf_ds.config import UserError
 from dehvf_ds.export import directory, pieces, shards
-from dehvf_ds.model.weights import find_trained
+from dehvf_ds.model.weights import EXPORT_FILE, find_trained
 from tools import merge_adapters
 
 merge = merge_adapters.main
@@ -126,8 +127,48 @@ def test_an_output_in_use_is_left_alone(root) -> None:
         merge(given(root, output="model/thesis.txt"))
     assert (root / "model/thesis.txt").read_text() == "mine"
     # A run is no export either.
-    with pytest.raises(UserError, match="holds no earlier export"):
+    with pytest.raises(UserError, match="is or holds --checkpoint"):
         merge(given(root, "--force", output="run"))
+
+
+@pytest.mark.parametrize(
+    "name", ["run/adapter", "run", "llm", "tower", ".", "..", "link/adapter", "home", "cwd/.."]
+)
+@pytest.mark.parametrize("more", [[], ["--adapter-only"]])
+def test_force_replaces_nothing_that_the_export_or_the_user_needs(root, monkeypatch, name, more) -> None:
+    (root / "link").symlink_to(root / "run")
+    (root / "home").mkdir()
+    (root / "cwd/deep").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(root / "home"))
+    monkeypatch.chdir(root / "cwd/deep")
+    for place in ("run", "llm", "tower", "home", "cwd", "."):
+        (root / place / EXPORT_FILE).touch()  # as if exports lay there
+    (root / "run/adapter/README.md").touch()
+    before = {path: path.lstat().st_mtime_ns for path in root.rglob("*")}
+    with pytest.raises(UserError, match=r"is or holds .*; name another"):
+        merge(given(root, "--force", *more, output=name))
+    assert {path: path.lstat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def test_force_replaces_no_artifact_of_another_run(root) -> None:
+    shutil.copytree(root / "run", root / "other")
+    with pytest.raises(UserError, match="holds no earlier export"):
+        merge(given(root, "--force", "--adapter-only", output="other/adapter"))
+    assert (root / "other/adapter/manifest.json").is_file()
+    # What --adapter-only wrote is an export.
+    for more in ([], ["--force"]):
+        assert merge(given(root, "--adapter-only", *more, output="only")) == 0
+
+
+def test_force_through_a_link_replaces_what_it_points_to(root) -> None:
+    assert merge(given(root, "--adapter-only", output="disk")) == 0
+    (root / "disk/old.txt").touch()
+    (root / "model").symlink_to(root / "disk")
+    assert merge(given(root, "--adapter-only", "--force")) == 0
+    assert (root / "model").is_symlink()
+    assert (root / "disk/manifest.json").is_file()
+    assert not (root / "disk/old.txt").exists()
+    assert left_by(root) == {"disk", "model"}
 
 
 def test_force_replaces_an_export_once_the_new_one_is_whole(root, monkeypatch) -> None:

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from dehvf_ds.config import UserError
+from dehvf_ds.config import UserError, expand_flags
 from dehvf_ds.data.building import sources
 from dehvf_ds.data.building.adopt import adopt_shards
 from dehvf_ds.data.building.left_out import BadRows
@@ -53,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit code."""
     try:
-        args = build_parser().parse_args(argv)
+        args = expand_flags(build_parser().parse_args(argv))
         return args.run(args)
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from dehvf_ds.config import UserError
+from dehvf_ds.config.kinds import PositiveNumber, Range, Tokens, Width, check_ranges
 from dehvf_ds.training.metrics import PEAK_FLOPS
 from dehvf_ds.training.planning.memory import GIB
 from dehvf_ds.training.planning.times import Cluster
@@ -48,25 +48,18 @@ class PlanConfig:
         overhead_gib: assumed memory of CUDA's context, NCCL's buffers and libraries' work space.
     """
 
-    gpus_per_node: int = 8
-    nodes: int = 1
+    gpus_per_node: Annotated[int, Range(1, 1024)] = 8
+    nodes: Width = 1
     gpu: GpuName = "H100-80G"
-    mfu: float = 0.5
-    tokens: int | None = None
-    nvlink_gb_s: float | None = None
-    internode_gb_s: float = 50.0
-    host_gb_s: float | None = None
-    overhead_gib: float = 3.0
+    mfu: Annotated[float, Range(0, 1, open_low=True)] = 0.5
+    tokens: Tokens | None = None
+    nvlink_gb_s: PositiveNumber | None = None
+    internode_gb_s: PositiveNumber = 50.0
+    host_gb_s: PositiveNumber | None = None
+    overhead_gib: Annotated[float, Range(0, 10**4)] = 3.0
 
     def __post_init__(self) -> None:
-        for name in ("gpus_per_node", "nodes", "tokens", "nvlink_gb_s", "internode_gb_s", "host_gb_s"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"--{name.replace('_', '-')} must be positive")
-        if not 0 < self.mfu <= 1:
-            raise UserError("--mfu must lie in (0, 1]")
-        if self.overhead_gib < 0:
-            raise UserError("--overhead-gib must be at least 0")
+        check_ranges(self)
 
     @property
     def memory_bytes(self) -> float | None:

@@ -1,0 +1,100 @@
+"""A finished run without its artifact gets it when it is started again; what a run needs is not removed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_entries import arguments
+
+from dehvf_ds import train
+from dehvf_ds.config import UserError, parse_run_config
+from dehvf_ds.training.resume import choose_start, open_run
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path) -> tuple[Path, list[str]]:
+    """A run of one process that came to its end, and how it was started."""
+    given = arguments(
+        world, "finished", "--data.num_workers", "0", "--train.steps", "2", "--train.save_every", "1"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            patch.setenv(name, "1" if name.endswith("SIZE") else "0")
+        assert train.main(given) == 0
+    return world / "runs/finished", given
+
+
+def cut(adapter: Path) -> None:
+    path = adapter / "visual.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def older(adapter: Path) -> None:
+    path = adapter / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 1}))
+
+
+def half(adapter: Path) -> None:
+    (adapter / "manifest.json").unlink()
+    adapter.rename(adapter.with_name("adapter.partial"))
+
+
+def no_json(adapter: Path) -> None:
+    (adapter / "manifest.json").write_text("{")
+
+
+@pytest.mark.parametrize("harm", [shutil.rmtree, cut, older, half, no_json])
+def test_a_finished_run_gets_its_artifact_back(finished, monkeypatch, capsys, harm: Callable) -> None:
+    run, given = finished
+    adapter = run / "adapter"
+    whole = {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()}
+    harm(adapter)
+    monkeypatch.setattr(train, "build_engine", None)  # no model is loaded for it
+    assert train.main(given) == 0
+    assert {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()} == whole
+    assert not adapter.with_name("adapter.partial").exists()
+    told = capsys.readouterr().out
+    assert "finished already, all 2 steps" in told
+    assert f"adapter: {adapter}" in told
+    assert train.main(given) == 0
+    assert f"adapter: {adapter}" not in capsys.readouterr().out
+
+
+def test_overwrite_leaves_alone_what_the_run_needs(finished, tmp_path: Path) -> None:
+    run, given = finished
+    moved = shutil.copytree(run, tmp_path / "run")
+    given = [*given, "--run_dir", str(moved), "--overwrite"]
+    link = tmp_path / "link"
+    link.symlink_to(moved)
+    for more, message in (
+        (["--init_from", str(moved)], "would remove init_from"),
+        (["--init_from", str(link / "checkpoints/step_00000002")], "would remove init_from"),
+        (["--data.val", str(moved / "merged/data")], "would remove data.val"),
+        (["--model.language_model", str(link / "merged")], "would remove model.language_model"),
+        (["--resume", str(moved / "checkpoints/step_00000002")], "give one of them"),
+    ):
+        (moved / "merged").mkdir(exist_ok=True)
+        before = sorted(moved.rglob("*"))
+        config = parse_run_config([*given, *more])
+        for start in (open_run, choose_start):
+            with pytest.raises(UserError, match=message):
+                start(config, "digest")
+        assert sorted(moved.rglob("*")) == before
+
+
+@pytest.mark.parametrize("marker", [None, "config.yaml"])
+def test_overwrite_empties_no_directory_that_is_no_run(finished, tmp_path: Path, marker: str | None) -> None:
+    _, given = finished
+    home = tmp_path / "home"
+    (home / "samples").mkdir(parents=True)
+    (home / "samples/holiday.jpg").touch()
+    if marker is not None:
+        (home / marker).write_text("theme: dark\n")
+    config = parse_run_config([*given, "--run_dir", str(home), "--overwrite"])
+    with pytest.raises(UserError, match=r"holds samples and no run's config\.yaml"):
+        open_run(config, "digest")
+    assert (home / "samples/holiday.jpg").exists()

@@ -1,0 +1,131 @@
+"""Rows that have nothing to learn are refused, or counted and told; no loss is ever made of nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_entries import arguments
+
+from dehvf_ds import train
+from dehvf_ds.batch import IGNORE_INDEX, Batch
+from dehvf_ds.config import UnsupervisedError
+from dehvf_ds.distributed import World
+from dehvf_ds.training.loop import Evaluated, _evaluate, _tell_of_unsupervised, _validate
+from dehvf_ds.training.progress import Progress
+from dehvf_ds.training.signals import StopRequest
+from dehvf_ds.training.step import train_step
+from dehvf_ds.training.supervision import check_supervised, check_validation
+from dehvf_ds.training.validation import validation_loss
+
+ALONE = World(0, 0, 1, 1, torch.device("cpu"))
+
+
+def batch(*prompts: int, width: int = 6) -> Batch:
+    """A row for each length of a prompt; what is left of ``width`` is to be learnt."""
+    labels = torch.ones(len(prompts), width, dtype=torch.long)
+    for row, length in enumerate(prompts):
+        labels[row, :length] = IGNORE_INDEX
+    return Batch(
+        input_ids=torch.ones_like(labels),
+        attention_mask=torch.ones_like(labels),
+        labels=labels,
+        pixel_values=torch.zeros(len(prompts), 3, 2, 2),
+        has_image=torch.ones(len(prompts), dtype=torch.bool),
+        keys=tuple(f"key{row}" for row in range(len(prompts))),
+    )
+
+
+def never() -> list[Batch]:
+    raise AssertionError("read again for nothing")
+
+
+def checked(batches: list[Batch], uncut: Callable = never) -> str | None:
+    return check_supervised(batches, uncut, ALONE, data="shards", max_tokens=6)
+
+
+def test_rows_that_all_have_something_to_learn_are_not_read_again() -> None:
+    assert checked([batch(1, 5), batch(0, 2)]) is None
+
+
+def test_a_few_rows_without_are_told_and_many_are_refused() -> None:
+    def uncut() -> list[Batch]:
+        return [batch(1, 2, 3, 4, width=12), batch(1, 9, 3, 4, width=12)]
+
+    told = checked([batch(1, 2, 3, 4), batch(1, 6, 3, 4)], uncut)
+    assert told == (
+        "shards: 1 of the first 8 rows have no token to learn; the prompt of row key1 has 9 tokens; "
+        "raise data.max_tokens 6"
+    )
+    with pytest.raises(
+        UnsupervisedError, match=r"3 of the first 8 rows .* row key1 has 9 tokens; raise data"
+    ):
+        checked([batch(1, 2, 3, 4), batch(1, 6, 6, 6)], uncut)
+    with pytest.raises(UnsupervisedError, match="4 of the first 12 rows"):
+        checked(
+            [batch(1, 2, 3, 4), batch(6, 6, 6, 6), batch(1, 2, 3, 4)], lambda: [batch(1), batch(9, width=12)]
+        )
+
+
+def test_a_validation_is_refused_where_nothing_of_it_can_be_learnt() -> None:
+    arguments = {"data": "val", "max_tokens": 6}
+    check_validation(batch(1, 6, 6, 6), never, ALONE, **arguments)
+    with pytest.raises(UnsupervisedError, match=r"val: 2 of the first 2 rows .* has 8 tokens"):
+        check_validation(batch(6, 6), lambda: [batch(8, 8, width=9)], ALONE, **arguments)
+
+
+def test_a_step_of_nothing_is_refused_before_the_engine_is_asked() -> None:
+    with pytest.raises(
+        UnsupervisedError, match=r"step 7: none of its 4 rows has a token to learn; .*max_tokens"
+    ):
+        train_step(None, [batch(6, 6), batch(6, 6)], ALONE, torch.float32, seed=0, step=7)
+
+
+def test_a_validation_loss_is_never_made_of_nothing() -> None:
+    class Engine(SimpleNamespace):
+        def __call__(self, **inputs: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(loss_sum=torch.tensor(0.0))
+
+    engine = Engine(eval=lambda: None, train=lambda: None)
+    with pytest.raises(UnsupervisedError, match=r"no row of data\.val has a token to learn"):
+        validation_loss(engine, [batch(6, 6)], ALONE, torch.float32, StopRequest())
+    with pytest.raises(UnsupervisedError):
+        validation_loss(engine, [], ALONE, torch.float32, StopRequest())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_never_the_best(value: float) -> None:
+    progress = Progress(step=3)
+    _validate(lambda: value, progress, tells_best=True)
+    found = Evaluated(score=value, numbers={}, sheet=Path())
+    _evaluate(lambda step: found, progress, None)
+    assert (progress.best_loss, progress.best_score, progress.best_step) == (None, None, None)
+
+
+def test_a_run_tells_once_above_a_share(capsys) -> None:
+    assert not _tell_of_unsupervised(Progress(samples=64, unsupervised_rows=2), ALONE, last=False)
+    assert not _tell_of_unsupervised(Progress(samples=5000, unsupervised_rows=50), ALONE, last=True)
+    assert capsys.readouterr().err == ""
+    assert _tell_of_unsupervised(Progress(samples=64, unsupervised_rows=2), ALONE, last=True)
+    assert "warning: 2 of 64 rows had no token to learn" in capsys.readouterr().err
+    assert _tell_of_unsupervised(Progress(samples=5000, unsupervised_rows=51), ALONE, last=False)
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_a_run_whose_prompts_fill_the_rows_stops_before_it_writes_a_loss(world, monkeypatch, more) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1" if name.endswith("SIZE") else "0")
+    message = r"8 of the first 8 rows have no token to learn; the prompt of row \S+ has \d\d tokens"
+    if not more:
+        message = "step 1: none of its 8 rows has a token to learn"
+    given = arguments(world, "nothing", "--data.max_tokens", "8", "--data.num_workers", "0", *more)
+    with pytest.raises(UnsupervisedError, match=message):
+        train.main(given)
+    run = world / "runs/nothing"
+    assert not more or not run.exists()
+    assert not (run / "adapter").exists()
+    assert more or (run / "metrics.jsonl").read_text() == ""
