@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import os
 import re
 import signal
@@ -112,11 +113,23 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
         os.environ["MASTER_PORT"] = str(_free_port())
     import deepspeed
 
+    _compile_nothing()
     # DeepSpeed calls collectives that torch 2.13 renames, at every step of every rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+
+
+def _compile_nothing() -> None:
+    """Keeps DeepSpeed from compiling an all-reduce through shared memory where communication starts on a CPU.
+
+    Its tensor-parallel inference alone calls that one, training never. Compiling takes half a minute, a
+    compiler and ninja on the PATH, and one that was killed leaves a lock at which later ones wait for ever.
+    """
+    # Not by an import statement: the package's attribute of that name is PyTorch.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
 
 
 def set_timeout(minutes: float) -> None:

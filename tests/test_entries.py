@@ -179,7 +179,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_keep_the_artifact(world: Pa
 @pytest.mark.parametrize(
     ("entry", "more", "message"),
     [
-        ("train", ["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file, nor a recipe"),
+        ("train", ["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file in "),
         ("train", ["--train.lrr", "1"], "lrr"),
         ("train", ["--deepspeed", "/nowhere/ds.json"], "--deepspeed /nowhere/ds.json: no such file"),
         ("train", ["--data.train", "/nowhere"], "/nowhere"),

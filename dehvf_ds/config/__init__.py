@@ -9,7 +9,6 @@ from dehvf_ds.config.data import AugmentConfig, DataConfig, ScienceqaConfig
 from dehvf_ds.config.errors import UserError
 from dehvf_ds.config.model import LoraConfig, ModelConfig
 from dehvf_ds.config.parse import (
-    RECIPES_DIR,
     load_run_config,
     parse_eval_config,
     parse_generate_config,
@@ -18,8 +17,16 @@ from dehvf_ds.config.parse import (
     to_plain,
 )
 from dehvf_ds.config.run import InsideConfig, RunConfig, TrainConfig
+from dehvf_ds.config.shipped import (
+    DEEPSPEED_DIR,
+    RECIPES_DIR,
+    find_deepspeed_json,
+    find_recipe,
+    looked_in,
+)
 
 __all__ = [
+    "DEEPSPEED_DIR",
     "RECIPES_DIR",
     "AugmentConfig",
     "DataConfig",
@@ -32,7 +39,10 @@ __all__ = [
     "ScienceqaConfig",
     "TrainConfig",
     "UserError",
+    "find_deepspeed_json",
+    "find_recipe",
     "load_run_config",
+    "looked_in",
     "parse_eval_config",
     "parse_generate_config",
     "parse_run_config",

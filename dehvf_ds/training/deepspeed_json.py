@@ -5,13 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from dehvf_ds.config import RunConfig, UserError
+from dehvf_ds.config import RunConfig, UserError, find_deepspeed_json
 from dehvf_ds.distributed import has_fast_bf16
 
 
@@ -21,7 +20,7 @@ def read_deepspeed_json(
     """Reads the DeepSpeed JSON and completes it with what our configuration owns.
 
     Args:
-        path: the JSON file.
+        path: the JSON file, or a shipped one's name.
         config: the run; owner of batch sizes, clipping, optimizer and schedule.
         world_size: ranks of the job.
         local_size: ranks of a node, for hpZ's ``auto``; None means all are of one node.
@@ -34,10 +33,8 @@ def read_deepspeed_json(
             does not know.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = find_deepspeed_json(path).read_text(encoding="utf-8")
         given = json.loads(text, object_pairs_hook=_without_duplicates)
-    except FileNotFoundError:
-        raise UserError(f"--deepspeed {path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--deepspeed {path}: {error}") from None
     if not isinstance(given, dict):

@@ -1,4 +1,4 @@
-"""Starts ranks of a script the way launchers do, without one: two processes and their environment."""
+"""Starts ranks of a script the way launchers do, without one: processes and what a launcher tells them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,6 @@ def start_ranks(script: Path | str, args: list[str], num_ranks: int) -> list[sub
             "LOCAL_WORLD_SIZE": str(num_ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": str(REPOSITORY),
         }
         processes.append(
             subprocess.Popen(
