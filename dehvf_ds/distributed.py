@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from transformers.utils import logging as transformers_logging
 
 from dehvf_ds.config import UserError
 
@@ -218,6 +219,7 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
     stacks = os.environ.get("DEHVF_STACKS")
     # The file stays open: a process that hangs or has no descriptors left opens none.
     faulthandler.register(signal.SIGUSR2, file=Path(stacks).open("a") if stacks else sys.stderr)  # noqa: SIM115
+    _quiet_bars()
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
@@ -235,6 +237,12 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
         traceback.print_exc()
         code = 1
     _leave(code)
+
+
+def _quiet_bars() -> None:
+    """Leaves transformers' bars (weights being loaded) to the one rank whose console is a terminal."""
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
 
 
 def _leave(code: int) -> None:

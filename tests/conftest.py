@@ -1,15 +1,10 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_entries import build_world
-
-# The suite is of the CPU, in this process and in those that it starts. Where there is no GPU nothing is set.
-if torch.cuda.is_available():
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tiny_models import byte_tokenizer, vision_config
-from training.launch import REPOSITORY
+from training.launch import REPOSITORY, USER_ENVIRONMENT
 from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil, GPT2Config, LlamaConfig
 
 from dehvf_ds.data.building.cli import main as build_shards
@@ -73,6 +73,7 @@ def start(entry: str, args: list[str]) -> subprocess.CompletedProcess[str]:
     """Runs an entry by its path in a process of its own, from another folder, as a user may."""
     return subprocess.run(
         [sys.executable, str(REPOSITORY / entry), *args],
+        env=USER_ENVIRONMENT,
         cwd="/",
         capture_output=True,
         text=True,
