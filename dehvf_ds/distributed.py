@@ -219,7 +219,7 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
     stacks = os.environ.get("DEHVF_STACKS")
     # The file stays open: a process that hangs or has no descriptors left opens none.
     faulthandler.register(signal.SIGUSR2, file=Path(stacks).open("a") if stacks else sys.stderr)  # noqa: SIM115
-    _quiet_bars()
+    _quiet_libraries()
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
@@ -239,8 +239,11 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
     _leave(code)
 
 
-def _quiet_bars() -> None:
-    """Leaves transformers' bars (weights being loaded) to the one rank whose console is a terminal."""
+def _quiet_libraries() -> None:
+    """Leaves bars of weights being loaded to the one rank that has a terminal; tells DeepSpeed the device."""
+    if not torch.cuda.is_available():
+        # Untold, it warns that it found no GPU, also where a library imports it that needs nothing of it.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
 
