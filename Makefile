@@ -46,12 +46,14 @@ $(DATA)/scenes/.done: $(INSTALLED) dehvf_ds/demo/make_scenes.py $(wildcard dehvf
 	done
 	@touch $@
 
+FREE_PORT := import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])
 # Ranks: two processes on a CPU, as many GPUs as there are otherwise, two at most.
 GPUS = $(eval GPUS := $$(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count())'))$(GPUS)
 RANKS ?= $(if $(filter 1,$(GPUS)),1,2)
-# The launcher looks for a GPU, and warns where there is none, unless it is told.
-TRAIN = $(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu )$(BIN)/deepspeed --log_level error --num_accelerators $(RANKS) \
-        dehvf_ds/train.py --deepspeed ds_configs/zero3.json --overwrite true
+# `deepspeed`, whose script does not start from a path with a space. It looks for a GPU, and warns where there is
+# none, unless it is told.
+TRAIN = $(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu )$(BIN)/python -m deepspeed.launcher.runner --log_level error \
+        --num_accelerators $(RANKS) --master_port $(shell $(BIN)/python -c '$(FREE_PORT)') dehvf_ds/train.py --deepspeed ds_configs/zero3.json --overwrite true
 
 demo: $(DATA)/backbones/.done $(DATA)/scenes/.done
 	@echo "[3/7] training DEHVF: 120 steps, some five minutes on two CPU cores"

@@ -102,6 +102,9 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
     Args:
         world: this process's place.
         timeout_minutes: how long a rank waits for the others before it fails.
+
+    Raises:
+        UserError: another program listens where the ranks were told to meet.
     """
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -119,7 +122,16 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        # A job of SLURM meets elsewhere when it is started again, as it is after any error but a mistake.
+        if "EADDRINUSE" not in str(error) or "SLURM_JOB_ID" in os.environ:
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']}, where the ranks meet, is in use, perhaps by another run; name "
+            "another one: deepspeed --master_port 29501, torchrun --master-port 29501"
+        ) from None
 
 
 def _compile_nothing() -> None:

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -72,8 +73,16 @@ def test_train_evaluate_generate_merge_load(world: Path) -> None:
 def test_deepspeed_by_its_path_needs_nothing_of_the_shell(world: Path, tmp_path: Path) -> None:
     """No environment activated, no compiler, no variable: what is typed as ``.venv/bin/deepspeed ...``."""
     train = [str(REPOSITORY / "dehvf_ds/train.py"), *arguments(world, "launched", "--train.steps", "1")]
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
     result = subprocess.run(
-        [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", *train],
+        [
+            str(Path(sys.executable).with_name("deepspeed")),
+            "--num_accelerators=2",
+            f"--master_port={port}",
+            *train,
+        ],
         env={"HOME": str(tmp_path), "PATH": "", "CUDA_VISIBLE_DEVICES": ""},
         cwd=tmp_path,
         capture_output=True,
