@@ -129,8 +129,8 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
         if "EADDRINUSE" not in str(error) or "SLURM_JOB_ID" in os.environ:
             raise
         raise UserError(
-            f"port {os.environ['MASTER_PORT']}, where the ranks meet, is in use, perhaps by another run; name "
-            "another one: deepspeed --master_port 29501, torchrun --master-port 29501"
+            f"port {os.environ['MASTER_PORT']}, where the ranks meet, is in use, perhaps by another run; "
+            "name another: deepspeed --master_port 29501, torchrun --master-port 29501"
         ) from None
 
 

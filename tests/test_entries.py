@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from tiny_entries import arguments, losses, read_metrics, start
-from training.launch import REPOSITORY, run_ranks
+from training.launch import REPOSITORY, USER_ENVIRONMENT, run_ranks
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -76,14 +76,10 @@ def test_deepspeed_by_its_path_needs_nothing_of_the_shell(world: Path, tmp_path:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), f"--master_port={port}"]
     result = subprocess.run(
-        [
-            str(Path(sys.executable).with_name("deepspeed")),
-            "--num_accelerators=2",
-            f"--master_port={port}",
-            *train,
-        ],
-        env={"HOME": str(tmp_path), "PATH": "", "CUDA_VISIBLE_DEVICES": ""},
+        [*launcher, "--num_accelerators=2", *train],
+        env=USER_ENVIRONMENT | {"HOME": str(tmp_path), "PATH": ""},
         cwd=tmp_path,
         capture_output=True,
         text=True,
