@@ -88,13 +88,8 @@ def run_tool(work: Path, more: list[str]) -> None:
     """Builds shards of the pictures."""
     tool = [sys.executable, str(ROOT / "tools" / "build_shards.py"), "csv"]
     paths = ["--captions", str(work / "captions.csv"), "--images", str(work / "images")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [*tool, *paths, "--output", str(work / "shards"), *more],
-        check=True,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-    )
+    command = [*tool, *paths, "--output", str(work / "shards"), *more]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

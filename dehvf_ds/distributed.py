@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import io
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from transformers.utils import logging as transformers_logging
 
 from dehvf_ds.config import UserError
 
@@ -101,6 +103,9 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
     Args:
         world: this process's place.
         timeout_minutes: how long a rank waits for the others before it fails.
+
+    Raises:
+        UserError: another program listens where the ranks were told to meet.
     """
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -113,11 +118,32 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
         os.environ["MASTER_PORT"] = str(_free_port())
     import deepspeed
 
+    _compile_nothing()
     # DeepSpeed calls collectives that torch 2.13 renames, at every step of every rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        # A job of SLURM meets elsewhere when it is started again, as it is after any error but a mistake.
+        if "EADDRINUSE" not in str(error) or "SLURM_JOB_ID" in os.environ:
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']}, where the ranks meet, is in use, perhaps by another run; "
+            "name another: deepspeed --master_port 29501, torchrun --master-port 29501"
+        ) from None
+
+
+def _compile_nothing() -> None:
+    """Keeps DeepSpeed from compiling an all-reduce through shared memory where communication starts on a CPU.
+
+    Its tensor-parallel inference alone calls that one, training never. Compiling takes half a minute, a
+    compiler and ninja on the PATH, and one that was killed leaves a lock at which later ones wait for ever.
+    """
+    # Not by an import statement: the package's attribute of that name is PyTorch.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
 
 
 def set_timeout(minutes: float) -> None:
@@ -212,6 +238,7 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
     stacks = os.environ.get("DEHVF_STACKS")
     # The file stays open: a process that hangs or has no descriptors left opens none.
     faulthandler.register(signal.SIGUSR2, file=Path(stacks).open("a") if stacks else sys.stderr)  # noqa: SIM115
+    _quiet_libraries()
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
@@ -229,6 +256,15 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
         traceback.print_exc()
         code = 1
     _leave(code)
+
+
+def _quiet_libraries() -> None:
+    """Leaves bars of weights being loaded to the one rank that has a terminal; tells DeepSpeed the device."""
+    if not torch.cuda.is_available():
+        # Untold, it warns that it found no GPU, also where a library imports it that needs nothing of it.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
 
 
 def _leave(code: int) -> None:

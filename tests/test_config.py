@@ -74,7 +74,7 @@ def test_the_arms_of_flickr8k_differ_in_the_method_alone(arm: str) -> None:
     [
         (["--train.learning_rate", "1"], "train.learning_rate"),
         (["--train.lr", "fast"], "train.lr"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml: no such file, nor a recipe; recipes: coco"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: no such file in .*, nor a recipe; recipes: coco"),
         (["--train.global_batch_size", "33"], "global_batch_size 33 is not a multiple of"),
         (["--model.router", "token"], "router"),
         (["--model.levels", "[3,2]"], "rising block numbers"),

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
+import torch
 from training.launch import start_ranks
 
 from dehvf_ds.config import UserError
-from dehvf_ds.distributed import first_host, read_world
+from dehvf_ds.distributed import first_host, init_process_group, read_world
 
 
 def test_alone_is_one_process() -> None:
@@ -61,6 +63,24 @@ def test_inside_a_batch_script_without_srun_it_is_one_process() -> None:
 def test_a_variable_that_is_no_number_is_an_error() -> None:
     with pytest.raises(UserError, match="not a number"):
         read_world({"RANK": "zero", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+
+
+def test_a_port_that_another_run_holds_is_one_line(monkeypatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+        for name, value in (world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+        threads = torch.get_num_threads()
+        try:
+            with pytest.raises(UserError, match=f"port {port}, .* is in use.*--master_port"):
+                init_process_group(read_world())
+        finally:
+            torch.set_num_threads(threads)
 
 
 WAITS = """

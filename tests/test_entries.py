@@ -7,11 +7,14 @@ import json
 import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tiny_entries import arguments, losses, read_metrics, start
-from training.launch import REPOSITORY, run_ranks
+from training.launch import REPOSITORY, USER_ENVIRONMENT, run_ranks
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -65,6 +68,33 @@ def test_train_evaluate_generate_merge_load(world: Path) -> None:
     ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     text = processor.batch_decode(ids, skip_special_tokens=True)[0]
     assert " ".join(text.split()) == answers[1].stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_deepspeed_by_its_path_needs_nothing_of_the_shell(world: Path, tmp_path: Path) -> None:
+    """No environment activated, no compiler, no variable: what is typed as ``.venv/bin/deepspeed ...``."""
+    train = [str(REPOSITORY / "dehvf_ds/train.py"), *arguments(world, "launched", "--train.steps", "1")]
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), f"--master_port={port}"]
+    result = subprocess.run(
+        [*launcher, "--num_accelerators=2", *train],
+        env=USER_ENVIRONMENT | {"HOME": str(tmp_path), "PATH": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(losses(world, "launched")) == 1
+    # What is left on the console is the launcher's own and ours, nothing of libraries.
+    assert result.stderr == ""
+    ours = [line for line in result.stdout.splitlines() if not re.match(r"\[[\d-]+ [\d:,]+\] \[", line)]
+    assert [line.split()[0] for line in ours] == [f"{world}/runs/launched:", "step", "adapter:"]
+    # Nothing was compiled.
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
@@ -181,12 +211,15 @@ def test_losses_that_are_not_finite_stop_the_run_and_keep_the_artifact(world: Pa
 @pytest.mark.parametrize(
     ("entry", "more", "message"),
     [
-        ("train", ["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file, nor a recipe"),
+        ("train", ["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file in "),
         ("train", ["--train.lrr", "1"], "lrr"),
         ("train", ["--deepspeed", "/nowhere/ds.json"], "--deepspeed /nowhere/ds.json: no such file"),
         ("train", ["--data.train", "/nowhere"], "/nowhere"),
         ("train", ["--model.language_model", "/nowhere/llm"], "/nowhere/llm"),
         ("train", ["--model.vision_tower", "/nowhere/tower"], "/nowhere/tower"),
+        ("train", ["--model.language_model", "my/own/llm"], "my/own/llm: no such directory in {cwd}"),
+        ("train", ["--model.vision_tower", "my/own/tower"], "my/own/tower: no such directory in {cwd}"),
+        ("train", ["--data.train", "my/shards"], "my/shards: no such directory in {cwd}"),
         ("train", ["--model.language_model", "{world}/tower"], "a clip_vision_model model has no LM head"),
         (
             "train",
@@ -217,7 +250,7 @@ def test_a_mistake_is_refused_before_anything_is_written(
     args = arguments(world, "bad", *given) if entry == "train" else given
     if "--config" in given:
         args = given
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message.replace("{cwd}", str(Path.cwd())))):
         importlib.import_module(f"dehvf_ds.{entry}").main(args)
     assert not (world / "runs" / "bad").exists()
 

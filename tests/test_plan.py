@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -33,11 +32,10 @@ def values(lines: list[str], name: str) -> list[float]:
 
 
 def started(*args: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    """Runs the entry by its path, from another folder, without network or GPU; with its seconds."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    """Runs the entry by its path, from another folder; with its seconds."""
     begin = time.perf_counter()
     command = [sys.executable, str(REPOSITORY / "dehvf_ds/plan.py"), *args]
-    result = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
     return result, time.perf_counter() - begin
 
 
@@ -178,7 +176,7 @@ def test_a_terminal_gets_a_table(capsys: pytest.CaptureFixture[str], monkeypatch
         (["--mfu", "1.5"], "--mfu is 1.5; it must be above 0 and at most 1"),
         (["--gpus-per-node"], "gpus_per_node"),
         (["--no-such-flag", "1"], "no_such_flag"),
-        (["--config", "no_such_recipe"], "no such file, nor a recipe"),
+        (["--config", "no_such_recipe"], "no such file in "),
         (["--deepspeed", "no/such.json"], "--deepspeed no/such.json: no such file"),
         (["--gpus-per-node", "3"], "train.global_batch_size 16 is not a multiple of 3 GPUs"),
         (["--model.num_levels", "99"], "99 vision levels asked of a tower with 12 blocks"),

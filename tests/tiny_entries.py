@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 from tiny_models import byte_tokenizer, vision_config
-from training.launch import REPOSITORY
+from training.launch import REPOSITORY, USER_ENVIRONMENT
 from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil, GPT2Config, LlamaConfig
 
 from dehvf_ds.data.building.cli import main as build_shards
@@ -70,16 +69,11 @@ def arguments(world: Path, run: str, *more: str) -> list[str]:
     return [*fixed, "--run_dir", str(world / "runs" / run), *more]
 
 
-def start(entry: str, args: list[str], **env: str) -> subprocess.CompletedProcess[str]:
+def start(entry: str, args: list[str]) -> subprocess.CompletedProcess[str]:
     """Runs an entry by its path in a process of its own, from another folder, as a user may."""
-    environment = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(REPOSITORY),
-    }
     return subprocess.run(
         [sys.executable, str(REPOSITORY / entry), *args],
-        env=environment | env,
+        env=USER_ENVIRONMENT,
         cwd="/",
         capture_output=True,
         text=True,

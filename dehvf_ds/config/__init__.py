@@ -9,7 +9,6 @@ from dehvf_ds.config.data import AugmentConfig, DataConfig, ScienceqaConfig
 from dehvf_ds.config.errors import UnsupervisedError, UserError
 from dehvf_ds.config.model import LoraConfig, ModelConfig
 from dehvf_ds.config.parse import (
-    RECIPES_DIR,
     load_run_config,
     parse_config,
     parse_eval_config,
@@ -20,8 +19,16 @@ from dehvf_ds.config.parse import (
 )
 from dehvf_ds.config.paths import expand_flags
 from dehvf_ds.config.run import InsideConfig, RunConfig, TrainConfig
+from dehvf_ds.config.shipped import (
+    DEEPSPEED_DIR,
+    RECIPES_DIR,
+    find_deepspeed_json,
+    find_recipe,
+    looked_in,
+)
 
 __all__ = [
+    "DEEPSPEED_DIR",
     "RECIPES_DIR",
     "AugmentConfig",
     "DataConfig",
@@ -36,7 +43,10 @@ __all__ = [
     "UnsupervisedError",
     "UserError",
     "expand_flags",
+    "find_deepspeed_json",
+    "find_recipe",
     "load_run_config",
+    "looked_in",
     "parse_config",
     "parse_eval_config",
     "parse_generate_config",

@@ -16,12 +16,11 @@ from dehvf_ds.config.errors import UserError
 from dehvf_ds.config.kinds import Setting, sections_of, settings_of
 from dehvf_ds.config.paths import expand_path, quote_path
 from dehvf_ds.config.run import RunConfig
+from dehvf_ds.config.shipped import find_recipe
 from dehvf_ds.config.values import flag_value
 from dehvf_ds.config.yaml_file import read_settings, suggestion
 
 ConfigT = TypeVar("ConfigT")
-
-RECIPES_DIR = Path(__file__).parents[1] / "recipes"
 
 HELP_FLAG = "--help"
 CONFIG_FLAG = "--config"
@@ -195,19 +194,9 @@ def _resolve_recipe(args: Sequence[str], default_recipe: str) -> list[str]:
     for i, arg in enumerate(resolved):
         name = arg.removeprefix("--config=") if arg.startswith("--config=") else None
         if arg == "--config" and i + 1 < len(resolved):
-            resolved[i + 1] = _recipe_path(resolved[i + 1])
+            resolved[i + 1] = str(find_recipe(resolved[i + 1]))
             return resolved
         if name is not None:
-            resolved[i] = f"--config={_recipe_path(name)}"
+            resolved[i] = f"--config={find_recipe(name)}"
             return resolved
-    return ["--config", _recipe_path(default_recipe), *resolved]
-
-
-def _recipe_path(name: str) -> str:
-    packaged = RECIPES_DIR / f"{name}.yaml"
-    if packaged.is_file():
-        return str(packaged)
-    if not Path(name).is_file():
-        known = ", ".join(sorted(path.stem for path in RECIPES_DIR.glob("*.yaml")))
-        raise UserError(f"--config {name}: no such file, nor a recipe; recipes: {known}")
-    return name
+    return ["--config", str(find_recipe(default_recipe)), *resolved]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dehvf_ds.config import UserError
+from dehvf_ds.config import UserError, looked_in
 from dehvf_ds.data.damage import one_line
 from dehvf_ds.data.shards import ShardTable, find_key, publish, temporary_name
 
@@ -96,7 +96,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST_NAME
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; build shards with tools/build_shards.py")
+        where = looked_in(directory)
+        raise UserError(f"{directory}: no such directory{where}; build shards with tools/build_shards.py")
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; build shards with tools/build_shards.py (it is written last), or index "

@@ -1,4 +1,4 @@
-"""The machine: GPUs and what reaches them, compilers, Java, memory and limits."""
+"""The machine: GPUs and what reaches them, Java, memory and limits."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
-import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -16,9 +14,6 @@ from pathlib import Path
 from dehvf_ds.doctor.report import GIB, MIB, Line, format_bytes
 
 SHARED_MEMORY = Path("/dev/shm")
-
-LONGEST_BUILD_S = 600
-"""Seconds after which a compilation that has not ended was killed; DeepSpeed's takes some thirty."""
 
 
 def driver_cuda() -> tuple[int, int] | None:
@@ -105,52 +100,6 @@ def check_bf16() -> Line:
     return Line("warn", "bf16", found, "NVIDIA GPUs since Ampere have it; fp32 takes twice the memory")
 
 
-def check_compiler() -> Line:
-    """The C++ compiler, for DeepSpeed's shared-memory communication on the CPU.
-
-    On GPUs nothing is compiled: the optimizer is torch's, and no fused operation is used; so neither a
-    compiler nor the CUDA toolkit (nvcc) is needed there.
-    """
-    # As torch.utils.cpp_extension chooses.
-    compiler = os.environ.get("CXX", "c++")
-    path = shutil.which(compiler)
-    if path is not None:
-        return Line("ok", "C++ compiler", path)
-    if not computes_on_cpu():
-        return Line("ok", "C++ compiler", "none; not needed on GPUs")
-    remedy = "install one (Debian and Ubuntu: apt-get install g++), or name one in CXX"
-    return Line("FAIL", "C++ compiler", f"no `{compiler}` on the PATH", remedy)
-
-
-def check_ninja() -> Line:
-    """Ninja, which PyTorch compiles with: the program on the PATH, not the Python package."""
-    path = shutil.which("ninja")
-    if path is not None:
-        return Line("ok", "ninja", path)
-    if not computes_on_cpu():
-        return Line("ok", "ninja", "none; not needed on GPUs")
-    beside = Path(sys.executable).parent / "ninja"
-    if beside.is_file():
-        return Line("FAIL", "ninja", "not on the PATH", f"activate the environment: {beside.parent} has it")
-    return Line("FAIL", "ninja", "not on the PATH", "pip install ninja")
-
-
-def check_build_locks() -> Line:
-    """Locks of compilations that were killed: PyTorch waits at them for ever, without a word."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    # As torch.utils.cpp_extension chooses.
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    locks = sorted(root.glob("*/lock")) + sorted(root.glob("*/*/lock"))
-    if not locks:
-        return Line("ok", "compiled code", str(root))
-    age_s = time.time() - min(path.stat().st_mtime for path in locks)
-    found = f"{locks[0]}: a compilation began {age_s / 60:.0f} minutes ago and has not ended"
-    if age_s < LONGEST_BUILD_S:
-        return Line("warn", "compiled code", found, "wait for it")
-    return Line("FAIL", "compiled code", found, f"it was killed, and runs wait for it: rm {locks[0]}")
-
-
 def check_java() -> Line:
     """Java, for METEOR and the PTB tokenizer of caption scores; training needs none."""
     path = shutil.which("java")
@@ -204,7 +153,7 @@ def check_open_files() -> Line:
 
 
 def check_temporary_space() -> Line:
-    """The directory of temporary files: caption scores and compilers write there."""
+    """The directory of temporary files: caption scores and shards that are read over a network lie there."""
     # Raises where no directory can be written.
     directory = tempfile.gettempdir()
     free = shutil.disk_usage(directory).free

@@ -183,7 +183,7 @@ def describe(verdict: Verdict) -> list[str]:
 
 def look(flags: list[str], world) -> tuple[dict[str, str], dict[str, str]]:
     """What this node has: facts that must be the same everywhere, and problems."""
-    from dehvf_ds.config import UserError, parse_run_config, to_plain
+    from dehvf_ds.config import UserError, find_deepspeed_json, parse_run_config, to_plain
 
     facts, problems = environment_facts(), {}
     checks: list[Check] = []
@@ -193,9 +193,9 @@ def look(flags: list[str], world) -> tuple[dict[str, str], dict[str, str]]:
         problems["configuration"] = str(error)
     else:
         facts["configuration"] = _digest(json.dumps(to_plain(config), sort_keys=True).encode())
-        deepspeed = Path(config.deepspeed)
-        if deepspeed.is_file():
-            facts["DeepSpeed JSON"] = _digest(deepspeed.read_bytes())
+        # One that is missing is told by the checks of the run.
+        with contextlib.suppress(UserError):
+            facts["DeepSpeed JSON"] = _digest(find_deepspeed_json(config.deepspeed).read_bytes())
         # One task a node: thousands of GPUs asking for the size of every shard would be a load of its own.
         if world.local_rank == 0:
             checks += run_checks(config)
@@ -296,7 +296,6 @@ def communicate(world, on_connected: Callable[[], None]) -> None:
 def _node_checks() -> Iterator[Check]:
     yield Check("packages", packages.check_packages)
     yield Check("torch build", machine.check_torch)
-    yield Check("compiled code", machine.check_build_locks)
     yield Check("shared memory", machine.check_shared_memory)
     yield Check("open files", machine.check_open_files)
     yield Check("temporary files", machine.check_temporary_space)

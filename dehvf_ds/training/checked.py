@@ -16,6 +16,7 @@ from dehvf_ds.data.tokenizer import check_tokenizer, load_tokenizer
 from dehvf_ds.data.transforms import ImageTransform, build_image_transform
 from dehvf_ds.distributed import World
 from dehvf_ds.model import DehvfConfig, ModelError
+from dehvf_ds.model.backbones import load_backbone_config
 from dehvf_ds.model.weights import check_bases
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.engine import build_model_config
@@ -83,6 +84,12 @@ def check(config: RunConfig, world: World) -> Checked:
         UserError: what is.
     """
     ds_config = read_deepspeed_json(config.deepspeed, config, world.size, world.local_size)
+    for source, vision in ((config.model.language_model, False), (config.model.vision_tower, True)):
+        try:
+            # First: a directory that is not there is told as one, not as a hub id of a wrong form.
+            load_backbone_config(source, vision=vision)
+        except ModelError as error:
+            raise UserError(f"model: {error}") from None
     transform = build_image_transform(config.model.vision_tower, config.model.image_size)
     model_config = build_model_config(
         config.model,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from dehvf_ds.config import RunConfig, UserError
+from dehvf_ds.config import RunConfig, UserError, find_deepspeed_json
 from dehvf_ds.distributed import has_fast_bf16
 from dehvf_ds.training.deepspeed_keys import check_keys
 
@@ -24,7 +23,7 @@ def read_deepspeed_json(
     """Reads the DeepSpeed JSON and completes it with what our configuration owns.
 
     Args:
-        path: the JSON file.
+        path: the JSON file, or a shipped one's name.
         config: the run; owner of batch sizes, clipping, optimizer and schedule.
         world_size: ranks of the job.
         local_size: ranks of a node, for hpZ's ``auto``; None means all are of one node.
@@ -36,10 +35,8 @@ def read_deepspeed_json(
         UserError: no such file, not JSON, a key that contradicts our configuration or is not supported.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = find_deepspeed_json(path).read_text(encoding="utf-8-sig")
         given = json.loads(text, parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise UserError(f"--deepspeed {path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--deepspeed {path}: {error}") from None
     if not isinstance(given, dict):

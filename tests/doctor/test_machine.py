@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,42 +78,6 @@ def test_no_nccl_and_no_bf16_on_gpus(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert machine.check_nccl().level == "FAIL"
     assert machine.check_bf16().level == "warn"
-
-
-def test_a_cpu_run_needs_a_compiler_and_ninja(monkeypatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert machine.check_compiler().level == "FAIL"
-    assert "g++" in machine.check_compiler().remedy
-    hide_program(monkeypatch, "ninja")
-    assert machine.check_ninja().level == "FAIL"
-
-
-def test_a_ninja_off_the_path_is_found_beside_the_interpreter(monkeypatch, tmp_path: Path) -> None:
-    hide_program(monkeypatch, "ninja")
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    assert machine.check_ninja().remedy == "pip install ninja"
-    (tmp_path / "ninja").touch()
-    assert machine.check_ninja().remedy == f"activate the environment: {tmp_path} has it"
-
-
-@pytest.mark.usefixtures("gpu")
-def test_gpus_need_neither(monkeypatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert machine.check_compiler().level == "ok"
-    assert machine.check_ninja().level == "ok"
-
-
-@pytest.mark.parametrize(("age_s", "level"), [(5, "warn"), (3600, "FAIL")])
-def test_a_compilation_that_was_killed_is_named(monkeypatch, tmp_path: Path, age_s: int, level: str) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert machine.check_build_locks() == Line("ok", "compiled code", str(tmp_path))
-    lock = tmp_path / "py311_cpu/deepspeed_shm_comm/lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    os.utime(lock, (time.time() - age_s,) * 2)
-    line = machine.check_build_locks()
-    assert line.level == level
-    assert str(lock) in line.found
 
 
 def test_without_java_training_still_works(monkeypatch) -> None:

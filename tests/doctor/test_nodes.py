@@ -114,7 +114,8 @@ def start_tasks(folder: Path, flags: list[str], num: int = 2, nodes_given: str =
             env=os.environ
             | common
             | {"RANK": str(rank), "SLURMD_NODENAME": f"n{rank + 1}", "MASTER_PORT": port}
-            | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            # What asks for the CPU on nodes that are expected to have GPUs.
+            | {"DS_ACCELERATOR": "cpu"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

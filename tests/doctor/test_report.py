@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -54,9 +53,7 @@ def test_every_environment_check_reports(monkeypatch, capsys) -> None:
     entry.main([])
     whats = [line[6:24].strip() for line in capsys.readouterr().out.splitlines()]
     assert whats[0] == "Python"
-    assert {"torch", "deepspeed", "torch build", "NCCL", "bf16", "ninja", "Java", "shared memory"} <= set(
-        whats
-    )
+    assert {"torch", "deepspeed", "torch build", "NCCL", "bf16", "Java", "shared memory"} <= set(whats)
 
 
 def test_a_bare_interpreter_gets_its_report_too() -> None:
@@ -80,7 +77,6 @@ def test_a_bare_interpreter_gets_its_report_too() -> None:
 def test_this_environment_has_no_failing_package() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "dehvf_ds.doctor"],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         cwd="/",
@@ -88,5 +84,5 @@ def test_this_environment_has_no_failing_package() -> None:
     )
     failing = [line for line in result.stdout.splitlines() if line.startswith("FAIL")]
     # The machine's own lacks are its own; the environment is the Makefile's.
-    assert not [line for line in failing if "pip install" in line and "ninja" not in line], failing
+    assert not [line for line in failing if "pip install" in line], failing
     assert "deepspeed import    works" in result.stdout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -193,7 +192,7 @@ def test_force_replaces_an_export_once_the_new_one_is_whole(root, monkeypatch) -
 def test_a_killed_merge_leaves_nothing_that_looks_finished(root) -> None:
     command = [sys.executable, str(Path(__file__).with_name("killed_merge.py"))]
     command += given(root, "--max-shard-size", "50KB")
-    killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, check=False)
+    killed = subprocess.run(command, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert left_by(root) == {".model.part"}
     assert not (root / ".model.part/config.json").exists()
@@ -222,7 +221,6 @@ def test_a_disk_that_fills_up_under_it(root) -> None:
     )
     found = subprocess.run(
         [sys.executable, "-c", code, *given(root)],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         cwd="/",
         capture_output=True,
         text=True,

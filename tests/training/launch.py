@@ -1,4 +1,4 @@
-"""Starts ranks of a script the way launchers do, without one: two processes and their environment."""
+"""Starts ranks of a script the way launchers do, without one: processes and what a launcher tells them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 
+# The suite is of the CPU, in this process and in those that it starts. Where there is no GPU nothing is set.
+if Path("/dev/nvidiactl").exists():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+_SETTINGS = ("PYTHONPATH", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR")
+USER_ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in _SETTINGS}
+"""What programs are started with: the user's own variables, none that a helper or a library would set."""
+
 
 def start_ranks(script: Path | str, args: list[str], num_ranks: int) -> list[subprocess.Popen[str]]:
     """Starts ``num_ranks`` processes of one job."""
@@ -18,16 +26,13 @@ def start_ranks(script: Path | str, args: list[str], num_ranks: int) -> list[sub
         port = sock.getsockname()[1]
     processes = []
     for rank in range(num_ranks):
-        env = os.environ | {
+        env = USER_ENVIRONMENT | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(num_ranks),
             "LOCAL_WORLD_SIZE": str(num_ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": str(REPOSITORY),
         }
         processes.append(
             subprocess.Popen(

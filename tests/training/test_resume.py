@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -219,10 +218,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_alive(world: Path) -
     # No file may grow beyond this: the state of one does, nothing else of the run.
     limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); "
     limited += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    env = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run(
         [sys.executable, "-c", limited, str(TRAIN), *arguments(world, "full")],
-        env=env,
         capture_output=True,
         text=True,
         timeout=240,

@@ -5,8 +5,8 @@
     python tools/build_shards.py csv --captions captions.txt --images Images --output DIR
     python tools/build_shards.py scienceqa --root scienceqa --split train --output DIR
     python tools/build_shards.py llava --json llava_v1_5_mix665k.json --images images --output DIR
-    python tools/build_shards.py index DIR     makes the index of another tool's shards (img2dataset)
-    python tools/build_shards.py verify DIR    reads everything again and says what is damaged
+    python tools/build_shards.py index DIR     # the index of another tool's shards (img2dataset)
+    python tools/build_shards.py verify DIR    # reads everything again and says what is damaged
 
 Pictures are copied as they are, or made smaller by --shorter-side. The same input gives the same bytes,
 whatever --num-workers. A build that was interrupted is finished by the same call again. Exit code 2 and one

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from dehvf_ds.config import RunConfig, UserError
+from dehvf_ds.config import DEEPSPEED_DIR, RunConfig, UserError, find_deepspeed_json
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.planning.backbones import build_on_meta
 from dehvf_ds.training.planning.estimate import Estimate, choose, estimate
@@ -15,7 +14,6 @@ from dehvf_ds.training.planning.place import PlanConfig
 from dehvf_ds.training.planning.shapes import Shapes, Work, count_shapes
 from dehvf_ds.training.planning.zero import STRATEGIES, Strategy, Zero, gather_ranks, strategy_of
 
-DS_CONFIGS = Path(__file__).resolve().parents[3] / "ds_configs"
 JSON_NAMES: dict[Strategy, str] = {
     "ZeRO-3": "zero3.json",
     "ZeRO-3 + hpZ": "zero3_hpz.json",
@@ -138,23 +136,18 @@ def _divisible(config: RunConfig, world: int, notes: list[str]) -> RunConfig:
 def _read_zero(config: RunConfig, place: PlanConfig, notes: list[str]) -> tuple[dict[Strategy, Zero], int]:
     """The sizes of each configuration's JSON, and bytes of a number in the compute dtype.
 
-    The run's own JSON speaks for its configuration, the shipped ones for the others; where none is shipped,
-    DeepSpeed's defaults.
+    The run's own JSON speaks for its configuration, the shipped ones for the others.
     """
-    path = Path(config.deepspeed)
-    if not path.is_file() and config.deepspeed == f"ds_configs/{path.name}":
-        path = DS_CONFIGS / path.name  # started from another directory
-    given = read_deepspeed_json(str(path), config, place.cluster.world, place.gpus_per_node)
-    bf16 = json.loads(path.read_text(encoding="utf-8")).get("bf16", {}).get("enabled", False)
+    given = read_deepspeed_json(config.deepspeed, config, place.cluster.world, place.gpus_per_node)
+    text = find_deepspeed_json(config.deepspeed).read_text(encoding="utf-8")
+    bf16 = json.loads(text).get("bf16", {}).get("enabled", False)
     on_gpu = place.memory_bytes is not None
     size = 2 if bf16 is True or (bf16 == "auto" and on_gpu) else 4
     if size == 4 and on_gpu:
         notes.append(f"{config.deepspeed} computes in fp32, but the times are at the GPU's bf16 peak")
     zeros: dict[Strategy, Zero] = {}
     for strategy, name in JSON_NAMES.items():
-        shipped = DS_CONFIGS / name
-        content = json.loads(shipped.read_text(encoding="utf-8")) if shipped.is_file() else {}
-        zeros[strategy] = Zero.from_json(content)
+        zeros[strategy] = Zero.from_json(json.loads((DEEPSPEED_DIR / name).read_text(encoding="utf-8")))
     strategy = strategy_of(given)
     zeros[strategy] = Zero.from_json(given)
     if strategy == "ZeRO-3 + hpZ":

@@ -334,11 +334,8 @@ def many(tmp_path):
 
 def start(arguments, **options):
     command = [sys.executable, SCRIPT, *arguments, "--num-workers", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [str(part) for part in command], env=environment, stdout=pipe, stderr=pipe, text=True, **options
-    )
+    return subprocess.Popen([str(part) for part in command], stdout=pipe, stderr=pipe, text=True, **options)
 
 
 def wait_for_shards(directory, count):
