@@ -114,6 +114,8 @@ def list_pictures(given: Sequence[str]) -> list[str]:
     paths = []
     for name in given:
         path = Path(name)
+        if not name.strip():
+            raise UserError("--image is empty; it must be a picture or a folder")
         if path.is_dir():
             inside = sorted(str(p) for p in path.rglob("*") if is_picture(p))
             if not inside:
@@ -121,6 +123,8 @@ def list_pictures(given: Sequence[str]) -> list[str]:
             paths += inside
         elif path.is_file():
             paths.append(name)
+        elif "://" in name:
+            raise UserError(f"--image {name}: an address, not a file; download the picture first")
         else:
             raise UserError(f"--image {name}: No such file or directory")
     once = list({Path(path).absolute(): path for path in reversed(paths)}.values())[::-1]
@@ -172,7 +176,7 @@ def parse_flags(argv: list[str]) -> GenerateConfig:
     flag = None
     for word in argv:
         name, equals, value = word.partition("=")
-        if name in _LISTS and not value.startswith("["):
+        if name in _LISTS:
             flag = name
             lists.setdefault(flag, []).extend([value] if equals else [])
         elif word.startswith("--"):
@@ -182,8 +186,8 @@ def parse_flags(argv: list[str]) -> GenerateConfig:
             rest.append(word)
         else:
             lists[flag].append(word)
-    # The words go round the parser: of YAML, "[a]" is a list, "null" nothing and "#1" a remark.
-    counted = [f"{name}=[{', '.join(['x'] * len(words))}]" for name, words in lists.items() if words]
+    # The words go round the parser, which only counts them: a picture may be called "~" or "$1".
+    counted = [f"{name}+=x" for name, words in lists.items() for _ in words]
     config = parse_generate_config([*rest, *counted])
     return replace(config, **{name.removeprefix("--"): words for name, words in lists.items() if words})
 
