@@ -67,6 +67,14 @@ def main(argv: list[str]) -> int:
     config = parse_eval_config(argv)
     if config.references is not None and config.task != "coco":
         raise UserError("--references is of captions; ScienceQA's answers are in its problems")
+    if config.image_captions and config.task != "scienceqa":
+        raise UserError(
+            "--image_captions is of ScienceQA, whose problems may have captions of their pictures"
+        )
+    if config.images is not None and not Path(config.data).is_file():
+        raise UserError(
+            f"--images is of annotation files; {config.data} is a directory, with its pictures in it"
+        )
     world = read_world()
     data = config.data
     if is_official(data):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, TextIO
 
 # Run as a script, dehvf_ds/ is first on the path, where our module names would shadow other packages'.
@@ -25,6 +26,7 @@ from dehvf_ds.config import GenerateConfig, UserError, parse_generate_config
 from dehvf_ds.data.collate import Collator
 from dehvf_ds.data.images import FORMATS, decode_image
 from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX
+from dehvf_ds.data.text import is_text
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.distributed import has_fast_bf16, read_world, run_entry
@@ -147,6 +149,8 @@ def ask_as_trained(config: GenerateConfig, trained: TrainedModel) -> tuple[dict[
     if task == "scienceqa":
         if not config.choices:
             raise UserError("--choices: this model was trained on ScienceQA and answers by a choice's letter")
+        if len(config.choices) > len(ascii_uppercase) or not all(map(is_text, config.choices)):
+            raise UserError(f"--choices: needs 2 to {len(ascii_uppercase)} texts, none of them empty")
         record = {"question": config.prompt, "choices": config.choices, "hint": config.hint or ""}
         prefix = SCIENCEQA_ANSWER_PREFIX
     elif config.choices or config.hint:

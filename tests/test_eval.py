@@ -390,6 +390,8 @@ def test_a_record_that_cannot_be_scored_is_named_before_decoding(root, tmp_path,
         ),
         ("caption", "a/test", ["--references", "nowhere.json"], r"nowhere\.json: No such file"),
         ("caption", "a/test", ["--reading", "likelihood"], "--reading likelihood is ScienceQA's"),
+        ("caption", "a/test", ["--image_captions", "true"], "--image_captions is of ScienceQA"),
+        ("caption", "a/test", ["--images", "x"], "--images is of annotation files"),
         ("caption", "a/test", ["--min_new_tokens", "5"], "min_new_tokens is larger than max_new_tokens"),
         (
             "caption",

@@ -199,7 +199,8 @@ def _check(record: dict[str, Any], has_picture: bool) -> CheckedRecord:
             problem_of(record, "its record", has_picture)
         except UserError as error:
             raise DamagedSample(str(error), BAD_PROBLEM) from None
-        if record["choices"].count(record["choices"][record["answer"]]) > 1:
+        right = record["choices"][record["answer"] :][:1]
+        if right and record["choices"].count(right[0]) > 1:
             notes.append(SAME_CHOICE)
     return CheckedRecord(record, task, tuple(notes))
 

@@ -16,6 +16,7 @@ from dehvf_ds.data.building import cli
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.members import IMAGE_MEMBERS, picture_name
 from dehvf_ds.data.records import parse_record
+from dehvf_ds.data.samples import read_sample
 
 ENDINGS = ["jpg", "JPEG", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "ppm"]
 FORMATS = {"jpg": "JPEG", "JPEG": "JPEG", "tif": "TIFF", "jp2": "JPEG2000"}
@@ -187,6 +188,18 @@ def test_skip_bad_leaves_out_every_kind_and_counts_it(run, tmp_path, images, lay
     for reason, count in reasons.items():
         assert f"{count} {reason}" in err
     assert run("verify", tmp_path / "out")[0] == 0
+    # Training reads the picture of the source, and the record that evaluation reads.
+    for row, path in enumerate([images / "train/a/image.png", None] if layout is scienceqa else ["a", "b"]):
+        source = images / f"{path}.jpg" if isinstance(path, str) else path
+        members, sample = index.read(row), read_sample(index, row)
+        name = picture_name(members)
+        assert (None if name is None else members[name]) == (None if source is None else source.read_bytes())
+        assert sample.record == parse_record(members)
+        assert sample.record == json.loads(members["json"])
+        if source is None:
+            assert sample.image is None
+        else:
+            assert sample.image.tobytes() == Image.open(source).convert("RGB").tobytes()
     # The same call again knows that nothing changed.
     code, out, _ = run(*arguments, "--output", tmp_path / "out", "--skip-bad")
     assert (code, "complete already" in out) == (0, True)
