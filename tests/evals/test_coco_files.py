@@ -9,7 +9,8 @@ import pytest
 
 from dehvf_ds.config import UserError
 from dehvf_ds.data.building.plan import BuildSettings, plan_shards
-from dehvf_ds.data.building.sources import SourceRow, read_coco, read_csv, read_karpathy
+from dehvf_ds.data.building.sources import SourceRow, read_coco, read_karpathy
+from dehvf_ds.data.building.tables import read_csv
 from dehvf_ds.evals.coco_files import load_references, match_references
 
 OFFICIAL = {
