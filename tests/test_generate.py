@@ -143,7 +143,7 @@ def test_choices_are_the_words_that_stand_there(root) -> None:
     words = ["[a]", "null", "#1", "{b: c}", "1e5", ""]
     given = ["--model", str(root / "scienceqa"), "--choices", *words, "--prompt", "Which?"]
     assert parse_flags(given).choices == words
-    assert parse_flags([*given[:2], "--choices=[a, b]", *given[-2:]]).choices == ["a", "b"]
+    assert parse_flags([*given[:2], "--choices=[a, b]", "c", *given[-2:]]).choices == ["[a, b]", "c"]
 
 
 def test_a_picture_is_not_written_over(root, tmp_path) -> None:

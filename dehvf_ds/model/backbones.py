@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
         flag = kind.replace(" ", "_")
         raise ModelError(f"{kind} {source}: no such directory{where}; set {flag} to where it lies")
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with _quiet_hub():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except _UNREADABLE as error:
         gguf = sorted(path.name for path in Path(source).glob("*.gguf")) if Path(source).is_dir() else []
         hint = f" ({gguf[0]} is of llama.cpp: take the model that it was made of)" if gguf else ""
@@ -193,6 +195,18 @@ def _without_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Lets a hub that cannot be reached be told once, by the error, and not at every retry."""
+    logger = getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _is_path(source: str) -> bool:
