@@ -113,6 +113,8 @@ def list_pictures(given: Sequence[str]) -> list[str]:
     paths = []
     for name in given:
         path = Path(name)
+        if not name.strip():
+            raise UserError("--image is empty; it must be a picture or a folder")
         if path.is_dir():
             inside = sorted(str(p) for p in path.rglob("*") if is_picture(p))
             if not inside:
@@ -120,6 +122,8 @@ def list_pictures(given: Sequence[str]) -> list[str]:
             paths += inside
         elif path.is_file():
             paths.append(name)
+        elif "://" in name:
+            raise UserError(f"--image {name}: an address, not a file; download the picture first")
         else:
             raise UserError(f"--image {name}: No such file or directory")
     once = list({Path(path).absolute(): path for path in reversed(paths)}.values())[::-1]

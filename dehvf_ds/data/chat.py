@@ -33,16 +33,28 @@ PLAIN_CHAT_TEMPLATE = (
 """Ours, near Vicuna's, for tokenizers that have none: ``USER: q ASSISTANT: a</s> USER: ...``."""
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_PLACEHOLDER = re.compile(r"(?:\r?\n| )<(?:image|video)>|<(?:image|video)>(?:\r?\n| )?")
+# Marks that stand nowhere else ..
+_MARK = (
+    r"<(?:image|video)>|(?i:<\|?(?:image|img|video)[_ -]?(?:placeholder|here|token|pad|\d+)(?:\|?>)"
+    r"|<\|(?:image|img|video|vision_start|vision_end)\|>|<im(?:age)?_(?:start|end)>|\[IMG\d*\])"
+)
+# .. and those that HTML and code have too: marks only where they begin or end a turn.
+_MARK_AT_ENDS = r"(?i:<\s*(?:image|img|video)\s*/?>|<img>\s*</img>|\[(?:image|picture)\])"
+PLACEHOLDER = re.compile(
+    rf"(?:\r?\n| )(?:{_MARK})|(?:{_MARK})(?:\r?\n| )?|\A\s*{_MARK_AT_ENDS}\s*|\s*{_MARK_AT_ENDS}\s*\Z"
+)
+"""Where a visual token is to stand in a question: ``<image>``, ``<video>``, and other programs' forms."""
+
 _ZERO_WIDTH_SPACE = "\u200b"
 
 
 def parse_conversation(record: Mapping[str, Any], *, needs_answer: bool = True) -> list[dict[str, str]]:
     """Reads ``conversations`` of a LLaVA or ShareGPT record.
 
-    ``<image>`` and ``<video>`` leave a user's turn, with the line break or space beside them: they mark the
-    place of visual tokens, and there are none. Space around a turn goes too. A turn of the assistant that
-    answers nothing, before the first question, is dropped, as LLaVA's own loader does.
+    ``<image>``, ``<video>`` and their like (``PLACEHOLDER``) leave a user's turn, with the line break or
+    space beside them: they mark the place of visual tokens, and there are none. Space around a turn goes too.
+    A turn of the assistant that answers nothing, before the first question, is dropped, as LLaVA's own loader
+    does.
 
     Args:
         record: ``{"conversations": [{"from": "human", "value": ".."}, {"from": "gpt", "value": ".."}, ..]}``;
@@ -155,7 +167,7 @@ def _parse_turn(turn: Any, number: int) -> dict[str, str]:
         )
     if not isinstance(text, str):
         raise UserError(f"turn {number} of the conversation: value is {type(text).__name__}, not a text")
-    return {"role": role, "content": (_PLACEHOLDER.sub("", text) if role == "user" else text).strip()}
+    return {"role": role, "content": (PLACEHOLDER.sub("", text) if role == "user" else text).strip()}
 
 
 def _check_order(roles: Sequence[str]) -> None:

@@ -34,6 +34,17 @@ FORMATS = (
 )
 """What is decoded, by PIL's names. Not all that PIL knows: some of it starts other programs (EPS)."""
 
+_NO_PICTURES = {
+    b"version https://git-lfs": "a Git LFS pointer; fetch the picture itself: git lfs pull",
+    b"<!DOCTYPE html": "a web page",
+    b"<!doctype html": "a web page",
+    b"<html": "a web page",
+    b"<svg": "an SVG drawing; convert it",
+    b"<?xml": "XML, such as an SVG drawing; convert it",
+    b"%PDF": "a PDF; convert it",
+}
+"""What else lies under a picture's name, by its first bytes."""
+
 MAX_ASPECT = 4 / 3
 """Widest random crop, width to height; the narrowest is its inverse. With ``CROP_TRIES`` as torchvision's."""
 
@@ -64,6 +75,10 @@ def decode_image(data: bytes, *, shorter_side: int | None = None) -> Image.Image
         with warnings.catch_warnings(action="ignore"), _open(data) as opened:
             return upright_rgb(opened, shorter_side=shorter_side)
     except UnidentifiedImageError as error:
+        if kind := next(
+            (told for start, told in _NO_PICTURES.items() if data.lstrip().startswith(start)), None
+        ):
+            raise ValueError(f"not a readable picture: it is {kind}") from error
         raise ValueError("not a readable picture: of no known format, or cut off in its header") from error
     # PIL's parsers let through whatever they stumble over: struct.error, EOFError, zlib.error, KeyError, ...
     except Exception as error:

@@ -29,13 +29,16 @@ IMAGE_MEMBERS = (
 )
 """Endings of pictures that ``images.py`` decodes."""
 
-OTHER_PICTURES = (
-    *("heic", "heif", "svg", "svgz", "jxl", "psd", "ico", "eps", "pdf", "tga", "dng", "cr2", "nef", "raw"),
-    *("exr", "hdr", "dds", "pcx", "mp4", "webm", "mov", "avi", "mkv", "npy", "npz", "pyd", "pth"),
-)
-"""Endings of pictures and videos that are not decoded. A sample with one of these alone is not text only."""
-
 TEXT_MEMBERS = ("json", "txt")
+
+NO_PICTURES = (
+    *TEXT_MEMBERS,
+    *("cls", "cls2", "label", "labels", "id", "key", "index", "idx", "url", "source", "lang", "license"),
+    *("md5", "sha1", "sha256", "hash", "score", "scores", "meta", "metadata", "caption", "text", "log"),
+    *("jsonl", "yaml", "yml", "toml", "ini", "csv", "tsv", "xml", "html", "htm", "md"),
+)
+"""Endings of members that surely are no picture. A sample with any other one is not text only, for that may
+be its picture in a form that is not decoded (HEIC, SVG, video, arrays, bytes)."""
 
 END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
 """Two zero blocks end a tar archive; a byte range from its middle has none."""
@@ -52,6 +55,7 @@ _LEFT_BEHIND = re.compile(
     r"(?:.*/)?(?:\.[^./][^/]*|Thumbs\.db|desktop\.ini|(?:__MACOSX|PaxHeaders?[^/]*)/.*)", re.I
 )
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
+_DIGIT = re.compile(r"\d")
 # WebDataset's own notes on a shard.
 _META = re.compile(r"__[^/]*__(?:$|/)")
 
@@ -215,6 +219,15 @@ def _by_kind(members: dict[str, bytes]) -> dict[str, bytes]:
             found[kind] = found.pop(names[0])
         elif kind not in members and names:
             raise DamagedSample(f"holds {len(names)} members .{kind} ({_listed(names)}); keep one")
+    texts = [name for name in members if name.rpartition(".")[2] in TEXT_MEMBERS]
+    for picture, text in ((picture, text) for picture in pictures for text in texts):
+        parts = [name.rpartition(".")[0] for name in (picture, text)]
+        if parts[0] != parts[1] and all(map(_DIGIT.search, parts)):
+            raise DamagedSample(
+                f"holds .{picture} beside .{text}, which are of two samples: a key ends at the first dot of "
+                "a name, so rename files whose names have more",
+                BAD_NAME,
+            )
     if not any(kind in found for kind in TEXT_MEMBERS):
         raise DamagedSample(
             f"lacks its .json or .txt (it holds {_listed(list(members))}); {SIDE_BY_SIDE}", NO_CAPTION

@@ -7,11 +7,12 @@ no picture, and the record speaks of none (or says ``image_missing``). So no row
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.chat import begins_with_answer, parse_conversation
+from dehvf_ds.data.chat import PLACEHOLDER, begins_with_answer, parse_conversation
 from dehvf_ds.data.damage import (
     BAD_CHAT,
     BAD_PROBLEM,
@@ -24,25 +25,31 @@ from dehvf_ds.data.damage import (
     DamagedSample,
     one_line,
 )
-from dehvf_ds.data.members import OTHER_PICTURES, picture_name
+from dehvf_ds.data.members import NO_PICTURES, picture_name
 from dehvf_ds.data.problems import problem_of
 from dehvf_ds.data.prompts import Task
-from dehvf_ds.data.text import clean_text, decode_text, is_null, is_text
+from dehvf_ds.data.text import clean_text, decode_text, is_null, is_text, parse_json
 
-PICTURE_FIELDS = (
-    *("image", "images", "image_path", "image_file", "image_name", "file_name", "filename", "img", "picture"),
-    *("video", "videos"),
+PICTURE_FIELD = re.compile(
+    r"(?:image|img|picture|pic|photo|video|frame|media)s?"
+    r"[_ -]?(?:path|file|file[_ -]?name|name|url|uri|src|id|bytes|data|base64|b64)?s?"
+    r"|file[_ -]?(?:name|path)s?",
+    re.IGNORECASE,
 )
 """Fields by which a record speaks of a picture or video that belongs to it."""
 
 EMPTY_CAPTION = "empty caption beside others left out"
 UNASKED_TURN = "turn of the assistant before a question dropped"
+SEVERAL_MARKS = "chat with several <image> for its one picture"
+SAME_CHOICE = "problem whose right choice stands twice among its choices"
+NULL_ANSWER = "answer that is the word nan or null"
+SEVERAL_LINES = "caption of several lines in a .txt, read as one caption"
+OTHER_CAPTION = "caption in a .txt that differs from its .json's, which is not read"
 LOST_CHARACTER = "text with U+FFFD in it, a character that was lost before"
 
 TASK_FIELDS = ("captions", "conversations", "question")
 _COMMON_ENDINGS = ".jpg, .png, .webp, .gif, .bmp, .tif, .avif, .jp2, .."
 _LOST = "\ufffd"
-_PLACEHOLDERS = ("<image>", "<video>")
 _PROBLEM_TEXTS = ("question", "hint", "lecture", "solution", "image_caption")
 
 
@@ -77,22 +84,26 @@ def read_record(members: Mapping[str, Any]) -> CheckedRecord:
         DamagedSample: it is no JSON object in UTF-8, or ``check_record`` refuses it.
     """
     where = str(members.get("__url__", "sample"))
-    picture = picture_name(dict(members))
+    picture, notes = picture_name(dict(members)), ()
     try:
         record = _parse_json(members["json"]) if "json" in members else {}
         if "txt" in members and "captions" not in record:
-            record["captions"] = [decode_text(members["txt"])]
+            text = decode_text(members["txt"])
+            notes = _notes_on_text(text, record.get("caption"))
+            record["captions"] = [text]
     except (ValueError, RecursionError) as error:
         reason = BAD_TEXT if "UTF-8" in str(error) else BAD_RECORD
         raise DamagedSample(f"{where}: its text is not usable: {one_line(error)}", reason) from error
     if picture is not None and not members[picture]:
         raise DamagedSample(f"{where}: a picture of 0 bytes", UNDECODABLE)
-    others = [name for name in members if name.rpartition(".")[2] in OTHER_PICTURES]
+    own = [name for name in members if not name.startswith("__")]
+    others = [name for name in own if name.rpartition(".")[2] not in NO_PICTURES]
     if picture is None and others:
         raise DamagedSample(
             f"{where}: .{others[0]} is no kind of picture that is read; convert it", NO_PICTURE
         )
-    return check_record(record, has_picture=picture is not None, where=where)
+    checked = check_record(record, has_picture=picture is not None, where=where)
+    return checked._replace(notes=(*notes, *checked.notes))
 
 
 def check_record(record: dict[str, Any], *, has_picture: bool, where: str = "") -> CheckedRecord:
@@ -177,7 +188,7 @@ def _check(record: dict[str, Any], has_picture: bool) -> CheckedRecord:
         if task == "scienceqa" and isinstance(choices := record.get("choices"), list):
             record["choices"] = [clean_text(c) if isinstance(c, str) else c for c in choices]
         if task == "chat":
-            notes += _check_chat(record)
+            notes += _check_chat(record, has_picture)
     except ValueError as error:
         raise DamagedSample(f"its text {_as_clause(error)}; correct it", BAD_TEXT) from None
     if task == "scienceqa":
@@ -188,6 +199,8 @@ def _check(record: dict[str, Any], has_picture: bool) -> CheckedRecord:
             problem_of(record, "its record", has_picture)
         except UserError as error:
             raise DamagedSample(str(error), BAD_PROBLEM) from None
+        if record["choices"].count(record["choices"][record["answer"]]) > 1:
+            notes.append(SAME_CHOICE)
     return CheckedRecord(record, task, tuple(notes))
 
 
@@ -229,23 +242,41 @@ def _require_no_picture(record: dict[str, Any], task: Task) -> None:
         )
     if record.get("image_missing") is True:
         return
-    fields = [field for field in PICTURE_FIELDS if record.get(field) not in (None, "", [], {})]
+    fields = [f for f in record if PICTURE_FIELD.fullmatch(str(f)) and record[f] not in (None, "", [], {})]
     if fields:
         raise DamagedSample(
             f"its record names a picture ({fields[0]}: {record[fields[0]]!r:.60}), but the sample holds none"
             f"{failed}",
             NO_PICTURE,
         )
-    turns = record.get("conversations")
-    for turn in turns if isinstance(turns, list) else ():
-        text = turn.get("value") if isinstance(turn, dict) else None
-        asks = isinstance(turn, dict) and str(turn.get("from")).strip().lower() in ("human", "user", "system")
-        if asks and isinstance(text, str) and any(mark in text for mark in _PLACEHOLDERS):
-            message = f"its text speaks of a picture (<image>), but the sample holds none{failed}"
+    for text in _texts_of(record, ("human", "user", "system")):
+        if mark := PLACEHOLDER.search(text):
+            message = f"its text speaks of a picture ({mark[0].strip()}), but the sample holds none{failed}"
             raise DamagedSample(message, NO_PICTURE)
 
 
-def _check_chat(record: dict[str, Any]) -> list[str]:
+def _texts_of(record: dict[str, Any], speakers: tuple[str, ...]) -> list[str]:
+    """What some speakers say, of a conversation that may be anything yet."""
+    turns = record.get("conversations")
+    return [
+        turn["value"]
+        for turn in (turns if isinstance(turns, list) else ())
+        if isinstance(turn, dict) and isinstance(turn.get("value"), str)
+        if str(turn.get("from")).strip().lower() in speakers
+    ]
+
+
+def _notes_on_text(text: str, caption: Any) -> tuple[str, ...]:
+    """What the user may not expect of a caption in a ``.txt``, beside a record with a ``caption`` or none."""
+    notes = []
+    if sum(bool(line.strip()) for line in text.splitlines()) > 1:
+        notes.append(SEVERAL_LINES)
+    if isinstance(caption, str) and caption.split() != text.split():
+        notes.append(OTHER_CAPTION)
+    return tuple(notes)
+
+
+def _check_chat(record: dict[str, Any], has_picture: bool) -> list[str]:
     turns = record["conversations"]
     for turn in turns if isinstance(turns, list) else ():
         if isinstance(turn, dict) and isinstance(turn.get("value"), str):
@@ -254,11 +285,19 @@ def _check_chat(record: dict[str, Any]) -> list[str]:
         parse_conversation(record)
     except UserError as error:
         raise DamagedSample(str(error), BAD_CHAT) from None
-    return [UNASKED_TURN] if begins_with_answer(record) else []
+    notes = [UNASKED_TURN] if begins_with_answer(record) else []
+    if (
+        has_picture
+        and sum(len(PLACEHOLDER.findall(text)) for text in _texts_of(record, ("human", "user"))) > 1
+    ):
+        notes.append(SEVERAL_MARKS)
+    if any(is_null(answer) for answer in _texts_of(record, ("gpt", "assistant"))):
+        notes.append(NULL_ANSWER)
+    return notes
 
 
 def _parse_json(data: bytes) -> dict[str, Any]:
-    record = json.loads(decode_text(data))
+    record = parse_json(decode_text(data))
     if not isinstance(record, dict):
         raise ValueError("not an object")
     return record

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 # Zero-width no-break space; at a text's beginning it is the byte order mark of a file that was read as text.
@@ -11,6 +13,15 @@ _DAMAGE = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
 _BLANK = re.compile("[\\s\x1c-\x1f\u200b-\u200d\u2060\ufeff]*")
 _NULLS = frozenset(("nan", "none", "null", "<na>", "n/a", "#n/a"))
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+# Files of other kinds under a text's name: what they begin with.
+_NO_TEXTS = {
+    b"PK\x03\x04": "a zip archive, or a spreadsheet (.xlsx); save it as text",
+    b"\xd0\xcf\x11\xe0": "a spreadsheet (.xls); save it as csv in UTF-8",
+    b"PAR1": "a parquet table; save it as text",
+    b"\x1f\x8b": "packed by gzip; unpack it",
+    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it",
+    b"BZh": "packed by bzip2; unpack it",
+}
 _SHOWN = 24
 
 
@@ -24,6 +35,8 @@ def decode_text(data: bytes, *, command: str = "") -> str:
     Raises:
         ValueError: it is of another encoding; says where, which it may be and how to convert it.
     """
+    if kind := next((told for magic, told in _NO_TEXTS.items() if data.startswith(magic)), None):
+        raise ValueError(f"not UTF-8: it is {kind}")
     head = data[:64]
     encoding = "UTF-16" if data.startswith(_UTF_16) or 3 * head.count(0) > len(head) else "WINDOWS-1252"
     remedy = f"; convert it: iconv -f {encoding} -t UTF-8 {command} > NEW" if command else "; convert it"
@@ -39,6 +52,25 @@ def decode_text(data: bytes, *, command: str = "") -> str:
             f"not UTF-8 at byte {at}, line {line} (0x{data[at]:02x}): it may be Latin-1 or "
             f"Windows-1252{remedy}"
         ) from None
+
+
+def parse_json(text: str) -> Any:
+    """Parses JSON.
+
+    Raises:
+        ValueError: it is none, or an object has a name twice: the last would win without a word.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!a} stands twice in one object; keep one")
+    return found
 
 
 def clean_text(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dehvf_ds.config import UserError
+from dehvf_ds.data.text import decode_text, is_null, is_text, parse_json
 
 # What follows the last dot of another name belongs to it: "3.5 mm".
 _ENDINGS = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm"}
@@ -46,9 +46,13 @@ def load_references(path: Path, split: str | None = None) -> dict[str, list[str]
             pictures = _official(path, content)
         else:
             pictures = _karpathy(path, content, split)
-        found = {
-            picture.file_name: picture.captions for picture in pictures if "".join(picture.captions).strip()
-        }
+        found = {}
+        for picture in pictures:
+            if wrong := [caption for caption in picture.captions if not isinstance(caption, str)]:
+                raise UserError(f"{path}: a caption of {picture.file_name} is {wrong[0]!r:.40}, not a text")
+            # What the builder of shards leaves out, too.
+            if kept := [c for c in picture.captions if is_text(c) and not is_null(c)]:
+                found[picture.file_name] = kept
         _refuse_repeated(path, "image ids", (picture.id for picture in pictures))
         _refuse_repeated(path, "file names", (picture.file_name for picture in pictures))
     except (KeyError, TypeError, AttributeError) as error:
@@ -186,7 +190,7 @@ def _refuse_repeated(path: Path, what: str, values: Iterable[Any]) -> None:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(decode_text(path.read_bytes(), command=str(path)))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

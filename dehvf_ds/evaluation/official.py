@@ -59,6 +59,13 @@ def _read(config: EvalConfig, bad: BadRows) -> tuple[list[SourceRow], dict[str, 
     if data.is_dir():
         files = {name: describe_file(data / f"{name}.json") for name in ("problems", "pid_splits")}
         rows = read_scienceqa(data, _split(config), allow_missing_images=True, note=_note, bad=bad)
+        named = [row for row in rows if row.image is not None or row.record.get("image_missing")]
+        if named and all(row.image is None for row in named):
+            raise UserError(
+                f"{data}: none of the {len(named)} pictures of {_split(config)} is there, as "
+                f"images/SPLIT/PID/NAME; unpack them, or build shards without them: tools/build_shards.py "
+                f"scienceqa --root {data} --split {config.split} --allow-missing-images --output DIR"
+            )
         return rows, {"source": "scienceqa", "split": config.split, "allow_missing_images": True, **files}
     if data.suffix.lower() != ".json":
         raise UserError(

@@ -107,6 +107,11 @@ def test_llava_record():
         ("What?\r\n<video>", "What?"),
         ("a <image> b", "a b"),
         ("<image>", ""),
+        ("<image-placeholder>\nWhat?", "What?"),
+        ("<|vision_start|><|image_pad|><|vision_end|>What?", "What?"),
+        ("<IMAGE>\n What?", "What?"),
+        ("[IMG]What?", "What?"),
+        ("Is <img> a tag?", "Is <img> a tag?"),
         ("<images>\nWhat?", "<images>\nWhat?"),
     ],
 )

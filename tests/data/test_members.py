@@ -76,6 +76,12 @@ def test_every_kind_of_picture_is_read(tmp_path, ending):
     check(tar(tmp_path / "a.tar", *itertools.chain(*zip(members, texts, strict=True))), "ab", 0)
 
 
+def test_a_picture_and_a_text_of_other_numbers_are_no_sample(tmp_path):
+    one = [("b.001.jpg", picture("b")), ("b.002.json", caption("b"))]
+    path = tar(tmp_path / "a.tar", ("a.7.jpg", picture("a")), ("a.7.json", caption("a")), *one)
+    check(path, "a", 1, r"sample b: holds \.001\.jpg beside \.002\.json, which are of two samples")
+
+
 @pytest.mark.parametrize("ending", ["heic", "svg", "jxl", "psd", "pdf", "xyz", "npy"])
 def test_other_kinds_are_refused(tmp_path, ending):
     path = tar(

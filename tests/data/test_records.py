@@ -44,9 +44,23 @@ BLIND = {
     "chat, image a number": {"image": 7, "conversations": TURNS},
     "chat, image NaN": {"image": NAN, "conversations": TURNS},
     "chat, image false": {"image": False, "conversations": TURNS},
+    "chat, other marks": {"conversations": [{"from": "human", "value": "What is <|image_1|>?"}, TURNS[1]]},
     "problem": PROBLEM | {"image": "image.png"},
     "problem, bytes": PROBLEM | {"image": {"bytes": "..", "path": None}},
     "problem, images": PROBLEM | {"images": ["image.png"]},
+}
+
+
+FIELDS = ["image_url", "img_path", "imgs", "Image", "imagePath", "pictures", "photo", "media", "frames"]
+FIELDS += ["image_id", "video_path", "image-file", "file name", "image_base64"]
+BLIND |= {f"chat, {field}": {field: "a.jpg", "conversations": TURNS} for field in FIELDS}
+BLIND |= {
+    f"chat, {text}": {"conversations": [{"from": "human", "value": text}, TURNS[1]]}
+    for text in (
+        *("<IMAGE>\nWhat?", "What? <Image>", "<image-placeholder>What?", "<img>\nWhat?", "<ImageHere>Hi."),
+        *("See <image_1>.", "Is <|image|> red?", "<|vision_start|><|image_pad|><|vision_end|>Hi", "[IMG] Hi"),
+        *("<im_start><im_end>Hi", "< image >Hi", "<image/>", "[image] What?", "<Img></Img> Hi"),
+    )
 }
 
 
@@ -66,6 +80,13 @@ def test_no_row_is_trained_blind(name):
         {"conversations": TURNS, "image": ""},
         {"conversations": TURNS, "images": []},
         {"conversations": [TURNS[0], {"from": "gpt", "value": "Write <image> in HTML."}]},
+        {
+            "conversations": [
+                {"from": "human", "value": "Is <img> or <Image /> better, [image] aside?"},
+                TURNS[1],
+            ]
+        },
+        {"conversations": [{"from": "human", "value": 'Why <img src="a.jpg">?'}, TURNS[1]], "image_size": 3},
         {"conversations": SEES, "image": "a.jpg", "image_missing": True},
         PROBLEM,
         PROBLEM | {"image": None},
@@ -77,10 +98,56 @@ def test_text_only_rows_by_two_signs(record):
     assert read_record({"json": json.dumps(record).encode()}).record == record
 
 
-@pytest.mark.parametrize("member", ["heic", "mp4", "svg"])
+@pytest.mark.parametrize("member", ["heic", "mp4", "svg", "bin", "image", "data", "feat.npy", "pt", "0"])
 def test_a_picture_that_is_not_read_is_no_text_only_row(member):
     error = refused({"conversations": TURNS}, has_picture=False, **{member: b"?"})
     assert f".{member} is no kind of picture that is read" in str(error)
+
+
+@pytest.mark.parametrize("member", ["cls", "url", "md5", "meta.yaml"])
+def test_members_beside_a_text_only_row_that_are_no_pictures(member):
+    members = {"json": json.dumps({"conversations": TURNS}).encode(), member: b"?", "__key__": "a"}
+    assert read_record(members).task == "chat"
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"caption": "a", "caption": "b"}', b'{"captions": ["a"], "x": {"y": 1, "y": 1}}']
+)
+def test_names_that_stand_twice(data):
+    with pytest.raises(DamagedSample, match=r"the name '(caption|y)' stands twice") as caught:
+        read_record({"__url__": "here", "json": data, "jpg": b"j"})
+    assert caught.value.reason == "with an unreadable record"
+
+
+@pytest.mark.parametrize(
+    ("members", "notes"),
+    [
+        ({"txt": b"A dog.\n"}, ()),
+        ({"txt": b"A dog.\n\nA cat.\n"}, ("caption of several lines in a .txt, read as one caption",)),
+        ({"txt": b"A  dog.", "json": b'{"caption": "A dog."}'}, ()),
+        (
+            {"txt": b"A dog.", "json": b'{"caption": "A cat."}'},
+            ("caption in a .txt that differs from its .json's, which is not read",),
+        ),
+    ],
+)
+def test_texts_beside_records(members, notes):
+    assert read_record({"jpg": b"j", **members}).notes == notes
+
+
+def test_what_is_odd_in_a_usable_row_is_counted():
+    twice = [{"from": "human", "value": "<image> and <image>?"}, TURNS[1]]
+    assert check_record({"conversations": twice}, has_picture=True).notes == (
+        "chat with several <image> for its one picture",
+    )
+    null = [TURNS[0], {"from": "gpt", "value": "NaN"}]
+    assert check_record({"conversations": null}, has_picture=False).notes == (
+        "answer that is the word nan or null",
+    )
+    same = PROBLEM | {"choices": ["a", "b", "b"]}
+    assert check_record(same, has_picture=False).notes == (
+        "problem whose right choice stands twice among its choices",
+    )
 
 
 @pytest.mark.parametrize("images", [["a.jpg", "b.jpg"], ["a.jpg", "b.jpg", "c.jpg"]])

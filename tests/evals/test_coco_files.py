@@ -184,7 +184,7 @@ def test_no_row_is_scored_against_anothers_references(rows, references, message)
         (lambda c: c["annotations"].append(c["annotations"][2]), "1 annotation ids .* 3 the first"),
         (lambda c: c["annotations"].clear(), "no picture has a caption"),
         (lambda c: c["images"].pop(), "2 annotations are of no picture, image_id 7 the first"),
-        (lambda c: c["annotations"][2].update(caption=None), "lacks a field or has another type"),
+        (lambda c: c["annotations"][2].update(caption=None), "a caption of .*7.jpg is None, not a text"),
         (lambda c: c["images"][0].pop("file_name"), "lacks a field or has another type: KeyError"),
         (lambda c: c["images"][0].update(id=[1]), "lacks a field or has another type"),
         (lambda c: c.pop("images"), "has no list of images"),
@@ -200,10 +200,13 @@ def test_what_is_wrong_is_named(tmp_path, change, message) -> None:
 def test_pictures_without_a_caption_are_left_out_as_the_builder_does(tmp_path) -> None:
     content = json.loads(json.dumps(OFFICIAL))
     content["annotations"][1]["caption"] = " "
-    path = write(tmp_path, content)
+    content["annotations"].append({"id": 99, "image_id": 7, "caption": "nan"})
+    path, bad = write(tmp_path, content), BadRows(skip=True)
+    rows = planned(read_coco(path, tmp_path, note=print, bad=bad))
     assert list(load_references(path)) == ["COCO_val2014_000000000007.jpg"]
-    rows = read_coco(path, tmp_path, note=print, bad=BadRows(skip=True))
-    assert list(planned(rows)) == ["COCO_val2014_000000000007"]
+    assert list(rows) == ["COCO_val2014_000000000007"]
+    references = load_references(path)["COCO_val2014_000000000007.jpg"]
+    assert [text.strip() for text in references] == rows["COCO_val2014_000000000007"]["captions"]
 
 
 def test_splits_that_are_not_there(tmp_path) -> None:

@@ -7,7 +7,7 @@ wrong with a file is a ``UserError`` that names the file; what is wrong with a r
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ from dehvf_ds.config import UserError
 from dehvf_ds.data.building.left_out import BadRows, Note
 from dehvf_ds.data.damage import BAD_NAME, KEY_TWICE, NO_CAPTION, DamagedSample
 from dehvf_ds.data.records import check_record, pictures_named
-from dehvf_ds.data.text import decode_text, is_text
+from dehvf_ds.data.text import decode_text, is_text, parse_json
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ def read_coco(annotations: Path, images: Path, *, note: Note, bad: BadRows | Non
     bad = bad or BadRows(skip=False)
     pictures: dict[Any, str] = {}
     captions: dict[Any, list[Any]] = {}
+    seen = set()
     with _entries_of(annotations):
         for number, image in enumerate(content["images"]):
             with bad.row(f"images[{number}]", f"{annotations}: images[{number}]"):
@@ -58,6 +59,10 @@ def read_coco(annotations: Path, images: Path, *, note: Note, bad: BadRows | Non
             with bad.row(f"annotations[{number}]", f"{annotations}: annotations[{number}]"):
                 if annotation["image_id"] not in captions:
                     raise DamagedSample(f"annotation {annotation.get('id')} names an unknown image_id")
+                same = tuple(annotation.get(name) for name in ("id", "image_id", "caption"))
+                if same[0] is not None and same in seen:
+                    raise DamagedSample(f"annotation {same[0]} stands twice", KEY_TWICE)
+                seen.add(same)
                 captions[annotation["image_id"]].append(annotation.get("caption"))
     rows = CaptionRows(images, bad)
     for image_id, name in pictures.items():
@@ -85,7 +90,8 @@ def read_karpathy(
     bad = bad or BadRows(skip=False)
     with _entries_of(dataset):
         entries = list(content["images"])
-    counts = Counter(entry["split"] for entry in entries if isinstance(entry, dict) and "split" in entry)
+    names = (entry.get("split") for entry in entries if isinstance(entry, dict))
+    counts = Counter(name for name in names if isinstance(name, str))
     wanted = split.split("+")
     if unknown := [name for name in wanted if name not in counts]:
         found = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
@@ -136,11 +142,18 @@ def read_scienceqa(
     if split not in splits:
         raise UserError(f"--split {split}: not in {splits_file}; it has {', '.join(splits)}")
     texts = None if captions is None else _read_image_captions(captions)
+    if not isinstance(splits[split], list):
+        raise UserError(f"{splits_file}: {split} is {type(splits[split]).__name__}, not a list of problems")
     rows, missing, bare, pictures = [], 0, 0, 0
-    for pid in splits[split]:
+    seen: set[str] = set()
+    for given in splits[split]:
+        pid = str(given) if type(given) is int else given
         with bad.row(f"problem {pid}", f"{problems_file}: problem {pid}"):
             if pid not in problems:
                 raise DamagedSample("it is not there, but pid_splits.json names it")
+            if pid in seen:
+                raise DamagedSample("pid_splits.json names it twice", KEY_TWICE)
+            seen.add(pid)
             record = {**problems[pid], "pid": pid}
             image = None
             if names := pictures_named(record):
@@ -185,7 +198,10 @@ def read_llava(annotations: Path, images: Path, *, bad: BadRows | None = None) -
             given = record.get("id")
             with _named(f"id {given!r}"):
                 if "conversations" not in record:
-                    raise DamagedSample("has no turns (conversations is missing)", NO_CAPTION)
+                    held = ", ".join(map(str, list(record)[:8]))
+                    raise DamagedSample(
+                        f"has no turns (conversations is missing; its fields are {held})", NO_CAPTION
+                    )
                 names = pictures_named(record)
                 path = inside(images, names[0]) if names else None
                 checked = check_record(record, has_picture=path is not None)
@@ -203,15 +219,20 @@ class CaptionRows:
         self._bad = bad
         self._rows: list[SourceRow] = []
         self._notes: Counter[str] = Counter()
+        self._seen: set[Path] = set()
 
     def add(self, image_id: Any, file_name: str, captions: Sequence[Any], *parts: str) -> None:
         """Adds a picture at IMAGES/PARTS; its captions lose the space around them.
 
         Raises:
-            DamagedSample: it has no caption, or one that is no text.
+            DamagedSample: it has no caption, or one that is no text, or was added before.
         """
         path = inside(self._images, *parts)
         with _named(file_name):
+            if path in self._seen:
+                # It would be learnt twice as often, and scored twice.
+                raise DamagedSample("the picture stands twice; put its captions together", KEY_TWICE)
+            self._seen.add(path)
             if not captions:
                 raise DamagedSample("has no caption", NO_CAPTION)
             record = {"image_id": image_id, "file_name": file_name, "captions": list(captions)}
@@ -237,8 +258,12 @@ def inside(directory: Path, *parts: str) -> Path:
         if not isinstance(part, str):
             raise DamagedSample(f"the picture's name {part!r} is not a text", BAD_NAME)
         plain = PurePosixPath(part)
-        if plain.is_absolute() and plain.is_relative_to(directory.absolute()):
-            plain = plain.relative_to(directory.absolute())
+        if plain.is_absolute() and "\0" not in part:
+            # As it is named, or by where its folders and links lead.
+            for way in (os.path.abspath, os.path.realpath):
+                if Path(way(part)).is_relative_to(way(directory)):
+                    plain = Path(way(part)).relative_to(way(directory))
+                    break
         if plain.is_absolute() or ".." in plain.parts or "\0" in part:
             raise DamagedSample(f"the picture's path {part!r} leaves the directory of the pictures", BAD_NAME)
     if not is_text(parts[-1]):
@@ -273,7 +298,7 @@ def _itself(row: Any) -> Any:
 
 def _parse_line(line: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except (ValueError, RecursionError) as error:
         raise DamagedSample(f"not JSON: {error}") from None
 
@@ -300,7 +325,7 @@ def read_text(path: Path) -> str:
 
 def _parse_json(text: str, where: Path | str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         hint = "; a file of one row a line is .jsonl" if "Extra data" in str(error) else ""
         raise UserError(f"{where}: not JSON: {error}{hint}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,11 +34,17 @@ CAPTION_COLUMNS = (
 
 DELIMITERS = (",", "\t", ";", "|")
 
+# What a program quoted in a table with bars: it did so because of a quote inside, which it doubled.
+_QUOTED = re.compile(r'\s*"((?:[^"]|"")*""(?:[^"]|"")*)"\s*')
+# Excel's line that tells the separator.
+_SEPARATOR = re.compile(r"\s*\"?sep=.\"?\s*", re.IGNORECASE)
+
 
 def read_csv(captions: Path, images: Path, *, note: Note, bad: BadRows | None = None) -> list[SourceRow]:
     """Reads a table with a header that names a column of pictures and one of captions; others are ignored.
 
-    The header tells commas, tabs, semicolons or bars. Rows of one picture are joined, blank lines skipped.
+    The header tells commas, tabs, semicolons or bars. Rows of one picture are joined; blank lines and Excel's
+    ``sep=;`` are skipped.
 
     Args:
         captions: the file, in UTF-8.
@@ -72,15 +79,20 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str], int, tuple[int, int]]]:
     # Line ends of any program; a field may hold them, too.
     file = io.StringIO(read_text(path), newline="")
     header, before = "", 0
-    while not header.strip() and (header := file.readline()):
+    while (not header.strip() or _SEPARATOR.fullmatch(header)) and (header := file.readline()):
         before += 1
     delimiter, names, places = _read_header(path, header.strip("\r\n"))
     # strict: without it a quote that is never closed swallows the rest of the file as one caption. Tables
-    # with bars (Flickr30k) quote nothing.
-    quoting = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
-    lines = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+    # with bars are written with quotes (pandas) and without (Flickr30k).
+    bars = delimiter == "|" and not header.lstrip().startswith('"')
+    quoting = csv.QUOTE_NONE if bars else csv.QUOTE_MINIMAL
+    lines = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True, skipinitialspace=True)
     try:
         for fields in lines:
+            while len(fields) > len(names) and not fields[-1].strip():
+                fields.pop()
+            if bars:
+                fields = [_unquoted(field) for field in fields]
             if any(field.strip() for field in fields):
                 yield before + lines.line_num, fields, len(names), places
     except csv.Error as error:
@@ -97,12 +109,21 @@ def _read_header(path: Path, header: str) -> tuple[str, list[str], tuple[int, in
             for known in (PICTURE_COLUMNS, CAPTION_COLUMNS)
         ]
         if found[0] is not None and found[1] is not None:
+            if twice := next((names[i] for i in found if names.count(names[i]) > 1), None):
+                raise UserError(
+                    f"{path}: its header names {twice} twice; write a row for each caption of a picture"
+                )
             return delimiter, names, (found[0], found[1])
     raise UserError(
         f"{path}: its first line is {header[:120]!r}, not a header with a column of pictures (image, "
         "image_name, filepath, file_name, ..) and one of captions (caption, comment, title, text, ..), "
         "as image,caption"
     )
+
+
+def _unquoted(field: str) -> str:
+    found = _QUOTED.fullmatch(field)
+    return found[1].replace('""', '"') if found else field
 
 
 def _plain(name: str) -> str:

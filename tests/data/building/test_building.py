@@ -455,6 +455,19 @@ def test_bad_samples_of_others(adopt, tmp_path, notes):
     assert verify(directory) == []
 
 
+def test_verify_knows_pictures_that_were_left_out(adopt, tmp_path):
+    directory = img2dataset(tmp_path / "a")
+    with tarfile.open(directory / "00001.tar", "a") as archive:
+        for name, content in (("x.jpg", b"<html>404</html>"), ("x.txt", b"A dog.")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    with pytest.raises(UserError, match="sample x: not a readable picture: it is a web page"):
+        adopt(directory)
+    assert adopt(directory, skip_bad=True)["builder"]["left_out_reasons"] == {"undecodable": 1}
+    assert verify(directory) == []
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -197,6 +197,42 @@ def test_scienceqa_missing_pictures(tmp_path, notes):
     assert notes == ["2 of 2 pictures are missing; their problems are text only"]
 
 
+def test_scienceqa_numbers_and_repeated_names_in_a_split(tmp_path, notes):
+    scienceqa(tmp_path, PROBLEMS, notes)
+    write(tmp_path / "pid_splits.json", {"train": [12, "7"]})
+    assert [r.name for r in read_scienceqa(tmp_path, "train", note=notes.append)] == ["000012", "000007"]
+    write(tmp_path / "pid_splits.json", {"train": ["12", 12]})
+    with pytest.raises(UserError, match=r"problem 12: pid_splits\.json names it twice"):
+        read_scienceqa(tmp_path, "train", note=notes.append)
+    for wrong in ("12", None, 5, {"12": 1}):
+        write(tmp_path / "pid_splits.json", {"train": wrong})
+        with pytest.raises(UserError, match=r"train is .*, not a list of problems"):
+            read_scienceqa(tmp_path, "train", note=notes.append)
+
+
+def test_a_picture_is_one_row(tmp_path, notes):
+    """As the references of an evaluation have it; it would be scored twice."""
+    images = [{"id": i, "file_name": name} for i, name in enumerate(["a.jpg", "./a.jpg"])]
+    with pytest.raises(UserError, match=r"\./a\.jpg: the picture stands twice"):
+        read_coco(coco(tmp_path, images, (0, "A."), (1, "B.")), tmp_path, note=notes.append)
+    entries = [
+        {"filename": "a.jpg", "imgid": i, "split": "train", "sentences": [{"raw": "A."}]} for i in range(2)
+    ]
+    path = write(tmp_path / "k.json", {"images": [*entries, {"split": ["train"]}]})
+    with pytest.raises(UserError, match=r"images\[1\]: a\.jpg: the picture stands twice"):
+        read_karpathy(path, tmp_path, "train", note=notes.append)
+    annotation = {"id": 1, "image_id": 0, "caption": "A."}
+    path = write(tmp_path / "twice.json", {"images": images[:1], "annotations": [annotation] * 2})
+    with pytest.raises(UserError, match="annotation 1 stands twice"):
+        read_coco(path, tmp_path, note=notes.append)
+
+
+def test_names_that_stand_twice_in_a_file(tmp_path, notes):
+    path = write(tmp_path / "captions.json", '{"images": [], "images": [], "annotations": []}')
+    with pytest.raises(UserError, match=r"captions\.json: not JSON: the name 'images' stands twice"):
+        read_coco(path, tmp_path, note=notes.append)
+
+
 @pytest.mark.parametrize(
     ("problems", "part"),
     [

@@ -56,6 +56,39 @@ def test_quotes_and_line_breaks(read):
     assert read(content)[0]["a.jpg"] == ['" A sign "', '"Open.']
 
 
+ODD = {
+    "a space before quotes": ('image, caption\na.jpg, "One."\na.jpg, "Two, three."\nb/c.png, "Four."\n'),
+    "excel": "sep=;\nimage;caption\na.jpg;One.\na.jpg;Two, three.\nb/c.png;Four.\n",
+    "separators at the end": 'image,caption\na.jpg,One.,\na.jpg,"Two, three.",,\nb/c.png,Four.\n',
+    "bars, all quoted": '"image"|"caption"\n"a.jpg"|"One."\n"a.jpg"|"Two, three."\n"b/c.png"|"Four."\n',
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_tables(read, name):
+    assert read(ODD[name]) == (EXPECTED, {})
+
+
+def test_bars_and_doubled_quotes(read):
+    assert read('image|caption\na.jpg|"A ""dog"" runs."\n')[0] == {"a.jpg": ['A "dog" runs.']}
+
+
+@pytest.mark.parametrize(
+    ("header", "name"), [("image,caption,caption", "caption"), ("image\tcaption\tImage", "image")]
+)
+def test_two_columns_of_one_name(read, header, name):
+    with pytest.raises(UserError, match=f"its header names {name} twice"):
+        read(f"{header}\na.jpg,x,y\n")
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"), [(b"PK\x03\x04", "spreadsheet"), (b"PAR1", "parquet"), (b"\x1f\x8b", "gzip")]
+)
+def test_other_kinds_of_files_are_named(read, start, kind):
+    with pytest.raises(UserError, match=kind):
+        read(start + bytes(range(256)))
+
+
 @pytest.mark.parametrize(
     "header", ["picture_id,label", "a.jpg,One.", "image", "caption;text", "a.jpg#0\tOne."]
 )
@@ -101,3 +134,8 @@ def test_other_encodings_are_one_line(read, encoding):
 def test_absolute_names_inside_the_pictures(read, tmp_path):
     name = str(tmp_path / "images" / "a.jpg")
     assert json.dumps(read(f"filepath\ttitle\n{name}\tOne.\n")[0]) == json.dumps({name: ["One."]})
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    table = tmp_path / "table.csv"
+    for images in (tmp_path / "link", tmp_path / "x" / ".." / "images"):
+        assert len(read_csv(table, images, note=print)) == 1
