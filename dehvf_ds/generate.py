@@ -9,7 +9,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, TextIO
@@ -175,25 +174,19 @@ def parse_flags(argv: list[str]) -> GenerateConfig:
     Raises:
         UserError: as there.
     """
-    rest: list[str] = []
-    lists: dict[str, list[str]] = {}
+    words: list[str] = []
     flag = None
     for word in argv:
         name, equals, value = word.partition("=")
         if name in _LISTS:
             flag = name
-            lists.setdefault(flag, []).extend([value] if equals else [])
+            words += [f"{flag}+={value}"] if equals else []
         elif word.startswith("--"):
             flag = None
-            rest.append(word)
-        elif flag is None:
-            rest.append(word)
+            words.append(word)
         else:
-            lists[flag].append(word)
-    # The words go round the parser, which only counts them: a picture may be called "~" or "$1".
-    counted = [f"{name}+=x" for name, words in lists.items() for _ in words]
-    config = parse_generate_config([*rest, *counted])
-    return replace(config, **{name.removeprefix("--"): words for name, words in lists.items() if words})
+            words.append(word if flag is None else f"{flag}+={word}")
+    return parse_generate_config(words)
 
 
 def _require_text(flag: str, texts: Sequence[str | None]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import shutil
 import socket
@@ -74,6 +73,7 @@ def test_train_evaluate_generate_merge_load(world: Path) -> None:
 def test_deepspeed_by_its_path_needs_nothing_of_the_shell(world: Path, tmp_path: Path) -> None:
     """No environment activated, no compiler, no variable: what is typed as ``.venv/bin/deepspeed ...``."""
     train = [str(REPOSITORY / "dehvf_ds/train.py"), *arguments(world, "launched", "--train.steps", "1")]
+    train += ["--train.warmup_steps", "0"]
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -230,7 +230,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_keep_the_artifact(world: Pa
         ("train", ["--train.micro_batch_size", "3"], "global_batch_size 8 is not a multiple of"),
         ("train", ["--eval.every_steps", "2"], "needs rows to ask: give eval.data or data.val"),
         ("train", ["--eval.every_steps", "2", "--data.task", "chat"], "chat has no scores"),
-        ("train", ["--eval.every_steps", "2", "--eval.data", "{world}/scienceqa"], "cannot score them"),
+        ("train", ["--eval.every_steps", "2", "--eval.data", "{world}/scienceqa"], "cannot score"),
         ("train", ["--model.num_levels", "9"], "9 vision levels asked of a tower with 4 blocks"),
         (
             "eval",
@@ -280,18 +280,16 @@ def test_a_mistake_is_one_line_and_code_2(world: Path, entry: str, more: list[st
 
 @pytest.mark.slow
 def test_a_dry_run_walks_the_whole_road_and_writes_nothing(world: Path) -> None:
-    # Neither what the JSON has DeepSpeed write, nor anything in the home directory but compiled code.
+    # Neither what the JSON has DeepSpeed write, nor anything in the home directory.
     profiler = {"enabled": True, "profile_step": 1, "output_file": str(world / "profile.txt")}
     (world / "dry.json").write_text(
         json.dumps({"zero_optimization": {"stage": 3}, "flops_profiler": profiler})
     )
     (world / "home").mkdir()
-    compiled = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache/torch_extensions"))
     before = sorted(world.rglob("*"))
     more = ["--dry-run", "--data.val", str(world / "test"), "--model.levels", "[2, 4]"]
     more += ["--deepspeed", str(world / "dry.json"), "--data.cache_dir", "~/cache"]
-    env = {"HOME": str(world / "home"), "TORCH_EXTENSIONS_DIR": compiled}
-    result = start("dehvf_ds/train.py", arguments(world, "dry", *more), **env)
+    result = start("dehvf_ds/train.py", arguments(world, "dry", *more), home=world / "home")
     assert result.returncode == 0, result.stderr
     assert "begins, for 4 steps" in result.stdout
     assert f"{world / 'test'}: first micro-batch 2 rows of up to" in result.stdout

@@ -201,7 +201,7 @@ class TestInside:
         questions = Questions(
             task="coco",
             index=ShardIndex(data),
-            collator=None,  # pyright: ignore[reportArgumentType]
+            collator=SimpleNamespace(image_size=8),  # pyright: ignore[reportArgumentType]
             tokenizer=None,  # pyright: ignore[reportArgumentType]
             decoding=Decoding(max_new_tokens=2),
             **({"num_rows": 3} | more),

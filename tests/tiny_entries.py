@@ -69,11 +69,11 @@ def arguments(world: Path, run: str, *more: str) -> list[str]:
     return [*fixed, "--run_dir", str(world / "runs" / run), *more]
 
 
-def start(entry: str, args: list[str]) -> subprocess.CompletedProcess[str]:
-    """Runs an entry by its path in a process of its own, from another folder, as a user may."""
+def start(entry: str, args: list[str], *, home: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs an entry by its path in a process of its own, from another folder, as a user of ``home`` may."""
     return subprocess.run(
         [sys.executable, str(REPOSITORY / entry), *args],
-        env=USER_ENVIRONMENT,
+        env=USER_ENVIRONMENT if home is None else USER_ENVIRONMENT | {"HOME": str(home)},
         cwd="/",
         capture_output=True,
         text=True,

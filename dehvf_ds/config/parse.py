@@ -154,7 +154,8 @@ def _flags(args: Sequence[str], settings: Mapping[str, Setting]) -> Iterator[tup
             if name not in settings:
                 raise UserError(f"{flag}: no such flag{suggestion(name, settings)}")
             kind = settings[name].kind
-            adds = adds and kind.base == "list" and not kind.is_tuple
+            if adds and (kind.base != "list" or kind.is_tuple):
+                raise UserError(f"{flag}+= adds to a list, and {flag} is set whole: write {flag}={text}")
             if not equals and kind.base == "bool" and (not rest or rest[0].startswith("--")):
                 text, equals = "true", "="
         if not equals:
@@ -189,14 +190,14 @@ def _with_config_paths(args: Sequence[str]) -> list[str]:
 
 
 def _resolve_recipe(args: Sequence[str], default_recipe: str) -> list[str]:
-    """Puts the recipe's path in the place of its name, and the default recipe where none is named."""
+    """Puts the recipes' paths in the place of their names, and the default recipe where none is named."""
     resolved = list(args)
-    for i, arg in enumerate(resolved):
-        name = arg.removeprefix("--config=") if arg.startswith("--config=") else None
-        if arg == "--config" and i + 1 < len(resolved):
-            resolved[i + 1] = str(find_recipe(resolved[i + 1]))
-            return resolved
-        if name is not None:
-            resolved[i] = f"--config={find_recipe(name)}"
-            return resolved
-    return ["--config", str(find_recipe(default_recipe)), *resolved]
+    named = False
+    for i, arg in enumerate(args):
+        if arg == CONFIG_FLAG and i + 1 < len(args):
+            resolved[i + 1] = str(find_recipe(args[i + 1]))
+            named = True
+        elif arg.startswith(f"{CONFIG_FLAG}="):
+            resolved[i] = f"{CONFIG_FLAG}={find_recipe(arg.removeprefix(f'{CONFIG_FLAG}='))}"
+            named = True
+    return resolved if named else [CONFIG_FLAG, str(find_recipe(default_recipe)), *resolved]

@@ -101,7 +101,7 @@ def item_kinds(kind: Kind, count: int, name: str) -> list[Kind]:
 def _path(text: str, name: str) -> str:
     if not text.strip():
         raise UserError(f"{name} is empty; it must be a path")
-    if "\0" in text or "\n" in text:
+    if "\0" in text:
         raise UserError(f"{name} {text!r} is no path")
     return expand_path(text, name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from dehvf_ds.config.kinds import Kind, Setting
 from dehvf_ds.config.values import item_kinds, parse_text
 
 _NULLS = ("", "~", "null", "Null", "NULL")
+# A comment that was perhaps meant as text: `photo #3`, not `photo  # the third`.
+_CUT = re.compile(r"\s+#[^\s#]")
 _MERGE = "tag:yaml.org,2002:merge"
 _SCALARS = {
     f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "value")
@@ -77,6 +80,9 @@ class _File:
             raise self._error(node, f"{name or 'the file'} is not a section of `name: value` lines")
         for key, value in self._pairs(node, name).items():
             full = prefix + key
+            if full in found:
+                # As a dotted name and in its section.
+                raise self._error(value, f"{full} stands there a second time; keep one")
             if full in self._settings:
                 found[full] = self._value(self._settings[full].kind, value, full)
             elif any(known.startswith(full + ".") for known in self._settings):
@@ -111,6 +117,8 @@ class _File:
         for other in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             if not isinstance(other, yaml.MappingNode):
                 raise self._error(node, "<< takes a section")
+            if other.start_mark.index <= node.start_mark.index < other.end_mark.index:
+                raise self._error(node, "<< takes another section, not one that it stands in")
             yield other
 
     def _value(self, kind: Kind, node: yaml.Node, name: str) -> Any:
@@ -127,10 +135,15 @@ class _File:
             raise UserError(f"{place}: the tag {node.tag} is not known here")
         if node.style is None and node.value in _NULLS:
             return self._nothing(kind, node, place)
+        if node.style is None and kind.is_text and _CUT.match(self._rest(node.end_mark)):
+            raise UserError(
+                f"{place} ends before the #, which begins a comment; put a text that holds # in quotes, or "
+                "write a space after a # that is meant so"
+            )
         return parse_text(kind, node.value, place)
 
     def _nothing(self, kind: Kind, node: yaml.ScalarNode, place: str) -> None:
-        if not node.value and self._rest(node).startswith("#"):
+        if not node.value and self._rest(node.start_mark).strip().startswith("#"):
             raise UserError(
                 f"{place} has no value: # begins a comment; put a text that begins with # in quotes, "
                 "or write null for none"
@@ -138,9 +151,9 @@ class _File:
         if not kind.optional:
             raise UserError(f"{place} needs a value")
 
-    def _rest(self, node: yaml.Node) -> str:
-        line = node.start_mark.line
-        return self._lines[line][node.start_mark.column :].strip() if line < len(self._lines) else ""
+    def _rest(self, mark: yaml.Mark) -> str:
+        """The line from a place on."""
+        return self._lines[mark.line][mark.column :] if mark.line < len(self._lines) else ""
 
     def _error(self, node: yaml.Node, message: str) -> UserError:
         return UserError(f"{self._path}, line {node.start_mark.line + 1}: {message}")

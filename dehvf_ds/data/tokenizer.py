@@ -15,8 +15,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer at {source}: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # of a damaged file, about anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"no tokenizer at {source}: {reason}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

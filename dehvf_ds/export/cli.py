@@ -6,6 +6,7 @@ python tools/merge_adapters.py --checkpoint RUN_DIR|CHECKPOINT --output DIR [--d
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from dehvf_ds.export.licences import copy_licence_files
 from dehvf_ds.export.pieces import Skeleton, build_skeleton
 from dehvf_ds.export.verify import check_memory, read_prompts, verify_export
 from dehvf_ds.model import ModelError
+from dehvf_ds.model.artifact import MANIFEST_FILE, read_manifest
 from dehvf_ds.model.weights import TrainedModel, find_trained
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -75,6 +77,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--adapter-only copies what was trained; --dtype, --no-fold and --verify are of a model")
     try:
         split_torch_state_dict_into_shards({}, max_shard_size=args.max_shard_size)
+        amount = float(re.sub(r"[A-Za-z\s]+$", "", args.max_shard_size))
+        if not amount > 0:
+            raise ValueError
     except ValueError:
         parser.error(f"--max-shard-size {args.max_shard_size} is no size, as 5GB or 500MB")
     if args.verify_rows < 1:
@@ -85,7 +90,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _export_adapter(trained: TrainedModel, args: argparse.Namespace) -> None:
     facts = collect_facts(trained, _run_dir(args.checkpoint), dtype=None, form="adapter")
     with finished_directory(args.output, force=args.force) as part:
-        shutil.copytree(trained.path, part, dirs_exist_ok=True)
+        for name in [*read_manifest(trained.path)["files"], MANIFEST_FILE]:
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(trained.path / name, part / name)
         (part / "README.md").write_text(model_card(facts), encoding="utf-8")
     print(f"{args.output}: what was trained, fp32; goes onto the base models that it was trained on")
 

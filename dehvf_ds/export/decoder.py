@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,21 +44,33 @@ class DecoderFiles:
             sizes[stored.dtype] = sizes.get(stored.dtype, 0) + stored.num_elements
         return max(sizes, key=lambda dtype: sizes[dtype])
 
-    def match(self, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    def match(
+        self,
+        wanted: Mapping[str, tuple[int, ...]],
+        renamed: Callable[[str], str] = str,
+        twins: Mapping[str, Sequence[str]] | None = None,
+    ) -> dict[str, str]:
         """Finds the file's name of every weight: the same, or the same without wrapping words (``model.``).
 
         Args:
             wanted: shapes by the decoder's own names.
+            renamed: what transformers makes of a file's name, see ``loaded_name``.
+            twins: all names of a weight: files may hold a tied one under any of them.
 
         Raises:
             ModelError: a weight is missing, has another shape or no values, or is quantised.
         """
         by_bare_name: dict[str, list[str]] = {}
         for name in self.places:
-            by_bare_name.setdefault(bare_name(name), []).append(name)
+            for bare in {bare_name(name), bare_name(renamed(name))}:
+                by_bare_name.setdefault(bare, []).append(name)
         matched, missing = {}, []
         for name, shape in wanted.items():
-            candidates = [name] if name in self.places else by_bare_name.get(bare_name(name), [])
+            candidates: list[str] = []
+            for own in [name, *(twins or {}).get(name, ())]:
+                candidates = candidates or (
+                    [own] if own in self.places else by_bare_name.get(bare_name(own), [])
+                )
             if len(candidates) != 1:
                 missing.append(name)
                 continue

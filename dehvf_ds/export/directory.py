@@ -82,10 +82,14 @@ def check_output(output: Path, *, force: bool, needed: Mapping[str, str | Path |
         UserError: it is a file, not empty without ``force``, or with it no earlier export, or holds what is
             needed.
     """
-    place = output.resolve()
+    try:
+        place = output.resolve()
+        output.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
+        raise UserError(f"--output {output}: {getattr(error, 'strerror', None) or error}") from None
     for name, path in {
         "the working directory": ".",
-        "the home directory": Path.home(),
+        "the home directory": _home(),
         **(needed or {}),
     }.items():
         if path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(place):
@@ -102,6 +106,13 @@ def check_output(output: Path, *, force: bool, needed: Mapping[str, str | Path |
         raise UserError(
             f"--output {output} holds no earlier export, so --force does not replace it; remove it yourself"
         )
+
+
+def _home() -> Path | None:
+    try:
+        return Path.home()
+    except RuntimeError:  # a container's user may have none
+        return None
 
 
 def _is_export(output: Path) -> bool:

@@ -21,7 +21,7 @@ from dehvf_ds.export.decoder import DecoderFiles
 from dehvf_ds.model import DehvfForConditionalGeneration, ModelError
 from dehvf_ds.model.adapters import decoder_layers, folded_weight, lora_scaling
 from dehvf_ds.model.artifact import LORA_FILE, decoder_name, load_adapter, peft_name
-from dehvf_ds.model.backbones import load_backbone
+from dehvf_ds.model.backbones import load_backbone, loaded_name
 from dehvf_ds.model.weights import TrainedModel, settle_head_of
 
 
@@ -68,7 +68,11 @@ class Skeleton:
         tensors = dict(_stored_tensors(self.model.language_model))
         frozen = {name: tuple(t.shape) for name, t in tensors.items() if ".lora_" not in name}
         own_names = {name: decoder_name(name) for name in frozen}
-        sources = self.files.match({own_names[name]: shape for name, shape in frozen.items()})
+        sources = self.files.match(
+            {own_names[name]: shape for name, shape in frozen.items()},
+            partial(loaded_name, self.model.language_model),
+            _twins(self.model.language_model),
+        )
         stems = {name.rpartition(".lora_")[0] for name in self.lora}
         if lost := stems - {_stem(name) for name in own_names.values()}:
             raise ModelError(f"the adapter {min(lost)} belongs to no weight of {self.files.source}")
@@ -153,6 +157,14 @@ def _stored_tensors(decoder: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in decoder.state_dict(prefix="language_model.").items():
         if tensor.is_meta and name not in parameters:
             yield name, tensor
+
+
+def _twins(decoder: torch.nn.Module) -> dict[str, list[str]]:
+    """The names of each weight of a decoder, in its own words: of a tied one there are two."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in decoder.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(decoder_name(name))
+    return {name: same for same in names.values() for name in same}
 
 
 def _stem(own_name: str) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -20,12 +22,15 @@ from transformers import (
 from transformers.utils import logging
 
 from .configuration import ModelError, square_side
-from .loading import refuse_mismatched, refuse_missing
+from .loading import refuse_mismatched, refuse_missing, refuse_not_finite
 from .sketch import LANGUAGE_PARTS, bare_name, is_weight
-from .stored import StoredFile, stored_tensors
+from .stored import StoredFile, StoredTensor, stored_tensors
+
+ADAPTER_FILE = "adapter_config.json"
+"""PEFT's. Where it lies beside a model, transformers loads that adapter, onto the model that it names."""
 
 # What reading a configuration raises: a class of transformers checks its own fields, too.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError)
 
 
 def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
@@ -42,8 +47,14 @@ def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
         where = "" if Path(source).is_absolute() else f" in {Path.cwd()}"
         flag = kind.replace(" ", "_")
         raise ModelError(f"{kind} {source}: no such directory{where}; set {flag} to where it lies")
+    if (Path(source) / ADAPTER_FILE).is_file():
+        raise ModelError(
+            f"{kind} {source}: holds {ADAPTER_FILE}, a PEFT adapter that would be loaded with it; take a model "
+            "that it is merged into, or one without it"
+        )
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with _quiet_hub():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except _UNREADABLE as error:
         gguf = sorted(path.name for path in Path(source).glob("*.gguf")) if Path(source).is_dir() else []
         hint = f" ({gguf[0]} is of llama.cpp: take the model that it was made of)" if gguf else ""
@@ -107,7 +118,6 @@ def check_backbone(source: str, config: PreTrainedConfig, *, vision: bool) -> No
         ModelError: a file is missing or damaged, or its tensors are not the model's.
     """
     if Path(source).is_dir():
-        stored_tensors(source)
         with _without_progress_bar():
             # Tensors of the meta device have names and shapes, and are not read.
             _load(source, config, vision=vision, device_map="meta", ignore_mismatched_sizes=True)
@@ -134,8 +144,11 @@ def settle_head(config: PreTrainedConfig, source: str) -> None:
     both = [names.get(id(each)) for each in (decoder.get_input_embeddings(), decoder.get_output_embeddings())]
     tensors = stored_tensors(source)
     found = []
+    renamed = {stored: loaded_name(decoder, stored) for stored in tensors}
     for name in both:
-        same = [stored for stored in tensors if bare_name(stored) == bare_name(f"{name}.weight")]
+        same = [
+            stored for stored in tensors if bare_name(f"{name}.weight") in map(bare_name, (stored, renamed[stored]))
+        ]
         found.append(same[0] if name is not None and len(same) == 1 else None)
     embedding, head = found
     if embedding is None or head is None:
@@ -148,19 +161,38 @@ def settle_head(config: PreTrainedConfig, source: str) -> None:
         config.tie_word_embeddings = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def loaded_name(model: PreTrainedModel, name: str) -> str:
+    """What transformers calls a file's tensor when it loads it: of GPT-NeoX it renames the head.
+
+    Args:
+        model: of the class that the file is of.
+        name: the file's.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    for transform in get_model_conversion_mapping(model):
+        if isinstance(transform, WeightRenaming):
+            name, _ = transform.rename_source_key(name)
+    return name
+
+
 def _load(source: str, config: PreTrainedConfig, *, vision: bool, **settings: Any) -> PreTrainedModel:
     auto_class: Any = AutoModel if vision else AutoModelForCausalLM
     verbosity = logging.get_verbosity()
     # What its table of missing and unexpected weights would say is decided below.
     logging.set_verbosity_error()
+    stored = stored_tensors(source)
     try:
         model, info = auto_class.from_pretrained(source, config=config, output_loading_info=True, **settings)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (*_UNREADABLE, RuntimeError) as error:
         raise ModelError(f"{source}: {_first_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
     refuse_missing(info["missing_keys"], source)
     refuse_mismatched(info, source)
+    _refuse_quantised(model, stored, source)
+    refuse_not_finite(((name, _own_part(p)) for name, p in model.named_parameters()), source)
     lost = [name for name in info["unexpected_keys"] if _belongs_to(model, name, vision=vision)]
     if lost:
         raise ModelError(
@@ -168,6 +200,26 @@ def _load(source: str, config: PreTrainedConfig, *, vision: bool, **settings: An
             "them; what it computed when it was trained is not what it would compute here"
         )
     return model
+
+
+def _refuse_quantised(
+    model: PreTrainedModel, stored: Mapping[str, tuple[Path, StoredTensor]], source: str
+) -> None:
+    """Refuses weights that are stored as whole numbers or in 8 bits: transformers casts them, without scales."""
+    own = {bare_name(name) for name, _ in model.named_parameters()}
+    for name, (_, tensor) in stored.items():
+        is_weight_dtype = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+        if not is_weight_dtype and own & {bare_name(name), bare_name(loaded_name(model, name))}:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{source}: {name} is stored as {kind}: its weights are quantised; take the model that they were "
+                "made of"
+            )
+
+
+def _own_part(parameter: nn.Parameter) -> Tensor:
+    """What of a parameter is at hand; under ZeRO-3 this rank's share of it."""
+    return getattr(parameter, "ds_tensor", parameter)
 
 
 def _belongs_to(model: PreTrainedModel, name: str, *, vision: bool) -> bool:
@@ -193,6 +245,18 @@ def _without_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Lets a hub that cannot be reached be told once, by the error, and not at every retry."""
+    logger = getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _is_path(source: str) -> bool:

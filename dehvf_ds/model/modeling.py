@@ -35,6 +35,8 @@ class DehvfOutput(ModelOutput):
         num_tokens: supervised tokens, an int64 scalar.
         logits: ``[batch, tokens, vocab]``; None when labels are given.
         past_key_values: the decoder's cache.
+        hidden_states: the decoder's, where they are asked for.
+        attentions: likewise.
         level_weights: the fuser's ``[batch, layers, levels]``, when pictures were encoded.
     """
 
@@ -43,6 +45,8 @@ class DehvfOutput(ModelOutput):
     num_tokens: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
     level_weights: Tensor | None = None
 
 
@@ -265,6 +269,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 visual_memory, level_weights = self.encode_images(pixel_values, has_image)
             if visual_memory is None:
                 visual_memory = self._text_only_memory(embeds)
+            _require_a_picture_a_row(visual_memory, embeds)
             self.set_memory(visual_memory)
         elif self.config.fusion == "prefix" and pixel_values is not None:
             embeds, attention_mask, labels = self._prepend_prefix(
@@ -273,6 +278,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
         if labels is None:
+            kwargs.pop("return_dict", None)  # it is always one
             out = self.language_model(
                 inputs_embeds=embeds,
                 attention_mask=attention_mask,
@@ -281,7 +287,11 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 **kwargs,
             )
             return DehvfOutput(
-                logits=out.logits, past_key_values=out.past_key_values, level_weights=level_weights
+                logits=out.logits,
+                past_key_values=out.past_key_values,
+                hidden_states=out.get("hidden_states"),
+                attentions=out.get("attentions"),
+                level_weights=level_weights,
             )
         # The label of a position is its next token's; nothing follows the last.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -351,6 +361,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Puts the prefix before the text; rows without a picture mask it and multiply it by 0."""
         has_image = _presence(pixel_values, has_image)
+        _require_a_picture_a_row(pixel_values, inputs_embeds)
         prefix = self.encode_prefix(pixel_values) * has_image.to(inputs_embeds.dtype)[:, None, None]
         batch, count = prefix.shape[:2]
         if attention_mask is None:
@@ -369,10 +380,11 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Int[Tensor, "batch tokens"],
+        input_ids: Int[Tensor, "batch tokens"] | None = None,
         pixel_values: Float[Tensor, "batch 3 height width"] | None = None,
         has_image: Bool[Tensor, " batch"] | None = None,
         attention_mask: Int[Tensor, "batch tokens"] | None = None,
+        inputs_embeds: Float[Tensor, "batch tokens dim"] | None = None,
         **kwargs: Any,
     ) -> Int[Tensor, "batch new_tokens"]:
         """Generates as ``GenerationMixin.generate``, encoding each picture once.
@@ -384,20 +396,29 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values: a picture a row, or None.
             has_image: rows whose picture counts; None means all.
             attention_mask: 1 at prompt tokens.
+            inputs_embeds: the prompts' embeddings, in the place of ``input_ids``.
             **kwargs: whatever ``GenerationMixin.generate`` takes; ``visual_memory`` of ``encode_images``.
 
         Returns:
             The new tokens only, whatever ``fusion`` is.
+
+        Raises:
+            ValueError: no prompt is given, or not as many pictures as prompts.
         """
+        if input_ids is None:
+            input_ids = kwargs.pop("inputs", None)
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("generate needs prompts: input_ids or inputs_embeds")
+        embeds: Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        embeds = self.get_input_embeddings()(input_ids)
+            attention_mask = embeds.new_ones(embeds.shape[:2], dtype=torch.long)
         if self.config.fusion == "ffn":
             memory = kwargs.get("visual_memory")
             if memory is None and pixel_values is not None:
                 memory, _ = self.encode_images(pixel_values, has_image)
             if memory is None:
                 memory = self._text_only_memory(embeds)
+            _require_a_picture_a_row(memory, embeds)
             kwargs["visual_memory"] = self.prepare_memory(memory)
         elif self.config.fusion == "prefix" and pixel_values is not None:
             embeds, attention_mask, _ = self._prepend_prefix(
@@ -412,3 +433,9 @@ def _presence(pixel_values: Tensor, has_image: Tensor | None) -> Tensor:
     if has_image is not None:
         return has_image
     return torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
+
+
+def _require_a_picture_a_row(pictures: Tensor, embeds: Tensor) -> None:
+    """Refuses a single picture for several rows, which all of them would see by broadcasting."""
+    if len(pictures) != len(embeds):
+        raise ValueError(f"{len(pictures)} pictures for {len(embeds)} rows; a row has one, see has_image")

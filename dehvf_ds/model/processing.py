@@ -74,8 +74,9 @@ class DehvfProcessor(ProcessorMixin):
 
         Args:
             images: a picture or, for several rows, a list with a picture, a list of one picture, or None
-                a row. A picture is PIL's, the path of a file, or an array of bytes ``[height, width, 3]``;
-                EXIF orientation, transparency and 16 bits are treated as in training.
+                a row. A picture is PIL's, the path or the bytes of a file, an address, or an array or tensor
+                of bytes or of shares of 1, ``[height, width, 3]`` or ``[3, height, width]``; of a batch of
+                them each is a row's. EXIF orientation, transparency and 16 bits are treated as in training.
             text: a prompt, or a list of prompts. No placeholder stands for the picture.
             **kwargs: ``add_special_tokens=False`` takes prompts to the letter, begin of text included; others
                 are ignored.
@@ -85,13 +86,15 @@ class DehvfProcessor(ProcessorMixin):
             rows have none. All are tensors.
 
         Raises:
-            ValueError: not as many pictures as prompts, or several pictures for one prompt.
+            ValueError: not as many pictures as prompts, several pictures for one prompt, or what is no picture.
         """
         to_the_letter = not kwargs.get("add_special_tokens", True)
         features: dict[str, Any] = {}
         rows = _one_picture_a_row(images)
         if text is not None:
-            prompts = [text] if isinstance(text, str) else list(text)
+            prompts = [text] if not _is_list(text) else list(text)
+            if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+                raise ValueError("text is a prompt, or a list of prompts, one a row")
             if rows and len(rows) != len(prompts):
                 raise ValueError(
                     f"{len(rows)} pictures for {len(prompts)} prompts; a row has one picture or None"
@@ -138,14 +141,7 @@ class DehvfProcessor(ProcessorMixin):
         return {"input_ids": ids, "attention_mask": mask}
 
     def _pixels(self, picture: Any) -> torch.Tensor:
-        if isinstance(picture, str | Path) and Path(picture).is_file():
-            picture = Image.open(io.BytesIO(Path(picture).read_bytes()))
-        elif isinstance(picture, str):
-            picture = load_image(picture)  # an address, or base64
-        elif isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3:
-            picture = Image.fromarray(picture)
-        if not isinstance(picture, Image.Image):
-            return self.image_processor([picture], return_tensors="pt")["pixel_values"][0]
+        picture = _opened(picture)
         # Decoded at the scale that training decodes at.
         side = to_pixels(self.image_processor, Image.new("RGB", (32, 32))).shape[-1]
         return to_pixels(self.image_processor, upright_for(picture, side))
@@ -155,9 +151,74 @@ def _one_picture_a_row(images: Any) -> list[Any]:
     """One picture or None for each row."""
     if images is None:
         return []
-    if not isinstance(images, Sequence) or isinstance(images, str):
+    if getattr(images, "ndim", 0) == 4:
+        images = list(images)
+    if not _is_list(images):
         return [images]
-    rows = [row if isinstance(row, Sequence) and not isinstance(row, str) else [row] for row in images]
+    rows = [row if _is_list(row) else [row] for row in images]
     if any(len(row) > 1 for row in rows):
         raise ValueError("several pictures for one prompt; the model takes one")
     return [row[0] if row else None for row in rows]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
+def _opened(picture: Any) -> Image.Image:
+    """A picture as PIL's, whatever it was given as.
+
+    Raises:
+        ValueError: it is none, or cannot be read.
+    """
+    if isinstance(picture, Image.Image):
+        return picture
+    try:
+        if isinstance(picture, str | Path) and Path(picture).is_file():
+            picture = Path(picture).read_bytes()
+        elif isinstance(picture, Path):
+            raise ValueError(f"{picture}: no such file")
+        elif isinstance(picture, str):
+            return load_image(picture)  # an address, or base64
+        elif hasattr(picture, "read"):
+            picture = picture.read()
+        if isinstance(picture, bytes | bytearray):
+            return Image.open(io.BytesIO(picture))
+    except OSError as error:
+        raise ValueError(f"no picture can be read: {error}") from None
+    if not hasattr(picture, "ndim"):
+        raise ValueError(f"a {type(picture).__name__} is no picture; give PIL's, a path, an address or an array")
+    return Image.fromarray(_as_bytes(picture))
+
+
+def _as_bytes(array: Any) -> np.ndarray:
+    """The bytes of an array or tensor, ``[height, width]`` or with 1, 3 or 4 channels last, or first.
+
+    Raises:
+        ValueError: it has another shape, or values that are neither bytes nor shares of 1.
+    """
+    channels_first = isinstance(array, torch.Tensor)
+    values = array.detach().cpu().float().numpy() if channels_first else np.asarray(array)
+    while values.ndim > 3 and len(values) == 1:
+        values = values[0]
+    places = (0, 2) if channels_first else (2, 0)
+    if values.ndim == 3:
+        place = next((place for place in places if values.shape[place] in (1, 3, 4)), None)
+        values = np.empty(0) if place is None else np.moveaxis(values, place, 2)
+        values = values[..., 0] if values.shape[-1:] == (1,) else values
+    if values.ndim not in (2, 3) or values.size == 0:
+        raise ValueError(f"an array of shape {list(array.shape)} is no picture of 1, 3 or 4 channels")
+    if values.dtype == np.uint8:
+        return values
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 255):
+        raise ValueError(
+            f"an array of values from {low:g} to {high:g} is no picture; give bytes, or shares of 1 before they "
+            "are normalised"
+        )
+    shares = str(array.dtype).endswith("bool") or (_is_float(array) and high <= 1)
+    return (values.astype(np.float32) * (255 if shares else 1)).round().astype(np.uint8)
+
+
+def _is_float(array: Any) -> bool:
+    return array.is_floating_point() if isinstance(array, torch.Tensor) else array.dtype.kind == "f"

@@ -6,7 +6,7 @@ import json
 import math
 import pickle
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -90,7 +90,12 @@ class StoredFile:
                     self._file.close()
                     raise
                 return
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            try:
+                found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            except (pickle.UnpicklingError, KeyError):
+                raise ValueError("no file of tensors; save the model's state_dict, best as safetensors") from None
+            if not isinstance(found, Mapping):
+                raise ValueError(f"it holds a {type(found).__name__}, not tensors by name")
             self._loaded = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
         self.tensors = {n: StoredTensor(tuple(t.shape), t.dtype) for n, t in self._loaded.items()}
 

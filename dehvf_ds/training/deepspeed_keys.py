@@ -75,6 +75,29 @@ SUPPORTED: Mapping[str, Any] = {
 }
 """What a value must look like, by key; a dictionary for a section."""
 
+_NUMBER_ABOVE_ZERO, _WHOLE_ABOVE_ZERO = "a number above 0", "a whole number above 0"
+_ABOVE_ZERO = {
+    "steps_per_print": _WHOLE_ABOVE_ZERO,
+    "gradient_predivide_factor": _NUMBER_ABOVE_ZERO,
+    "zero_optimization.zero_hpz_partition_size": _WHOLE_ABOVE_ZERO,
+    "zero_optimization.sub_group_size": _WHOLE_ABOVE_ZERO,
+    "zero_optimization.allgather_bucket_size": _WHOLE_ABOVE_ZERO,
+}
+"""Keys that DeepSpeed divides by, and does not check itself."""
+
+_OWN_AUTO = (
+    "bf16",
+    "bf16.enabled",
+    "communication_data_type",
+    "data_types.grad_accum_dtype",
+    "zero_optimization",
+    "zero_optimization.stage",
+    "zero_optimization.offload_param",
+    "zero_optimization.offload_param.device",
+    "zero_optimization.zero_hpz_partition_size",
+)
+"""Keys whose ``auto`` is decided by this trainer, or refused."""
+
 _OURS = "is set by train.* of the run's configuration"
 _METRICS = "is not written: a run has metrics.jsonl and tensorboard/ of its own"
 _FROZEN = "would change the frozen weights"
@@ -177,7 +200,8 @@ def _checked(section: Mapping[str, Any], known: Mapping[str, Any], prefix: str, 
     kept = {}
     for key, value in section.items():
         name = prefix + key
-        if key.startswith("_") or value is None:
+        # DeepSpeed takes an "auto" for its default in some sections; elsewhere it is a text to it, and true.
+        if key.startswith("_") or value is None or (value == "auto" and key in known and name not in _OWN_AUTO):
             continue
         if key not in known:
             if _is_off(value) and name in REFUSED:
@@ -193,9 +217,10 @@ def _checked(section: Mapping[str, Any], known: Mapping[str, Any], prefix: str, 
             if not isinstance(value, Mapping):
                 raise UserError(f"{path}: {name} is {value!r}, not a section in braces")
             kept[key] = _checked(value, wanted, f"{name}.", path)
-        elif value == "auto" or _looks(value, wanted):
+        elif value == "auto" or (_looks(value, wanted) and _in_range(value, name)):
             kept[key] = value
         else:
+            wanted = _ABOVE_ZERO.get(name, wanted) if _looks(value, wanted) else wanted
             raise UserError(f"{path}: {name} is {value!r}; it must be {wanted}{_unquoted(value, wanted)}")
     return kept
 
@@ -207,6 +232,12 @@ def _looks(value: Any, wanted: str) -> bool:
         # No key takes a negative number but the profiler's depth, where -1 is all.
         return isinstance(value, (int, float)) and not isinstance(value, bool) and -1 <= value < 1e18
     return isinstance(value, str if wanted == _TEXT else list)
+
+
+def _in_range(value: Any, name: str) -> bool:
+    if name not in _ABOVE_ZERO:
+        return True
+    return value > 0 and (_ABOVE_ZERO[name] == _NUMBER_ABOVE_ZERO or float(value).is_integer())
 
 
 def _unquoted(value: Any, wanted: str) -> str:

@@ -52,8 +52,14 @@ def build_model_config(
         # Without weights, to find out in a second whether the decoder has the structure that is needed.
         with torch.device("meta"):
             DehvfForConditionalGeneration(built)
-    except ValueError as error:
+    except ModelError as error:
         raise UserError(f"model: {' '.join(str(error).split())}") from None
+    except (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError) as error:
+        # What transformers raises at a value of a config.json that it has no code for.
+        raise UserError(
+            f"model: no model can be built of the config.json of {config.language_model} and "
+            f"{config.vision_tower}: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from None
     return built
 
 

@@ -114,7 +114,7 @@ def test_half_precision(export, dtype) -> None:
     inputs = ask(export / "model", export).to(dtype=dtype)
     logits = model(**inputs).logits.float()
     expected = load(export / "model")(**ask(export / "model", export)).logits
-    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+    assert (logits - expected).abs().max() < 0.08 * expected.abs().max()
     assert model.generate(**inputs, max_new_tokens=4).shape[0] == 1
 
 

@@ -89,7 +89,7 @@ def test_two_ranks_equal_plain_pytorch(job: Path, name: str) -> None:
     assert trained.keys() == parameters.keys()
     for key, value in parameters.items():
         # By norm: where a gradient is rounding noise, Adam's step is that noise at full size.
-        assert (trained[key] - value).norm() <= 1e-3 * value.norm() + 1e-5, key
+        assert (trained[key] - value).norm() <= 5e-3 * value.norm() + 1e-5, key
     # The comparison is not of two models that stand still.
     assert max(expected) - min(expected) > 1e-3
 

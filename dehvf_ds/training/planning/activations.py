@@ -59,13 +59,13 @@ def ffn_saved_bytes(shapes: Shapes, work: Work, *, first_layer: bool = False) ->
 def reader_saved_bytes(shapes: Shapes, work: Work) -> int:
     """The visual branch of one FFN in rank space, its input left aside.
 
-    Query and value before and after their gains, scores before and after the activation, and the memory
-    with each of its position tables.
+    The query as it comes, normalised and with its gains, the value before and after its own, scores before
+    and after the activation, and the memory with each of its position tables.
     """
     if shapes.fusion != "ffn":
         return 0
     n = positions(shapes, work)
-    per_position = 4 * shapes.rank + 2 * shapes.slots
+    per_position = 5 * shapes.rank + 2 * shapes.slots
     return (n * per_position + 2 * work.rows * shapes.slots * shapes.rank) * work.element_bytes
 
 

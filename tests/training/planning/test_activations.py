@@ -83,7 +83,11 @@ def test_the_formula_counts_what_autograd_keeps(
         zero3_linear=zero3,
     )
     kept = bytes_that_autograd_keeps(model, inputs)
-    assert saved_bytes(count_shapes(model, 0), work) == pytest.approx(kept, rel=0.05)
+    shapes = count_shapes(model, 0)
+    if shapes.lora_dropout and not checkpointing:
+        # A CPU keeps the mask in the compute dtype, a GPU as the bytes that the formula counts.
+        kept -= rows * tokens * sum(shapes.lora_inputs) * (work.element_bytes - 1) * shapes.layers
+    assert saved_bytes(shapes, work) == pytest.approx(kept, rel=0.05)
 
 
 def test_rows_of_one_length_need_no_mask() -> None:
