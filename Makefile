@@ -72,8 +72,9 @@ demo: $(DATA)/backbones/.done $(DATA)/scenes/.done
 
 # --- checks ---
 
+# Two at a time, each file by one process: most tests are single threads, and those that start ranks wait a lot.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # On one GPU, some four minutes; `make test` rehearses the same on the CPU. Libraries' warnings are not ours.
 test-gpu: $(INSTALLED)
