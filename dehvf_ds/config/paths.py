@@ -17,8 +17,9 @@ _ELSEWHERE = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]+://")
 def expand_path(text: str, name: str) -> str:
     """Puts the home directory in the place of a leading ``~`` and values in that of ``$VAR`` and ``${VAR}``.
 
-    ``$$`` is a dollar sign, and so is that of a file which is there under the name as it stands. A ``pipe:``
-    command belongs to its shell, an address to its server: both stay.
+    ``$$`` is a dollar sign. Files that are there under a name as it stands, with a dollar sign or a ``~``,
+    are meant where there is no such variable or user. A ``pipe:`` command belongs to its shell, an address to
+    its server: both stay.
 
     Args:
         text: the path, hub id, address or command.
@@ -47,6 +48,8 @@ def expand_path(text: str, name: str) -> str:
         return path
     user, slash, rest = path.partition("/")
     home = os.path.expanduser(user)  # noqa: PTH111 (a Path raises where there is no such user)
+    if home == user and Path(path).exists():
+        return path
     if home == user:
         raise UserError(f"{name} {text}: no home directory of {user}; ./{path} is a file in this folder")
     return home + slash + rest

@@ -109,7 +109,8 @@ def _read_header(path: Path, header: str) -> tuple[str, list[str], tuple[int, in
             for known in (PICTURE_COLUMNS, CAPTION_COLUMNS)
         ]
         if found[0] is not None and found[1] is not None:
-            if twice := next((names[i] for i in found if names.count(names[i]) > 1), None):
+            own = (names[place] for place in found if place is not None)
+            if twice := next((name for name in own if names.count(name) > 1), None):
                 raise UserError(
                     f"{path}: its header names {twice} twice; write a row for each caption of a picture"
                 )
