@@ -84,6 +84,12 @@ def read_world(environ: dict[str, str] | None = None) -> World:
         raise UserError(
             f"RANK, WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE is not a number: {error}"
         ) from None
+    # Nodes may have unlike numbers of ranks, and SLURM tells the first one's.
+    if not (0 <= rank < size and local_rank >= 0 and local_size >= 1):
+        raise UserError(
+            f"RANK {rank} of WORLD_SIZE {size}, LOCAL_RANK {local_rank} of LOCAL_WORLD_SIZE {local_size}: no "
+            "such place; start by deepspeed, torchrun or srun, or unset all four"
+        )
     if torch.cuda.is_available() and env.get("DS_ACCELERATOR", "cuda") == "cuda":
         device = torch.device("cuda", local_rank)
     else:
@@ -245,7 +251,7 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         line = " ".join(str(error).split())
         # Before the ranks meet they all find the same mistake; after, a damaged sample is one rank's own.
-        if rank == "0":
+        if rank == "0" or not rank.isdecimal():
             print(f"error: {line}", file=sys.stderr, flush=True)
         elif torch.distributed.is_initialized() and not error.everywhere:
             print(f"error (rank {rank}): {line}", file=sys.stderr, flush=True)

@@ -133,3 +133,18 @@ def test_dashes_and_bare_switches_are_taken() -> None:
 def test_an_evaluation_checks_its_decoding(changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         EvalConfig(model="m", data="d", **changes)
+
+
+def test_several_files_and_recipes_go_over_each_other(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("train: {lr: 0.25}\n")
+    own = ["--config", str(tmp_path / "c.yaml")]
+    assert parse_run_config([*own, "--config", "demo"]) == parse_run_config(["--config", "demo"])
+    over = parse_run_config(["--config=demo", *own])
+    assert over.train.lr == 0.25
+    assert over.data == parse_run_config([]).data
+
+
+@pytest.mark.parametrize("flag", ["--train.lr+=1", "--model.levels+=1", "--data.prompt+=a"])
+def test_nothing_is_added_to_what_is_no_list(flag: str) -> None:
+    with pytest.raises(UserError, match=r"adds to a list, and .* is set whole"):
+        parse_run_config([flag])

@@ -111,3 +111,18 @@ def test_a_timeout_that_is_set_later_holds_in_every_group(tmp_path: Path, group:
             rank.communicate()
     assert ranks[0].returncode != 0
     assert "1200ms" in output
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"WORLD_SIZE": "0"},
+        {"RANK": "5", "WORLD_SIZE": "2"},
+        {"RANK": "-1", "WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "0"},
+        {"LOCAL_RANK": "-1"},
+    ],
+)
+def test_a_place_that_is_none_is_refused(env: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="no such place; start by deepspeed, torchrun or srun"):
+        read_world(dict(env))

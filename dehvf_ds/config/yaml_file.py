@@ -90,7 +90,9 @@ class _File:
             else:
                 raise self._error(value, f"no setting {full}{suggestion(full, self._settings)}")
 
-    def _pairs(self, node: yaml.MappingNode, name: str) -> dict[str, yaml.Node]:
+    def _pairs(
+        self, node: yaml.MappingNode, name: str, within: tuple[yaml.MappingNode, ...] = ()
+    ) -> dict[str, yaml.Node]:
         """The values of a section by key; those of merged sections (``<<``) behind its own."""
         lines: dict[str, int] = {}
         own: dict[str, yaml.Node] = {}
@@ -108,7 +110,9 @@ class _File:
             lines[key.value] = line
             if key.tag == _MERGE:
                 for other in self._merged(value):
-                    merged = self._pairs(other, name) | merged
+                    if other in within or other is node:
+                        raise self._error(key, "<< takes another section, not one that it stands in")
+                    merged = self._pairs(other, name, (*within, node)) | merged
             else:
                 own[key.value] = value
         return merged | own
@@ -117,8 +121,6 @@ class _File:
         for other in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             if not isinstance(other, yaml.MappingNode):
                 raise self._error(node, "<< takes a section")
-            if other.start_mark.index <= node.start_mark.index < other.end_mark.index:
-                raise self._error(node, "<< takes another section, not one that it stands in")
             yield other
 
     def _value(self, kind: Kind, node: yaml.Node, name: str) -> Any:

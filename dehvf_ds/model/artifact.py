@@ -133,9 +133,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST_FILE
     if not path.is_file():
         raise ModelError(f"{directory}: no manifest.json; not an adapter artifact")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    check_version(manifest.get("version", 1), str(directory))
-    for name, digest in manifest["files"].items():
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, files, _ = manifest.get("version", 1), dict(manifest["files"]), dict(manifest["bases"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: damaged ({type(error).__name__}: {error}); copy it again") from None
+    check_version(version, str(directory))
+    for name, digest in files.items():
         if not (directory / name).is_file():
             raise ModelError(f"{directory / name}: missing")
         if _sha256(directory / name) != digest:

@@ -30,7 +30,15 @@ ADAPTER_FILE = "adapter_config.json"
 """PEFT's. Where it lies beside a model, transformers loads that adapter, onto the model that it names."""
 
 # What reading a configuration raises: a class of transformers checks its own fields, too.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError)
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    StrictDataclassError,
+)
 
 
 def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
@@ -49,8 +57,8 @@ def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
         raise ModelError(f"{kind} {source}: no such directory{where}; set {flag} to where it lies")
     if (Path(source) / ADAPTER_FILE).is_file():
         raise ModelError(
-            f"{kind} {source}: holds {ADAPTER_FILE}, a PEFT adapter that would be loaded with it; take a model "
-            "that it is merged into, or one without it"
+            f"{kind} {source}: holds {ADAPTER_FILE}, a PEFT adapter that would be loaded with it; take a "
+            "model that it is merged into, or one without it"
         )
     try:
         with _quiet_hub():
@@ -147,7 +155,9 @@ def settle_head(config: PreTrainedConfig, source: str) -> None:
     renamed = {stored: loaded_name(decoder, stored) for stored in tensors}
     for name in both:
         same = [
-            stored for stored in tensors if bare_name(f"{name}.weight") in map(bare_name, (stored, renamed[stored]))
+            stored
+            for stored in tensors
+            if bare_name(f"{name}.weight") in map(bare_name, (stored, renamed[stored]))
         ]
         found.append(same[0] if name is not None and len(same) == 1 else None)
     embedding, head = found
@@ -205,21 +215,26 @@ def _load(source: str, config: PreTrainedConfig, *, vision: bool, **settings: An
 def _refuse_quantised(
     model: PreTrainedModel, stored: Mapping[str, tuple[Path, StoredTensor]], source: str
 ) -> None:
-    """Refuses weights that are stored as whole numbers or in 8 bits: transformers casts them, without scales."""
+    """Refuses weights stored as whole numbers or in 8 bits: transformers casts them, without scales."""
     own = {bare_name(name) for name, _ in model.named_parameters()}
     for name, (_, tensor) in stored.items():
         is_weight_dtype = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
         if not is_weight_dtype and own & {bare_name(name), bare_name(loaded_name(model, name))}:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ModelError(
-                f"{source}: {name} is stored as {kind}: its weights are quantised; take the model that they were "
-                "made of"
+                f"{source}: {name} is stored as {kind}: its weights are quantised; take the model that they "
+                "were made of"
             )
 
 
 def _own_part(parameter: nn.Parameter) -> Tensor:
-    """What of a parameter is at hand; under ZeRO-3 this rank's share of it."""
-    return getattr(parameter, "ds_tensor", parameter)
+    """What of a parameter is at hand; under ZeRO-3 this rank's share of it, without what fills up the last."""
+    share: Any = getattr(parameter, "ds_tensor", None)
+    if share is None:
+        return parameter
+    group = getattr(parameter, "ds_process_group", None)
+    start = share.numel() * torch.distributed.get_rank(group)
+    return share.flatten()[: max(0, parameter.ds_numel - start)]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _belongs_to(model: PreTrainedModel, name: str, *, vision: bool) -> bool:

@@ -86,7 +86,7 @@ class DehvfProcessor(ProcessorMixin):
             rows have none. All are tensors.
 
         Raises:
-            ValueError: not as many pictures as prompts, several pictures for one prompt, or what is no picture.
+            ValueError: not as many pictures as prompts, several for one prompt, or what is no picture.
         """
         to_the_letter = not kwargs.get("add_special_tokens", True)
         features: dict[str, Any] = {}
@@ -187,7 +187,9 @@ def _opened(picture: Any) -> Image.Image:
     except OSError as error:
         raise ValueError(f"no picture can be read: {error}") from None
     if not hasattr(picture, "ndim"):
-        raise ValueError(f"a {type(picture).__name__} is no picture; give PIL's, a path, an address or an array")
+        raise ValueError(
+            f"a {type(picture).__name__} is no picture; give PIL's, a path, an address or an array"
+        )
     return Image.fromarray(_as_bytes(picture))
 
 
@@ -213,8 +215,8 @@ def _as_bytes(array: Any) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 255):
         raise ValueError(
-            f"an array of values from {low:g} to {high:g} is no picture; give bytes, or shares of 1 before they "
-            "are normalised"
+            f"an array of values from {low:g} to {high:g} is no picture; give bytes, or shares of 1 before "
+            "they are normalised"
         )
     shares = str(array.dtype).endswith("bool") or (_is_float(array) and high <= 1)
     return (values.astype(np.float32) * (255 if shares else 1)).round().astype(np.uint8)

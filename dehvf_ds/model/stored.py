@@ -93,7 +93,9 @@ class StoredFile:
             try:
                 found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             except (pickle.UnpicklingError, KeyError):
-                raise ValueError("no file of tensors; save the model's state_dict, best as safetensors") from None
+                raise ValueError(
+                    "no file of tensors; save the model's state_dict, best as safetensors"
+                ) from None
             if not isinstance(found, Mapping):
                 raise ValueError(f"it holds a {type(found).__name__}, not tensors by name")
             self._loaded = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}

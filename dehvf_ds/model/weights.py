@@ -246,7 +246,11 @@ def _check_sizes(directory: Path) -> None:
     record = directory / EXPORT_FILE
     if not record.is_file():
         return
-    for name, promised in json.loads(record.read_text(encoding="utf-8"))["files"].items():
+    try:
+        files = dict(json.loads(record.read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{record}: damaged ({type(error).__name__}: {error}); copy it again") from None
+    for name, promised in files.items():
         path = directory / name
         found = path.stat().st_size if path.is_file() else None
         if found is None:

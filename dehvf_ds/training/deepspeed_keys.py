@@ -201,7 +201,11 @@ def _checked(section: Mapping[str, Any], known: Mapping[str, Any], prefix: str, 
     for key, value in section.items():
         name = prefix + key
         # DeepSpeed takes an "auto" for its default in some sections; elsewhere it is a text to it, and true.
-        if key.startswith("_") or value is None or (value == "auto" and key in known and name not in _OWN_AUTO):
+        if (
+            key.startswith("_")
+            or value is None
+            or (value == "auto" and key in known and name not in _OWN_AUTO)
+        ):
             continue
         if key not in known:
             if _is_off(value) and name in REFUSED:
@@ -220,7 +224,8 @@ def _checked(section: Mapping[str, Any], known: Mapping[str, Any], prefix: str, 
         elif value == "auto" or (_looks(value, wanted) and _in_range(value, name)):
             kept[key] = value
         else:
-            wanted = _ABOVE_ZERO.get(name, wanted) if _looks(value, wanted) else wanted
+            if _looks(value, wanted):
+                wanted = _ABOVE_ZERO[name]
             raise UserError(f"{path}: {name} is {value!r}; it must be {wanted}{_unquoted(value, wanted)}")
     return kept
 

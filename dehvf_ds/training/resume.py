@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dehvf_ds.config import ModelConfig, RunConfig, UserError, load_run_config, save_run_config, to_plain
-from dehvf_ds.model import ModelError
-from dehvf_ds.model.artifact import read_manifest
+from dehvf_ds.model import DehvfConfig, ModelError
+from dehvf_ds.model.artifact import CONFIG_FILE, read_manifest
 from dehvf_ds.model.identity import check_base
 from dehvf_ds.model.weights import find_adapter
 from dehvf_ds.training.durable import read_pointer, size_and_hash
+from dehvf_ds.training.engine import build_model_config
 from dehvf_ds.training.lease import Lease
 from dehvf_ds.training.progress import Progress
 
@@ -67,6 +68,21 @@ FREE_KEYS = (
     "eval.max_new_tokens",
     "eval.num_beams",
     "eval.tokenizer",
+)
+
+
+# What decides what trained weights compute.
+_OF_WEIGHTS = (
+    "fusion",
+    "router",
+    "levels",
+    "rank",
+    "router_dim",
+    "image_size",
+    "prefix_tokens",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
 )
 
 
@@ -139,6 +155,7 @@ def choose_start(config: RunConfig, data_digest: str) -> Checkpoint | None:
         except ModelError as error:
             raise UserError(f"--init_from {config.init_from}: {error}") from None
         check_bases(adapter, config.model, config.init_from)
+        check_same_model(adapter, config.model, config.init_from)
     return None
 
 
@@ -292,6 +309,37 @@ def check_bases(adapter: Path, config: ModelConfig, owner: str) -> None:
             check_base(bases[name], source, vision=name == "vision_tower", owner=owner)
     except ModelError as error:
         raise UserError(str(error)) from None
+
+
+def check_same_model(adapter: Path, config: ModelConfig, owner: str) -> None:
+    """Refuses weights that were trained in another model: many would fit, and do something else.
+
+    Args:
+        adapter: the artifact, over the same bases.
+        config: of the run that wants it.
+        owner: what the message calls it.
+
+    Raises:
+        UserError: names the settings that differ, with both values.
+    """
+    before = DehvfConfig.from_json_file(str(adapter / CONFIG_FILE))
+    now = build_model_config(config, image_size=config.image_size or before.image_size)
+    there, here = ({**vars(each), **_lora_settings(each.lora)} for each in (before, now))
+    differing = [
+        f"model.{name} ({there[name]} there, {here[name]} now)"
+        for name in _OF_WEIGHTS
+        if there[name] != here[name]
+    ]
+    if differing:
+        raise UserError(
+            f"--init_from {owner} was trained in another model: {', '.join(differing)}; set them as they "
+            "were, or start without it"
+        )
+
+
+def _lora_settings(lora: Mapping[str, Any] | None) -> dict[str, Any]:
+    lora = lora or {"rank": 0}
+    return {f"lora.{name}": lora.get(name) for name in ("rank", "alpha", "targets")}
 
 
 def check_same_config(path: Path, config: RunConfig, remedy: str) -> None:

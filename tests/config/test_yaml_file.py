@@ -203,3 +203,32 @@ def test_help_tells_every_setting(capsys) -> None:
     assert "--num_beams INT" in told
     assert "hypotheses of beam search; 1 is greedy. (default: 1)" in " ".join(told.split())
     assert os.linesep in told
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("train: {lr: 0.1}\ntrain.lr: 0.5", "line 8: train.lr stands there a second time; keep one"),
+        ("train.lr: 0.5\ntrain: {lr: 0.1}", "line 8: train.lr stands there a second time; keep one"),
+        ("train: &t\n  <<: *t", "line 8: << takes another section, not one that it stands in"),
+        ("train: &t\n  <<: [*t]", "<< takes another section, not one that it stands in"),
+        ("eval:\n  data: scenes #2", "line 8: eval.data ends before the #, which begins a comment"),
+        ("resume: run #3/checkpoints", "line 7: resume ends before the #"),
+    ],
+)
+def test_what_yaml_would_lose_or_not_end_is_refused(tmp_path: Path, lines: str, message: str) -> None:
+    with pytest.raises(UserError) as found:
+        parse(tmp_path, f"{BASE}{lines}\n")
+    assert message in str(found.value)
+
+
+@pytest.mark.parametrize("rest", ["  # the test set", " # 2", " #", ""])
+def test_a_comment_after_a_text_is_one(tmp_path: Path, rest: str) -> None:
+    assert parse(tmp_path, f"{BASE}eval: {{}}\nresume: never{rest}\n").resume == "never"
+    assert parse(tmp_path, f"{BASE}resume: 'never #2'{rest}\n").resume == "never #2"
+
+
+def test_sections_merge_and_their_own_lines_win(tmp_path: Path) -> None:
+    lines = "train:\n  <<: [{lr: 0.5}, {lr: 0.6, steps: 4}]\n  epochs: 2\n"
+    train = parse(tmp_path, BASE + lines).train
+    assert (train.lr, train.steps, train.epochs) == (0.5, 4, 2)

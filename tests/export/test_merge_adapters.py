@@ -314,12 +314,17 @@ def test_an_export_cut_short_is_named_before_it_loads(root) -> None:
 
     with pytest.raises(ModelError, match=r"model\.safetensors: \d+ bytes, not \d+; copy it again"):
         find_trained(root / "model").load()
+    (root / "model" / EXPORT_FILE).write_text("[]")
+    with pytest.raises(ModelError, match=r"export\.json: damaged \(.*\); copy it again"):
+        find_trained(root / "model").load()
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--max-shard-size", "five"], "--max-shard-size five"),
+        (["--max-shard-size", "0KB"], "--max-shard-size 0KB"),
+        (["--max-shard-size=-1GB"], "--max-shard-size -1GB"),
         (["--verify-rows", "0"], "--verify-rows must be at least 1"),
         (["--adapter-only", "--dtype", "bf16"], "--adapter-only copies what was trained"),
     ],
@@ -354,3 +359,22 @@ def test_a_checkpoint_of_two_ranks_in_the_middle_of_a_run(world, tmp_path) -> No
             merge(["--checkpoint", str(run), "--output", str(tmp_path / "none")])
     finally:
         (run / "adapter-away").rename(run / "adapter")
+
+
+def test_an_adapter_is_copied_without_what_lies_beside_it(root) -> None:
+    assert merge(given(root, output="run/adapter/merged")) == 0
+    (root / "run/adapter/notes.txt").write_text("mine")
+    assert merge(given(root, "--adapter-only", output="run/adapter/alone")) == 0
+    found = {path.name for path in (root / "run/adapter/alone").rglob("*") if path.is_file()}
+    trained = {"dehvf_config.json", "manifest.json", "visual.safetensors"}
+    assert found == trained | {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+
+
+def test_an_output_that_can_be_no_name(root) -> None:
+    with pytest.raises(UserError, match=r"--output .*: File name too long"):
+        merge(given(root, output="a" * 300))
+
+
+def test_a_user_without_a_home(root, monkeypatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert merge(given(root)) == 0

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_artifacts import build_bases, save, trained_model
+from tiny_artifacts import LORA, build_bases, save, trained_model
 from tiny_checkpoints import save_bin
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dehvf_ds.export.decoder import DecoderFiles
 from dehvf_ds.export.pieces import Piece, build_skeleton
@@ -191,3 +192,30 @@ def test_one_shard_has_no_index(tmp_path) -> None:
 def test_values_that_no_weight_has_are_named(tmp_path, tensor, message) -> None:
     with pytest.raises(ModelError, match=message):
         write_shards(tmp_path, [piece("a", tensor)], "5GB")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_that_transformers_renames_are_found(tmp_path, tied) -> None:
+    bases = build_bases(tmp_path)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(
+        "gpt_neox", **sizes, vocab_size=260, eos_token_id=0, tie_word_embeddings=tied
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llm")
+    model = trained_model(bases, lora=LORA | {"targets": ["dense_4h_to_h"]})
+    save(model, bases, tmp_path / "adapter")
+    fold_lora(model)
+    found = exported(tmp_path / "adapter", dtype=torch.float32)
+    for name, tensor in found.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_a_tied_weight_may_stand_in_the_files_as_the_head_alone(tmp_path) -> None:
+    bases = build_bases(tmp_path, tie_word_embeddings=True)
+    path = tmp_path / "llm/model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, path, metadata={"format": "pt"})
+    save(trained_model(bases), bases, tmp_path / "adapter")
+    found = exported(tmp_path / "adapter")
+    assert torch.equal(found["language_model.model.embed_tokens.weight"], tensors["lm_head.weight"])

@@ -148,3 +148,11 @@ def test_a_backbone_checkpoint_without_a_weight_is_refused(tmp_path, bases) -> N
 def test_a_directory_without_a_model_is_named(tmp_path) -> None:
     with pytest.raises(ModelError, match="nowhere: no such directory"):
         find_trained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "{", "null", '{"files": 3, "bases": {}}', "\0"])
+def test_a_damaged_manifest_is_named(tmp_path, bases, content) -> None:
+    save(trained_model(bases), bases, tmp_path / "adapter")
+    (tmp_path / "adapter/manifest.json").write_text(content)
+    with pytest.raises(ModelError, match=r"adapter/manifest.json: damaged \(.*\); copy it again"):
+        find_trained(tmp_path / "adapter")

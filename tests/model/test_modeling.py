@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -227,3 +229,28 @@ def test_a_decoder_without_mlp_is_refused_by_name() -> None:
 def test_settings_that_do_not_fit_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         build_model(**settings)
+
+
+@pytest.mark.parametrize("fusion", ["ffn", "prefix"])
+def test_one_picture_is_not_shown_to_several_rows(fusion: str, inputs) -> None:
+    model = build_model(fusion=fusion, trained=True)
+    given = {"input_ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"][:1]}
+    for call in (model, partial(model.generate, max_new_tokens=2)):
+        with pytest.raises(ValueError, match="1 pictures for 3 rows"):
+            call(**given)
+
+
+def test_prompts_may_be_given_as_embeddings(inputs) -> None:
+    model = build_model(trained=True)
+    seen = {"pixel_values": inputs["pixel_values"], "max_new_tokens": 5, "do_sample": False}
+    wanted = model.generate(inputs["input_ids"], **seen)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    assert torch.equal(model.generate(inputs_embeds=embeds, **seen), wanted)
+    assert torch.equal(model.generate(inputs=inputs["input_ids"], **seen), wanted)
+    told = model.generate(
+        inputs["input_ids"], **seen, return_dict_in_generate=True, output_hidden_states=True
+    )
+    assert torch.equal(told.sequences, wanted)
+    assert len(told.hidden_states) == told.sequences.shape[1]
+    with pytest.raises(ValueError, match="generate needs prompts"):
+        model.generate(**seen)

@@ -22,6 +22,8 @@ from transformers import (
 
 from dehvf_ds.config import UserError, parse_run_config
 from dehvf_ds.distributed import read_world
+from dehvf_ds.model import ModelError
+from dehvf_ds.model.backbones import load_backbone, load_backbone_config
 from dehvf_ds.training.checked import check
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -265,3 +267,62 @@ def test_an_empty_instruction_is_one(world, bases) -> None:
     for given, kept in (("", ""), ("Picture:", "Picture:")):
         assert look(world, bases, f"--data.prompt={given}").model_config.prompt == kept
     assert look(world, bases).model_config.prompt == "Caption of the picture:"
+
+
+@pytest.mark.parametrize("part", ["llm", "tower"])
+def test_an_adapter_beside_the_model_is_not_loaded_with_it(world, bases, part) -> None:
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(world / "llm"),
+        "target_modules": ["q_proj"],
+    }
+    (bases / part / "adapter_config.json").write_text(json.dumps(settings))
+    refused(world, bases, f"{part}: holds adapter_config.json, a PEFT adapter that would be loaded with it")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool])
+@pytest.mark.parametrize("part", ["llm", "tower"])
+def test_weights_in_eight_bits_without_a_word_in_the_configuration(world, bases, part, dtype) -> None:
+    def store(tensors) -> None:
+        name = next(name for name in tensors if "layers.0" in name and name.endswith("q_proj.weight"))
+        tensors[name] = (tensors[name] * 10).to(dtype)
+
+    tensors_of(bases / part, store)
+    refused(world, bases, f"{part}: .*q_proj.weight is stored as .*: its weights are quantised")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("vision", [False, True])
+def test_values_that_are_not_finite_are_refused_when_loaded(world, bases, vision, value) -> None:
+    source = bases / ("tower" if vision else "llm")
+
+    def spoil(tensors) -> None:
+        next(t for n, t in tensors.items() if n.endswith("q_proj.weight"))[0, 0] = value
+
+    config = load_backbone_config(str(source), vision=vision)
+    load_backbone(str(source), config, torch.float32, vision=vision)
+    tensors_of(source, spoil)
+    with pytest.raises(ModelError, match=r"q_proj.weight holds values that are not finite"):
+        load_backbone(str(source), config, torch.float32, vision=vision)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_attention_heads": 0},
+        {"hidden_size": "48"},
+        {"hidden_act": "none such"},
+        {"rope_parameters": {"rope_type": "none such", "rope_theta": 1e4}},
+    ],
+)
+def test_values_of_a_configuration_that_transformers_cannot_use(world, bases, values) -> None:
+    config_of(bases / "llm", **values)
+    with pytest.raises(UserError, match=str(bases / "llm")):
+        look(world, bases)
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(2)], torch.nn.Linear(2, 2), "text"])
+def test_a_bin_file_of_something_else(world, bases, content) -> None:
+    (bases / "llm/model.safetensors").unlink()
+    torch.save(content, bases / "llm/pytorch_model.bin")
+    refused(world, bases, "pytorch_model.bin: cannot be read: (no file of tensors|it holds a)")

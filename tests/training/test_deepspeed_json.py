@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from dehvf_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig, UserError
 from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json
+from dehvf_ds.training.deepspeed_keys import SUPPORTED
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = RunConfig(
@@ -226,7 +228,7 @@ def test_of_zero_what_is_auto_off_or_a_float_passes(tmp_path: Path) -> None:
     }
     zero |= {"stage3_prefetch_bucket_size": "auto", "zero_quantized_weights": False, "_why": "for later"}
     read = read_deepspeed_json(written(tmp_path, {"zero_optimization": zero}), CONFIG, world_size=2)
-    assert read["zero_optimization"].keys() == {"stage", "reduce_bucket_size", "stage3_prefetch_bucket_size"}
+    assert read["zero_optimization"].keys() == {"stage", "reduce_bucket_size"}
 
 
 @pytest.mark.parametrize(
@@ -266,3 +268,30 @@ def test_shipped_configurations_resolve_their_precision(name: str) -> None:
     assert isinstance(read["bf16"]["enabled"], bool)
     expected = torch.bfloat16 if read["bf16"]["enabled"] else torch.float32
     assert compute_dtype(read) == expected
+
+
+@pytest.mark.parametrize("key", [key for key, wanted in SUPPORTED.items() if not isinstance(wanted, Mapping)])
+def test_auto_is_deepspeeds_default(tmp_path: Path, key: str) -> None:
+    # To DeepSpeed the text is true, or no number.
+    if key == "communication_data_type":
+        return
+    plain = read_deepspeed_json(written(tmp_path, {}), CONFIG, world_size=1)
+    assert read_deepspeed_json(written(tmp_path, {key: "auto"}), CONFIG, world_size=1) == plain
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5])
+@pytest.mark.parametrize(
+    "key", ["steps_per_print", "zero_hpz_partition_size", "sub_group_size", "allgather_bucket_size"]
+)
+def test_what_deepspeed_divides_by_is_above_zero(tmp_path: Path, key: str, value: float) -> None:
+    zero = {"stage": 3} | ({} if key == "steps_per_print" else {key: value})
+    content = {"zero_optimization": zero} | ({key: value} if key == "steps_per_print" else {})
+    with pytest.raises(UserError, match=f"{key} is {value}; it must be a whole number above 0"):
+        read_deepspeed_json(written(tmp_path, content), CONFIG, world_size=1)
+
+
+def test_gradients_are_not_divided_by_zero(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="gradient_predivide_factor is 0; it must be a number above 0"):
+        read_deepspeed_json(written(tmp_path, {"gradient_predivide_factor": 0}), CONFIG, world_size=1)
+    read = read_deepspeed_json(written(tmp_path, {"gradient_predivide_factor": 0.5}), CONFIG, world_size=1)
+    assert read["gradient_predivide_factor"] == 0.5

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_artifacts import save, trained_model
 from torch import Tensor
 from training.launch import REPOSITORY, run_ranks, start_ranks
 from training.resume_world import build_world, recipe
@@ -289,3 +290,38 @@ def wait_for_step(run_dir: Path, step: int) -> None:
     """Waits until the run has written this step's line."""
     path = run_dir / "metrics.jsonl"
     wait_for(lambda: path.exists() and path.read_text().count("\n") >= step)
+
+
+@pytest.fixture(scope="module")
+def trained(world: Path) -> Path:
+    """What a run of the recipe could have trained."""
+    bases = {"language_model": str(world / "llm"), "vision_tower": str(world / "tower")}
+    settings = {"levels": [1, 3, 4], "rank": 7, "router_dim": 5, "image_size": 16}
+    lora = {"rank": 3, "alpha": 8.0, "dropout": 0.0, "targets": ["down_proj"]}
+    save(trained_model(bases, **settings, lora=lora), bases, world / "trained")
+    return world / "trained"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "there"),
+    [
+        ("model.levels", "[1,4]", "[1, 3, 4] there, [1, 4] now"),
+        ("model.levels", "[2,3,4]", "[1, 3, 4] there"),
+        ("model.router", "static", "layer there, static now"),
+        ("model.fusion", "none", "ffn there"),
+        ("model.fusion", "prefix", "ffn there"),
+        ("model.rank", "8", "7 there"),
+        ("model.router_dim", "4", "5 there"),
+        ("model.image_size", "24", "16 there"),
+        ("model.lora.rank", "2", "3 there"),
+        ("model.lora.rank", "0", "3 there, 0 now"),
+        ("model.lora.alpha", "4", "8.0 there, 4.0 now"),
+        ("model.lora.targets", "up_proj", "['down_proj'] there, ['up_proj'] now"),
+    ],
+)
+def test_a_run_starts_from_weights_of_the_same_model_alone(world, trained, key, value, there) -> None:
+    flags = {"--init_from": trained, "--train.lr": 1e-9, "--model.lora.dropout": 0.5}
+    assert choose_start(parse_run_config(arguments(world, "new", **flags)), "") is None
+    config = parse_run_config(arguments(world, "new", **flags, **{f"--{key}": value}))
+    with pytest.raises(UserError, match=re.escape(f"{key} ({there}")):
+        choose_start(config, "")
