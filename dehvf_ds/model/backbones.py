@@ -226,7 +226,7 @@ def _refuse_quantised(
 
 
 def _own_part(parameter: nn.Parameter) -> Tensor:
-    """What of a parameter is at hand; under ZeRO-3 this rank's share of it, without what fills up the last."""
+    """What of a parameter is at hand; under ZeRO-3 this rank's share, without what fills up the last."""
     share: Any = getattr(parameter, "ds_tensor", None)
     if share is None:
         return parameter
