@@ -28,8 +28,10 @@ def build_world(root: Path) -> Path:
         num_attention_heads=4,
         eos_token_id=0,
         bos_token_id=None,
+        # As SmolLM2 is stored.
+        tie_word_embeddings=True,
     )
-    AutoModelForCausalLM.from_config(llm).save_pretrained(root / "llm")
+    AutoModelForCausalLM.from_config(llm, dtype=torch.bfloat16).save_pretrained(root / "llm")
     byte_tokenizer().save_pretrained(root / "llm")
     gpt2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=260)
     AutoModelForCausalLM.from_config(gpt2).save_pretrained(root / "gpt2")

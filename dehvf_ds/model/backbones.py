@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from .configuration import ModelError, square_side
@@ -146,8 +147,9 @@ def settle_head(config: PreTrainedConfig, source: str) -> None:
     """
     if not getattr(config, "tie_word_embeddings", False):
         return
-    with torch.device("meta"):
-        decoder = AutoModelForCausalLM.from_config(config)
+    # Its class itself: `from_config` would partition it where weights are to be partitioned.
+    with torch.device("meta"), no_init_weights():
+        decoder = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     names = {id(module): name for name, module in decoder.named_modules()}
     both = [names.get(id(each)) for each in (decoder.get_input_embeddings(), decoder.get_output_embeddings())]
     tensors = stored_tensors(source)

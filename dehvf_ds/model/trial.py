@@ -163,7 +163,7 @@ def _compare(own: Tensor, ours: Tensor, kind: str) -> None:
 
 def _copy_of(auto_class: type, small: PreTrainedConfig, config: PreTrainedConfig) -> PreTrainedModel:
     with _refused(f"no scaled-down copy of a {config.model_type} model can be built"):
-        return auto_class.from_config(small).eval()
+        return auto_class.from_config(small, dtype=torch.float32).eval()
 
 
 @contextmanager
