@@ -120,6 +120,7 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
     else:
         torch.cuda.set_device(world.device)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
     import deepspeed
@@ -129,6 +130,10 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
+    if world.size == 1:
+        # It meets nobody, so it takes no port that another run could have.
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     try:
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     except torch.distributed.DistNetworkError as error:

@@ -350,7 +350,6 @@ def test_rows_are_scored_against_a_file_by_their_pictures_names(root, model, tmp
 BAD_RECORDS = {
     "choice": {"choices": ["a", None]},
     "question": {"question": 3},
-    "answer": {"answer": 7},
     "grade": {"grade": "grade13"},
     "hint": {"hint": 1.5},
     "image_caption": {"image_caption": ["x"]},

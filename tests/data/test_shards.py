@@ -51,7 +51,7 @@ def test_what_is_written_is_scanned(tmp_path):
     path = tmp_path / "a.tar"
     problem = {"question": "Why?", "choices": ["a", "bc"], "answer": 1, "hint": "", "grade": "grade2"}
     problem |= {"subject": "social science"}
-    table = write_shard([row(0), row(1), row(2, size=0, captions=[], **problem)], path)
+    table = write_shard([row(0), row(1), row(2, size=0, captions=[], image_id=None, **problem)], path)
     assert table.rows[:, 2].tolist() == [2, 2, 0]
     assert (table.num_pictures, table.tasks) == (2, {"caption": 2, "scienceqa": 1})
     assert table.text_lengths.tolist() == [11, 7, 12, 7, 7]

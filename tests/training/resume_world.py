@@ -47,7 +47,7 @@ model:
   lora: {{rank: 3}}
 data: {{train: {world}/train, max_tokens: 40, num_workers: 1}}
 train:
-  {{global_batch_size: 8, micro_batch_size: 1, lr: 0.002, warmup_steps: 2, log_every: 1, levels_every: 4}}
+  {{global_batch_size: 8, micro_batch_size: 1, lr: 0.0005, warmup_steps: 2, log_every: 1, levels_every: 4}}
 """
     )
     return str(path)
