@@ -130,7 +130,7 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
-    if world.size == 1:
+    if world.size == 1 and not torch.distributed.is_initialized():
         # It meets nobody, so it takes no port that another run could have.
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
