@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
-from training.launch import start_ranks
+from training.launch import USER_ENVIRONMENT, start_ranks
 
 from dehvf_ds.config import UserError
-from dehvf_ds.distributed import first_host, init_process_group, read_world
+from dehvf_ds.distributed import first_host, read_world
 
 
 def test_alone_is_one_process() -> None:
@@ -65,26 +66,29 @@ def test_a_variable_that_is_no_number_is_an_error() -> None:
         read_world({"RANK": "zero", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
 
 
-def test_a_port_that_another_run_holds_is_one_line(monkeypatch) -> None:
-    # Tests of whole programs in this process have met already.
-    monkeypatch.setattr("deepspeed.comm.comm.cdb", None)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+MEETS = """
+from dehvf_ds.distributed import init_process_group, read_world, run_entry
+run_entry(lambda _: init_process_group(read_world()))
+"""
+
+
+def test_a_port_that_another_run_holds_is_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-        for name, value in (world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-        threads = torch.get_num_threads()
-        try:
-            with pytest.raises(UserError, match=f"port {port}, .* is in use.*--master_port"):
-                init_process_group(read_world())
-        finally:
-            torch.set_num_threads(threads)
+        result = subprocess.run(
+            [sys.executable, "-c", MEETS],
+            env=USER_ENVIRONMENT | world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+    assert result.returncode == 2
+    assert f"error: port {port}, where the ranks meet, is in use" in result.stderr
+    assert "--master_port" in result.stderr
 
 
 WAITS = """
