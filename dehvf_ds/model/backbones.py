@@ -249,7 +249,9 @@ def _belongs_to(model: PreTrainedModel, name: str, *, vision: bool) -> bool:
     lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     if any(bare_name(name).startswith(f"{bare_name(layers)}.") for layers in lists):
         return True
-    parents = {bare_name(own).rpartition(".")[0] for own, _ in model.named_parameters()}
+    # A tied head's weight counts, too.
+    named = model.named_parameters(remove_duplicate=False)
+    parents = {bare_name(own).rpartition(".")[0] for own, _ in named}
     return not vision and bare_name(name).rpartition(".")[0] in parents
 
 

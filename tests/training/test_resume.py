@@ -191,7 +191,7 @@ def test_what_would_be_another_run_is_refused(world: Path, whole: Path, capsys) 
     other_llm = {"--model.language_model": world / "other_llm"}
     other_weights = "differs from it in the weights of model.layers.2.mlp.up_proj.weight"
     for changes, message in (
-        ({"--train.lr": 0.1}, "train.lr (0.002 there, 0.1 now)"),
+        ({"--train.lr": 0.1}, "train.lr (0.0005 there, 0.1 now)"),
         ({"--data.train": world / "other"}, "was trained on other shards than data.train"),
         ({"--resume": world / "kept/checkpoints/step_99"}, "step_99: not a whole checkpoint"),
         (other_llm, other_weights),
