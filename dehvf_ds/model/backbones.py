@@ -148,8 +148,9 @@ def settle_head(config: PreTrainedConfig, source: str) -> None:
     if not getattr(config, "tie_word_embeddings", False):
         return
     # Its class itself: `from_config` would partition it where weights are to be partitioned.
+    decoder_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"), no_init_weights():
-        decoder = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        decoder = decoder_class(config)
     names = {id(module): name for name, module in decoder.named_modules()}
     both = [names.get(id(each)) for each in (decoder.get_input_embeddings(), decoder.get_output_embeddings())]
     tensors = stored_tensors(source)
