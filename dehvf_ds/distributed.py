@@ -120,7 +120,6 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
     else:
         torch.cuda.set_device(world.device)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
     import deepspeed
