@@ -15,7 +15,6 @@ import json
 import random
 import sys
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,13 +32,12 @@ from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.loader import read_sample
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
-from dehvf_ds.demo.scenes.world import COLORS, SHAPES, TEXTURES
+from dehvf_ds.demo.outcome import score_words
 from dehvf_ds.model import DehvfForConditionalGeneration, visual_ffn
 from dehvf_ds.model.levels import visual_levels
 from dehvf_ds.model.weights import build_config, load_model
 from dehvf_ds.training.optim import learning_rate, parameter_groups
 
-WORDS = {"colour": set(COLORS), "texture": set(TEXTURES) - {"plain"}, "shape": set(SHAPES)}
 CAPTIONS_A_PICTURE = 5
 DTYPE = torch.bfloat16
 
@@ -184,7 +182,7 @@ def measure(model: SeenModel, scenes: Scenes, tokenizer: Any) -> dict[str, float
     """Loss a token over two captions of each picture, and F1 of words in its greedy caption."""
     model.eval()
     loss = tokens = 0.0
-    right, said, wanted = Counter(), Counter(), Counter()
+    captions = []
     for first in range(0, len(scenes.index), 25):
         rows = range(first, min(first + 25, len(scenes.index)))
         for caption in (0, 2):
@@ -201,18 +199,9 @@ def measure(model: SeenModel, scenes: Scenes, tokenizer: Any) -> dict[str, float
             pad_token_id=tokenizer.pad_token_id,
         )
         for row, text in zip(rows, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-            true = scenes.sample(row, 0).record["captions"][0]
-            for kind, words in WORDS.items():
-                ours, theirs = _count(text, words), _count(true, words)
-                right[kind] += sum((ours & theirs).values())
-                said[kind] += sum(ours.values())
-                wanted[kind] += sum(theirs.values())
-    f1 = {kind: round(2 * right[kind] / max(1, said[kind] + wanted[kind]), 3) for kind in WORDS}
-    return {"test_loss": round(loss / tokens, 4)} | f1
-
-
-def _count(text: str, words: set[str]) -> Counter[str]:
-    return Counter(word for word in text.lower().replace(".", " ").replace(",", " ").split() if word in words)
+            captions.append((text, scenes.sample(row, 0).record["captions"][0]))
+    words = {kind: round(f1, 3) for kind, f1 in score_words(captions).items()}
+    return {"test_loss": round(loss / tokens, 4)} | words
 
 
 def _build(llm: str, tower: str, seed: int, device: str) -> SeenModel:

@@ -9,14 +9,20 @@ something is not as promised.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dehvf_ds.config import UserError
+from dehvf_ds.demo.scenes.world import COLORS, SHAPES, TEXTURES
 from dehvf_ds.demo.show import RUN, RUN_BLIND, TEST_SCORES
+
+WORDS = {"color": set(COLORS), "texture": set(TEXTURES) - {"plain"}, "shape": set(SHAPES)}
+"""The words of captions that only the picture tells; of a plain thing no texture is said."""
 
 LEAST_CIDER = 100.0
 LEAST_RATIO = 3.0
@@ -31,11 +37,13 @@ def main() -> int:
     try:
         scores = [read_cider(run) for run in (RUN, RUN_BLIND)]
         pictures = sorted(PICTURES.glob("*.png"))[:NUM_PICTURES]
+        words = score_words(read_captions(RUN))
         captions = [caption(model, pictures) for model in (RUN, RUN / "merged")]
     except (OSError, ValueError, KeyError, UserError) as error:
         print(f"error: {error}; run `make demo` first", file=sys.stderr)
         return 2
     print(f"CIDEr {scores[0]:.1f}, of the model that cannot see {scores[1]:.1f}; {len(captions[0])} captions")
+    print("F1 of words: " + ", ".join(f"{kind} {f1:.3f}" for kind, f1 in words.items()))
     broken = [*judge_scores(*scores), *judge_captions(*captions)]
     for line in broken:
         print(f"error: {line}", file=sys.stderr)
@@ -45,6 +53,25 @@ def main() -> int:
 def read_cider(run: Path) -> float:
     """The score of a run's captions of the test scenes, x100."""
     return float(json.loads((run / TEST_SCORES).read_text(encoding="utf-8"))["CIDEr"])
+
+
+def read_captions(run: Path) -> Iterable[tuple[str, str]]:
+    """A run's captions of the test scenes, each with the first of its scene's own."""
+    path = (run / TEST_SCORES).with_name("predictions.jsonl")
+    for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        yield line["prediction"], line["references"][0]
+
+
+def score_words(captions: Iterable[tuple[str, str]]) -> dict[str, float]:
+    """F1, 0 to 1, of the words of each kind, over pairs of what was said and what is true."""
+    right, counted = Counter[str](), Counter[str]()
+    for said, true in captions:
+        both = [re.findall("[a-z]+", text.lower()) for text in (said, true)]
+        for kind, words in WORDS.items():
+            ours, theirs = (Counter(w for w in spoken if w in words) for spoken in both)
+            right[kind] += (ours & theirs).total()
+            counted[kind] += ours.total() + theirs.total()
+    return {kind: 2 * right[kind] / max(1, counted[kind]) for kind in WORDS}
 
 
 def judge_scores(cider: float, blind: float) -> Iterable[str]:

@@ -20,13 +20,24 @@ def demo(tmp_path: Path, monkeypatch) -> dict[Path, dict[str, str]]:
     for run, cider in ((RUN, 226.0), (RUN_BLIND, 40.0)):
         (run / TEST_SCORES).parent.mkdir(parents=True)
         (run / TEST_SCORES).write_text(json.dumps({"CIDEr": cider}))
+    line = {"prediction": "A red star.", "references": ["A striped red ring.", "No other counts."]}
+    (RUN / TEST_SCORES).with_name("predictions.jsonl").write_text(json.dumps(line) + "\n")
     captions = {RUN: dict(CAPTIONS), RUN / "merged": dict(CAPTIONS)}
     monkeypatch.setattr(outcome, "caption", lambda model, pictures: captions[model])
     return captions
 
 
-def test_a_demo_that_keeps_its_promises(demo) -> None:
+def test_a_demo_that_keeps_its_promises(demo, capsys) -> None:
     assert outcome.main() == 0
+    assert "color 1.000, texture 0.000, shape 0.000" in capsys.readouterr().out
+
+
+def test_words_are_counted_as_often_as_they_are_said() -> None:
+    assert outcome.score_words([("Red, red and a dotted star", "A red dotted star and a blue ring.")]) == {
+        "color": 2 / 4,
+        "texture": 1.0,
+        "shape": 2 / 3,
+    }
 
 
 @pytest.mark.parametrize(
