@@ -214,9 +214,8 @@ def _spice(truth: Tokens, guess: Tokens) -> _Scores:
     from pycocoevalcap.spice import spice
 
     folder = Path(spice.__file__).parent / "lib"
-    absent = [name for name in SPICE_PARSER if not (folder / name).is_file()]
-    if absent:
-        raise RuntimeError(f"its parser is not there: {folder} lacks {' and '.join(absent)}")
+    if not all((folder / name).is_file() for name in SPICE_PARSER):
+        raise RuntimeError("its parser is not installed; docs/evaluation.md tells how")
     if shutil.which("java") is None:
         raise RuntimeError(f"needs a Java runtime and {NO_JAVA}")
     total, rows = spice.Spice().compute_score(truth, guess)

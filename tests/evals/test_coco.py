@@ -280,7 +280,7 @@ class TestSpice:
     def test_without_its_parser_it_is_missing(self, library, no_java) -> None:
         (library / SPICE_PARSER[0]).touch()
         missing = score_captions(REFERENCES, PREDICTIONS, tokenizer="simple").missing
-        assert missing["SPICE"] == f"its parser is not there: {library} lacks {SPICE_PARSER[1]}"
+        assert missing["SPICE"].startswith("its parser is not installed")
 
     def test_with_its_parser_it_is_scored(self, library, tmp_path, monkeypatch) -> None:
         class FakeSpice:
