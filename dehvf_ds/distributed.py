@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import importlib
 import io
@@ -11,7 +12,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,8 +24,14 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from dehvf_ds.config import UserError
+from dehvf_ds.rank_store import Failure, JobError, RankStore, short, tell
 
 USER_ERROR_EXIT_CODE = 2
+REQUEUE_EXIT_CODE = 85
+"""Exit code of a run that saved itself on request: please start it again."""
+
+# Of files that cannot be written or read: what went wrong is the machine's, and no traceback tells more.
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 
 Result = TypeVar("Result")
 
@@ -90,17 +98,68 @@ def read_world(environ: dict[str, str] | None = None) -> World:
             f"RANK {rank} of WORLD_SIZE {size}, LOCAL_RANK {local_rank} of LOCAL_WORLD_SIZE {local_size}: no "
             "such place; start by deepspeed, torchrun or srun, or unset all four"
         )
-    if torch.cuda.is_available() and env.get("DS_ACCELERATOR", "cuda") == "cuda":
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
-    return World(rank, local_rank, size, local_size, device)
+    return World(rank, local_rank, size, local_size, _device(local_rank, env))
+
+
+def _device(local_rank: int, env: Mapping[str, str]) -> torch.device:
+    if not torch.cuda.is_available() or env.get("DS_ACCELERATOR", "cuda") != "cuda":
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if visible == 1:
+        # Of several tasks on a node each may see its own alone (srun --gpus-per-task, --gpu-bind).
+        return torch.device("cuda", 0)
+    if local_rank >= visible:
+        raise UserError(
+            f"LOCAL_RANK {local_rank} of a node on which {visible} GPUs are seen; start a rank a GPU"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def first_host(nodelist: str) -> str:
     """The first node of SLURM's short form, where rank 0 runs: ``gpu[003-004,7],cpu1`` is ``gpu003``."""
-    prefix, bracket, rest = nodelist.partition(",")[0].partition("[")
-    return prefix + re.split("[-,\\]]", rest)[0] if bracket else prefix
+    first = re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodelist)
+    return first.partition(",")[0]
+
+
+_store: RankStore | None = None
+
+
+def meet(world: World, timeout_minutes: float = 30.0) -> None:
+    """Lets the ranks hear of each other's failures from here on; no device and no backend is needed.
+
+    Args:
+        world: this process's place.
+        timeout_minutes: how long rank 0 may take to come.
+
+    Raises:
+        UserError: nothing says where the ranks meet, or another program listens there.
+        JobError: rank 0 did not come.
+    """
+    global _store
+    if world.size == 1 or _store is not None:
+        return
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(
+                f"WORLD_SIZE is {world.size} and {name} is not set; start by deepspeed, torchrun or srun"
+            )
+    port = os.environ["MASTER_PORT"]
+    try:
+        _store = RankStore(world.rank, world.size, timeout_minutes)
+    except torch.distributed.DistNetworkError as error:
+        # A job of SLURM meets elsewhere when it is started again, as it is after any error but a mistake.
+        if "EADDRINUSE" not in str(error) or "SLURM_JOB_ID" in os.environ:
+            raise JobError(f"port {port}, where the ranks meet: {short(error)}") from None
+        raise UserError(
+            f"port {port}, where the ranks meet, is in use, perhaps by another run; "
+            "name another: deepspeed --master_port 29501, torchrun --master-port 29501"
+        ) from None
+
+
+def before_end(cleanup: Callable[[], object]) -> None:
+    """Has a function called before another rank's failure ends this process."""
+    if _store is not None:
+        _store.cleanups.append(cleanup)
 
 
 def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
@@ -111,17 +170,18 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
         timeout_minutes: how long a rank waits for the others before it fails.
 
     Raises:
-        UserError: another program listens where the ranks were told to meet.
+        UserError: as ``meet`` does, where the ranks have not met yet.
+        JobError: ranks did not come; names them.
     """
+    meet(world, timeout_minutes)
+    if _store is not None:
+        _store.wait_for_all(timeout_minutes)
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         # torchrun sets OMP_NUM_THREADS to 1; every core counts on a CPU run.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
     else:
         torch.cuda.set_device(world.device)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
     import deepspeed
 
     _compile_nothing()
@@ -129,20 +189,14 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
-    if world.size == 1 and not torch.distributed.is_initialized():
-        # It meets nobody, so it takes no port that another run could have.
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    try:
-        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
-    except torch.distributed.DistNetworkError as error:
-        # A job of SLURM meets elsewhere when it is started again, as it is after any error but a mistake.
-        if "EADDRINUSE" not in str(error) or "SLURM_JOB_ID" in os.environ:
-            raise
-        raise UserError(
-            f"port {os.environ['MASTER_PORT']}, where the ranks meet, is in use, perhaps by another run; "
-            "name another: deepspeed --master_port 29501, torchrun --master-port 29501"
-        ) from None
+    if not torch.distributed.is_initialized():
+        # A single rank meets nobody, so it takes no port that another run could have.
+        store = torch.distributed.HashStore() if _store is None else _store.store
+        torch.distributed.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
+        )
+    # Finds that communication has started, and takes it for its own.
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
 def _compile_nothing() -> None:
@@ -185,16 +239,19 @@ def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
 
 
 def gather_to_main(items: list[Any], world: World) -> list[Any]:
-    """Joins every rank's list on rank 0, in rank order; other ranks get an empty list. All must call it."""
-    if not torch.distributed.is_initialized():
+    """Joins every rank's list on rank 0, in rank order; other ranks get an empty list. All must call it.
+
+    Rank 0 waits for the slowest rank as long as it takes.
+    """
+    if _store is None:
         return items
-    parts: list[Any] = [None] * world.size
-    torch.distributed.all_gather_object(parts, items)
-    return [item for part in parts for item in part] if world.is_main else []
+    return [item for part in _store.gather(items) for item in part]
 
 
 def on_main(world: World, function: Callable[[], Result]) -> Result:
-    """Runs a function on rank 0 and gives its result to all. Every rank must call it.
+    """Runs a function on rank 0 and gives its result to all, which wait as long as that takes.
+
+    Every rank must call it.
 
     Args:
         world: this process's place.
@@ -203,20 +260,18 @@ def on_main(world: World, function: Callable[[], Result]) -> Result:
     Raises:
         UserError: the one that the function raised, on every rank.
     """
-    if not torch.distributed.is_initialized():
+    if _store is None:
         return function()
-    outcome: list[Any] = [None]
-    if world.is_main:
+
+    def attempt() -> tuple[Any, str | None]:
         try:
-            outcome = [(function(), None)]
+            return function(), None
         except UserError as error:
-            outcome = [(None, str(error))]
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    result, mistake = outcome[0]
+            return None, str(error)
+
+    result, mistake = _store.broadcast(attempt)
     if mistake is not None:
-        error = UserError(mistake)
-        error.everywhere = True
-        raise error
+        raise UserError(mistake)
     return result
 
 
@@ -252,20 +307,49 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        line = " ".join(str(error).split())
-        # Before the ranks meet they all find the same mistake; after, a damaged sample is one rank's own.
-        if rank == "0" or not rank.isdecimal():
-            print(f"error: {line}", file=sys.stderr, flush=True)
-        elif torch.distributed.is_initialized() and not error.everywhere:
-            print(f"error (rank {rank}): {line}", file=sys.stderr, flush=True)
-        code = USER_ERROR_EXIT_CODE
+        code = _fail(" ".join(str(error).split()), USER_ERROR_EXIT_CODE)
     except KeyboardInterrupt:
-        code = 130
-    except Exception:
-        traceback.print_exc()
-        code = 1
+        code = _fail("", 130)
+    except StopNow:
+        code = _fail("", REQUEUE_EXIT_CODE)
+    except JobError as error:
+        code = _fail(" ".join(str(error).split()), 1)
+    except torch.OutOfMemoryError as error:
+        code = _fail(f"out of GPU memory: {short(error)}", 1)
+    except Exception as error:
+        if _is_of_the_machine(error):
+            code = _fail(short(error), 1)
+        elif "onnection closed by peer" in str(error) or "onnection reset by peer" in str(error):
+            code = _fail("another rank is gone without a word, killed perhaps; the launcher may know", 1)
+        else:
+            code = _fail(short(error), 1, details=traceback.format_exc())
     _leave(code)
+
+
+class StopNow(BaseException):
+    """Ends the process, and with it all ranks, with the code that asks for another start."""
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
+
+
+def _fail(line: str, code: int, *, details: str = "") -> int:
+    """Tells why this rank ends; returns the code that all end with."""
+    if _store is None and os.environ.get("WORLD_SIZE", "1") != "1":
+        # It failed before the ranks met: the others are on their way there, or fail alike.
+        with suppress(UserError, JobError, torch.distributed.DistError):
+            meet(read_world(), timeout_minutes=1)
+
+    def explain() -> None:
+        print(details, end="", file=sys.stderr, flush=True)
+
+    if _store is not None:
+        return _store.fail(line, code, details=explain)
+    explain()
+    rank = os.environ.get("RANK", "0")
+    tell(Failure(int(rank) if rank.isdecimal() else 0, line, code))
+    return code
 
 
 def _quiet_libraries() -> None:
@@ -278,9 +362,11 @@ def _quiet_libraries() -> None:
 
 
 def _leave(code: int) -> None:
-    if not torch.distributed.is_initialized():
+    if _store is None and not torch.distributed.is_initialized():
         sys.exit(code)
-    if code == 0:
+    if code in (0, REQUEUE_EXIT_CODE) and _store is not None:
+        _store.leave()
+    if code == 0 and torch.distributed.is_initialized():
         # After an error the other ranks may be gone, and this would wait for them.
         torch.distributed.destroy_process_group()
     sys.stdout.flush()
@@ -288,11 +374,3 @@ def _leave(code: int) -> None:
     # Not sys.exit: in one of some ten runs a thread of torch or DeepSpeed still wants the interpreter
     # while it is torn down, and a finished run ended with "terminate called" and SIGABRT.
     os._exit(code)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]

@@ -30,7 +30,7 @@ from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.prompts import build_prompt
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
-from dehvf_ds.distributed import has_fast_bf16, init_process_group, on_main, read_world, run_entry
+from dehvf_ds.distributed import has_fast_bf16, init_process_group, meet, on_main, read_world, run_entry
 from dehvf_ds.evals.answering import answer_rows
 from dehvf_ds.evals.parts import AnswerParts
 from dehvf_ds.evaluation.loss import measure_loss
@@ -76,9 +76,9 @@ def main(argv: list[str]) -> int:
             f"--images is of annotation files; {config.data} is a directory, with its pictures in it"
         )
     world = read_world()
+    meet(world)
     data = config.data
     if is_official(data):
-        init_process_group(world)
         data = str(on_main(world, lambda: build_official(config)))
     # Before the model's files: it is the likelier mistake.
     ShardIndex(data)

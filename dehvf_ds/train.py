@@ -21,7 +21,17 @@ import torch
 from dehvf_ds.config import RunConfig, UserError, parse_run_config
 from dehvf_ds.config.ignored import ignored_settings
 from dehvf_ds.data.loader import read_sample
-from dehvf_ds.distributed import World, init_process_group, on_main, read_world, run_entry, set_timeout
+from dehvf_ds.distributed import (
+    REQUEUE_EXIT_CODE,
+    World,
+    before_end,
+    init_process_group,
+    meet,
+    on_main,
+    read_world,
+    run_entry,
+    set_timeout,
+)
 from dehvf_ds.evaluation.inside import InsideEvaluation
 from dehvf_ds.evaluation.questions import TASKS, Questions, open_questions
 from dehvf_ds.training.checked import Checked, check
@@ -29,13 +39,13 @@ from dehvf_ds.training.checkpoint import Checkpoints, complete_artifact, save_ar
 from dehvf_ds.training.deepspeed_json import compute_dtype
 from dehvf_ds.training.engine import build_engine
 from dehvf_ds.training.lease import Lease
-from dehvf_ds.training.loop import Actions, Job, TrainingError, fit
+from dehvf_ds.training.loop import Actions, Job, fit
 from dehvf_ds.training.metrics import MetricsWriter
 from dehvf_ds.training.planning.inside import check_inside
 from dehvf_ds.training.progress import Progress
 from dehvf_ds.training.rehearsal import rehearse
 from dehvf_ds.training.resume import Checkpoint, choose_start, open_run
-from dehvf_ds.training.signals import REQUEUE_EXIT_CODE, StopRequest
+from dehvf_ds.training.signals import StopRequest
 from dehvf_ds.training.supervision import check_supervised, check_validation
 from dehvf_ds.training.validation import validation_loss
 
@@ -51,7 +61,9 @@ def main(argv: list[str]) -> int:
     if config.dry_run:
         # A cache is written; shards are read where they lie.
         config = replace(config, data=replace(config.data, cache_dir=None))
-    run = check(config, read_world())
+    world = read_world()
+    meet(world, config.train.start_timeout_minutes)
+    run = check(config, world)
     if run.world.is_main:
         for line in [*idle, *schedule_notes(run)]:
             print(f"note: {line}", file=sys.stderr, flush=True)
@@ -106,6 +118,7 @@ def train(run: Checked, questions: Questions | None, stop: StopRequest) -> int:
     def take_directory() -> Checkpoint | None:
         nonlocal lease
         lease, found = open_run(config, run.index.digest)
+        before_end(lease.release)
         return found
 
     checkpoint = on_main(world, take_directory)
@@ -261,10 +274,6 @@ def _fit(
     writer = MetricsWriter(run_dir, job.num_steps, job.config.log_every, progress.step) if main else None
     try:
         finished = fit(engine, loader, job, progress, actions, writer=writer, stop=stop)
-    except TrainingError as error:
-        if main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
     finally:
         if writer is not None:
             writer.close()

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us. Entries print its one line and exit with code 2.
-
-    Attributes:
-        everywhere: every rank raises it, so that one of them need tell.
-    """
-
-    everywhere = False
+    """A mistake in what the user gave us. Entries print its one line and exit with code 2."""
 
 
 class UnsupervisedError(UserError):
     """Rows without a single token to learn; every rank finds it, since the tokens are counted over all."""
-
-    everywhere = True
 
 
 def require(condition: bool, message: str) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dehvf_ds.config import UserError
-from dehvf_ds.distributed import World, barrier, gather_to_main
+from dehvf_ds.distributed import World, gather_to_main, on_main
 from dehvf_ds.evals.parts import AnswerParts
 
 LINES = 20
@@ -42,9 +42,8 @@ def answer_rows(
     Raises:
         UserError: a row cannot be read, or the answers cannot be saved.
     """
-    done = parts.read()
-    # Nobody writes before all have read.
-    barrier()
+    # Rank 0 alone, before anybody writes.
+    done: dict[int, Any] = on_main(world, parts.read)
     left = sorted((row for row in range(len(lengths)) if row not in done), key=lambda row: -lengths[row])
     own = left[world.rank :: world.size]
     if done and world.is_main:

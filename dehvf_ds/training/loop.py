@@ -15,6 +15,7 @@ import torch
 from dehvf_ds.batch import Batch
 from dehvf_ds.config import TrainConfig, UnsupervisedError
 from dehvf_ds.distributed import World
+from dehvf_ds.rank_store import JobError
 from dehvf_ds.training.damage import DamageLog
 from dehvf_ds.training.levels import level_metrics
 from dehvf_ds.training.metrics import (
@@ -37,7 +38,7 @@ MAX_UNSUPERVISED_SHARE = 0.01
 """Share of rows without a token to learn that a run tells of, once."""
 
 
-class TrainingError(Exception):
+class TrainingError(JobError):
     """The run cannot go on; the message says why. What was saved stays."""
 
 

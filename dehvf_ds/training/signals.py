@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from types import FrameType
+from typing import NoReturn
+
+from dehvf_ds.distributed import StopNow
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-REQUEUE_EXIT_CODE = 85
-"""Exit code of a run that saved itself on request: please start it again."""
 
 
 class StopRequest:
@@ -32,6 +31,10 @@ class StopRequest:
 
 
 def exit_on_request() -> None:
-    """Makes the stop signals end this process at once with ``REQUEUE_EXIT_CODE``; for work that is kept."""
+    """Makes the stop signals end all ranks at once, to be started again; for work that is kept."""
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: os._exit(REQUEUE_EXIT_CODE))
+        signal.signal(number, _stop_now)
+
+
+def _stop_now(number: int, frame: FrameType | None) -> NoReturn:
+    raise StopNow
