@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
@@ -50,6 +51,8 @@ class Batch:
             own token's position; the model shifts.
         pixel_values: normalised pictures, zeros where ``has_image`` is False.
         has_image: whether the row has a picture.
+        supervised: where a loss is taken, as positions in the rows laid end to end, each before its label's;
+            None until the batch moves.
         keys: the samples' keys, in row order.
         replaced: for each damaged sample in whose place another stands, its shard and what is wrong.
     """
@@ -59,11 +62,18 @@ class Batch:
     labels: Int[Tensor, "batch tokens"]
     pixel_values: Float[Tensor, "batch 3 height width"]
     has_image: Bool[Tensor, " batch"]
+    supervised: Int[Tensor, " chosen"] | None = None
     keys: tuple[str, ...] = ()
     replaced: tuple[tuple[str, str], ...] = ()
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """Moves the tensors; ``dtype`` applies to ``pixel_values`` alone."""
+        """Moves the tensors; ``dtype`` applies to ``pixel_values`` alone.
+
+        What leaves the host knows its supervised positions: a GPU that had to count them would be waited for.
+        """
+        if self.supervised is None and self.labels.device.type == "cpu":
+            followed = F.pad(self.labels[:, 1:] != IGNORE_INDEX, (0, 1))
+            return replace(self, supervised=followed.flatten().nonzero()[:, 0]).to(device, dtype)
         moved = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
@@ -76,7 +86,8 @@ class Batch:
     def without_last(self) -> Batch:
         """The batch without its last position; for rows padded on the left."""
         names = ("input_ids", "attention_mask", "labels")
-        return replace(self, **{name: getattr(self, name)[:, :-1] for name in names})
+        cut = {name: getattr(self, name)[:, :-1] for name in names}
+        return replace(self, **cut, supervised=None)
 
     def inputs(self) -> dict[str, Tensor]:
         """The tensors by name, as keyword arguments of the model."""

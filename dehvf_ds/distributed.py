@@ -313,7 +313,7 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
     except StopNow:
         code = _fail("", REQUEUE_EXIT_CODE)
     except JobError as error:
-        code = _fail(" ".join(str(error).split()), 1)
+        code = _fail(" ".join(str(error).split()), error.code)
     except torch.OutOfMemoryError as error:
         code = _fail(f"out of GPU memory: {short(error)}", 1)
     except Exception as error:

@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
     init_process_group(world)
     scorer = on_main(world, lambda: _open_scorer(config, questions))
     try:
-        model = trained.load(config.dtype, fast_bf16=has_fast_bf16()).to(world.device)  # pyright: ignore[reportArgumentType]
+        model = trained.load(config.dtype, fast_bf16=has_fast_bf16(), device=world.device)
     except ModelError as error:
         raise UserError(str(error)) from None
 

@@ -37,7 +37,9 @@ LINGER_S = 10.0
 
 
 class JobError(Exception):
-    """Ends the job with one line and code 1: no mistake of the user's, and a traceback would tell no more."""
+    """Ends the job with one line and ``code``: no mistake of the user's, nor of a program."""
+
+    code = 1
 
 
 @dataclass(frozen=True)

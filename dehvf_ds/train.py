@@ -70,7 +70,6 @@ def main(argv: list[str]) -> int:
     questions = open_inside(run)
     stop = StopRequest()
     stop.install()
-    init_process_group(run.world, config.train.start_timeout_minutes)
     on_main(run.world, lambda: check_inside(config, run.ds_config, run.world))
     return dry_run(run, questions) if config.dry_run else train(run, questions, stop)
 
@@ -133,16 +132,18 @@ def train(run: Checked, questions: Questions | None, stop: StopRequest) -> int:
             if world.is_main and written:
                 print(f"adapter: {adapter}, which was not there or not whole", flush=True)
             return 0
+        loader = run.training_batches(start.samples, run.num_steps - start.step)
+        held_out = run.validation_batches()
+        for batches in (loader, held_out):
+            if batches is not None:
+                batches.start()
+        init_process_group(world, config.train.start_timeout_minutes)
         engine, model = build_engine(config, run.model_config, run.ds_config, world)
         dtype = compute_dtype(run.ds_config)
         checkpoints = Checkpoints(config, world, model, engine, dtype, run.index.digest)
         if checkpoint is not None:
             checkpoints.load(checkpoint)
         _announce(config, world, model, run.num_steps, start)
-        loader = run.training_batches(start.samples, run.num_steps - start.step)
-        held_out = run.validation_batches()
-        if held_out is not None:
-            held_out.start()
         job = Job(
             config=config.train,
             world=world,
@@ -195,6 +196,7 @@ def dry_run(run: Checked, questions: Questions | None) -> int:
     """Does all that a run does up to its first step, and that with a scaled-down copy; writes nothing."""
     config, world = run.config, run.world
     checkpoint = on_main(world, lambda: _look_at_run_dir(run))
+    init_process_group(world, config.train.start_timeout_minutes)
     start = Progress() if checkpoint is None else checkpoint.progress
     accumulation = config.train.accumulation(world.size)
     micro_batches = list(run.training_batches(start.samples, 1))

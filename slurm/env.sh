@@ -58,8 +58,6 @@ export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "${SLURM_JOB_NODELI
 export MASTER_PORT="${MASTER_PORT:-$((10000 + (${SLURM_JOB_ID:-0} + 7919 * ${SLURM_RESTART_COUNT:-0}) % 20000))}"
 # A rank waits so long for a silent other (a node that died without a word) before the job ends.
 TIMEOUT_MINUTES="${TIMEOUT_MINUTES:-4}"
-# An error in one rank ends the others instead of leaving them waiting.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 # The flight recorder: on a timeout every rank writes which collectives it entered, last ones first to differ.
 export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
@@ -212,13 +210,13 @@ goes_on() {
 }
 
 # finish CODE DIR: ends the job, or puts it back into the queue.
-#   0, 2  done, or the user's mistake: ends.
+#   0, 2  done, or the user's mistake: ends. 74: nothing can be saved, and nothing could be in another start.
 #   85    stopped on request (time limit, preemption): goes on; 138 and 143 before Python was able to say so.
 #   other a failure: goes on, unless this job failed at this very step before, as DIR tells.
 finish() {
   local code="$1" dir="$2" restarts="${SLURM_RESTART_COUNT:-0}" step failures="$2/failures.txt"
   case "$code" in
-    0 | 2) exit "$code" ;;
+    0 | 2 | 74) exit "$code" ;;
   esac
   if ! goes_on; then exit "$code"; fi
   case "$code" in

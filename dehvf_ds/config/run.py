@@ -43,6 +43,7 @@ class TrainConfig:
         max_bad_steps: non-finite steps in a row after which the run stops.
         save_every: optimizer steps between checkpoints; 0 keeps none but that of a run asked to stop.
         keep_checkpoints: newest checkpoints that are kept, beside the best.
+        max_failed_saves: checkpoints in a row that could not be written after which the run stops.
         eval_every: optimizer steps between validations on ``data.val``; 0 validates at the end only.
         levels_every: optimizer steps between the numbers of level weights and gains; 0 leaves them out.
         timeout_minutes: how long a rank waits for a silent other in training before the job fails.
@@ -64,6 +65,7 @@ class TrainConfig:
     max_bad_steps: Positive = 5
     save_every: AtLeastZero = 0
     keep_checkpoints: Positive = 2
+    max_failed_saves: Positive = 3
     eval_every: AtLeastZero = 0
     levels_every: AtLeastZero = 50
     timeout_minutes: Minutes = 30.0

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -22,18 +23,21 @@ PREFETCHED_BATCHES = 4
 class TrainingLoader(DataLoader):
     """A DataLoader of ``Batch`` whose workers hand a ``UserError`` over as one line, without a traceback."""
 
-    def start(self) -> None:
-        """Forks the workers of a loader that is iterated again and again; without workers it does nothing.
+    _started: Iterator[Any] | None = None
 
-        To be called before the training: a process forked while a thread of it makes or ends a Python thread
-        state hangs in CPython's own clean-up for ever (seen with 3.11, at a validation's start).
+    def start(self) -> None:
+        """Forks the workers, which begin to read the first iteration; without workers it does nothing.
+
+        To be called before communication starts and the model is built: a process forked while a thread of it
+        makes or ends a Python thread state hangs in CPython's own clean-up for ever (seen with 3.11, at a
+        validation's start), and CUDA's, NCCL's and gloo's threads are no better to fork beside.
         """
         if self.num_workers:
-            self._fork()
+            self._started = self._fork()
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields the micro-batches in order; raises the ``UserError`` of the first unusable sample."""
-        batches = self._fork()
+        batches, self._started = self._started or self._fork(), None
         try:
             for batch in batches:
                 if isinstance(batch, UserError):

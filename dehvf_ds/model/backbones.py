@@ -101,7 +101,12 @@ def check_decoder_config(config: PreTrainedConfig, source: str) -> None:
 
 
 def load_backbone(
-    source: str, config: PreTrainedConfig, dtype: torch.dtype, *, vision: bool
+    source: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    vision: bool,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Loads a backbone's weights; partitioned where an ``HfDeepSpeedConfig`` of ZeRO-3 is alive.
 
@@ -110,12 +115,15 @@ def load_backbone(
         config: what ``load_backbone_config`` gave.
         dtype: dtype of the weights.
         vision: whether it is the tower.
+        device: where each weight goes as it is read, so that the host never holds all of them; None leaves
+            them on the CPU, or to ZeRO-3.
 
     Raises:
         ModelError: the checkpoint cannot be read, lacks weights, or holds some that the model has no place
             for.
     """
-    return _load(source, config, vision=vision, dtype=dtype)
+    placed = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
+    return _load(source, config, vision=vision, dtype=dtype, **placed)
 
 
 def check_backbone(source: str, config: PreTrainedConfig, *, vision: bool) -> None:

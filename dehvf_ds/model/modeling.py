@@ -252,17 +252,26 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch tokens dim"] | None = None,
         position_ids: Int[Tensor, "batch tokens"] | None = None,
+        supervised: Int[Tensor, " chosen"] | None = None,
         **kwargs: Any,
     ) -> DehvfOutput:
         """One pass.
 
         With ``labels`` logits are computed at the supervised positions alone and only losses are
-        returned. Without, logits at every position, as ``generate`` needs. ``visual_memory``, prepared or
+        returned; ``supervised`` names these, each before its label's, in the rows laid end to end (None
+        counts them, for which a GPU is waited for). Without, logits at every position, as ``generate`` needs.
+        ``visual_memory``, prepared or
         not, takes the place of pictures that are encoded already; without either, rows are text-only.
 
         Pictures without ``has_image`` all count.
         """
         level_weights = None
+        wanted = None
+        if labels is not None:
+            if supervised is None:
+                supervised = F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten().nonzero()[:, 0]
+            # The label of a position is its next token's; nothing follows the last.
+            wanted = labels.flatten()[supervised + 1]
         embeds: Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.fusion == "ffn":
             if visual_memory is None and pixel_values is not None:
@@ -272,12 +281,14 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             _require_a_picture_a_row(visual_memory, embeds)
             self.set_memory(visual_memory)
         elif self.config.fusion == "prefix" and pixel_values is not None:
-            embeds, attention_mask, labels = self._prepend_prefix(
-                embeds, attention_mask, labels, pixel_values, has_image
-            )
+            num_tokens = embeds.shape[1]
+            embeds, attention_mask = self._prepend_prefix(embeds, attention_mask, pixel_values, has_image)
+            if supervised is not None:
+                num_before = embeds.shape[1] - num_tokens
+                supervised = supervised + (supervised // num_tokens + 1) * num_before
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
-        if labels is None:
+        if wanted is None or supervised is None:
             kwargs.pop("return_dict", None)  # it is always one
             out = self.language_model(
                 inputs_embeds=embeds,
@@ -293,22 +304,19 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 attentions=out.get("attentions"),
                 level_weights=level_weights,
             )
-        # The label of a position is its next token's; nothing follows the last.
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        supervised = targets != IGNORE_INDEX
         logits = self._logits_at(supervised, embeds, attention_mask, position_ids)
-        wanted = targets[supervised].to(logits.device)
-        loss_sum, num_tokens = F.cross_entropy(logits.float(), wanted, reduction="sum"), supervised.sum()
+        loss_sum = F.cross_entropy(logits.float(), wanted.to(logits.device), reduction="sum")
+        count = len(wanted)
         return DehvfOutput(
-            loss=loss_sum / num_tokens.clamp(min=1),
+            loss=loss_sum / max(1, count),
             loss_sum=loss_sum,
-            num_tokens=num_tokens,
+            num_tokens=torch.full((), count, device=loss_sum.device),
             level_weights=level_weights,
         )
 
     def _logits_at(
         self,
-        chosen: Bool[Tensor, "batch tokens"],
+        chosen: Int[Tensor, " chosen"],
         embeds: Float[Tensor, "batch tokens dim"],
         attention_mask: Int[Tensor, "batch tokens"] | None,
         position_ids: Int[Tensor, "batch tokens"] | None,
@@ -326,7 +334,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         def keep_chosen(_module: nn.Module, _args: Any, output: Any) -> Any:
             hidden = output.last_hidden_state
             # One row of all: a sliced 3-D tensor makes the CPU copy the head's weight per row.
-            output.last_hidden_state = hidden[chosen.to(hidden.device)][None]
+            output.last_hidden_state = hidden.flatten(0, 1)[chosen.to(hidden.device)][None]
             kept.append(output.last_hidden_state)
             return output
 
@@ -355,10 +363,9 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        labels: Tensor | None,
         pixel_values: Tensor,
         has_image: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         """Puts the prefix before the text; rows without a picture mask it and multiply it by 0."""
         has_image = _presence(pixel_values, has_image)
         _require_a_picture_a_row(pixel_values, inputs_embeds)
@@ -367,12 +374,9 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if attention_mask is None:
             attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
         mask = has_image.to(attention_mask.dtype)[:, None].expand(batch, count)
-        if labels is not None:
-            labels = torch.cat([labels.new_full((batch, count), IGNORE_INDEX), labels], dim=1)
         return (
             torch.cat([prefix.to(inputs_embeds.dtype), inputs_embeds], dim=1),
             torch.cat([mask, attention_mask], dim=1),
-            labels,
         )
 
     # --- generation ---
@@ -421,9 +425,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             _require_a_picture_a_row(memory, embeds)
             kwargs["visual_memory"] = self.prepare_memory(memory)
         elif self.config.fusion == "prefix" and pixel_values is not None:
-            embeds, attention_mask, _ = self._prepend_prefix(
-                embeds, attention_mask, None, pixel_values, has_image
-            )
+            embeds, attention_mask = self._prepend_prefix(embeds, attention_mask, pixel_values, has_image)
         return super().generate(  # pyright: ignore[reportAttributeAccessIssue]
             inputs_embeds=embeds, attention_mask=attention_mask, **kwargs
         )

@@ -49,7 +49,13 @@ def build_config(
 
 
 def load_model(
-    config: DehvfConfig, language_model: str, vision_tower: str, *, dtype: torch.dtype, seed: int = 0
+    config: DehvfConfig,
+    language_model: str,
+    vision_tower: str,
+    *,
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: torch.device | None = None,
 ) -> DehvfForConditionalGeneration:
     """Loads the frozen backbones and builds the branch at its start values.
 
@@ -62,15 +68,16 @@ def load_model(
         vision_tower: directory or hub id of the tower.
         dtype: compute dtype of all weights.
         seed: seed of the branch's start values.
+        device: where the backbones go as they are read, not through the host's memory; not under ZeRO-3.
 
     Raises:
         ModelError: a checkpoint lacks weights, or does not have the expected structure.
     """
     settle_head_of(config, language_model)
-    decoder = load_backbone(language_model, config.text_config, dtype, vision=False)
+    decoder = load_backbone(language_model, config.text_config, dtype, vision=False, device=device)
     tower = None
     if config.fusion != "none":
-        tower = load_backbone(vision_tower, config.vision_config, dtype, vision=True)
+        tower = load_backbone(vision_tower, config.vision_config, dtype, vision=True, device=device)
     torch.manual_seed(seed)
     model = DehvfForConditionalGeneration(config, decoder, tower)
     for parameter in model.trainable_parameters().values():
@@ -176,23 +183,28 @@ class TrainedModel:
             content = json.dumps([manifest["files"], manifest["bases"]], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def load(self, dtype: str = "auto", *, fast_bf16: bool = True) -> DehvfForConditionalGeneration:
-        """Loads the model, whole, on the CPU, in evaluation mode.
+    def load(
+        self, dtype: str = "auto", *, fast_bf16: bool = True, device: torch.device | str = "cpu"
+    ) -> DehvfForConditionalGeneration:
+        """Loads the model, whole, in evaluation mode.
 
         Args:
             dtype: ``fp32``, ``bf16``, or ``auto`` for its own.
             fast_bf16: whether the device computes bf16 well; without that ``auto`` means fp32.
+            device: where it goes as it is read, not through the host's memory.
 
         Raises:
             ModelError: a base model or a tensor does not fit.
         """
+        device = torch.device(device)
         compute = _DTYPES[dtype] if dtype != "auto" else self.dtype if fast_bf16 else torch.float32
         if self.language_model is None or self.vision_tower is None:
             _check_sizes(self.path)
-            return DehvfForConditionalGeneration.from_pretrained(self.path, dtype=compute).eval()
-        model = load_model(self.config, self.language_model, self.vision_tower, dtype=compute)
+            placed = {} if device.type == "cpu" else {"device_map": {"": device}}
+            return DehvfForConditionalGeneration.from_pretrained(self.path, dtype=compute, **placed).eval()
+        model = load_model(self.config, self.language_model, self.vision_tower, dtype=compute, device=device)
         load_adapter(model, self.path)
-        return model.eval()
+        return model.to(device).eval()  # pyright: ignore[reportArgumentType]
 
 
 def find_adapter(path: Path | str) -> Path:

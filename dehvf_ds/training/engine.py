@@ -88,6 +88,7 @@ def build_engine(
             config.model.vision_tower,
             dtype=dtype,
             seed=config.seed,
+            device=None if ds_config["zero_optimization"]["stage"] == 3 else world.device,
         )
     except ModelError as error:
         raise UserError(str(error)) from None

@@ -42,6 +42,12 @@ class TrainingError(JobError):
     """The run cannot go on; the message says why. What was saved stays."""
 
 
+class SavingError(JobError):
+    """Too many checkpoints in a row could not be written; training on would be for nothing."""
+
+    code = 74
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What the loop needs to know of the run.
@@ -87,7 +93,7 @@ class Actions:
     """What the loop calls; on every rank.
 
     Attributes:
-        checkpoint: writes a checkpoint of where the run stands.
+        checkpoint: writes a checkpoint of where the run stands; whether it could be written.
         finish: writes the adapter artifact of where the run stands.
         validate: measures the validation loss; None where the stop request came in between.
         evaluate: answers and scores at this step; None where it came to nothing.
@@ -95,7 +101,7 @@ class Actions:
         renew: says that the run is alive.
     """
 
-    checkpoint: Callable[[Progress], object]
+    checkpoint: Callable[[Progress], bool]
     finish: Callable[[Progress], None]
     validate: Callable[[], float | None] | None = None
     evaluate: Callable[[int], Evaluated | None] | None = None
@@ -130,6 +136,7 @@ def fit(
     Raises:
         TrainingError: a trainable gets no gradient, too many steps in a row were not finite, or too many
             samples are damaged.
+        SavingError: too many checkpoints in a row could not be written.
         UnsupervisedError: a step or the validation has no token to learn; the weights until then are saved.
     """
     try:
@@ -154,7 +161,7 @@ def _fit(
     stream = iter(batches)
     watch = GradientWatch(engine.module.trainable_parameters())
     damage = DamageLog(world)
-    told = False
+    told, failed_saves = False, 0
     for step in range(progress.step + 1, job.num_steps + 1):
         started = time.perf_counter()
         micro_batches = [next(stream) for _ in range(accumulation)]
@@ -202,7 +209,12 @@ def _fit(
             actions.checkpoint(progress)
             return False
         if config.save_every and (step % config.save_every == 0 or progress.best_step == step or last):
-            actions.checkpoint(progress)
+            failed_saves = 0 if actions.checkpoint(progress) else failed_saves + 1
+            if failed_saves >= config.max_failed_saves:
+                raise SavingError(
+                    f"{failed_saves} checkpoints in a row could not be written; stopped at step {step}; the "
+                    "same command goes on from the last that was"
+                )
     if progress.replaced:
         damage.report()
     actions.finish(progress)

@@ -56,6 +56,7 @@ FREE_KEYS = (
     "train.max_bad_steps",
     "train.save_every",
     "train.keep_checkpoints",
+    "train.max_failed_saves",
     "train.eval_every",
     "train.levels_every",
     "train.log_every",
