@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +13,8 @@ from typing import Any
 _BYTE_ORDER_MARK = "\ufeff"
 _DAMAGE = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
 _BLANK = re.compile("[\\s\x1c-\x1f\u200b-\u200d\u2060\ufeff]*")
+# How a list, a mapping or bytes begin where a program wrote them as text.
+_VALUE = re.compile("\\s*(?:[\\[({]|b['\"])")
 _NULLS = frozenset(("nan", "none", "null", "<na>", "n/a", "#n/a"))
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 # Files of other kinds under a text's name: what they begin with.
@@ -90,6 +94,22 @@ def clean_text(text: str) -> str:
 def is_text(value: Any) -> bool:
     """Whether a value is a text that shows something: not only white space and characters without width."""
     return isinstance(value, str) and not _BLANK.fullmatch(value)
+
+
+def is_value(text: str) -> bool:
+    """Whether a text is a value of a program written out: ``['A dog.', 'A cat.']``, ``b'A dog.'``, ``{}``."""
+    if not _VALUE.match(text):
+        return False
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        try:
+            # JSON has true, false and null, too.
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(value, list | tuple | set | dict | bytes)
 
 
 def is_null(text: str) -> bool:
