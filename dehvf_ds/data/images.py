@@ -20,8 +20,9 @@ from dehvf_ds.data.png import without_large_texts
 from dehvf_ds.model.pictures import upright_rgb
 
 MAX_PIXELS = 100_000_000
-"""Largest picture decoded, width x height. PIL takes 4 bytes a pixel, so this is 400 MB in every worker; a
-photograph is nearly always smaller, and a small file can claim far more."""
+"""Largest picture decoded, width x height. PIL takes 4 bytes a pixel and conversions as much again, so
+this is 0.4 to 0.9 GB in a worker, and 1.9 of WebP and JPEG 2000; a photograph is nearly always smaller, and a
+small file can claim far more."""
 
 MAX_SIDE = 65_535
 """Longest side decoded, as JPEG has it. Where a row is longer than PIL reads at once, its time goes with the

@@ -18,6 +18,7 @@ from dehvf_ds.batch import Sample
 from dehvf_ds.config import AugmentConfig
 from dehvf_ds.data import images
 from dehvf_ds.data.images import build_augment, decode_image, random_view
+from dehvf_ds.model import pictures
 
 RED, GREEN, BLUE, WHITE = (220, 30, 20), (10, 180, 60), (20, 40, 200), (255, 255, 255)
 NOT_READABLE = r"^not a readable picture: [^\n]+$"
@@ -144,6 +145,35 @@ def test_one_colour_is_transparent(mode, key):
 def test_more_than_eight_bits_are_scaled(values, kind, grey):
     found = decode_image(encoded(Image.fromarray(values), kind))
     assert [found.getpixel((x, 0)) for x in range(3)] == [(g, g, g) for g in grey]
+
+
+KINDS = {
+    "I;16": Image.fromarray(np.arange(60000, dtype=np.uint16).reshape(300, 200)),
+    "F": Image.fromarray(np.linspace(-1, 200, 60000, dtype=np.float32).reshape(300, 200)),
+    "LA": Image.merge(
+        "LA", [Image.linear_gradient("L").resize((200, 300)), Image.radial_gradient("L").resize((200, 300))]
+    ),
+    "P": Image.linear_gradient("L").resize((200, 300)).quantize(9),
+}
+
+
+@pytest.mark.parametrize("mode", KINDS)
+def test_bands_of_a_picture_are_converted_as_the_whole_and_take_little_memory(mode, monkeypatch):
+    data = encoded(
+        KINDS[mode], "TIFF" if mode == "F" else "PNG", **({"transparency": 4} if mode == "P" else {})
+    )
+    whole = np.asarray(decode_image(data))
+    monkeypatch.setattr(pictures, "BAND_PIXELS", 1400)
+    tracemalloc.start()
+    try:
+        banded = np.asarray(decode_image(data))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(banded, whole)
+    assert len(np.unique(whole)) > 5
+    # Of numbers in Python; two copies of the decoded picture are the test's own.
+    assert peak < 3 * whole.nbytes
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
