@@ -131,6 +131,7 @@ def test_equal_names_get_numbers(tmp_path):
     ("change", "message"),
     [
         (lambda rows: rows[3].image.unlink(), "p3.png: no such picture of 10; look at --images or --root"),
+        (lambda rows: rows[3].image.rename(rows[3].image.with_suffix(".PNG")), r"of 10; rename 'p3\.PNG'"),
         (lambda rows: [row.image.unlink() for row in rows[4:7]], r"p4.png: no such picture \(and 2 others\)"),
         (lambda rows: rows[2].image.write_bytes(b""), "p2.png: a picture of 0 bytes; copy it again"),
         (lambda rows: rows[2].record.update(x="\ud800"), "sample p2: its record is not fit for UTF-8"),
