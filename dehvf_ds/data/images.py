@@ -43,8 +43,10 @@ _NO_PICTURES = {
     b"<svg": "an SVG drawing; convert it",
     b"<?xml": "XML, such as an SVG drawing; convert it",
     b"%PDF": "a PDF; convert it",
+    b"ftyphei": "HEIC, as iPhones write; convert it",
+    b"ftypmif1": "HEIC, as iPhones write; convert it",
 }
-"""What else lies under a picture's name, by its first bytes."""
+"""What else lies under a picture's name, by its first bytes, or those behind a length."""
 
 MAX_ASPECT = 4 / 3
 """Widest random crop, width to height; the narrowest is its inverse. With ``CROP_TRIES`` as torchvision's."""
@@ -76,8 +78,9 @@ def decode_image(data: bytes, *, shorter_side: int | None = None) -> Image.Image
         with warnings.catch_warnings(action="ignore"), _open(data) as opened:
             return upright_rgb(opened, shorter_side=shorter_side)
     except UnidentifiedImageError as error:
+        heads = (data.lstrip(), data[4:])
         if kind := next(
-            (told for start, told in _NO_PICTURES.items() if data.lstrip().startswith(start)), None
+            (told for start, told in _NO_PICTURES.items() if any(h.startswith(start) for h in heads)), None
         ):
             raise ValueError(f"not a readable picture: it is {kind}") from error
         raise ValueError("not a readable picture: of no known format, or cut off in its header") from error

@@ -254,6 +254,8 @@ def _require_no_picture(record: dict[str, Any], task: Task) -> None:
         )
     if record.get("image_missing") is True:
         return
+    if str(status).startswith("failed_to"):
+        raise DamagedSample(f"its picture is missing{failed}", NO_PICTURE)
     fields = [f for f in record if PICTURE_FIELD.fullmatch(str(f)) and record[f] not in (None, "", [], {})]
     if fields:
         raise DamagedSample(

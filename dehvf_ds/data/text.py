@@ -21,6 +21,7 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _NO_TEXTS = {
     b"PK\x03\x04": "a zip archive, or a spreadsheet (.xlsx); save it as text",
     b"\xd0\xcf\x11\xe0": "a spreadsheet (.xls); save it as csv in UTF-8",
+    b"version https://git-lfs": "a Git LFS pointer; fetch the file itself: git lfs pull",
     b"PAR1": "a parquet table; save it as text",
     b"\x1f\x8b": "packed by gzip; unpack it",
     b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it",
@@ -40,7 +41,7 @@ def decode_text(data: bytes, *, command: str = "") -> str:
         ValueError: it is of another encoding; says where, which it may be and how to convert it.
     """
     if kind := next((told for magic, told in _NO_TEXTS.items() if data.startswith(magic)), None):
-        raise ValueError(f"not UTF-8: it is {kind}")
+        raise ValueError(f"not a text in UTF-8: it is {kind}")
     head = data[:64]
     encoding = "UTF-16" if data.startswith(_UTF_16) or 3 * head.count(0) > len(head) else "WINDOWS-1252"
     remedy = f"; convert it: iconv -f {encoding} -t UTF-8 {command} > NEW" if command else "; convert it"

@@ -241,6 +241,20 @@ def test_cut_off(kind):
             decode_image(data[: int(share * len(data))])
 
 
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic", "HEIC"),
+        (b"  <svg xmlns='x'/>", "an SVG drawing"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+    ],
+)
+def test_what_else_lies_under_a_pictures_name_is_told(data, kind):
+    with pytest.raises(ValueError, match=f"^not a readable picture: it is {kind}"):
+        decode_image(data)
+
+
 def test_no_picture():
     with pytest.raises(ValueError, match=r"^not a readable picture: no bytes$"):
         decode_image(b"")

@@ -34,6 +34,10 @@ BLIND = {
     "failed download": {"caption": "A dog.", "status": "failed_to_download", "error_message": "404"},
     "caption, image null": {"caption": "A dog.", "image": None},
     "caption, image_missing": {"caption": "A dog.", "image_missing": True},
+    "chat, failed download": {
+        **{"status": "failed_to_download", "error_message": "404"},
+        **{"url": "http://x", "conversations": TURNS},
+    },
     "chat, image": {"image": "a.jpg", "conversations": TURNS},
     "chat, images": {"images": ["a.jpg"], "conversations": TURNS},
     "chat, path": {"image_path": "a.jpg", "conversations": TURNS},
@@ -432,6 +436,11 @@ def test_other_encodings(data, part):
         decode_text(data, command="F")
     assert part in str(caught.value)
     assert decode_text(b"\xef\xbb\xbfa") == "a"
+
+
+def test_what_is_no_text_is_named():
+    with pytest.raises(ValueError, match=r"not a text in UTF-8: it is a Git LFS pointer; .* git lfs pull"):
+        decode_text(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
 
 
 def test_lost_characters_are_noted():
