@@ -144,6 +144,14 @@ def test_bad_rows_are_found_before_anything_is_written(build, rows, tmp_path, ch
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("there", ["u\u0308.jpg", "\u00fc.JPG"])
+def test_a_picture_of_nearly_the_same_name_is_told(tmp_path, there):
+    (tmp_path / there).write_bytes(b"x")
+    rows = [SourceRow("a", tmp_path / "\u00fc.jpg", {})]
+    with pytest.raises(UserError, match=re.escape(f"no such picture of 1; rename {there!a}, which is there")):
+        plan_shards(rows, BuildSettings())
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
