@@ -263,7 +263,8 @@ def _require_no_picture(record: dict[str, Any], task: Task) -> None:
             f"{failed}",
             NO_PICTURE,
         )
-    for text in _texts_of(record, ("human", "user", "system")):
+    asked = [text for field in ("question", "hint") if isinstance(text := record.get(field), str)]
+    for text in (*_texts_of(record, ("human", "user", "system")), *asked):
         if mark := PLACEHOLDER.search(text):
             message = f"its text speaks of a picture ({mark[0].strip()}), but the sample holds none{failed}"
             raise DamagedSample(message, NO_PICTURE)

@@ -51,6 +51,8 @@ BLIND = {
     "chat, other marks": {"conversations": [{"from": "human", "value": "What is <|image_1|>?"}, TURNS[1]]},
     "problem": PROBLEM | {"image": "image.png"},
     "problem, bytes": PROBLEM | {"image": {"bytes": "..", "path": None}},
+    "problem, <image>": PROBLEM | {"question": "<image>\nWhich is it?"},
+    "problem, hint": PROBLEM | {"hint": "See <image>."},
     "problem, images": PROBLEM | {"images": ["image.png"]},
 }
 
