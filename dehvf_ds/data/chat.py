@@ -75,7 +75,8 @@ def parse_conversation(record: Mapping[str, Any], *, needs_answer: bool = True) 
     """
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise UserError("the conversation has no turns (conversations is empty or missing)")
+        held = f"{type(turns).__name__}, not a list of {TURN_FORM}" if turns else "empty or missing"
+        raise UserError(f"the conversation has no turns (conversations is {held})")
     messages = [_parse_turn(turn, number) for number, turn in enumerate(turns, start=1)]
     _check_order([message["role"] for message in messages])
     first = _unasked_turn(messages)

@@ -131,7 +131,8 @@ def test_text_only_record_with_a_system_turn():
     [
         ({}, r"has no turns"),
         ({"conversations": []}, r"has no turns"),
-        ({"conversations": "hello"}, r"has no turns"),
+        ({"conversations": []}, r"has no turns \(conversations is empty or missing\)"),
+        ({"conversations": "[]"}, r"has no turns \(conversations is str, not a list of {\"from\""),
         (turns(("human", "a"), ("tool", "b")), r"turn 2 .*: unknown speaker 'tool'; known: human, user, gpt"),
         (turns(([], "a")), r"turn 1 .*: unknown speaker \[\]"),
         ({"conversations": ["a"]}, r"turn 1 .*: not {\"from\": .* \(it holds str\)"),
