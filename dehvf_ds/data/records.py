@@ -230,7 +230,7 @@ def _gather_captions(record: dict[str, Any]) -> list[str]:
         raise DamagedSample(f"has an empty caption alone ({captions[0]!r:.40})", NO_CAPTION)
     if values := [caption for caption in kept if is_value(caption)]:
         raise DamagedSample(
-            f"its caption is a list or another value written as text ({values[0]!r:.40}..); write each "
+            f"its caption is a list or another value written as text ({values[0]!r:.40}); write each "
             "caption as a plain text of its own",
             BAD_TEXT,
         )
