@@ -90,6 +90,7 @@ def odd_pictures() -> dict[str, bytes]:
         "jpeg_progressive": encoded(rgb, "JPEG", progressive=True),
         "jpeg_large": encoded(drawing(700, 500), "JPEG"),
         "jpeg_large_exif8": encoded(drawing(500, 700), "JPEG", **oriented(8)),
+        "mpo_large": encoded(drawing(700, 500), "MPO", save_all=True, append_images=[drawing(70, 50)]),
         "gif": encoded(rgb.quantize(16), "GIF"),
         "gif_moving": encoded(rgb, "GIF", save_all=True, append_images=[rgb.rotate(90)]),
         "gif_transparent": encoded(rgb.quantize(16), "GIF", transparency=2),
@@ -177,6 +178,15 @@ def test_pictures_become_the_same_pixels_everywhere(pictures, tmp_path, kind) ->
         image.load()
         loaded = processor(images=image)["pixel_values"][0]
         torch.testing.assert_close(loaded, trained[number], atol=0.1 if "large" in name else 0, rtol=0)
+
+
+def test_another_frame_stays_the_one_that_is_given(tmp_path) -> None:
+    frames = [drawing(700, 500), drawing(700, 500).rotate(180)]
+    image = Image.open(io.BytesIO(encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])))
+    image.seek(1)
+    processor = DehvfProcessor(PROCESSORS["squash"], build_tokenizer("byte_bpe", tmp_path))
+    found, *expected = processor(images=[image, *reversed(frames)])["pixel_values"]
+    assert (found - expected[0]).abs().mean() < 0.1 < (found - expected[1]).abs().mean()
 
 
 def test_the_processor_leaves_the_pictures_that_it_is_given(pictures, tmp_path) -> None:

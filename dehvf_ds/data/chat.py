@@ -21,6 +21,9 @@ from dehvf_ds.model.texts import bos_ids, text_ids, tokenizer_name
 Messages = Sequence[Mapping[str, str]]
 """Turns in order, each with ``role`` (``system``, ``user`` or ``assistant``) and ``content``."""
 
+TURN_FORM = '{"from": "human" or "gpt", "value": TEXT}'
+"""A turn as LLaVA and ShareGPT write it, for messages."""
+
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if not loop.first %}{{ ' ' }}{% endif %}"
@@ -35,8 +38,9 @@ PLAIN_CHAT_TEMPLATE = (
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # Marks that stand nowhere else ..
 _MARK = (
-    r"<(?:image|video)>|(?i:<\|?(?:image|img|video)[_ -]?(?:placeholder|here|token|pad|\d+)(?:\|?>)"
-    r"|<\|(?:image|img|video|vision_start|vision_end)\|>|<im(?:age)?_(?:start|end)>|\[IMG\d*\])"
+    r"<(?:image|video)>|(?i:<\|?(?:image|img|video)[_ -]?(?:placeholder|here|token|pad|context|\d+)(?:\|?>)"
+    r"|<\|(?:image|img|video|vision_start|vision_end)\|>|<im(?:age)?_(?:start|end)>|\[IMG\d*\]"
+    r"|<img>[^<>\s][^<>]*</img>|<start_of_image>)"
 )
 # .. and those that HTML and code have too: marks only where they begin or end a turn.
 _MARK_AT_ENDS = r"(?i:<\s*(?:image|img|video)\s*/?>|<img>\s*</img>|\[(?:image|picture)\])"
@@ -71,7 +75,8 @@ def parse_conversation(record: Mapping[str, Any], *, needs_answer: bool = True) 
     """
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise UserError("the conversation has no turns (conversations is empty or missing)")
+        held = f"{type(turns).__name__}, not a list of {TURN_FORM}" if turns else "empty or missing"
+        raise UserError(f"the conversation has no turns (conversations is {held})")
     messages = [_parse_turn(turn, number) for number, turn in enumerate(turns, start=1)]
     _check_order([message["role"] for message in messages])
     first = _unasked_turn(messages)
@@ -160,6 +165,9 @@ def encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -
 
 def _parse_turn(turn: Any, number: int) -> dict[str, str]:
     speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
+    if not isinstance(turn, Mapping) or "from" not in turn:
+        held = ", ".join(map(str, turn)) if isinstance(turn, Mapping) else type(turn).__name__
+        raise UserError(f"turn {number} of the conversation: not {TURN_FORM} (it holds {held})")
     role = _ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None:
         raise UserError(

@@ -54,7 +54,16 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _LEFT_BEHIND = re.compile(
     r"(?:.*/)?(?:\.[^./][^/]*|Thumbs\.db|desktop\.ini|(?:__MACOSX|PaxHeaders?[^/]*)/.*)", re.I
 )
-_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
+# What else lies under a shard's name, by its first bytes, and what to do.
+_NO_TARS = {
+    b"\x1f\x8b": "packed by gzip: unpack it",
+    b"BZh": "packed by bzip2: unpack it",
+    b"\xfd7zXZ": "packed by xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "packed by zstd: unpack it",
+    b"PK": "packed by zip: unpack it",
+    b"version https://git-lfs": "a Git LFS pointer: git lfs pull",
+    b"<": "a web page: fetch the shard again",
+}
 _DIGIT = re.compile(r"\d")
 # WebDataset's own notes on a shard.
 _META = re.compile(r"__[^/]*__(?:$|/)")
@@ -148,9 +157,9 @@ def sample_ranges(path: Path, shown: Path) -> Iterator[SampleRange]:
                 start = _next_archive(file, end)
     except (tarfile.TarError, EOFError, OverflowError) as error:
         with path.open("rb") as file:
-            begin = file.read(6)
-        packed = next((name for magic, name in _PACKED.items() if begin.startswith(magic)), None)
-        remedy = f"it is packed by {packed}: unpack it" if packed else "copy it again"
+            begin = file.read(tarfile.BLOCKSIZE).lstrip()
+        kind = next((told for magic, told in _NO_TARS.items() if begin.startswith(magic)), None)
+        remedy = f"it is {kind}" if kind else "copy it again"
         raise UserError(f"{shown}: not a whole, uncompressed tar: {one_line(error)}; {remedy}") from None
 
 

@@ -28,7 +28,7 @@ from dehvf_ds.data.damage import (
 from dehvf_ds.data.members import NO_PICTURES, picture_name
 from dehvf_ds.data.problems import problem_of
 from dehvf_ds.data.prompts import Task
-from dehvf_ds.data.text import clean_text, decode_text, is_null, is_text, parse_json
+from dehvf_ds.data.text import clean_text, decode_text, is_null, is_text, is_value, parse_json
 
 PICTURE_FIELD = re.compile(
     r"(?:image|img|picture|pic|photo|video|frame|media)s?"
@@ -43,13 +43,16 @@ UNASKED_TURN = "turn of the assistant before a question dropped"
 SEVERAL_MARKS = "chat with several <image> for its one picture"
 SAME_CHOICE = "problem whose right choice stands twice among its choices"
 NULL_ANSWER = "answer that is the word nan or null"
+MARKED_ANSWER = "answer with a mark such as <image> in it, learnt as text"
 SEVERAL_LINES = "caption of several lines in a .txt, read as one caption"
 OTHER_CAPTION = "caption in a .txt that differs from its .json's, which is not read"
-LOST_CHARACTER = "text with U+FFFD in it, a character that was lost before"
+UNREAD_TEXT = ".txt beside a record that has its own texts, not read"
+LOST_CHARACTER = "text with U+FFFD or U+0080 to U+009F in it, a character that was lost before"
 
 TASK_FIELDS = ("captions", "conversations", "question")
 _COMMON_ENDINGS = ".jpg, .png, .webp, .gif, .bmp, .tif, .avif, .jp2, .."
-_LOST = "\ufffd"
+# What stands for bytes that nobody could read, and Windows-1252 that was read as Latin-1.
+_LOST = re.compile("[\ufffd\x80-\x9f]")
 _PROBLEM_TEXTS = ("question", "hint", "lecture", "solution", "image_caption")
 
 
@@ -87,7 +90,9 @@ def read_record(members: Mapping[str, Any]) -> CheckedRecord:
     picture, notes = picture_name(dict(members)), ()
     try:
         record = _parse_json(members["json"]) if "json" in members else {}
-        if "txt" in members and "captions" not in record:
+        if "txt" in members and any(field in record for field in TASK_FIELDS):
+            notes = (UNREAD_TEXT,)
+        elif "txt" in members:
             text = decode_text(members["txt"])
             notes = _notes_on_text(text, record.get("caption"))
             record["captions"] = [text]
@@ -179,7 +184,7 @@ def _check(record: dict[str, Any], has_picture: bool) -> CheckedRecord:
         pictures_named(record)
     try:
         # Half an emoji in any other field would end what writes it.
-        if _LOST in (written := json.dumps(record, ensure_ascii=False)):
+        if _LOST.search(written := json.dumps(record, ensure_ascii=False)):
             notes.append(LOST_CHARACTER)
         written.encode()
         for field in _PROBLEM_TEXTS:
@@ -223,6 +228,12 @@ def _gather_captions(record: dict[str, Any]) -> list[str]:
     kept = [caption for caption in captions if is_text(caption) and not is_null(caption)]
     if captions and not kept:
         raise DamagedSample(f"has an empty caption alone ({captions[0]!r:.40})", NO_CAPTION)
+    if values := [caption for caption in kept if is_value(caption)]:
+        raise DamagedSample(
+            f"its caption is a list or another value written as text ({values[0]!r:.40}); write each "
+            "caption as a plain text of its own",
+            BAD_TEXT,
+        )
     try:
         record["captions"] = [clean_text(caption) for caption in kept]
     except ValueError as error:
@@ -243,6 +254,8 @@ def _require_no_picture(record: dict[str, Any], task: Task) -> None:
         )
     if record.get("image_missing") is True:
         return
+    if str(status).startswith("failed_to"):
+        raise DamagedSample(f"its picture is missing{failed}", NO_PICTURE)
     fields = [f for f in record if PICTURE_FIELD.fullmatch(str(f)) and record[f] not in (None, "", [], {})]
     if fields:
         raise DamagedSample(
@@ -250,7 +263,8 @@ def _require_no_picture(record: dict[str, Any], task: Task) -> None:
             f"{failed}",
             NO_PICTURE,
         )
-    for text in _texts_of(record, ("human", "user", "system")):
+    asked = [text for field in ("question", "hint") if isinstance(text := record.get(field), str)]
+    for text in (*_texts_of(record, ("human", "user", "system")), *asked):
         if mark := PLACEHOLDER.search(text):
             message = f"its text speaks of a picture ({mark[0].strip()}), but the sample holds none{failed}"
             raise DamagedSample(message, NO_PICTURE)
@@ -283,7 +297,7 @@ def _check_chat(record: dict[str, Any], has_picture: bool) -> list[str]:
         if isinstance(turn, dict) and isinstance(turn.get("value"), str):
             turn["value"] = clean_text(turn["value"])
     try:
-        parse_conversation(record)
+        messages = parse_conversation(record)
     except UserError as error:
         raise DamagedSample(str(error), BAD_CHAT) from None
     notes = [UNASKED_TURN] if begins_with_answer(record) else []
@@ -292,8 +306,11 @@ def _check_chat(record: dict[str, Any], has_picture: bool) -> list[str]:
         and sum(len(PLACEHOLDER.findall(text)) for text in _texts_of(record, ("human", "user"))) > 1
     ):
         notes.append(SEVERAL_MARKS)
-    if any(is_null(answer) for answer in _texts_of(record, ("gpt", "assistant"))):
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if any(map(is_null, answers)):
         notes.append(NULL_ANSWER)
+    if any(map(PLACEHOLDER.search, answers)):
+        notes.append(MARKED_ANSWER)
     return notes
 
 

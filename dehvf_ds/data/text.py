@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +13,15 @@ from typing import Any
 _BYTE_ORDER_MARK = "\ufeff"
 _DAMAGE = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
 _BLANK = re.compile("[\\s\x1c-\x1f\u200b-\u200d\u2060\ufeff]*")
+# How a list, a mapping or bytes begin where a program wrote them as text.
+_VALUE = re.compile("\\s*(?:[\\[({]|b['\"])")
 _NULLS = frozenset(("nan", "none", "null", "<na>", "n/a", "#n/a"))
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 # Files of other kinds under a text's name: what they begin with.
 _NO_TEXTS = {
     b"PK\x03\x04": "a zip archive, or a spreadsheet (.xlsx); save it as text",
     b"\xd0\xcf\x11\xe0": "a spreadsheet (.xls); save it as csv in UTF-8",
+    b"version https://git-lfs": "a Git LFS pointer; fetch the file itself: git lfs pull",
     b"PAR1": "a parquet table; save it as text",
     b"\x1f\x8b": "packed by gzip; unpack it",
     b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it",
@@ -36,7 +41,7 @@ def decode_text(data: bytes, *, command: str = "") -> str:
         ValueError: it is of another encoding; says where, which it may be and how to convert it.
     """
     if kind := next((told for magic, told in _NO_TEXTS.items() if data.startswith(magic)), None):
-        raise ValueError(f"not UTF-8: it is {kind}")
+        raise ValueError(f"not a text in UTF-8: it is {kind}")
     head = data[:64]
     encoding = "UTF-16" if data.startswith(_UTF_16) or 3 * head.count(0) > len(head) else "WINDOWS-1252"
     remedy = f"; convert it: iconv -f {encoding} -t UTF-8 {command} > NEW" if command else "; convert it"
@@ -90,6 +95,22 @@ def clean_text(text: str) -> str:
 def is_text(value: Any) -> bool:
     """Whether a value is a text that shows something: not only white space and characters without width."""
     return isinstance(value, str) and not _BLANK.fullmatch(value)
+
+
+def is_value(text: str) -> bool:
+    """Whether a text is a value of a program written out: ``['A dog.', 'A cat.']``, ``b'A dog.'``, ``{}``."""
+    if not _VALUE.match(text):
+        return False
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        try:
+            # JSON has true, false and null, too.
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(value, list | tuple | set | dict | bytes)
 
 
 def is_null(text: str) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ from .shapes import Float
 
 DRAFT_MARGIN = 2
 """How many times larger than asked for a JPEG is decoded at least, so that the later resize shapes it."""
+
+BAND_PIXELS = 1 << 22
+"""Of a picture of 16 bit or with transparency so many are converted at once."""
 
 THIN = 16
 """Longer side to shorter side from which a picture is cropped before a resize that keeps its proportions."""
@@ -76,7 +80,9 @@ def upright_for(image: Image.Image, side: int) -> Image.Image:
         Exception: as ``upright_rgb``.
     """
     file, large = getattr(image, "fp", None), min(image.size) >= 2 * DRAFT_MARGIN * side
-    if not large or image.format != "JPEG" or not getattr(image, "tile", None) or file is None:
+    # Many phones and cameras write a JPEG with further pictures behind it, which PIL calls MPO.
+    scales = image.format in ("JPEG", "MPO") and image.tell() == 0
+    if not large or not scales or not getattr(image, "tile", None) or file is None:
         return upright_rgb(image)
     place = file.tell()
     file.seek(0)
@@ -128,20 +134,44 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if type(image) is Image.Image and image.mode == "RGB" and "transparency" not in image.info:
         return image  # was here before
     if image.mode.startswith("I") or image.mode == "F":
-        return _scale_to_bytes(image).convert("RGB")
-    if image.mode == "La":  # grey multiplied by its opacity, which PIL brings back to LA alone
-        image = image.convert("LA")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        peak = max(_peak(band) for _, band in _bands(image))
+        white = next((white for white in _WHITES.get(image.mode, (65535,)) if peak <= white), peak)
+        return _by_bands(image, lambda band: _scale_to_bytes(band, white))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        return _by_bands(image, _on_white)
     return image.convert("RGB")
 
 
-def _scale_to_bytes(image: Image.Image) -> Image.Image:
+def _bands(image: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Image.Image]]:
+    """Stripes of a picture and where they lie: what is computed of one takes memory for it alone."""
+    height = max(1, BAND_PIXELS // max(1, image.width))
+    for top in range(0, image.height, height):
+        box = (0, top, image.width, min(top + height, image.height))
+        yield box, image.crop(box)
+
+
+def _by_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    found = Image.new("RGB", image.size)
+    for box, band in _bands(image):
+        found.paste(convert(band), box)
+    return found
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "La":  # grey multiplied by its opacity, which PIL brings back to LA alone
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image)
+
+
+def _peak(image: Image.Image) -> float:
+    values = np.asarray(image)
+    return float(np.max(values, where=np.isfinite(values), initial=0))
+
+
+def _scale_to_bytes(image: Image.Image, white: float) -> Image.Image:
     values = np.asarray(image).astype(np.float32)
-    peak = float(np.max(values, where=np.isfinite(values), initial=0))
-    white = next((white for white in _WHITES.get(image.mode, (65535,)) if peak <= white), peak)
     scaled = np.clip(np.nan_to_num(values * np.float32(255 / white)), 0, 255).round().astype(np.uint8)
     if isinstance(key := image.info.get("transparency"), int):
         scaled[values == key] = 255

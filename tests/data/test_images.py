@@ -18,6 +18,7 @@ from dehvf_ds.batch import Sample
 from dehvf_ds.config import AugmentConfig
 from dehvf_ds.data import images
 from dehvf_ds.data.images import build_augment, decode_image, random_view
+from dehvf_ds.model import pictures
 
 RED, GREEN, BLUE, WHITE = (220, 30, 20), (10, 180, 60), (20, 40, 200), (255, 255, 255)
 NOT_READABLE = r"^not a readable picture: [^\n]+$"
@@ -146,6 +147,35 @@ def test_more_than_eight_bits_are_scaled(values, kind, grey):
     assert [found.getpixel((x, 0)) for x in range(3)] == [(g, g, g) for g in grey]
 
 
+KINDS = {
+    "I;16": Image.fromarray(np.arange(60000, dtype=np.uint16).reshape(300, 200)),
+    "F": Image.fromarray(np.linspace(-1, 200, 60000, dtype=np.float32).reshape(300, 200)),
+    "LA": Image.merge(
+        "LA", [Image.linear_gradient("L").resize((200, 300)), Image.radial_gradient("L").resize((200, 300))]
+    ),
+    "P": Image.linear_gradient("L").resize((200, 300)).quantize(9),
+}
+
+
+@pytest.mark.parametrize("mode", KINDS)
+def test_bands_of_a_picture_are_converted_as_the_whole_and_take_little_memory(mode, monkeypatch):
+    data = encoded(
+        KINDS[mode], "TIFF" if mode == "F" else "PNG", **({"transparency": 4} if mode == "P" else {})
+    )
+    whole = np.asarray(decode_image(data))
+    monkeypatch.setattr(pictures, "BAND_PIXELS", 1400)
+    tracemalloc.start()
+    try:
+        banded = np.asarray(decode_image(data))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(banded, whole)
+    assert len(np.unique(whole)) > 5
+    # Of numbers in Python; two copies of the decoded picture are the test's own.
+    assert peak < 3 * whole.nbytes
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_first_frame_of_an_animation(kind):
     frames = [Image.new("RGB", (20, 10), colour) for colour in (RED, GREEN, BLUE)]
@@ -209,6 +239,20 @@ def test_cut_off(kind):
     for share in (0.001, 0.01, 0.1, 0.5, 0.9):
         with pytest.raises(ValueError, match=NOT_READABLE):
             decode_image(data[: int(share * len(data))])
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic", "HEIC"),
+        (b"  <svg xmlns='x'/>", "an SVG drawing"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+    ],
+)
+def test_what_else_lies_under_a_pictures_name_is_told(data, kind):
+    with pytest.raises(ValueError, match=f"^not a readable picture: it is {kind}"):
+        decode_image(data)
 
 
 def test_no_picture():

@@ -220,6 +220,21 @@ def test_other_bytes_after_the_end_are_no_whole_tar(tmp_path, tail):
             scan_shard(path, skip_bad=skip_bad)
 
 
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer: git lfs pull"),
+        (b"\n<!DOCTYPE html><html>" + b"x" * 600, "a web page"),
+        (b"\x1f\x8b" + bytes(600), "packed by gzip: unpack it"),
+        (b"", "copy it again"),
+    ],
+)
+def test_what_else_lies_under_a_shards_name_is_told(tmp_path, data, told):
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(UserError, match=f"not a whole, uncompressed tar: .*; .*{told}"):
+        scan_shard(tmp_path / "a.tar")
+
+
 @pytest.mark.parametrize("name", ["a\udcffb.json", "a\nb.json", "x/\x07.jpg"])
 def test_names_that_nothing_can_be_called_by(name):
     with pytest.raises(DamagedSample, match="rename it") as caught:

@@ -34,6 +34,10 @@ BLIND = {
     "failed download": {"caption": "A dog.", "status": "failed_to_download", "error_message": "404"},
     "caption, image null": {"caption": "A dog.", "image": None},
     "caption, image_missing": {"caption": "A dog.", "image_missing": True},
+    "chat, failed download": {
+        **{"status": "failed_to_download", "error_message": "404"},
+        **{"url": "http://x", "conversations": TURNS},
+    },
     "chat, image": {"image": "a.jpg", "conversations": TURNS},
     "chat, images": {"images": ["a.jpg"], "conversations": TURNS},
     "chat, path": {"image_path": "a.jpg", "conversations": TURNS},
@@ -47,6 +51,8 @@ BLIND = {
     "chat, other marks": {"conversations": [{"from": "human", "value": "What is <|image_1|>?"}, TURNS[1]]},
     "problem": PROBLEM | {"image": "image.png"},
     "problem, bytes": PROBLEM | {"image": {"bytes": "..", "path": None}},
+    "problem, <image>": PROBLEM | {"question": "<image>\nWhich is it?"},
+    "problem, hint": PROBLEM | {"hint": "See <image>."},
     "problem, images": PROBLEM | {"images": ["image.png"]},
 }
 
@@ -59,7 +65,16 @@ BLIND |= {
     for text in (
         *("<IMAGE>\nWhat?", "What? <Image>", "<image-placeholder>What?", "<img>\nWhat?", "<ImageHere>Hi."),
         *("See <image_1>.", "Is <|image|> red?", "<|vision_start|><|image_pad|><|vision_end|>Hi", "[IMG] Hi"),
-        *("<im_start><im_end>Hi", "< image >Hi", "<image/>", "[image] What?", "<Img></Img> Hi"),
+        *(
+            "<im_start><im_end>Hi",
+            "Picture 1: <img>a.jpg</img>\nWhat?",
+            "<IMG_CONTEXT>Hi",
+            "<start_of_image>Hi",
+            "< image >Hi",
+            "<image/>",
+            "[image] What?",
+            "<Img></Img> Hi",
+        ),
     )
 }
 
@@ -135,7 +150,23 @@ def test_texts_beside_records(members, notes):
     assert read_record({"jpg": b"j", **members}).notes == notes
 
 
+OWN = [{"captions": ["A cat."]}, {"conversations": TURNS}, PROBLEM]
+
+
+@pytest.mark.parametrize("record", OWN, ids=["captions", "chat", "problem"])
+def test_a_txt_beside_a_record_with_texts_is_told_and_changes_nothing(record):
+    checked = read_record({"jpg": b"j", "txt": b"A dog.", "json": json.dumps(record).encode()})
+    alone = check_record(dict(record), has_picture=True)
+    assert checked.task == alone.task
+    assert checked.record.get("captions") == record.get("captions")
+    assert checked.notes == (".txt beside a record that has its own texts, not read",)
+
+
 def test_what_is_odd_in_a_usable_row_is_counted():
+    marked = [TURNS[0], {"from": "gpt", "value": "<image>\nA dog."}]
+    assert check_record({"conversations": marked}, has_picture=True).notes == (
+        "answer with a mark such as <image> in it, learnt as text",
+    )
     twice = [{"from": "human", "value": "<image> and <image>?"}, TURNS[1]]
     assert check_record({"conversations": twice}, has_picture=True).notes == (
         "chat with several <image> for its one picture",
@@ -264,6 +295,34 @@ def test_captions_that_are_none(caption):
     assert (kept.record["captions"], kept.notes) == (["A dog."], ("empty caption beside others left out",))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "['A dog.', 'A cat.']",
+        '["A dog.", "A cat."]',
+        ' ["A dog.", null]\n',
+        "['A dog.'\n 'A cat.']",
+        "('A dog.', 'A cat.')",
+        "b'A dog.'",
+        "{'raw': 'A dog.'}",
+        "[]",
+    ],
+)
+def test_a_list_of_captions_written_as_text_is_no_caption(text):
+    """As Flickr30k's table on the hub has them in ``raw``."""
+    for members in ({"txt": text.encode()}, {"json": json.dumps({"captions": ["Fine.", text]}).encode()}):
+        with pytest.raises(DamagedSample, match="a list or another value written as text") as caught:
+            read_record({"jpg": b"j", **members})
+        assert caught.value.reason == "of damaged text"
+
+
+@pytest.mark.parametrize(
+    "text", ["[sic] A dog", "(A dog.)", "[UNK]", '("A dog")', "b'day", "[A] 'x'", "{x}", "(1)"]
+)
+def test_brackets_in_captions_are_text(text):
+    assert check_record({"captions": [text]}, has_picture=True).record["captions"] == [text]
+
+
 @pytest.mark.parametrize("text", ["half \ud83d", "\udc00 half", "a\0b", "\x01", "\x1b[31mred", "\x7f"])
 @pytest.mark.parametrize(
     "of",
@@ -381,7 +440,15 @@ def test_other_encodings(data, part):
     assert decode_text(b"\xef\xbb\xbfa") == "a"
 
 
+def test_what_is_no_text_is_named():
+    with pytest.raises(ValueError, match=r"not a text in UTF-8: it is a Git LFS pointer; .* git lfs pull"):
+        decode_text(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
 def test_lost_characters_are_noted():
-    checked = check_record({"captions": ["Ein B\ufffdr."]}, has_picture=True)
-    assert checked.record["captions"] == ["Ein B\ufffdr."]
-    assert checked.notes == ("text with U+FFFD in it, a character that was lost before",)
+    for text in ("Ein B\ufffdr.", "A dog\x92s bone", "and so on\x85"):
+        checked = check_record({"captions": [text]}, has_picture=True)
+        assert checked.record["captions"] == [text]
+        assert checked.notes == (
+            "text with U+FFFD or U+0080 to U+009F in it, a character that was lost before",
+        )

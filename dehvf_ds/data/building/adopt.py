@@ -90,7 +90,11 @@ def _find_shards(directory: Path, *, overwrite: bool, note: Note) -> list[Path]:
             f"{directory}: {packed[0].name}{others} is compressed, and samples are read at random: "
             "unpack it to .tar (gunzip, zstd -d, ..)"
         )
-    below = sorted(path for path in directory.glob("*/**/*.tar") if not path.name.startswith("."))
+    below = sorted(
+        path
+        for path in directory.glob("*/**/*")
+        if not path.name.startswith(".") and (path.suffix.lower() == ".tar" or _PACKED.fullmatch(path.name))
+    )
     if not paths:
         raise UserError(f"{directory}: holds no *.tar{_places(directory, below, files)}")
     if below:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -130,11 +131,21 @@ def _picture_problem(path: Path | None, size: int | None, missing: tuple[int, in
         return None
     if size is None:
         others = f" (and {missing[0] - 1} others)" if missing[0] > 1 else ""
-        return f"no such picture{others} of {missing[1]}; look at --images or --root", NO_PICTURE
+        near = _near(path)
+        remedy = "look at --images or --root" if near is None else f"rename {near.name!a}, which is there"
+        return f"no such picture{others} of {missing[1]}; {remedy}", NO_PICTURE
     if path.suffix.lower() not in MEMBER_OF_SUFFIX:
         known = ", ".join(f".{kind}" for kind in ("jpg", "png", "webp", "gif", "bmp", "tif", "avif", "jp2"))
         return f"a picture's name ends in one of {known}, ..; convert it", UNDECODABLE
     return ("a picture of 0 bytes; copy it again", UNDECODABLE) if size == 0 else None
+
+
+def _near(path: Path) -> Path | None:
+    """A file whose name differs in its Unicode form (macOS has its own) or in the case of its ending."""
+    names = {unicodedata.normalize(form, path.name) for form in ("NFC", "NFD")}
+    names |= {path.stem + change(path.suffix) for change in (str.lower, str.upper)}
+    near = (path.with_name(name) for name in sorted(names - {path.name}))
+    return next((other for other in near if _file_bytes(other) is not None), None)
 
 
 def _file_bytes(path: Path | None) -> int | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from dehvf_ds.config import UserError
 from dehvf_ds.data.building.left_out import BadRows, Note
+from dehvf_ds.data.chat import TURN_FORM
 from dehvf_ds.data.damage import BAD_NAME, KEY_TWICE, NO_CAPTION, DamagedSample
 from dehvf_ds.data.records import check_record, pictures_named
 from dehvf_ds.data.text import decode_text, is_text, parse_json
@@ -200,7 +201,8 @@ def read_llava(annotations: Path, images: Path, *, bad: BadRows | None = None) -
                 if "conversations" not in record:
                     held = ", ".join(map(str, list(record)[:8]))
                     raise DamagedSample(
-                        f"has no turns (conversations is missing; its fields are {held})", NO_CAPTION
+                        f"has no conversations, a list of {TURN_FORM} (its fields are {held})",
+                        NO_CAPTION,
                     )
                 names = pictures_named(record)
                 path = inside(images, names[0]) if names else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,15 +59,21 @@ def read_csv(captions: Path, images: Path, *, note: Note, bad: BadRows | None = 
     bad = bad or BadRows(skip=False)
     texts: dict[str, list[str | None]] = {}
     lines_of: dict[str, int] = {}
-    for line, fields, width, places in _rows(captions):
-        if len(fields) != width:
-            quote = "; quote texts that hold the separator" if len(fields) > width else ""
-            where = f"{captions}, line {line}: {len(fields)} fields, not {width}{quote}"
+    splits: Counter[str] = Counter()
+    for line, fields, names, places in _rows(captions):
+        if len(fields) != len(names):
+            quote = "; quote texts that hold the separator" if len(fields) > len(names) else ""
+            where = f"{captions}, line {line}: {len(fields)} fields, not {len(names)}{quote}"
             bad.add(f"line {line}", where, BAD_RECORD)
             continue
+        if "split" in names:
+            splits[fields[names.index("split")].strip()] += 1
         name, caption = (fields[place].strip() for place in places)
         texts.setdefault(name, []).append(caption)
         lines_of.setdefault(name, line)
+    if len(splits) > 1:
+        found = ", ".join(f"{name} ({count})" for name, count in sorted(splits.items()))
+        note(f"{captions}: has a column split ({found}), which is not looked at: all rows are taken")
     rows = CaptionRows(images, bad)
     for name, found in texts.items():
         with bad.row(f"line {lines_of[name]} ({name})", f"{captions}, line {lines_of[name]}"):
@@ -74,8 +81,8 @@ def read_csv(captions: Path, images: Path, *, note: Note, bad: BadRows | None = 
     return rows.finish(note)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, list[str], int, tuple[int, int]]]:
-    """Yields line, fields, width of the table, and the places of picture and caption."""
+def _rows(path: Path) -> Iterator[tuple[int, list[str], list[str], tuple[int, int]]]:
+    """Yields line, fields, the columns' names, and the places of picture and caption."""
     # Line ends of any program; a field may hold them, too.
     file = io.StringIO(read_text(path), newline="")
     header, before = "", 0
@@ -94,7 +101,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str], int, tuple[int, int]]]:
             if bars:
                 fields = [_unquoted(field) for field in fields]
             if any(field.strip() for field in fields):
-                yield before + lines.line_num, fields, len(names), places
+                yield before + lines.line_num, fields, names, places
     except csv.Error as error:
         raise UserError(
             f"{path}, line {before + lines.line_num}: not csv: {error}; look at its quotes"

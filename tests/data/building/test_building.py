@@ -131,6 +131,7 @@ def test_equal_names_get_numbers(tmp_path):
     ("change", "message"),
     [
         (lambda rows: rows[3].image.unlink(), "p3.png: no such picture of 10; look at --images or --root"),
+        (lambda rows: rows[3].image.rename(rows[3].image.with_suffix(".PNG")), r"of 10; rename 'p3\.PNG'"),
         (lambda rows: [row.image.unlink() for row in rows[4:7]], r"p4.png: no such picture \(and 2 others\)"),
         (lambda rows: rows[2].image.write_bytes(b""), "p2.png: a picture of 0 bytes; copy it again"),
         (lambda rows: rows[2].record.update(x="\ud800"), "sample p2: its record is not fit for UTF-8"),
@@ -141,6 +142,14 @@ def test_bad_rows_are_found_before_anything_is_written(build, rows, tmp_path, ch
     with pytest.raises(UserError, match=message):
         build()
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("there", ["u\u0308.jpg", "\u00fc.JPG"])
+def test_a_picture_of_nearly_the_same_name_is_told(tmp_path, there):
+    (tmp_path / there).write_bytes(b"x")
+    rows = [SourceRow("a", tmp_path / "\u00fc.jpg", {})]
+    with pytest.raises(UserError, match=re.escape(f"no such picture of 1; rename {there!a}, which is there")):
+        plan_shards(rows, BuildSettings())
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,7 @@ def test_llava(run, tmp_path):
     rows[1]["id"] = "lonely"
     del rows[1]["conversations"]
     write_json(tmp_path / "c.json", rows)
-    one_line_error(run(*chats, "--output", tmp_path / "new"), "row 2: id 'lonely': has no turns")
+    one_line_error(run(*chats, "--output", tmp_path / "new"), "row 2: id 'lonely': has no conversations")
 
 
 def test_the_same_call_again(run, coco, tmp_path):

@@ -422,6 +422,10 @@ def test_keys_that_are_unique_stay_as_they_are(run, tmp_path):
             r"2 lie in folders below it.*index {d}/train",
         ),
         (
+            lambda d: [p.rename(d / "train" / f"{p.name}.gz") for p in d.glob("*.tar")],
+            r"2 lie in folders below it.*index {d}/train",
+        ),
+        (
             lambda d: [p.rename(f"{p}.gz") for p in d.glob("*.tar")],
             "00000.tar.gz (and 1 others) is compressed",
         ),

@@ -281,9 +281,13 @@ def test_llava(tmp_path, suffix):
     [
         ({"id": 1}, ["needs a list of rows"]),
         ([7], ["row 1: is no object"]),
-        ([{"id": "q7"}], ["id 'q7'", "has no turns"]),
+        ([{"id": "q7"}], ["id 'q7'", 'has no conversations, a list of {"from":', "its fields are id"]),
+        ([{"id": "q7", "messages": []}], ["id 'q7'", "has no conversations", "its fields are id, messages"]),
         ([{"id": "q7", "conversations": []}], ["id 'q7'", "has no turns"]),
-        ([{"id": "q7", "conversations": ["hello"]}], ["id 'q7'", "unknown speaker None"]),
+        (
+            [{"id": "q7", "conversations": ["hello"]}],
+            ["id 'q7'", 'not {"from": "human" or "gpt", "value": TEXT} (it holds str)'],
+        ),
         ([{"id": "q7", "conversations": [{"from": "human"}]}], ["id 'q7'", "value is NoneType, not a text"]),
         (
             [{"id": "q7", "conversations": TURNS, "image": ["a.jpg", "b.jpg"]}],

@@ -73,6 +73,15 @@ def test_bars_and_doubled_quotes(read):
     assert read('image|caption\na.jpg|"A ""dog"" runs."\n')[0] == {"a.jpg": ['A "dog" runs.']}
 
 
+@pytest.mark.parametrize(("other", "told"), [("test", ["test (1), train (1)"]), ("train", [])])
+def test_a_column_of_splits_is_told(read, other, told):
+    notes = []
+    found, _ = read(f"image,caption,Split\na.jpg,One.,train\nb.jpg,Two.,{other}\n", notes=notes)
+    assert len(found) == 2
+    assert len(notes) == len(told)
+    assert all(part in note for part, note in zip(told, notes, strict=True))
+
+
 @pytest.mark.parametrize(
     ("header", "name"), [("image,caption,caption", "caption"), ("image\tcaption\tImage", "image")]
 )
