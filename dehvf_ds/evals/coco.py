@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dehvf_ds.config import UserError
-from dehvf_ds.evals.coco_tokens import NO_JAVA, Tokens, ptb_tokens, simple_tokens
+from dehvf_ds.evals.coco_tokens import NO_JAVA, Tokens, bounded_java, ptb_tokens, simple_tokens
 from dehvf_ds.evals.meteor import score_meteor
 
 CAPTION_METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
@@ -97,7 +97,7 @@ class References:
                 continue
             try:
                 # The package prints its progress to standard output.
-                with contextlib.redirect_stdout(io.StringIO()):
+                with contextlib.redirect_stdout(io.StringIO()), bounded_java():
                     totals, rows = compute(self._truth, guess)
                 scores = [dict(zip(keys, map(float, row), strict=True)) for row in rows]
                 if not all(map(math.isfinite, (*totals, *(v for row in scores for v in row.values())))):

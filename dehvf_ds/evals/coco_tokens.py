@@ -6,8 +6,12 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from dehvf_ds.config import UserError
 
@@ -31,6 +35,39 @@ _FIXED_LOCALE = (
     "-Dfile.encoding=UTF-8",
     "-Dstdout.encoding=UTF-8",
 )
+
+
+JAVA_MINUTES = 30.0
+"""How long a scorer may take: COCO's 5,000 pictures take METEOR one or two. Other ranks may wait for it."""
+
+
+@contextmanager
+def bounded_java() -> Iterator[None]:
+    """Kills the Java that was started inside once its time is over.
+
+    Raises:
+        RuntimeError: it was.
+    """
+    is_over = threading.Event()
+
+    def kill() -> None:
+        is_over.set()
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if child.name() == "java":
+                    child.kill()
+
+    timer = threading.Timer(60 * JAVA_MINUTES, kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except Exception as error:
+        if is_over.is_set():
+            raise RuntimeError(f"Java was not done after {JAVA_MINUTES:g} minutes") from error
+        raise
+    finally:
+        timer.cancel()
 
 
 def require_java() -> None:
@@ -78,9 +115,15 @@ def ptb_tokens(captions: Captions) -> Tokens:
         "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"
     )
     text = "\n".join(lines).encode()
-    done = subprocess.run(command, input=text, capture_output=True, env=java_environment())
-    if done.returncode:
-        raise UserError(f"PTB tokenization failed: {java_error(done.stderr) or f'exit {done.returncode}'}")
+    try:
+        with bounded_java():
+            done = subprocess.run(command, input=text, capture_output=True, env=java_environment())
+            done.check_returncode()
+    except RuntimeError as error:
+        raise UserError(f"PTB tokenization: {error}") from None
+    except subprocess.CalledProcessError as error:
+        told = java_error(error.stderr) or f"exit {error.returncode}"
+        raise UserError(f"PTB tokenization failed: {told}") from None
     found = done.stdout.decode().split("\n")
     if len(found) != len(lines):
         raise UserError(f"PTB tokenization gave {len(found)} lines for {len(lines)} captions")

@@ -137,7 +137,7 @@ def _try_decoder(decoder: PreTrainedModel, config: DehvfConfig, tower: PreTraine
     seen = {} if config.fusion == "prefix" else {"pixel_values": pixels}
     with _refused(f"a {kind} decoder does not run with visual features in its FFNs"):
         _compare(own, model(input_ids=ids, **seen).logits, kind)
-        chosen = torch.ones_like(ids, dtype=torch.bool)
+        chosen = torch.arange(ids.numel())
         if config.fusion == "ffn":
             model.set_memory(model.encode_images(pixels, None)[0])
         embeds = model.get_input_embeddings()(ids)

@@ -11,6 +11,7 @@ from pycocoevalcap.meteor import meteor
 from pycocoevalcap.spice import get_stanford_models, spice
 
 from dehvf_ds.config import UserError
+from dehvf_ds.evals import coco_tokens
 from dehvf_ds.evals.coco import SPICE_PARSER, CaptionScores, References, unique_predictions
 from dehvf_ds.evals.coco_tokens import PUNCTUATION, ptb_tokens, simple_tokens
 
@@ -62,6 +63,22 @@ class FakeJava:
         )
         program.chmod(0o755)
         monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+@pytest.mark.parametrize("tokenizer", ["ptb", "simple"])
+def test_java_that_never_ends_is_ended(tmp_path, monkeypatch, tokenizer: str) -> None:
+    program = tmp_path / "java"
+    program.write_text("#!/bin/sh\nwhile :; do read line || sleep 0.1; done\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(coco_tokens, "JAVA_MINUTES", 0.01)
+    if tokenizer == "ptb":
+        with pytest.raises(UserError, match=r"PTB tokenization: Java was not done after 0.01 minutes"):
+            score_captions(REFERENCES, PREDICTIONS, tokenizer="ptb")
+    else:
+        scores = score_captions(REFERENCES, PREDICTIONS, tokenizer="simple")
+        assert scores.missing["METEOR"] == "Java was not done after 0.01 minutes"
+        assert "CIDEr" in scores.corpus
 
 
 class TestOfficial:
