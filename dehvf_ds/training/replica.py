@@ -1,4 +1,4 @@
-"""A whole copy of the model beside the engine, to decode with freely in the middle of a run.
+"""A model to decode with freely in the middle of a run: a whole copy where the engine's is partitioned.
 
 Under ZeRO-3 the engine's model gathers every weight for every token, releases it after use, and needs all
 ranks to walk the same road. A copy has none of DeepSpeed's hooks: ranks may decode texts of different length.
@@ -22,6 +22,15 @@ GATHERED_ELEMENTS = 100_000_000
 def replica_bytes(model: DehvfForConditionalGeneration) -> int:
     """Bytes of a whole copy, on every rank."""
     return sum(_numel(p) * p.element_size() for p in model.parameters())
+
+
+def whole_model(model: DehvfForConditionalGeneration, world: World) -> DehvfForConditionalGeneration:
+    """The model in evaluation mode: itself where every rank holds all of it (ZeRO-2), else a whole copy.
+
+    Every rank must call it.
+    """
+    is_partitioned = any(hasattr(p, "ds_id") for p in model.parameters())
+    return whole_copy(model, world) if is_partitioned else model.eval()
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from dehvf_ds.batch import Batch
 from dehvf_ds.distributed import World, gather_to_main, init_process_group, read_world, run_entry
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.engine import build_engine, build_model_config
-from dehvf_ds.training.replica import whole_copy
+from dehvf_ds.training.replica import whole_model
 from dehvf_ds.training.step import train_step
 
 
@@ -30,7 +30,7 @@ def main(directory: Path) -> None:
         for step in range(6):
             rows = take(make_rows(step, "mixed"), world.rank * half, half)
             if losses is found["losses"][1] and step == 3:
-                found |= decode(engine, whole_copy(model, world), rows, world)
+                found |= decode(engine, whole_model(model, world), rows, world)
             micro = [take(rows, i, 2) for i in range(0, half, 2)]
             losses.append(train_step(engine, micro, world, torch.float32, seed=0, step=step).loss)
     if world.is_main:
@@ -43,6 +43,7 @@ def decode(engine, copy, rows: Batch, world: World) -> dict[str, Any]:
     with torch.no_grad():
         losses = [float(model(**rows.inputs()).loss_sum) for model in (engine, copy)]
     engine.train()
+    copy.eval()
     ids = copy.generate(
         rows.input_ids[:, :4],
         rows.pixel_values,
@@ -52,6 +53,7 @@ def decode(engine, copy, rows: Batch, world: World) -> dict[str, Any]:
         eos_token_id=None,
         pad_token_id=0,
     )
+    engine.train()
     return {"losses_of_both": losses, "num_tokens": gather_to_main([ids.shape[1]], world)}
 
 

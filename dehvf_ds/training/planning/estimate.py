@@ -144,7 +144,7 @@ def estimate(
         activation_bytes=activation_peak_bytes(shapes, work),
         visual_bytes=visual_share_bytes(shapes, work),
         overhead_bytes=overhead_bytes,
-        host_load_bytes=host_load_bytes(shapes, strategy, cluster.gpus_per_node, size),
+        host_load_bytes=host_load_bytes(shapes, strategy, size),
         host_run_bytes=host_run_bytes(shapes, strategy, cluster.nodes, size),
         arithmetic_s=accumulation * arithmetic_s(micro_step_flops(shapes, work), cluster),
         gather_bytes=accumulation * gather_bytes(gathered, ranks, size),

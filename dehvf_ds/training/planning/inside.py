@@ -34,7 +34,7 @@ class InsideBytes:
 
     Attributes:
         resting: weights, states and buckets of the engine.
-        copy: the whole model.
+        copy: the whole model, where the run's own is partitioned.
         decoding: keys and values of the rows asked together, and their logits.
         overhead: assumed for CUDA, NCCL and libraries.
     """
@@ -74,7 +74,7 @@ def inside_bytes(
     logits = shapes.vocab * (element_bytes + FP32_BYTES)
     return InsideBytes(
         resting=resting,
-        copy=(shapes.frozen + shapes.trainable) * element_bytes,
+        copy=0 if strategy == "ZeRO-2" else (shapes.frozen + shapes.trainable) * element_bytes,
         decoding=rows * (kept + logits),
         overhead=overhead_bytes,
     )
@@ -115,7 +115,7 @@ def check_inside(config: RunConfig, ds_config: dict[str, Any], world: World) -> 
         }
         told = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
         raise UserError(
-            f"eval.every_steps: a whole copy of the model does not fit beside the run: {told} make "
+            f"eval.every_steps: an evaluation does not fit beside the run: {told} make "
             f"{found.total / GIB:.1f} GiB a rank, and {limit / GIB:.1f} GiB may be filled; lower "
             "eval.batch_size, or leave it 0 and evaluate checkpoints with eval.py"
         )

@@ -49,14 +49,13 @@ def gradient_bytes(shapes: Shapes, world: int, element_bytes: int) -> int:
     return shapes.trainable * element_bytes + math.ceil(shapes.trainable / world) * 2 * FP32_BYTES
 
 
-def host_load_bytes(shapes: Shapes, strategy: Strategy, gpus_per_node: int, element_bytes: int) -> int:
-    """Host memory of a node, under ZeRO-3 the first, while weights load.
+def host_load_bytes(shapes: Shapes, strategy: Strategy, element_bytes: int) -> int:
+    """Host memory of the first node while weights load.
 
-    Under ZeRO-3 rank 0 merges the whole checkpoint once; under ZeRO-2 every rank reads its own copy
-    before it goes to the GPU.
+    Under ZeRO-3 rank 0 merges the whole checkpoint once; under ZeRO-2 each weight goes to the GPU as it is
+    read, and the host holds pages of the mapped files alone.
     """
-    copies = gpus_per_node if strategy == "ZeRO-2" else 1
-    return copies * shapes.frozen * element_bytes
+    return 0 if strategy == "ZeRO-2" else shapes.frozen * element_bytes
 
 
 def host_run_bytes(shapes: Shapes, strategy: Strategy, nodes: int, element_bytes: int) -> int:

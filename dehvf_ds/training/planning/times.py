@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from dehvf_ds.training.planning.memory import FP32_BYTES
 from dehvf_ds.training.planning.shapes import Shapes
 from dehvf_ds.training.planning.zero import Strategy, gather_ranks
 
@@ -76,9 +77,10 @@ def gather_s(numel: int, strategy: Strategy, cluster: Cluster, element_bytes: in
 def gradient_traffic_bytes(shapes: Shapes, cluster: Cluster, accumulation: int, element_bytes: int) -> float:
     """Bytes that a GPU receives in a step for the trainables, the same in all configurations.
 
-    Gradients are scattered in every micro-step, weights gathered once.
+    Gradients are scattered in every micro-step, in fp32 as the configurations have it, weights gathered once.
     """
-    return (accumulation + 1) * gather_bytes(shapes.trainable, cluster.world, element_bytes)
+    scattered = accumulation * gather_bytes(shapes.trainable, cluster.world, FP32_BYTES)
+    return scattered + gather_bytes(shapes.trainable, cluster.world, element_bytes)
 
 
 def rows_that_hide(gather_seconds: float, row_seconds: float) -> int:

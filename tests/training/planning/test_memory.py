@@ -39,8 +39,8 @@ def test_where_the_frozen_weights_lie(shapes: Shapes) -> None:
     assert held["ZeRO-3"] == pytest.approx(whole / 16 + persistent, rel=1e-6)
     assert held["ZeRO-3 + hpZ"] == pytest.approx(whole / 16 + whole / 8 + persistent, rel=1e-6)
     assert held["ZeRO-3 + offload"] == pytest.approx(persistent * 17 / 16, rel=1e-6)
-    assert host_load_bytes(shapes, "ZeRO-3", 8, 2) == whole
-    assert host_load_bytes(shapes, "ZeRO-2", 8, 2) == 8 * whole
+    assert host_load_bytes(shapes, "ZeRO-3", 2) == whole
+    assert host_load_bytes(shapes, "ZeRO-2", 2) == 0
 
 
 def test_buckets_are_allocated_whole_and_twice_in_zero2() -> None:
