@@ -226,9 +226,12 @@ def test_experts(world, bases) -> None:
 
 @pytest.mark.parametrize(
     ("size", "message"),
-    [(18, r"model\.image_size 18 is no multiple of the 4 pixels of a patch of .*tower; set it to 16 or 20")],
+    [
+        (18, r"model\.image_size 18 is no multiple of the 4 pixels of a patch of .*tower; set it to 16 or 20"),
+        (3360, r"model\.image_size 3360 makes 840 patches of 4 pixels a side of .*tower; set it to 256 at most"),
+    ],
 )
-def test_pictures_of_half_patches(world, bases, size, message) -> None:
+def test_pictures_of_half_patches_or_far_too_many(world, bases, size, message) -> None:
     refused(world, bases, message, "--model.image_size", str(size))
 
 
