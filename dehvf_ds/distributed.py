@@ -90,10 +90,7 @@ def read_world(environ: dict[str, str] | None = None) -> World:
             f"RANK {rank} of WORLD_SIZE {size}, LOCAL_RANK {local_rank} of LOCAL_WORLD_SIZE {local_size}: no "
             "such place; start by deepspeed, torchrun or srun, or unset all four"
         )
-    if _uses_cuda(env):
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
+    device = torch.device("cuda", local_rank) if _uses_cuda(env) else torch.device("cpu")
     return World(rank, local_rank, size, local_size, device)
 
 

@@ -44,8 +44,8 @@ def require_positions(num_prompt_tokens: int, decoding: Decoding, model_config: 
     most = model_config.max_tokens
     if most is not None and num_prompt_tokens + decoding.max_new_tokens > most:
         raise UserError(
-            f"max_new_tokens {decoding.max_new_tokens} behind a prompt of {num_prompt_tokens} is more than the "
-            f"{most} tokens that the language model has positions for"
+            f"max_new_tokens {decoding.max_new_tokens} behind a prompt of {num_prompt_tokens} is more than "
+            f"the {most} tokens that the language model has positions for"
         )
 
 

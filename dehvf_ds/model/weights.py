@@ -119,8 +119,8 @@ def _check_image_size(image_size: int | None, vision_config: PreTrainedConfig, s
     own_size = square_side(getattr(vision_config, "image_size", None))
     if image_size is not None and patch_size and image_size // patch_size > MAX_PATCHES:
         raise ModelError(
-            f"model.image_size {image_size} makes {image_size // patch_size} patches of {patch_size} pixels a "
-            f"side of {source}; set it to {MAX_PATCHES * patch_size} at most"
+            f"model.image_size {image_size} makes {image_size // patch_size} patches of {patch_size} pixels "
+            f"a side of {source}; set it to {MAX_PATCHES * patch_size} at most"
         )
     if image_size is None or patch_size is None or image_size == own_size or image_size % patch_size == 0:
         return

@@ -100,8 +100,8 @@ def check(config: RunConfig, world: World) -> Checked:
     longest = model_config.max_tokens
     if longest is not None and config.data.max_tokens > longest:
         raise UserError(
-            f"data.max_tokens {config.data.max_tokens} is more than {config.model.language_model} has positions "
-            f"for; set it to {longest} at most"
+            f"data.max_tokens {config.data.max_tokens} is more than {config.model.language_model} has "
+            f"positions for; set it to {longest} at most"
         )
     tokenizer = load_tokenizer(config.model.language_model)
     _check_bases(config, model_config, tokenizer, world)
