@@ -258,6 +258,17 @@ def test_a_tokenizer_with_more_ids_than_embeddings(world, bases) -> None:
     refused(world, bases, "its token '<extra8>' has id 265, but the language model has 260 embeddings")
 
 
+@pytest.mark.parametrize("content", [POINTER, b"[]", b"{", b"\xff"])
+def test_settings_of_generation_that_would_be_passed_over(world, bases, content) -> None:
+    (bases / "llm/generation_config.json").write_bytes(content)
+    refused(world, bases, r"llm/generation_config\.json: not a JSON object")
+
+
+def test_a_tokenizer_that_git_left_a_pointer_to(world, bases) -> None:
+    (bases / "llm/tokenizer.json").write_bytes(POINTER)
+    refused(world, bases, "no tokenizer at .*llm: tokenizer.json is a git-LFS pointer.*run `git lfs pull`")
+
+
 def test_a_tokenizer_of_another_model(world, bases) -> None:
     model = AutoModelForCausalLM.from_config(
         text_config(vocab_size=2000, eos_token_id=0, bos_token_id=None, pad_token_id=None)
