@@ -68,6 +68,8 @@ def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
     except _UNREADABLE as error:
         gguf = sorted(path.name for path in Path(source).glob("*.gguf")) if Path(source).is_dir() else []
         hint = f" ({gguf[0]} is of llama.cpp: take the model that it was made of)" if gguf else ""
+        if not Path(source).is_dir():
+            hint = f" (nor is there a directory {Path(source).absolute()})"
         raise ModelError(f"{kind} {source}: {_first_line(error)}{hint}") from None
     _check_generation_config(Path(source) / GENERATION_CONFIG_NAME)
     quantisation = getattr(config, "quantization_config", None)
