@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -90,11 +90,12 @@ def read_world(environ: dict[str, str] | None = None) -> World:
             f"RANK {rank} of WORLD_SIZE {size}, LOCAL_RANK {local_rank} of LOCAL_WORLD_SIZE {local_size}: no "
             "such place; start by deepspeed, torchrun or srun, or unset all four"
         )
-    if torch.cuda.is_available() and env.get("DS_ACCELERATOR", "cuda") == "cuda":
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
+    device = torch.device("cuda", local_rank) if _uses_cuda(env) else torch.device("cpu")
     return World(rank, local_rank, size, local_size, device)
+
+
+def _uses_cuda(environ: Mapping[str, str]) -> bool:
+    return torch.cuda.is_available() and environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def first_host(nodelist: str) -> str:
@@ -166,7 +167,7 @@ def set_timeout(minutes: float) -> None:
 
 def has_fast_bf16() -> bool:
     """Whether this device multiplies bf16 matrices in hardware; without that fp32 is several times faster."""
-    if torch.cuda.is_available():
+    if _uses_cuda(os.environ):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # The names of PyTorch's own CPU capability checks; absent ones mean not supported.
     checks = (
