@@ -102,7 +102,7 @@ def read_world(environ: dict[str, str] | None = None) -> World:
 
 
 def _device(local_rank: int, env: Mapping[str, str]) -> torch.device:
-    if not torch.cuda.is_available() or env.get("DS_ACCELERATOR", "cuda") != "cuda":
+    if not _uses_cuda(env):
         return torch.device("cpu")
     visible = torch.cuda.device_count()
     if visible == 1:
@@ -113,6 +113,10 @@ def _device(local_rank: int, env: Mapping[str, str]) -> torch.device:
             f"LOCAL_RANK {local_rank} of a node on which {visible} GPUs are seen; start a rank a GPU"
         )
     return torch.device("cuda", local_rank)
+
+
+def _uses_cuda(environ: Mapping[str, str]) -> bool:
+    return torch.cuda.is_available() and environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def first_host(nodelist: str) -> str:
@@ -220,7 +224,7 @@ def set_timeout(minutes: float) -> None:
 
 def has_fast_bf16() -> bool:
     """Whether this device multiplies bf16 matrices in hardware; without that fp32 is several times faster."""
-    if torch.cuda.is_available():
+    if _uses_cuda(os.environ):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # The names of PyTorch's own CPU capability checks; absent ones mean not supported.
     checks = (

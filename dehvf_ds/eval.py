@@ -106,6 +106,7 @@ def main(argv: list[str]) -> int:
         num_beams=config.num_beams,
         max_samples=config.max_samples,
     )
+    questions.require_positions(trained.config)
     init_process_group(world)
     scorer = on_main(world, lambda: _open_scorer(config, questions))
     try:

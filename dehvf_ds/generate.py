@@ -29,7 +29,7 @@ from dehvf_ds.data.text import is_text
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.distributed import has_fast_bf16, read_world, run_entry
-from dehvf_ds.evals.decode import Answer, Decoding, decode_counted
+from dehvf_ds.evals.decode import Answer, Decoding, decode_counted, require_positions
 from dehvf_ds.evaluation.writing import json_text
 from dehvf_ds.model import ModelError
 from dehvf_ds.model.weights import TrainedModel, find_trained
@@ -54,12 +54,14 @@ def main(argv: list[str]) -> int:
     try:
         trained = find_trained(config.model, config.language_model, config.vision_tower)
         record, collator = ask_as_trained(config, trained)
+        longest = config.max_new_tokens or MAX_NEW_TOKENS[trained.task or "caption"]
+        decoding = Decoding(max_new_tokens=longest, num_beams=config.num_beams)
+        prompt = collator([Sample(key="", image=None, record=record)]).input_ids
+        require_positions(prompt.shape[1], decoding, trained.config)
         model = trained.load(config.dtype, fast_bf16=has_fast_bf16()).to(read_world().device)  # pyright: ignore[reportArgumentType]
     except ModelError as error:
         raise UserError(str(error)) from None
     tokenizer = load_tokenizer(trained.tokenizer_source)
-    longest = config.max_new_tokens or MAX_NEW_TOKENS[trained.task or "caption"]
-    decoding = Decoding(max_new_tokens=longest, num_beams=config.num_beams)
     streamer = _streamer(tokenizer) if config.stream else None
     size = 1 if config.stream else config.batch_size
 

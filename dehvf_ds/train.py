@@ -7,7 +7,9 @@ Also under ``torchrun`` and ``srun``, or alone as ``python dehvf_ds/train.py``.
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +36,7 @@ from dehvf_ds.distributed import (
 )
 from dehvf_ds.evaluation.inside import InsideEvaluation
 from dehvf_ds.evaluation.questions import TASKS, Questions, open_questions
+from dehvf_ds.evaluation.scores import open_scorer
 from dehvf_ds.training.checked import Checked, check
 from dehvf_ds.training.checkpoint import Checkpoints, complete_artifact, save_artifact
 from dehvf_ds.training.deepspeed_json import compute_dtype
@@ -68,10 +71,8 @@ def main(argv: list[str]) -> int:
         for line in [*idle, *schedule_notes(run)]:
             print(f"note: {line}", file=sys.stderr, flush=True)
     questions = open_inside(run)
-    stop = StopRequest()
-    stop.install()
     on_main(run.world, lambda: check_inside(config, run.ds_config, run.world))
-    return dry_run(run, questions) if config.dry_run else train(run, questions, stop)
+    return dry_run(run, questions) if config.dry_run else train(run, questions)
 
 
 def schedule_notes(run: Checked) -> list[str]:
@@ -95,7 +96,7 @@ def open_inside(run: Checked) -> Questions | None:
     data = settings.data or config.data.val
     if not settings.every_steps or data is None:
         return None
-    return open_questions(
+    questions = open_questions(
         data,
         TASKS[config.data.task],
         run.tokenizer,
@@ -107,9 +108,11 @@ def open_inside(run: Checked) -> Questions | None:
         num_beams=settings.num_beams,
         max_samples=settings.max_samples,
     )
+    questions.require_positions(run.model_config)
+    return questions
 
 
-def train(run: Checked, questions: Questions | None, stop: StopRequest) -> int:
+def train(run: Checked, questions: Questions | None) -> int:
     """Trains from the newest checkpoint, or from the start, to the last step or the request to stop."""
     config, world = run.config, run.world
     lease: Lease | None = None
@@ -138,6 +141,9 @@ def train(run: Checked, questions: Questions | None, stop: StopRequest) -> int:
             if batches is not None:
                 batches.start()
         init_process_group(world, config.train.start_timeout_minutes)
+        # Not sooner: a rank that waits for the others is to end at once.
+        stop = StopRequest()
+        stop.install()
         engine, model = build_engine(config, run.model_config, run.ds_config, world)
         dtype = compute_dtype(run.ds_config)
         checkpoints = Checkpoints(config, world, model, engine, dtype, run.index.digest)
@@ -196,6 +202,9 @@ def dry_run(run: Checked, questions: Questions | None) -> int:
     """Does all that a run does up to its first step, and that with a scaled-down copy; writes nothing."""
     config, world = run.config, run.world
     checkpoint = on_main(world, lambda: _look_at_run_dir(run))
+    if questions is not None:
+        name, tokenizer = Path(config.run_dir).name, config.eval.tokenizer
+        on_main(world, lambda: open_scorer(questions, name=name, tokenizer=tokenizer))
     init_process_group(world, config.train.start_timeout_minutes)
     start = Progress() if checkpoint is None else checkpoint.progress
     accumulation = config.train.accumulation(world.size)
@@ -256,8 +265,13 @@ def dry_run(run: Checked, questions: Questions | None) -> int:
 def _look_at_run_dir(run: Checked) -> Checkpoint | None:
     """Finds what the run would go on from, and that its directory can be had. Rank 0 alone."""
     run_dir = Path(run.config.run_dir)
-    if run_dir.is_dir():
+    made = [path for path in (run_dir, *run_dir.parents) if not os.path.lexists(path)]
+    try:
         Lease(run_dir).release()
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
     return choose_start(run.config, run.index.digest)
 
 

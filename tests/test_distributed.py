@@ -9,7 +9,7 @@ import pytest
 from training.launch import USER_ENVIRONMENT, start_ranks
 
 from dehvf_ds.config import UserError
-from dehvf_ds.distributed import first_host, read_world
+from dehvf_ds.distributed import first_host, has_fast_bf16, read_world
 
 
 def test_alone_is_one_process() -> None:
@@ -134,3 +134,16 @@ def test_a_timeout_that_is_set_later_holds_in_every_group(tmp_path: Path, group:
 def test_a_place_that_is_none_is_refused(env: dict[str, str]) -> None:
     with pytest.raises(UserError, match="no such place; start by deepspeed, torchrun or srun"):
         read_world(dict(env))
+
+
+def test_bf16_is_asked_of_the_device_that_is_used(monkeypatch) -> None:
+    def asked(**_: bool) -> bool:
+        raise AssertionError("the GPU computes nothing here")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", asked)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert has_fast_bf16() in (True, False)
+    monkeypatch.delenv("DS_ACCELERATOR")
+    with pytest.raises(AssertionError):
+        has_fast_bf16()

@@ -58,7 +58,7 @@ def problems(output: Path, records: list[dict], broken: tuple[int, ...] = ()) ->
 def root(tmp_path_factory) -> Path:
     """Models of two tasks over the same bases, and shards."""
     root = tmp_path_factory.mktemp("eval")
-    bases = build_bases(root)
+    bases = build_bases(root, max_position_embeddings=1000)
     for task in ("caption", "scienceqa", "chat"):
         save(
             trained_model(bases, task=task, prompt="Say:" if task == "caption" else None), bases, root / task
@@ -465,3 +465,21 @@ def test_published_files_of_one_name_have_shards_each(root, model, tmp_path) -> 
         (tmp_path / f"c/{i} ä%.png").write_bytes(picture(i + 7))
     evaluate(model, tmp_path / "a/captions.json", "--images", str(tmp_path / "c"))
     assert len({metrics["data"]["sha256"] for metrics in results(model).values()}) == 3
+
+
+def test_no_answer_is_longer_than_the_decoder_has_positions_for(root, model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("dehvf_ds.model.weights.TrainedModel.load", None)  # before weights load
+    given = ["--max_new_tokens", "100000"]
+    with pytest.raises(UserError, match=r"max_new_tokens 100000 behind a prompt of 4 is more than the 1000"):
+        evaluate(model, root / "a/test", *given)
+    # The longest of all prompts counts.
+    rows = problems(tmp_path / "rows", [PROBLEM, PROBLEM | {"question": "Which? " * 200}, PROBLEM])
+    with pytest.raises(UserError, match=r"max_new_tokens 4 behind a prompt of \d{4} is"):
+        evaluate(root / "scienceqa", rows, "--task", "scienceqa")
+    assert not (model / "eval").exists()
+
+
+def test_a_scorer_that_is_not_there_is_told_before_anything_is_decoded(root, model, monkeypatch) -> None:
+    monkeypatch.setattr("dehvf_ds.evals.coco.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pycocoevalcap, which is not there; pip install pycocoevalcap"):
+        evaluate(model, root / "a/test")

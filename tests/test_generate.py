@@ -276,3 +276,11 @@ def test_real_tokens_are_counted(root) -> None:
     model.generate = ended  # pyright: ignore[reportAttributeAccessIssue]
     (answers,) = decode_counted(model, [batch], tokenizer, Decoding(max_new_tokens=5))
     assert [answer.num_tokens for answer in answers] == [3, 2, 5]
+
+
+@pytest.mark.parametrize("task", ["caption", "chat"])
+def test_no_answer_is_longer_than_the_decoder_has_positions_for(root, monkeypatch, task) -> None:
+    monkeypatch.setattr("dehvf_ds.model.weights.TrainedModel.load", None)  # before weights load
+    given = ["--image", names(root)[0], "--prompt", "What?", "--max_new_tokens", "124"]
+    with pytest.raises(UserError, match=r"max_new_tokens 124 behind a prompt of \d+ .* the 128 tokens that"):
+        ask(root, *given, task=task)

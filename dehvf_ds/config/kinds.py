@@ -74,11 +74,6 @@ class Kind:
     is_tuple: bool = False
     length: int | None = None
 
-    @property
-    def is_text(self) -> bool:
-        """Whether any text is a value of it."""
-        return self.base in ("text", "path")
-
 
 @dataclass(frozen=True)
 class Setting:

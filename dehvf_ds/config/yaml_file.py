@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from dehvf_ds.config.kinds import Kind, Setting
 from dehvf_ds.config.values import item_kinds, parse_text
 
 _NULLS = ("", "~", "null", "Null", "NULL")
-# A comment that was perhaps meant as text: `photo #3`, not `photo  # the third`.
-_CUT = re.compile(r"\s+#[^\s#]")
 _MERGE = "tag:yaml.org,2002:merge"
 _SCALARS = {
     f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "value")
@@ -137,11 +134,6 @@ class _File:
             raise UserError(f"{place}: the tag {node.tag} is not known here")
         if node.style is None and node.value in _NULLS:
             return self._nothing(kind, node, place)
-        if node.style is None and kind.is_text and _CUT.match(self._rest(node.end_mark)):
-            raise UserError(
-                f"{place} ends before the #, which begins a comment; put a text that holds # in quotes, or "
-                "write a space after a # that is meant so"
-            )
         return parse_text(kind, node.value, place)
 
     def _nothing(self, kind: Kind, node: yaml.ScalarNode, place: str) -> None:

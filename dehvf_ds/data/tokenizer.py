@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dehvf_ds.config import UserError
+from dehvf_ds.model.stored import POINTER, is_pointer
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -17,6 +20,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # of a damaged file, about anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        pointers = [path for path in sorted(Path(source).glob("*")) if path.is_file() and is_pointer(path)]
+        if pointers:
+            reason = f"{pointers[0].name} is {POINTER}"
         raise UserError(f"no tokenizer at {source}: {reason}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,6 +69,10 @@ class References:
         """
         if not captions:
             raise UserError("no picture to score")
+        if find_spec("pycocoevalcap") is None:
+            raise UserError(
+                "captions are scored by pycocoevalcap, which is not there; pip install pycocoevalcap"
+            )
         _refuse_bare(captions)
         self._tokenize = {"ptb": ptb_tokens, "simple": simple_tokens}[tokenizer]
         self._comparable = tokenizer == "ptb"

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from dehvf_ds.batch import Batch
-from dehvf_ds.model import DehvfForConditionalGeneration
+from dehvf_ds.config import UserError
+from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,25 @@ class Decoding:
     max_new_tokens: int
     min_new_tokens: int = 0
     num_beams: int = 1
+
+
+def require_positions(num_prompt_tokens: int, decoding: Decoding, model_config: DehvfConfig) -> None:
+    """Refuses answers that would be longer than the decoder has positions for.
+
+    Args:
+        num_prompt_tokens: of the longest prompt.
+        decoding: lengths.
+        model_config: of the model that answers.
+
+    Raises:
+        UserError: they would.
+    """
+    most = model_config.max_tokens
+    if most is not None and num_prompt_tokens + decoding.max_new_tokens > most:
+        raise UserError(
+            f"max_new_tokens {decoding.max_new_tokens} behind a prompt of {num_prompt_tokens} is more than "
+            f"the {most} tokens that the language model has positions for"
+        )
 
 
 class Answer(NamedTuple):

@@ -19,8 +19,8 @@ from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX, Task
 from dehvf_ds.data.records import parse_record
 from dehvf_ds.data.transforms import ImageTransform
 from dehvf_ds.evals.coco_tokens import require_java
-from dehvf_ds.evals.decode import Decoding, decode_answers, likeliest_options
-from dehvf_ds.model import DehvfForConditionalGeneration
+from dehvf_ds.evals.decode import Decoding, decode_answers, likeliest_options, require_positions
+from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
 
 EvalTask = Literal["coco", "scienceqa"]
 Reading = Literal["generation", "likelihood"]
@@ -87,6 +87,17 @@ class Questions:
             return next(likeliest_options(model, [batch.without_last()], self.letters, counts))
         return next(decode_answers(model, [batch], self.tokenizer, self.decoding))
 
+    def require_positions(self, model_config: DehvfConfig) -> None:
+        """Refuses a longest answer for which the decoder has no positions behind the longest prompt.
+
+        Raises:
+            UserError: it has none.
+        """
+        lengths = self.prompt_lengths()
+        _, record = self._record(lengths.index(max(lengths)))
+        prompt = self.collator([Sample(key="", image=None, record=record)]).input_ids
+        require_positions(prompt.shape[1], self.decoding, model_config)
+
     def prompt_lengths(self) -> list[int]:
         """Of each row, in characters; 1 for captions, whose prompts are all the same."""
         if self.task == "coco":
@@ -103,8 +114,11 @@ class Questions:
 
     @cached_property
     def _records(self) -> list[Record]:
-        members = (self.index.read(row) for row in range(self.num_rows))
-        return [(item["__key__"], parse_record(item)) for item in members]
+        return [self._record(row) for row in range(self.num_rows)]
+
+    def _record(self, row: int) -> Record:
+        members = self.index.read(row)
+        return members["__key__"], parse_record(members)
 
 
 def open_questions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from logging import getLogger
@@ -20,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
-from transformers.utils import logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from .configuration import ModelError, square_side
 from .loading import refuse_mismatched, refuse_missing, refuse_not_finite
@@ -67,7 +68,10 @@ def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
     except _UNREADABLE as error:
         gguf = sorted(path.name for path in Path(source).glob("*.gguf")) if Path(source).is_dir() else []
         hint = f" ({gguf[0]} is of llama.cpp: take the model that it was made of)" if gguf else ""
+        if not Path(source).is_dir():
+            hint = f" (nor is there a directory {Path(source).absolute()})"
         raise ModelError(f"{kind} {source}: {_first_line(error)}{hint}") from None
+    _check_generation_config(Path(source) / GENERATION_CONFIG_NAME)
     quantisation = getattr(config, "quantization_config", None)
     if quantisation:
         fields = quantisation if isinstance(quantisation, Mapping) else quantisation.to_dict()
@@ -80,6 +84,18 @@ def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
         if square_side(getattr(config, "patch_size", None)) is None:
             raise ModelError(f"vision tower {source}: a {config.model_type} model has no patches of one size")
     return config
+
+
+def _check_generation_config(path: Path) -> None:
+    """Refuses a damaged file, which transformers would pass over with the tokens that end an answer."""
+    if not path.is_file():
+        return
+    try:
+        damaged = not isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        damaged = True
+    if damaged:
+        raise ModelError(f"{path}: not a JSON object; copy it again, or remove it where the model has none")
 
 
 def check_decoder_config(config: PreTrainedConfig, source: str) -> None:

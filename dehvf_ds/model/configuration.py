@@ -179,6 +179,28 @@ class DehvfConfig(PreTrainedConfig):
         """Layers L of the language model."""
         return self.text_config.num_hidden_layers
 
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens of text that the decoder has positions for, beside the prefix; None where nothing says so.
+
+        Rotary embeddings that are stretched by a factor are taken to reach as much farther.
+        """
+        positions = getattr(self.text_config, "max_position_embeddings", None)
+        if not isinstance(positions, int) or positions < 1:
+            return None
+        stretched = int(positions * max([1, *_factors(getattr(self.text_config, "rope_parameters", None))]))
+        if self.fusion != "prefix":
+            return stretched
+        return stretched - (self.prefix_tokens or self.patches_per_side**2)
+
+
+def _factors(rope: Any) -> list[float]:
+    """By how much rotary embeddings are stretched; layers of several kinds may have several."""
+    if not isinstance(rope, dict):
+        return []
+    own = [rope["factor"]] if isinstance(rope.get("factor"), int | float) else []
+    return own + [factor for inner in rope.values() for factor in _factors(inner)]
+
 
 def _sub_config(value: PreTrainedConfig | dict[str, Any] | None, default_type: str) -> PreTrainedConfig:
     if isinstance(value, PreTrainedConfig):

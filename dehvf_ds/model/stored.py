@@ -39,6 +39,7 @@ SAFETENSORS_DTYPES = {
 }
 """Dtypes by the names that safetensors gives them."""
 
+POINTER = "a git-LFS pointer in the file's place; run `git lfs pull` there"
 _POINTER = b"version https://git-lfs"
 _UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError)
 
@@ -241,10 +242,15 @@ def _find_files(source: str, *, local_only: bool) -> dict[Path, set[str]]:
     raise ModelError(f"{source}: no weights found, neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}{hint}")
 
 
-def _refuse_pointer(path: Path) -> None:
+def is_pointer(path: Path) -> bool:
+    """Whether git left a pointer in the file's place."""
     with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise ValueError("it is a git-LFS pointer in the file's place; run `git lfs pull` there")
+        return file.read(len(_POINTER)) == _POINTER
+
+
+def _refuse_pointer(path: Path) -> None:
+    if is_pointer(path):
+        raise ValueError(f"it is {POINTER}")
 
 
 def _cached(source: str, name: str, *, local_only: bool) -> Path | None:

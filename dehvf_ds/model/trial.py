@@ -41,10 +41,13 @@ def scaled_down(config: PreTrainedConfig, *, num_layers: int | None = None) -> P
 
     Args:
         config: of a decoder or a vision tower.
-        num_layers: layers of the copy; None keeps their number.
+        num_layers: layers of the copy, or more where one of each kind needs more; None keeps their number.
     """
     values = config.to_dict()
-    layers = min(num_layers or config.num_hidden_layers, config.num_hidden_layers)
+    kinds = values.get("layer_types") or [None]
+    # One of each kind: of a hybrid without a layer of attention the library's code does not run.
+    one_of_each = 1 + max(map(kinds.index, kinds))
+    layers = min(max(num_layers or config.num_hidden_layers, one_of_each), config.num_hidden_layers)
     grouped = values.get("num_key_value_heads") not in (None, values.get("num_attention_heads"))
     head_dim = HEAD_DIM
     if any(_holds_list(values.get(name)) for name in ("rope_scaling", "rope_parameters")):

@@ -22,6 +22,9 @@ from .trial import try_backbones
 EXPORT_FILE = "export.json"
 """In a merged directory: what it was made of, and size and hash of its weights."""
 
+MAX_PATCHES = 64
+"""Most patches along one side of a picture: a tower's attention grows with the fourth power of it."""
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -115,9 +118,17 @@ def settle_head_of(config: DehvfConfig, language_model: str) -> None:
 
 
 def _check_image_size(image_size: int | None, vision_config: PreTrainedConfig, source: str) -> None:
-    """Refuses a size that cuts patches; a tower's own may (SigLIP of 384 pixels in patches of 14)."""
+    """Refuses a size that cuts patches; a tower's own may (SigLIP of 384 pixels in patches of 14).
+
+    A size of far too many patches is refused, too: it would be tried out until the user gives up.
+    """
     patch_size = square_side(getattr(vision_config, "patch_size", None))
     own_size = square_side(getattr(vision_config, "image_size", None))
+    if image_size is not None and patch_size and image_size // patch_size > MAX_PATCHES:
+        raise ModelError(
+            f"model.image_size {image_size} makes {image_size // patch_size} patches of {patch_size} pixels "
+            f"a side of {source}; set it to {MAX_PATCHES * patch_size} at most"
+        )
     if image_size is None or patch_size is None or image_size == own_size or image_size % patch_size == 0:
         return
     below = image_size // patch_size * patch_size

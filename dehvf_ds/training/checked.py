@@ -97,6 +97,12 @@ def check(config: RunConfig, world: World) -> Checked:
         task=config.data.task,
         prompt=_caption_prompt(config),
     )
+    longest = model_config.max_tokens
+    if longest is not None and config.data.max_tokens > longest:
+        raise UserError(
+            f"data.max_tokens {config.data.max_tokens} is more than {config.model.language_model} has "
+            f"positions for; set it to {longest} at most"
+        )
     tokenizer = load_tokenizer(config.model.language_model)
     _check_bases(config, model_config, tokenizer, world)
     index, examples = open_examples(config.data, seed=config.seed)

@@ -180,6 +180,9 @@ def _fit(
         seconds = time.perf_counter() - started
         last = step == job.num_steps
         told = told or _tell_of_unsupervised(progress, world, last=last)
+        if last:
+            # Before other data are read, which may be damaged: what was trained is there all the same.
+            actions.finish(progress)
         more = {}
         if config.levels_every and (step % config.levels_every == 0 or step == 1 or last):
             more |= level_metrics(engine.module, result.level_weights)
@@ -217,7 +220,6 @@ def _fit(
                 )
     if progress.replaced:
         damage.report()
-    actions.finish(progress)
     return True
 
 

@@ -212,8 +212,6 @@ def test_help_tells_every_setting(capsys) -> None:
         ("train.lr: 0.5\ntrain: {lr: 0.1}", "line 8: train.lr stands there a second time; keep one"),
         ("train: &t\n  <<: *t", "line 8: << takes another section, not one that it stands in"),
         ("train: &t\n  <<: [*t]", "<< takes another section, not one that it stands in"),
-        ("eval:\n  data: scenes #2", "line 8: eval.data ends before the #, which begins a comment"),
-        ("resume: run #3/checkpoints", "line 7: resume ends before the #"),
     ],
 )
 def test_what_yaml_would_lose_or_not_end_is_refused(tmp_path: Path, lines: str, message: str) -> None:
@@ -222,7 +220,7 @@ def test_what_yaml_would_lose_or_not_end_is_refused(tmp_path: Path, lines: str, 
     assert message in str(found.value)
 
 
-@pytest.mark.parametrize("rest", ["  # the test set", " # 2", " #", ""])
+@pytest.mark.parametrize("rest", ["  # the test set", " #2", " #", ""])
 def test_a_comment_after_a_text_is_one(tmp_path: Path, rest: str) -> None:
     assert parse(tmp_path, f"{BASE}eval: {{}}\nresume: never{rest}\n").resume == "never"
     assert parse(tmp_path, f"{BASE}resume: 'never #2'{rest}\n").resume == "never #2"

@@ -71,3 +71,10 @@ def test_a_path_that_lies_elsewhere_is_named_with_its_remedy(tmp_path, monkeypat
     assert kind.replace(" ", "_") in str(found.value)
     with pytest.raises(ModelError, match="/nowhere: no such directory; set"):
         load_backbone_config("/nowhere", vision=vision)
+
+
+def test_a_name_that_is_neither_a_hub_id_nor_a_directory_is_told_as_both(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=rf"runs/llm: .*nor is there a directory {tmp_path}/runs/llm"):
+        load_backbone_config("runs/llm", vision=False)

@@ -103,6 +103,14 @@ def test_such_decoders_pass_the_trial(kind: str) -> None:
     assert torch.equal(torch.get_rng_state(), before), "the trial draws from the run's random numbers"
 
 
+def test_a_hybrid_is_tried_with_a_layer_of_each_kind() -> None:
+    text = AutoConfig.for_model("qwen3_5_text", vocab_size=64, num_hidden_layers=8, pad_token_id=None)
+    assert len(set(scaled_down(text, num_layers=2).layer_types)) == 2
+    try_backbones(
+        DehvfConfig(text_config=text, vision_config=vision_config(), rank=8, router_dim=4, lora=LORA)
+    )
+
+
 def config_of_experts(kind: str, lora=None) -> DehvfConfig:
     text = AutoConfig.for_model(kind, vocab_size=64, pad_token_id=None)
     return DehvfConfig(text_config=text, vision_config=vision_config(), rank=8, router_dim=4, lora=lora)

@@ -226,9 +226,18 @@ def test_experts(world, bases) -> None:
 
 @pytest.mark.parametrize(
     ("size", "message"),
-    [(18, r"model\.image_size 18 is no multiple of the 4 pixels of a patch of .*tower; set it to 16 or 20")],
+    [
+        (
+            18,
+            r"model\.image_size 18 is no multiple of the 4 pixels of a patch of .*tower; set it to 16 or 20",
+        ),
+        (
+            3360,
+            r"model\.image_size 3360 makes 840 patches of 4 pixels a side of .*tower; set it to 256 at most",
+        ),
+    ],
 )
-def test_pictures_of_half_patches(world, bases, size, message) -> None:
+def test_pictures_of_half_patches_or_far_too_many(world, bases, size, message) -> None:
     refused(world, bases, message, "--model.image_size", str(size))
 
 
@@ -247,6 +256,17 @@ def test_a_tokenizer_with_more_ids_than_embeddings(world, bases) -> None:
     tokenizer.add_tokens([f"<extra{i}>" for i in range(9)])
     tokenizer.save_pretrained(bases / "llm")
     refused(world, bases, "its token '<extra8>' has id 265, but the language model has 260 embeddings")
+
+
+@pytest.mark.parametrize("content", [POINTER, b"[]", b"{", b"\xff"])
+def test_settings_of_generation_that_would_be_passed_over(world, bases, content) -> None:
+    (bases / "llm/generation_config.json").write_bytes(content)
+    refused(world, bases, r"llm/generation_config\.json: not a JSON object")
+
+
+def test_a_tokenizer_that_git_left_a_pointer_to(world, bases) -> None:
+    (bases / "llm/tokenizer.json").write_bytes(POINTER)
+    refused(world, bases, "no tokenizer at .*llm: tokenizer.json is a git-LFS pointer.*run `git lfs pull`")
 
 
 def test_a_tokenizer_of_another_model(world, bases) -> None:
@@ -326,3 +346,23 @@ def test_a_bin_file_of_something_else(world, bases, content) -> None:
     (bases / "llm/model.safetensors").unlink()
     torch.save(content, bases / "llm/pytorch_model.bin")
     refused(world, bases, "pytorch_model.bin: cannot be read: (no file of tensors|it holds a)")
+
+
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("values", "more", "most"),
+    [
+        ({}, [], 100),
+        ({}, ["--model.fusion", "prefix"], 84),
+        ({}, ["--model.fusion", "prefix", "--model.prefix_tokens", "4"], 96),
+        ({"rope_parameters": ROPE | {"rope_type": "linear", "factor": 2.5}}, [], 250),
+        ({"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 0.5}}, [], 100),
+    ],
+)
+def test_rows_longer_than_the_decoder_has_positions_for(world, bases, values, more, most) -> None:
+    config_of(bases / "llm", max_position_embeddings=100, **values)
+    message = f"data.max_tokens {most + 1} is more than .*llm has positions for; set it to {most} at most"
+    refused(world, bases, message, *more, "--data.max_tokens", str(most + 1))
+    look(world, bases, *more, "--data.max_tokens", str(most))

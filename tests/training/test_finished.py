@@ -64,6 +64,27 @@ def test_a_finished_run_gets_its_artifact_back(finished, monkeypatch, capsys, ha
     assert f"adapter: {adapter}" not in capsys.readouterr().out
 
 
+def test_a_validation_that_fails_at_the_end_leaves_what_was_trained(world, finished, monkeypatch) -> None:
+    def damaged(*_) -> float:
+        raise UserError("a row of data.val is damaged")
+
+    monkeypatch.setattr(train, "validation_loss", damaged)
+    run = world / "runs/unvalidated"
+    given = [
+        *finished[1],
+        "--run_dir",
+        str(run),
+        "--data.val",
+        str(world / "test"),
+        "--train.save_every",
+        "0",
+    ]
+    with pytest.raises(UserError, match="is damaged"):
+        train.main(given)
+    for name in ("visual.safetensors", "manifest.json"):
+        assert (run / "adapter" / name).read_bytes() == (finished[0] / "adapter" / name).read_bytes()
+
+
 def test_overwrite_leaves_alone_what_the_run_needs(finished, tmp_path: Path) -> None:
     run, given = finished
     moved = shutil.copytree(run, tmp_path / "run")

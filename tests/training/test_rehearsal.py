@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_entries import arguments
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -18,7 +19,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from dehvf_ds import train
+from dehvf_ds.config import UserError
 from dehvf_ds.model.trial import scaled_down
+from dehvf_ds.training.signals import StopRequest
 
 
 @pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
@@ -60,3 +64,41 @@ def test_a_tower_keeps_its_blocks_and_its_picture(kind: type[PreTrainedConfig]) 
     output = AutoModel.from_config(small)(torch.zeros(1, 3, 56, 56), output_hidden_states=True)
     assert len(output.hidden_states) == config.num_hidden_layers + 1
     assert output.hidden_states[-1].shape[-1] == 32
+
+
+@pytest.fixture
+def alone(monkeypatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1" if name.endswith("SIZE") else "0")
+
+
+def test_a_dry_run_finds_that_the_runs_folder_cannot_be_had(world, alone, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    given = ["--dry-run", "--data.num_workers", "0", "--run_dir"]
+    for place in ("file", "file/run", "no/such\0"):
+        with pytest.raises(UserError, match="run_dir"):
+            train.main(arguments(world, "dry", *given, str(tmp_path / place)))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_dry_run_opens_the_scorer_and_leaves_no_folder(world, alone, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("dehvf_ds.evals.coco.find_spec", lambda name: None)
+    asked = ["--data.val", str(world / "test"), "--eval.every_steps", "1", "--eval.tokenizer", "simple"]
+    place = ["--dry-run", "--data.num_workers", "0", "--run_dir", str(tmp_path / "some/run")]
+    with pytest.raises(UserError, match="pycocoevalcap, which is not there"):
+        train.main(arguments(world, "dry", *asked, *place))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_rank_that_waits_for_the_others_ends_when_asked(world, alone, monkeypatch) -> None:
+    class WaitedError(Exception):
+        pass
+
+    def wait(*_: object) -> None:
+        raise WaitedError
+
+    # A handler of Python's would run when the wait in C is over.
+    monkeypatch.setattr(StopRequest, "install", None)
+    monkeypatch.setattr(train, "init_process_group", wait)
+    with pytest.raises(WaitedError):
+        train.main(arguments(world, "dry", "--dry-run"))
