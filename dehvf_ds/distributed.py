@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -294,8 +295,12 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
-def run_entry(main: Callable[[list[str]], int | None]) -> None:
-    """Runs an entry's ``main(argv)`` and exits; a user's mistake is one line from rank 0 and code 2.
+def run_entry(main: Callable[[list[str]], int | None], *, meets: bool = False) -> None:
+    """Runs an entry's ``main(argv)`` and exits; a user's mistake is one line and code 2.
+
+    Args:
+        main: the entry.
+        meets: whether its ranks ``meet``; a failure before that is then told to the others all the same.
 
     On SIGUSR2 the process tells where each of its threads is, in the file that DEHVF_STACKS names or on
     stderr, and goes on: also where it hangs in a collective, so that nothing of Python runs.
@@ -308,25 +313,26 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
     # The file stays open: a process that hangs or has no descriptors left opens none.
     faulthandler.register(signal.SIGUSR2, file=Path(stacks).open("a") if stacks else sys.stderr)  # noqa: SIM115
     _quiet_libraries()
+    fail = partial(_fail, meets=meets)
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
-        code = _fail(" ".join(str(error).split()), USER_ERROR_EXIT_CODE)
+        code = fail(" ".join(str(error).split()), USER_ERROR_EXIT_CODE)
     except KeyboardInterrupt:
-        code = _fail("", 130)
+        code = fail("", 130)
     except StopNow:
-        code = _fail("", REQUEUE_EXIT_CODE)
+        code = fail("", REQUEUE_EXIT_CODE)
     except JobError as error:
-        code = _fail(" ".join(str(error).split()), error.code)
+        code = fail(" ".join(str(error).split()), error.code)
     except torch.OutOfMemoryError as error:
-        code = _fail(f"out of GPU memory: {short(error)}", 1)
+        code = fail(f"out of GPU memory: {short(error)}", 1)
     except Exception as error:
         if _is_of_the_machine(error):
-            code = _fail(short(error), 1)
+            code = fail(short(error), 1)
         elif "onnection closed by peer" in str(error) or "onnection reset by peer" in str(error):
-            code = _fail("another rank is gone without a word, killed perhaps; the launcher may know", 1)
+            code = fail("another rank is gone without a word, killed perhaps; the launcher may know", 1)
         else:
-            code = _fail(short(error), 1, details=traceback.format_exc())
+            code = fail(short(error), 1, details=traceback.format_exc())
     _leave(code)
 
 
@@ -334,13 +340,19 @@ class StopNow(BaseException):
     """Ends the process, and with it all ranks, with the code that asks for another start."""
 
 
+def _num_ranks() -> int:
+    with suppress(UserError):
+        return read_world().size
+    return 1
+
+
 def _is_of_the_machine(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
 
 
-def _fail(line: str, code: int, *, details: str = "") -> int:
+def _fail(line: str, code: int, *, meets: bool, details: str = "") -> int:
     """Tells why this rank ends; returns the code that all end with."""
-    if _store is None and os.environ.get("WORLD_SIZE", "1") != "1":
+    if meets and _store is None and _num_ranks() > 1:
         # It failed before the ranks met: the others are on their way there, or fail alike.
         with suppress(UserError, JobError, torch.distributed.DistError):
             meet(read_world(), timeout_minutes=1)

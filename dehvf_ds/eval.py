@@ -213,4 +213,4 @@ def _finish(
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_entry(main, meets=True)

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import Any
 
 from torch.distributed import DistError, PrefixStore, TCPStore
@@ -77,15 +76,19 @@ class RankStore:
             DistNetworkError: rank 0 cannot listen at MASTER_PORT.
         """
         self._rank, self._size = rank, size
-        self.store = _open(rank, size, timeout_minutes)
-        self._client: Any = self.store.clone()
+        # Of torchrun's store this is a client, too.
+        serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        if not serves:
+            _wait_for_server(timeout_minutes)
+        self.store = _connect(size, serves=serves)
+        self._client = _connect(size)
         self._num_calls = 0
         self._ending = threading.Lock()
         self._closed = threading.Event()
         self.cleanups: list[Callable[[], object]] = []
         """Called before a failure elsewhere ends this process."""
         self._client.add(f"met/{rank}", 1)
-        client = self.store.clone()
+        client = _connect(size)
         threading.Thread(target=self._watch, args=(client,), name="rank store", daemon=True).start()
 
     def wait_for_all(self, timeout_minutes: float) -> None:
@@ -250,16 +253,21 @@ class RankStore:
         return self._client.get(key)
 
 
-def _open(rank: int, size: int, timeout_minutes: float) -> Any:
+def _wait_for_server(timeout_minutes: float) -> None:
+    # Before torch's client tries, which prints pages where it fails.
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    serves = rank == 0 and not agent
     end = time.monotonic() + 60 * timeout_minutes
-    while not serves and not _answers(host, port):
+    while not _answers(host, port):
         if time.monotonic() > end:
             raise JobError(f"rank 0 did not come to {host}:{port} in {timeout_minutes:g} minutes")
         time.sleep(0.2)
-    store = TCPStore(host, port, size, serves, timedelta(minutes=timeout_minutes), wait_for_workers=False)
+
+
+def _connect(size: int, *, serves: bool = False) -> Any:
+    """The store, by a connection of its own: one that is waited on holds up all who share it."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(host, port, size, serves, wait_for_workers=False)
+    # A job that torchrun starts again must not read what the last start left.
     return PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 

@@ -322,4 +322,4 @@ def _numel(parameter) -> int:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_entry(main, meets=True)
