@@ -105,15 +105,8 @@ def read_world(environ: dict[str, str] | None = None) -> World:
 def _device(local_rank: int, env: Mapping[str, str]) -> torch.device:
     if not _uses_cuda(env):
         return torch.device("cpu")
-    visible = torch.cuda.device_count()
-    if visible == 1:
-        # Of several tasks on a node each may see its own alone (srun --gpus-per-task, --gpu-bind).
-        return torch.device("cuda", 0)
-    if local_rank >= visible:
-        raise UserError(
-            f"LOCAL_RANK {local_rank} of a node on which {visible} GPUs are seen; start a rank a GPU"
-        )
-    return torch.device("cuda", local_rank)
+    # Of several tasks on a node each may see its own alone (srun --gpus-per-task, --gpu-bind).
+    return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank)
 
 
 def _uses_cuda(environ: Mapping[str, str]) -> bool:
@@ -149,6 +142,8 @@ def meet(world: World, timeout_minutes: float = 30.0) -> None:
                 f"WORLD_SIZE is {world.size} and {name} is not set; start by deepspeed, torchrun or srun"
             )
     port = os.environ["MASTER_PORT"]
+    if not port.isdecimal():
+        raise UserError(f"MASTER_PORT is {port!r}, not a number")
     try:
         _store = RankStore(world.rank, world.size, timeout_minutes)
     except torch.distributed.DistNetworkError as error:
@@ -186,7 +181,12 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
         # torchrun sets OMP_NUM_THREADS to 1; every core counts on a CPU run.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
     else:
+        visible = torch.cuda.device_count()
+        if world.device.index >= visible:
+            raise UserError(f"LOCAL_RANK {world.local_rank} on a node with {visible} visible GPUs")
         torch.cuda.set_device(world.device)
+        # DeepSpeed takes its device from there.
+        os.environ["LOCAL_RANK"] = str(world.device.index)
     import deepspeed
 
     _compile_nothing()
@@ -316,6 +316,8 @@ def run_entry(main: Callable[[list[str]], int | None], *, meets: bool = False) -
     fail = partial(_fail, meets=meets)
     try:
         code = main(sys.argv[1:]) or 0
+        if _store is not None and code in (0, REQUEUE_EXIT_CODE):
+            _store.leave()
     except UserError as error:
         code = fail(" ".join(str(error).split()), USER_ERROR_EXIT_CODE)
     except KeyboardInterrupt:
@@ -352,10 +354,12 @@ def _is_of_the_machine(error: Exception) -> bool:
 
 def _fail(line: str, code: int, *, meets: bool, details: str = "") -> int:
     """Tells why this rank ends; returns the code that all end with."""
+    # It ends already.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if meets and _store is None and _num_ranks() > 1:
         # It failed before the ranks met: the others are on their way there, or fail alike.
         with suppress(UserError, JobError, torch.distributed.DistError):
-            meet(read_world(), timeout_minutes=1)
+            meet(read_world(), timeout_minutes=2)
 
     def explain() -> None:
         print(details, end="", file=sys.stderr, flush=True)
@@ -380,8 +384,6 @@ def _quiet_libraries() -> None:
 def _leave(code: int) -> None:
     if _store is None and not torch.distributed.is_initialized():
         sys.exit(code)
-    if code in (0, REQUEUE_EXIT_CODE) and _store is not None:
-        _store.leave()
     if code == 0 and torch.distributed.is_initialized():
         # After an error the other ranks may be gone, and this would wait for them.
         torch.distributed.destroy_process_group()

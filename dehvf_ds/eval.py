@@ -108,7 +108,13 @@ def main(argv: list[str]) -> int:
     )
     questions.require_positions(trained.config)
     init_process_group(world)
-    scorer = on_main(world, lambda: _open_scorer(config, questions))
+    scorer: CaptionScorer | AnswerScorer | None = None
+
+    def open_it() -> None:
+        nonlocal scorer
+        scorer = _open_scorer(config, questions)
+
+    on_main(world, open_it)
     try:
         model = trained.load(config.dtype, fast_bf16=has_fast_bf16(), device=world.device)
     except ModelError as error:
@@ -131,7 +137,7 @@ def main(argv: list[str]) -> int:
     if config.loss:
         targets = build_collator(config.task, tokenizer, transform, **form)
         report |= measure_loss(model, questions, targets, config.batch_size, world)
-    if world.is_main:
+    if scorer is not None:
         _finish(directory, scorer, answers, report, questions)
         parts.remove()
     return 0

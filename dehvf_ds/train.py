@@ -204,13 +204,13 @@ def dry_run(run: Checked, questions: Questions | None) -> int:
     checkpoint = on_main(world, lambda: _look_at_run_dir(run))
     if questions is not None:
         name, tokenizer = Path(config.run_dir).name, config.eval.tokenizer
-        on_main(world, lambda: open_scorer(questions, name=name, tokenizer=tokenizer))
-    init_process_group(world, config.train.start_timeout_minutes)
+        on_main(world, lambda: open_scorer(questions, name=name, tokenizer=tokenizer) and None)
     start = Progress() if checkpoint is None else checkpoint.progress
     accumulation = config.train.accumulation(world.size)
     micro_batches = list(run.training_batches(start.samples, 1))
     held_out = run.validation_batches()
     held_out_batch = None if held_out is None else next(iter(held_out))
+    init_process_group(world, config.train.start_timeout_minutes)
     limit = config.data.max_tokens
     told = check_supervised(
         micro_batches,

@@ -28,7 +28,7 @@ class TrainingLoader(DataLoader):
     def start(self) -> None:
         """Forks the workers, which begin to read the first iteration; without workers it does nothing.
 
-        To be called before communication starts and the model is built: a process forked while a thread of it
+        To be called before the backends start and the model is built: a process forked while a thread of it
         makes or ends a Python thread state hangs in CPython's own clean-up for ever (seen with 3.11, at a
         validation's start), and CUDA's, NCCL's and gloo's threads are no better to fork beside.
         """
@@ -37,7 +37,7 @@ class TrainingLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields the micro-batches in order; raises the ``UserError`` of the first unusable sample."""
-        batches, self._started = self._started or self._fork(), None
+        batches, self._started = self._fork() if self._started is None else self._started, None
         try:
             for batch in batches:
                 if isinstance(batch, UserError):

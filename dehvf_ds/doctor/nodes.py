@@ -31,7 +31,7 @@ from dehvf_ds.doctor import machine, packages
 from dehvf_ds.doctor.report import GIB, Check, run_check
 from dehvf_ds.doctor.run import run_checks
 from dehvf_ds.doctor.verdict import Report, Stage, Verdict, judge
-from dehvf_ds.training.signals import exit_on_request
+from dehvf_ds.training.signals import REQUEUE_EXIT_CODE, StopNow, exit_on_request
 
 SICK_EXIT_CODE = 3
 MISTAKE_EXIT_CODE = 2
@@ -58,7 +58,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("flags", nargs="*", help="the flags of train.py, after --")
     args = parser.parse_args(argv)
     exit_on_request()
-    return Examination(args.into, args.nodes.split(","), args.tasks_per_node).run(args.flags)
+    try:
+        return Examination(args.into, args.nodes.split(","), args.tasks_per_node).run(args.flags)
+    except StopNow:
+        return REQUEUE_EXIT_CODE
 
 
 class Examination:

@@ -102,7 +102,7 @@ class References:
                 continue
             try:
                 # The package prints its progress to standard output.
-                with contextlib.redirect_stdout(io.StringIO()), bounded_java():
+                with contextlib.redirect_stdout(io.StringIO()), bounded_java(6 * len(keys)):
                     totals, rows = compute(self._truth, guess)
                 scores = [dict(zip(keys, map(float, row), strict=True)) for row in rows]
                 if not all(map(math.isfinite, (*totals, *(v for row in scores for v in row.values())))):

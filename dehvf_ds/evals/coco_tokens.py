@@ -38,12 +38,13 @@ _FIXED_LOCALE = (
 
 
 JAVA_MINUTES = 30.0
-"""How long a scorer may take: COCO's 5,000 pictures take METEOR one or two. Other ranks may wait for it."""
+JAVA_MINUTES_OF_A_TEXT = 0.002
+"""How long a scorer may take, and for each text more; COCO's 5,000 pictures take METEOR one or two."""
 
 
 @contextmanager
-def bounded_java() -> Iterator[None]:
-    """Kills the Java that was started inside once its time is over.
+def bounded_java(num_texts: int) -> Iterator[None]:
+    """Kills the Java that was started inside once its time is over: other ranks may wait for it.
 
     Raises:
         RuntimeError: it was.
@@ -57,14 +58,15 @@ def bounded_java() -> Iterator[None]:
                 if child.name() == "java":
                     child.kill()
 
-    timer = threading.Timer(60 * JAVA_MINUTES, kill)
+    minutes = JAVA_MINUTES + JAVA_MINUTES_OF_A_TEXT * num_texts
+    timer = threading.Timer(60 * minutes, kill)
     timer.daemon = True
     timer.start()
     try:
         yield
     except Exception as error:
         if is_over.is_set():
-            raise RuntimeError(f"Java was not done after {JAVA_MINUTES:g} minutes") from error
+            raise RuntimeError(f"Java was not done after {minutes:.3g} minutes") from error
         raise
     finally:
         timer.cancel()
@@ -116,7 +118,7 @@ def ptb_tokens(captions: Captions) -> Tokens:
     )
     text = "\n".join(lines).encode()
     try:
-        with bounded_java():
+        with bounded_java(len(lines)):
             done = subprocess.run(command, input=text, capture_output=True, env=java_environment())
             done.check_returncode()
     except RuntimeError as error:

@@ -33,6 +33,7 @@ class InsideEvaluation:
         world: this process's place.
         run_dir: pictures and answers are written into its ``samples``.
         stop: a request to stop; all ranks end the evaluation together.
+        scorer: on rank 0 alone.
     """
 
     config: InsideConfig
@@ -50,10 +51,12 @@ class InsideEvaluation:
             UserError: a row could not be scored.
         """
         name = self.run_dir.resolve().name
-        scorer = on_main(
-            self.world, lambda: open_scorer(self.questions, name=name, tokenizer=self.config.tokenizer)
-        )
-        object.__setattr__(self, "scorer", scorer)
+
+        def open_it() -> None:
+            scorer = open_scorer(self.questions, name=name, tokenizer=self.config.tokenizer)
+            object.__setattr__(self, "scorer", scorer)
+
+        on_main(self.world, open_it)
 
     def __call__(self, step: int) -> Evaluated | None:
         """Evaluates the weights as they are. Every rank must call it.
@@ -102,6 +105,8 @@ class InsideEvaluation:
         finally:
             del whole
             self.model.train()
+            if self.model.config.fusion == "ffn":
+                self.model.set_memory(None)
             release_cache(self.world)
         return answered
 

@@ -213,7 +213,7 @@ def _fit(
             return False
         if config.save_every and (step % config.save_every == 0 or progress.best_step == step or last):
             failed_saves = 0 if actions.checkpoint(progress) else failed_saves + 1
-            if failed_saves >= config.max_failed_saves:
+            if failed_saves >= config.max_failed_saves and not last:
                 raise SavingError(
                     f"{failed_saves} checkpoints in a row could not be written; stopped at step {step}; the "
                     "same command goes on from the last that was"

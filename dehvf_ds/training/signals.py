@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from types import FrameType
 from typing import NoReturn
 
-from dehvf_ds.distributed import StopNow
+from dehvf_ds.distributed import REQUEUE_EXIT_CODE, StopNow
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+STOP_S = 30.0
+"""How long ranks that stop at once have for it."""
 
 
 class StopRequest:
@@ -37,4 +42,11 @@ def exit_on_request() -> None:
 
 
 def _stop_now(number: int, frame: FrameType | None) -> NoReturn:
+    # Once: many clusters signal the shell, which passes it on, and the process too.
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    # A library may catch what is raised here, in a callback.
+    late = threading.Timer(STOP_S, os._exit, [REQUEUE_EXIT_CODE])
+    late.daemon = True
+    late.start()
     raise StopNow

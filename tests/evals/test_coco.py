@@ -72,6 +72,7 @@ def test_java_that_never_ends_is_ended(tmp_path, monkeypatch, tokenizer: str) ->
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(coco_tokens, "JAVA_MINUTES", 0.01)
+    monkeypatch.setattr(coco_tokens, "JAVA_MINUTES_OF_A_TEXT", 0)
     if tokenizer == "ptb":
         with pytest.raises(UserError, match=r"PTB tokenization: Java was not done after 0.01 minutes"):
             score_captions(REFERENCES, PREDICTIONS, tokenizer="ptb")
