@@ -37,7 +37,7 @@ from dehvf_ds.training.metrics import MetricsWriter
 from dehvf_ds.training.planning.inside import check_inside
 from dehvf_ds.training.progress import Progress
 from dehvf_ds.training.rehearsal import rehearse
-from dehvf_ds.training.resume import Checkpoint, choose_start, open_run
+from dehvf_ds.training.resume import Checkpoint, choose_start, is_finished, open_run
 from dehvf_ds.training.signals import REQUEUE_EXIT_CODE, StopRequest
 from dehvf_ds.training.supervision import check_supervised, check_validation
 from dehvf_ds.training.validation import validation_loss
@@ -63,6 +63,11 @@ def main(argv: list[str]) -> int:
     # Not sooner: a rank that waits for the others in C would not see the flag, and is to end at once.
     stop = StopRequest()
     stop.install()
+    if on_main(run.world, lambda: is_finished(config, run.num_steps)):
+        if run.world.is_main:
+            told = f"finished already, all {run.num_steps} steps; --overwrite true trains anew"
+            print(f"{config.run_dir}: {told}", flush=True)
+        return 0
     on_main(run.world, lambda: check_inside(config, run.ds_config, run.world))
     return dry_run(run, questions) if config.dry_run else train(run, questions, stop)
 
