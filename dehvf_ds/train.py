@@ -47,7 +47,7 @@ from dehvf_ds.training.metrics import MetricsWriter
 from dehvf_ds.training.planning.inside import check_inside
 from dehvf_ds.training.progress import Progress
 from dehvf_ds.training.rehearsal import rehearse
-from dehvf_ds.training.resume import Checkpoint, choose_start, open_run
+from dehvf_ds.training.resume import Checkpoint, choose_start, is_finished, open_run
 from dehvf_ds.training.signals import StopRequest
 from dehvf_ds.training.supervision import check_supervised, check_validation
 from dehvf_ds.training.validation import validation_loss
@@ -71,6 +71,11 @@ def main(argv: list[str]) -> int:
         for line in [*idle, *schedule_notes(run)]:
             print(f"note: {line}", file=sys.stderr, flush=True)
     questions = open_inside(run)
+    if on_main(run.world, lambda: is_finished(config, run.num_steps)):
+        if run.world.is_main:
+            told = f"finished already, all {run.num_steps} steps; --overwrite true trains anew"
+            print(f"{config.run_dir}: {told}", flush=True)
+        return 0
     on_main(run.world, lambda: check_inside(config, run.ds_config, run.world))
     return dry_run(run, questions) if config.dry_run else train(run, questions)
 

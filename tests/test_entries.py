@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_entries import arguments, losses, read_metrics, start
+from tiny_entries import arguments, losses, overflowing_tower, read_metrics, start
 from training.launch import REPOSITORY, USER_ENVIRONMENT, run_ranks
 from transformers import (
     AutoModelForImageTextToText,
@@ -194,14 +194,7 @@ def test_damaged_samples_stop_the_run_or_are_replaced_and_counted(world: Path) -
 
 @pytest.mark.slow
 def test_losses_that_are_not_finite_stop_the_run_and_keep_the_artifact(world: Path) -> None:
-    tower = world / "nan_tower"
-    shutil.copytree(world / "tower", tower)
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(tower / "model.safetensors")
-    name = next(n for n in tensors if n.endswith("patch_embedding.weight"))
-    tensors[name][:] = 3e38  # finite, as a base must be, and what it makes of a picture is not
-    save_file(tensors, tower / "model.safetensors", metadata={"format": "pt"})
+    tower = overflowing_tower(world)
     more = ["--train.steps", "9", "--train.max_bad_steps", "3", "--model.vision_tower", str(tower)]
     result = start("dehvf_ds/train.py", arguments(world, "nan", *more))
     assert result.returncode == 1

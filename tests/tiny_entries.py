@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer, vision_config
 from training.launch import REPOSITORY, USER_ENVIRONMENT
 from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil, GPT2Config, LlamaConfig
@@ -64,6 +66,18 @@ train: {{steps: 4, global_batch_size: 8, micro_batch_size: 2, save_every: 3, war
     zero3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     (root / "ds.json").write_text(json.dumps(zero3))
     return root
+
+
+def overflowing_tower(world: Path) -> Path:
+    """A tower of finite weights, as a base must have, whose features of a picture are not."""
+    tower = world / "overflowing_tower"
+    if not tower.exists():
+        shutil.copytree(world / "tower", tower)
+        tensors = load_file(tower / "model.safetensors")
+        name = next(n for n in tensors if n.endswith("patch_embedding.weight"))
+        tensors[name][:] = 3e38
+        save_file(tensors, tower / "model.safetensors", metadata={"format": "pt"})
+    return tower
 
 
 def arguments(world: Path, run: str, *more: str) -> list[str]:

@@ -209,6 +209,21 @@ def _is_run(run_dir: Path) -> bool:
         return False
 
 
+def is_finished(config: RunConfig, num_steps: int) -> bool:
+    """Whether the run directory holds this very run at its end, which kept no checkpoint. Rank 0 alone."""
+    run_dir = Path(config.run_dir)
+    if config.overwrite or config.resume != "auto" or step_dirs(checkpoints_dir(run_dir)):
+        return False
+    try:
+        # The last step's numbers are written after the last validation.
+        *_, last = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ends = [json.loads(last)["step"], read_manifest(run_dir / "adapter")["step"]]
+        before = load_run_config(run_dir / "config.yaml")
+    except (OSError, ValueError, KeyError, TypeError, ModelError, UserError):
+        return False
+    return ends == [num_steps, num_steps] and not _differences(to_plain(before), to_plain(config))
+
+
 def _check_can_start_again(config: RunConfig, run_dir: Path) -> None:
     """A run that was killed before its first checkpoint starts again by itself; anything else is kept."""
     remedy = "name another, or pass --overwrite true"

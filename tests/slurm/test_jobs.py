@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from slurm.cluster import PATIENCE, Cluster, missing, running, wait_for
-from tiny_entries import arguments, read_metrics, start
+from tiny_entries import arguments, overflowing_tower, read_metrics, start
 from training.launch import REPOSITORY
 
 pytestmark = [
@@ -282,7 +282,9 @@ def test_the_other_scripts(site, tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_twice_at_one_step_stops_and_says_so(site) -> None:
-    job = site.submit("broken", "--train.steps", "40", "--train.lr", "1e30", "--train.max_bad_steps", "3")
+    tower = str(overflowing_tower(site.world))
+    more = ["--train.save_every", "1", "--train.max_bad_steps", "3", "--model.vision_tower", tower]
+    job = site.submit("broken", "--train.steps", "40", *more)
     ended = site.cluster.wait(job, 120)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "1"), site.log(
         "broken"

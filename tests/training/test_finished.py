@@ -64,6 +64,25 @@ def test_a_finished_run_gets_its_artifact_back(finished, monkeypatch, capsys, ha
     assert f"adapter: {adapter}" not in capsys.readouterr().out
 
 
+def test_a_finished_run_that_kept_no_checkpoint_is_told_so(world, finished, monkeypatch, capsys) -> None:
+    run = world / "runs/no-checkpoint"
+    given = [*finished[1], "--run_dir", str(run), "--train.save_every", "0"]
+    assert train.main(given) == 0
+    monkeypatch.setattr(train, "build_engine", None)  # no model is loaded for it
+    capsys.readouterr()
+    for more in ([], ["--train.log_every", "3"], ["--dry-run"]):
+        assert train.main([*given, *more]) == 0
+        told = capsys.readouterr().out
+        assert told == f"{run}: finished already, all 2 steps; --overwrite true trains anew\n"
+    # Another run, one whose end is not on record, and one whose weights are gone are kept as they are.
+    for more in (["--train.lr", "1e-5"], ["--resume", "never"], ["--train.steps", "3"]):
+        with pytest.raises(UserError, match="holds a run"):
+            train.main([*given, *more])
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().splitlines()[0] + "\n")
+    with pytest.raises(UserError, match="holds a run"):
+        train.main(given)
+
+
 def test_a_validation_that_fails_at_the_end_leaves_what_was_trained(world, finished, monkeypatch) -> None:
     def damaged(*_) -> float:
         raise UserError("a row of data.val is damaged")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -368,7 +369,9 @@ def test_an_interrupted_build_goes_on(run, many, tmp_path, number, monkeypatch):
     for _ in range(5):
         shutil.rmtree(out, ignore_errors=True)
         monkeypatch.setenv("BUILD_MARK", mark)
-        with start([*many, "--output", out], start_new_session=True) as process:
+        # What runs in a shell's background is told to ignore interrupts; this build is to heed them.
+        heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        with start([*many, "--output", out], start_new_session=True, preexec_fn=heeded) as process:
             monkeypatch.delenv("BUILD_MARK")
             wait_for_shards(out, 6)
             if number == signal.SIGINT:
