@@ -34,7 +34,7 @@ heartbeat() {
   { : <"$LOG_DIR/heartbeat" && stat -c %y "$LOG_DIR/heartbeat"; } 2>/dev/null
 }
 succeed() {
-  local first last='' now quiet=0 terminated=''
+  local first last='' now quiet=0 terminated='' asked=''
   trap '' INT USR1 USR2
   trap 'terminated=1' TERM
   first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
@@ -42,7 +42,7 @@ succeed() {
     sleep 2
     now="$(heartbeat)"
     if [ "$now" != "$last" ]; then
-      last="$now" quiet=0
+      last="$now" quiet=0 asked=''
       continue
     fi
     if [ $((quiet += 2)) -ge 4 ] && [ -n "$terminated" ] && is_requeued; then
@@ -50,9 +50,18 @@ succeed() {
       requeue && return
     fi
     if [ "$quiet" -lt "${SUCCESSION_S:-60}" ]; then continue; fi
+    # Not where the file system alone is slow. Beside this loop, which has to hear SLURM while a dead node is asked.
+    if [ -z "$asked" ]; then
+      timeout --kill-after=2 20 srun --overlap --nodes=1 --ntasks=1 --nodelist="$first" true &
+      asked=$!
+    fi
+    if kill -0 "$asked" 2>/dev/null; then continue; fi
     quiet=0
-    # Not where the file system alone is slow.
-    if timeout 20 srun --overlap --nodes=1 --ntasks=1 --nodelist="$first" true; then continue; fi
+    if wait "$asked"; then
+      asked=''
+      continue
+    fi
+    asked=''
     # What srun would have passed on goes to the job's log.
     exec >>"$(scontrol show job "$SLURM_JOB_ID" -o | grep -o 'StdOut=[^ ]*' | cut -d= -f2)" 2>&1
     echo "error: $first, where the job's script ran, does not answer; the job goes on from its last checkpoint"

@@ -17,6 +17,9 @@ BAD_CHAT = "with an unusable conversation"
 BAD_NAME = "with an unusable name"
 KEY_TWICE = "of a key used before"
 
+LFS_POINTER = b"version https://git-lfs"
+"""How the text begins that git leaves in the place of a large file that was not fetched."""
+
 
 class DamagedSample(UserError):
     """A sample that cannot be used; ``data.on_bad`` and ``--skip-bad`` say what becomes of it.
@@ -40,3 +43,8 @@ def counted(counts: Mapping[str, int]) -> str:
 def one_line(error: Exception) -> str:
     """An exception's message without line breaks."""
     return " ".join(str(error).split())
+
+
+def told_by_first_bytes(data: bytes, kinds: Mapping[bytes, str]) -> str | None:
+    """What a file of another kind than its name says is, by how it begins; None if no kind begins so."""
+    return next((told for start, told in kinds.items() if data.startswith(start)), None)

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dehvf_ds.batch import Sample
 from dehvf_ds.config import AugmentConfig
+from dehvf_ds.data.damage import LFS_POINTER, told_by_first_bytes
 from dehvf_ds.data.draw import Purpose, random_words
 from dehvf_ds.data.png import without_large_texts
 from dehvf_ds.model.pictures import upright_rgb
@@ -36,7 +37,7 @@ FORMATS = (
 """What is decoded, by PIL's names. Not all that PIL knows: some of it starts other programs (EPS)."""
 
 _NO_PICTURES = {
-    b"version https://git-lfs": "a Git LFS pointer; fetch the picture itself: git lfs pull",
+    LFS_POINTER: "a Git LFS pointer; fetch the picture itself: git lfs pull",
     b"<!DOCTYPE html": "a web page",
     b"<!doctype html": "a web page",
     b"<html": "a web page",
@@ -79,9 +80,7 @@ def decode_image(data: bytes, *, shorter_side: int | None = None) -> Image.Image
             return upright_rgb(opened, shorter_side=shorter_side)
     except UnidentifiedImageError as error:
         heads = (data.lstrip(), data[4:])
-        if kind := next(
-            (told for start, told in _NO_PICTURES.items() if any(h.startswith(start) for h in heads)), None
-        ):
+        if kind := next(filter(None, (told_by_first_bytes(head, _NO_PICTURES) for head in heads)), None):
             raise ValueError(f"not a readable picture: it is {kind}") from error
         raise ValueError("not a readable picture: of no known format, or cut off in its header") from error
     # PIL's parsers let through whatever they stumble over: struct.error, EOFError, zlib.error, KeyError, ...

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 from dehvf_ds.config import UserError
 from dehvf_ds.data.damage import (
     BAD_NAME,
+    LFS_POINTER,
     NO_CAPTION,
     NO_PICTURE,
     SEVERAL_PICTURES,
     DamagedSample,
     one_line,
+    told_by_first_bytes,
 )
 
 IMAGE_MEMBERS = (
@@ -61,7 +63,7 @@ _NO_TARS = {
     b"\xfd7zXZ": "packed by xz: unpack it",
     b"\x28\xb5\x2f\xfd": "packed by zstd: unpack it",
     b"PK": "packed by zip: unpack it",
-    b"version https://git-lfs": "a Git LFS pointer: git lfs pull",
+    LFS_POINTER: "a Git LFS pointer: git lfs pull",
     b"<": "a web page: fetch the shard again",
 }
 _DIGIT = re.compile(r"\d")
@@ -158,7 +160,7 @@ def sample_ranges(path: Path, shown: Path) -> Iterator[SampleRange]:
     except (tarfile.TarError, EOFError, OverflowError) as error:
         with path.open("rb") as file:
             begin = file.read(tarfile.BLOCKSIZE).lstrip()
-        kind = next((told for magic, told in _NO_TARS.items() if begin.startswith(magic)), None)
+        kind = told_by_first_bytes(begin, _NO_TARS)
         remedy = f"it is {kind}" if kind else "copy it again"
         raise UserError(f"{shown}: not a whole, uncompressed tar: {one_line(error)}; {remedy}") from None
 

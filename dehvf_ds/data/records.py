@@ -28,7 +28,7 @@ from dehvf_ds.data.damage import (
 from dehvf_ds.data.members import NO_PICTURES, picture_name
 from dehvf_ds.data.problems import problem_of
 from dehvf_ds.data.prompts import Task
-from dehvf_ds.data.text import clean_text, decode_text, is_null, is_text, is_value, parse_json
+from dehvf_ds.data.text import clean_text, decode_text, is_caption, is_null, is_value, parse_json
 
 PICTURE_FIELD = re.compile(
     r"(?:image|img|picture|pic|photo|video|frame|media)s?"
@@ -225,7 +225,7 @@ def _gather_captions(record: dict[str, Any]) -> list[str]:
             f"has an empty caption, or one that is no text ({type(wrong[0]).__name__} {wrong[0]!r:.40})",
             NO_CAPTION,
         )
-    kept = [caption for caption in captions if is_text(caption) and not is_null(caption)]
+    kept = [caption for caption in captions if is_caption(caption)]
     if captions and not kept:
         raise DamagedSample(f"has an empty caption alone ({captions[0]!r:.40})", NO_CAPTION)
     if values := [caption for caption in kept if is_value(caption)]:

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from dehvf_ds.data.damage import LFS_POINTER, told_by_first_bytes
+
 # Zero-width no-break space; at a text's beginning it is the byte order mark of a file that was read as text.
 _BYTE_ORDER_MARK = "\ufeff"
 _DAMAGE = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
@@ -21,7 +23,7 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _NO_TEXTS = {
     b"PK\x03\x04": "a zip archive, or a spreadsheet (.xlsx); save it as text",
     b"\xd0\xcf\x11\xe0": "a spreadsheet (.xls); save it as csv in UTF-8",
-    b"version https://git-lfs": "a Git LFS pointer; fetch the file itself: git lfs pull",
+    LFS_POINTER: "a Git LFS pointer; fetch the file itself: git lfs pull",
     b"PAR1": "a parquet table; save it as text",
     b"\x1f\x8b": "packed by gzip; unpack it",
     b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it",
@@ -40,7 +42,7 @@ def decode_text(data: bytes, *, command: str = "") -> str:
     Raises:
         ValueError: it is of another encoding; says where, which it may be and how to convert it.
     """
-    if kind := next((told for magic, told in _NO_TEXTS.items() if data.startswith(magic)), None):
+    if kind := told_by_first_bytes(data, _NO_TEXTS):
         raise ValueError(f"not a text in UTF-8: it is {kind}")
     head = data[:64]
     encoding = "UTF-16" if data.startswith(_UTF_16) or 3 * head.count(0) > len(head) else "WINDOWS-1252"
@@ -95,6 +97,11 @@ def clean_text(text: str) -> str:
 def is_text(value: Any) -> bool:
     """Whether a value is a text that shows something: not only white space and characters without width."""
     return isinstance(value, str) and not _BLANK.fullmatch(value)
+
+
+def is_caption(value: Any) -> bool:
+    """Whether a caption says something: a text with words that are not what tables write for none."""
+    return is_text(value) and not is_null(value)
 
 
 def is_value(text: str) -> bool:

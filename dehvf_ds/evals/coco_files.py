@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.text import decode_text, is_null, is_text, parse_json
+from dehvf_ds.data.text import decode_text, is_caption, parse_json
 
 # What follows the last dot of another name belongs to it: "3.5 mm".
 _ENDINGS = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm"}
@@ -51,7 +51,7 @@ def load_references(path: Path, split: str | None = None) -> dict[str, list[str]
             if wrong := [caption for caption in picture.captions if not isinstance(caption, str)]:
                 raise UserError(f"{path}: a caption of {picture.file_name} is {wrong[0]!r:.40}, not a text")
             # What the builder of shards leaves out, too.
-            if kept := [c for c in picture.captions if is_text(c) and not is_null(c)]:
+            if kept := [caption for caption in picture.captions if is_caption(caption)]:
                 found[picture.file_name] = kept
         _refuse_repeated(path, "image ids", (picture.id for picture in pictures))
         _refuse_repeated(path, "file names", (picture.file_name for picture in pictures))

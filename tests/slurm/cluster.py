@@ -33,7 +33,9 @@ TaskProlog={root}/prolog.sh
 ReturnToService=2
 SlurmctldPort={port}
 # When SLURM notices a dead node; on real clusters after minutes.
-SlurmdTimeout=30
+SlurmdTimeout=45
+# A step that waits for the dead node's srun is not to cost the living node.
+UnkillableStepTimeout=180
 KillWait=6
 SchedulerParameters=sched_interval=2,bf_interval=2
 StateSaveLocation={root}/state
@@ -176,7 +178,13 @@ class Cluster:
     def wait(self, job: str, timeout_s: float = 120) -> dict[str, str]:
         """Waits until a job has ended for good."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        wait_for(lambda: self.show(job)["JobState"] in ended, timeout_s, f"the end of job {job}")
+        try:
+            wait_for(lambda: self.show(job)["JobState"] in ended, timeout_s, f"the end of job {job}")
+        except AssertionError as error:
+            log = Path(self.show(job)["StdOut"])
+            said = log.read_text() if log.exists() else "no log"
+            known = self.call("scontrol", "show", "job", job, "-o") + self.call("sinfo", "-N", "-l")
+            raise AssertionError(f"{error}\n{known}{said}") from None
         return self.show(job)
 
     def _run_daemon(self, name: str, *command: str) -> None:

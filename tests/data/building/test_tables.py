@@ -40,6 +40,10 @@ TABLES = {
     ),
     "other columns": 'id,caption,split,image\n1,One.,x,a.jpg\n2,"Two, three.",y,a.jpg\n3,Four.,x,b/c.png\n',
     "index column": ',image,caption\n0,a.jpg,One.\n1,a.jpg,"Two, three."\n2,b/c.png,Four.\n',
+    "a space before quotes": ('image, caption\na.jpg, "One."\na.jpg, "Two, three."\nb/c.png, "Four."\n'),
+    "excel": "sep=;\nimage;caption\na.jpg;One.\na.jpg;Two, three.\nb/c.png;Four.\n",
+    "separators at the end": 'image,caption\na.jpg,One.,\na.jpg,"Two, three.",,\nb/c.png,Four.\n',
+    "bars, all quoted": '"image"|"caption"\n"a.jpg"|"One."\n"a.jpg"|"Two, three."\n"b/c.png"|"Four."\n',
 }
 
 
@@ -54,19 +58,6 @@ def test_quotes_and_line_breaks(read):
     # Flickr30k quotes nothing: a quote is a character.
     content = 'image_name| comment_number| comment\na.jpg| 0| " A sign "\na.jpg|1|"Open.\n'
     assert read(content)[0]["a.jpg"] == ['" A sign "', '"Open.']
-
-
-ODD = {
-    "a space before quotes": ('image, caption\na.jpg, "One."\na.jpg, "Two, three."\nb/c.png, "Four."\n'),
-    "excel": "sep=;\nimage;caption\na.jpg;One.\na.jpg;Two, three.\nb/c.png;Four.\n",
-    "separators at the end": 'image,caption\na.jpg,One.,\na.jpg,"Two, three.",,\nb/c.png,Four.\n',
-    "bars, all quoted": '"image"|"caption"\n"a.jpg"|"One."\n"a.jpg"|"Two, three."\n"b/c.png"|"Four."\n',
-}
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_odd_tables(read, name):
-    assert read(ODD[name]) == (EXPECTED, {})
 
 
 def test_bars_and_doubled_quotes(read):
