@@ -2,9 +2,10 @@
 
     python benchmarks/gradient_sums.py --run runs/demo --ranks 8 64
 
-Gradients are real ones, of a run's weights on micro-batches of its own data, one a rank. They are summed
-in the order of a ring, each part sum rounded to the dtype that travels. Prints a JSON line a number of ranks:
-relative error of the mean gradient by norm, and the share of its elements that are off by more than a tenth.
+Gradients are real ones, of a run's weights on micro-batches of its own data, one a rank, computed in fp32 and
+rounded to bf16 as a bf16 backward hands them over. They are summed in the order of a ring, each part sum
+rounded to the dtype that travels. Prints a JSON line a number of ranks: relative error of the mean gradient
+by norm, and the share of its elements that are off by more than a tenth.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from dehvf_ds.distributed import read_world
 from dehvf_ds.model.artifact import load_adapter
 from dehvf_ds.model.weights import load_model
 from dehvf_ds.training.checked import check
+
+ROWS = 8
+"""Of a rank's micro-batch."""
 
 
 def main() -> None:
@@ -43,24 +47,20 @@ def main() -> None:
 
 def compute(run: Path, count: int):
     """Yields one flat bf16 gradient a rank."""
-    config = parse_run_config(
-        [
-            "--config",
-            str(run / "config.yaml"),
-            "--train.global_batch_size",
-            str(16 * count),
-            "--train.micro_batch_size",
-            "16",
-        ]
-    )
-    run_of = check(config, read_world())
+    sizes = {"global": ROWS * count, "micro": ROWS}
+    flags = [word for name, size in sizes.items() for word in (f"--train.{name}_batch_size", str(size))]
+    config = parse_run_config(["--config", str(run / "config.yaml"), *flags])
+    looked_at = check(config, read_world())
     model = load_model(
-        run_of.model_config, config.model.language_model, config.model.vision_tower, dtype=torch.bfloat16
+        looked_at.model_config,
+        config.model.language_model,
+        config.model.vision_tower,
+        dtype=torch.float32,
     )
     load_adapter(model, run / "adapter")
     trainable = list(model.train().trainable_parameters().values())
-    for batch in run_of.training_batches(0, 1):
-        output = model(**batch.to("cpu", torch.bfloat16).inputs())
+    for batch in looked_at.training_batches(0, 1):
+        output = model(**batch.to("cpu", torch.float32).inputs())
         model.zero_grad()
         (output.loss_sum / batch.num_supervised()).backward()
         yield torch.cat([p.grad.flatten() for p in trainable if p.grad is not None]).bfloat16()

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from dehvf_ds.config import UserError
-from dehvf_ds.rank_store import Failure, JobError, RankStore, short, tell
+from dehvf_ds.config import JobError, UserError
+from dehvf_ds.rank_store import Failure, RankStore, short, tell
 
 USER_ERROR_EXIT_CODE = 2
 REQUEUE_EXIT_CODE = 85
@@ -362,7 +362,9 @@ def _fail(line: str, code: int, *, meets: bool, details: str = "") -> int:
             meet(read_world(), timeout_minutes=2)
 
     def explain() -> None:
-        print(details, end="", file=sys.stderr, flush=True)
+        # The log may lie on the disk that is full.
+        with suppress(OSError):
+            print(details, end="", file=sys.stderr, flush=True)
 
     if _store is not None:
         return _store.fail(line, code, details=explain)
@@ -387,8 +389,9 @@ def _leave(code: int) -> None:
     if code == 0 and torch.distributed.is_initialized():
         # After an error the other ranks may be gone, and this would wait for them.
         torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     # Not sys.exit: in one of some ten runs a thread of torch or DeepSpeed still wants the interpreter
     # while it is torn down, and a finished run ended with "terminate called" and SIGABRT.
     os._exit(code)

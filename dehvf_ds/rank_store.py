@@ -24,7 +24,7 @@ from typing import Any
 
 from torch.distributed import DistError, PrefixStore, TCPStore
 
-from dehvf_ds.config import UserError
+from dehvf_ds.config import JobError, UserError
 
 POLL_S = 1.0
 BEAT_POLLS = 5
@@ -44,12 +44,6 @@ LINGER_S = 10.0
 
 ARRIVAL_S = 120.0
 """The same while ranks have not come yet: a cold file system makes imports last."""
-
-
-class JobError(Exception):
-    """Ends the job with one line and ``code``: no mistake of the user's, nor of a program."""
-
-    code = 1
 
 
 @dataclass(frozen=True)
@@ -221,10 +215,14 @@ class RankStore:
         client.add("heard", 1)
 
     def _linger(self, client: Any, name: str) -> None:
+        """Stays until the others have counted themselves under ``name``, or until they had the time to."""
         began = time.monotonic()
+        arrived = began if self._have_met(client) else None
         while client.add(name, 0) < self._size - 1:
-            limit_s = LINGER_S if self._have_met(client) else ARRIVAL_S
-            if time.monotonic() - began > limit_s:
+            now = time.monotonic()
+            if arrived is None and self._have_met(client):
+                arrived = now
+            if now > (began + ARRIVAL_S if arrived is None else arrived + LINGER_S):
                 return
             time.sleep(0.05)
 
@@ -371,7 +369,6 @@ def tell(failure: Failure) -> None:
     """Prints a failure's line, if it has one."""
     if not failure.line:
         return
-    # The log may lie on the disk that is full.
     with suppress(OSError):
         print(failure.told(), file=sys.stderr, flush=True)
 

@@ -207,9 +207,12 @@ def dry_run(run: Checked, questions: Questions | None) -> int:
     """Does all that a run does up to its first step, and that with a scaled-down copy; writes nothing."""
     config, world = run.config, run.world
     checkpoint = on_main(world, lambda: _look_at_run_dir(run))
-    if questions is not None:
-        name, tokenizer = Path(config.run_dir).name, config.eval.tokenizer
-        on_main(world, lambda: open_scorer(questions, name=name, tokenizer=tokenizer) and None)
+
+    def look_at_scores() -> None:
+        if questions is not None:
+            open_scorer(questions, name=Path(config.run_dir).name, tokenizer=config.eval.tokenizer)
+
+    on_main(world, look_at_scores)
     start = Progress() if checkpoint is None else checkpoint.progress
     accumulation = config.train.accumulation(world.size)
     micro_batches = list(run.training_batches(start.samples, 1))

@@ -20,8 +20,8 @@
 #     bash slurm/train_scienceqa.sh --check            # on the login node, before
 #
 # Arguments go to train.py. The settings below are also taken from the environment (slurm/README.md). plan.py recommends
-# this DeepSpeed JSON for GPUs of 80 GB; while weights load, zero2.json takes some 213 GB of host memory a node,
-# zero3.json and zero3_hpz.json, for smaller GPUs or hosts, 27 GB. --mem=0 asks for all that a node has.
+# this DeepSpeed JSON for GPUs of 80 GB, onto which it loads the weights of 13B; zero3.json and zero3_hpz.json, for
+# smaller ones, load through 27 GB of host memory a node. --mem=0 asks for all that a node has.
 RECIPE="${RECIPE:-scienceqa_llama13b}"
 DS_CONFIG="${DS_CONFIG:-ds_configs/zero2.json}"
 # RUN_DIR=runs/scienceqa_llama13b        results and checkpoints, on a file system that all nodes share

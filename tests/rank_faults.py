@@ -18,7 +18,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import deepspeed
@@ -29,7 +31,7 @@ import dehvf_ds.eval
 import dehvf_ds.train
 from dehvf_ds.config import UserError
 from dehvf_ds.data import samples
-from dehvf_ds.distributed import run_entry
+from dehvf_ds.distributed import gather_to_main, meet, on_main, read_world, run_entry
 from dehvf_ds.evals import parts
 from dehvf_ds.model import ModelError
 from dehvf_ds.training import checkpoint, engine, loop
@@ -83,62 +85,126 @@ def unreadable_sample() -> None:
     samples.SampleReader.__getitem__ = read
 
 
-FAULTS: dict[str, tuple[Any, Callable[[], Any]]] = {
-    "configuration": (
-        dehvf_ds.train,
+def send(*numbers: signal.Signals) -> Callable[[], None]:
+    """Sends signals to the process that calls it, as clusters do: twice, perhaps."""
+
+    def act() -> None:
+        note()
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    return act
+
+
+def while_it_answers(act: Callable[[], Any]) -> None:
+    """Has something happen when the first answers are to be written down."""
+    add = parts.AnswerParts.add
+
+    def then(*args: Any, **kwargs: Any) -> Any:
+        act()
+        return add(*args, **kwargs)
+
+    parts.AnswerParts.add = then
+
+
+def travel(_: list[str]) -> int:
+    """Gives more than torch's store takes at a time from rank 0 to the other, and back."""
+    place = read_world()
+    meet(place)
+    given = on_main(place, lambda: bytes(LARGE_BYTES))
+    found = gather_to_main([len(given)], place)
+    assert place.rank or found == [LARGE_BYTES] * 2
+    return 0
+
+
+LARGE_BYTES = 20_000_000
+train, evaluation, travels = dehvf_ds.train, dehvf_ds.eval, SimpleNamespace(main=travel)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong, and where.
+
+    Attributes:
+        inject: called in the faulty rank before it begins.
+        program: what both ranks run.
+        rank: the faulty one.
+        rank_1_waits_s: how much later than rank 0 the other begins.
+        stderr: of the faulty rank, where it does not go with the rest.
+    """
+
+    inject: Callable[[], Any]
+    program: Any = train
+    rank: int = 1
+    rank_1_waits_s: float = 0.0
+    stderr: str | None = None
+
+
+def bug() -> None:
+    at_step(2, failing(KeyError("no such thing")))
+
+
+def wrong_configuration() -> None:
+    train.parse_run_config = failing(UserError("--config run.yaml: no such file"))
+
+
+FAULTS = {
+    "none": Fault(lambda: None),
+    "configuration": Fault(wrong_configuration),
+    "configuration before the other begins": Fault(wrong_configuration, rank=0, rank_1_waits_s=8),
+    "mount": Fault(
+        lambda: setattr(train, "check", failing(UserError("data.train /mnt/x: no such directory")))
+    ),
+    "loading": Fault(
+        lambda: setattr(engine, "load_model", failing(ModelError("model.safetensors: cut short")))
+    ),
+    "sample": Fault(unreadable_sample),
+    "worker": Fault(lambda: at_step(2, kill_workers)),
+    "memory": Fault(
+        lambda: at_step(2, failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")))
+    ),
+    "bug": Fault(bug),
+    "bug of rank 0": Fault(bug, rank=0),
+    "bug where the log's disk is full": Fault(bug, stderr="/dev/full"),
+    "killed": Fault(lambda: at_step(2, send(signal.SIGKILL))),
+    "rank 0 killed": Fault(lambda: at_step(2, send(signal.SIGKILL)), rank=0),
+    "validation": Fault(
         lambda: setattr(
-            dehvf_ds.train, "parse_run_config", failing(UserError("--config run.yaml: no such file"))
-        ),
+            train, "validation_loss", failing(OSError(errno.EIO, "Input/output error", "val/0.tar"))
+        )
     ),
-    "mount": (
-        dehvf_ds.train,
-        lambda: setattr(dehvf_ds.train, "check", failing(UserError("data.train /mnt/x: no such directory"))),
-    ),
-    "loading": (
-        dehvf_ds.train,
-        lambda: setattr(engine, "load_model", failing(ModelError("model.safetensors: cut short"))),
-    ),
-    "sample": (dehvf_ds.train, unreadable_sample),
-    "worker": (dehvf_ds.train, lambda: at_step(2, kill_workers)),
-    "memory": (
-        dehvf_ds.train,
-        lambda: at_step(2, failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."))),
-    ),
-    "bug": (dehvf_ds.train, lambda: at_step(2, failing(KeyError("no such thing")))),
-    "killed": (dehvf_ds.train, lambda: at_step(2, lambda: os.kill(os.getpid(), signal.SIGKILL))),
-    "validation": (
-        dehvf_ds.train,
-        lambda: setattr(
-            dehvf_ds.train, "validation_loss", failing(OSError(errno.EIO, "Input/output error", "val/0.tar"))
-        ),
-    ),
-    "saving": (
-        dehvf_ds.train,
+    "saving": Fault(
         lambda: setattr(
             checkpoint, "gather_state", failing(OSError(errno.ENOSPC, "No space left on device", "state"))
-        ),
+        )
     ),
-    "answers": (
-        dehvf_ds.eval,
+    "answers": Fault(
         lambda: setattr(
             parts.AnswerParts, "add", failing(UserError("rank-00001.jsonl: No space left on device"))
         ),
+        evaluation,
     ),
+    "stopped while it answers": Fault(lambda: while_it_answers(send(signal.SIGTERM)), evaluation),
+    "stopped twice": Fault(
+        lambda: while_it_answers(send(signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM)), evaluation
+    ),
+    "large values": Fault(lambda: None, travels),
 }
 
 
 def arguments(world: Path, program: Any, name: str) -> list[str]:
-    if program is dehvf_ds.eval:
+    if program is travels:
+        return []
+    output = str(world / "runs" / name.replace(" ", "-"))
+    if program is evaluation:
         data = ["--data", str(world / "test"), "--tokenizer", "simple", "--batch_size", "1"]
-        return ["--model", str(world / "runs/whole"), *data, "--output", str(world / "runs" / name)]
+        return ["--model", str(world / "runs/none"), *data, "--output", output]
     run = ["--config", str(world / "recipe.yaml"), "--deepspeed", str(world / "ds.json")]
     more = ["--data.val", str(world / "test"), "--train.eval_every", "2", "--data.on_bad", "raise"]
-    return [*run, "--run_dir", str(world / "runs" / name), *more]
+    return [*run, "--run_dir", output, *more]
 
 
-def start(
-    program: Any, args: list[str], rank: int, port: int, fault: Callable[[], Any] | None, out: Path
-) -> int:
+def start(fault: Fault, args: list[str], rank: int, port: int, out: Path) -> int:
     """Forks a rank; returns its process."""
     pid = os.fork()
     if pid:
@@ -148,42 +214,55 @@ def start(
     with out.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    if fault is not None:
-        fault()
+    if rank == 1:
+        time.sleep(fault.rank_1_waits_s)
+    if rank == fault.rank:
+        if fault.stderr is not None:
+            with open(fault.stderr, "wb") as file:
+                os.dup2(file.fileno(), 2)
+        fault.inject()
     sys.argv = ["program", *args]
+    code: object = 99
     try:
-        run_entry(program.main, meets=True)
+        run_entry(fault.program.main, meets=True)
     except SystemExit as error:
-        os._exit(error.code if isinstance(error.code, int) else 1)
-    os._exit(99)
+        code = error.code
+    finally:
+        os._exit(code if isinstance(code, int) else 1)
 
 
-def run(world: Path, name: str, faulty: int | None) -> dict[str, Any]:
-    """Runs two ranks, one of them faulty."""
-    program, fault = FAULTS.get(name, (dehvf_ds.train, None))
+def wait_for(pids: list[int]) -> list[int | None]:
+    """The exit codes of processes; None for those that had to be killed in the end."""
+    codes: list[int | None] = [None] * len(pids)
+    began = time.monotonic()
+    while None in codes and time.monotonic() - began < LIMIT_S:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in pids:
+            codes[pids.index(pid)] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    for pid, code in zip(pids, codes, strict=True):
+        if code is None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    return codes
+
+
+def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+        return sock.getsockname()[1]
+
+
+def run(world: Path, name: str) -> dict[str, Any]:
+    """Runs two ranks, one of them faulty."""
     global scratch
+    fault, port = FAULTS[name], free_port()
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         began = time.monotonic()
         outs = [scratch / str(rank) for rank in (0, 1)]
-        args = arguments(world, program, name if faulty is None else f"{name}-{faulty}")
-        pids = {
-            start(program, args, rank, port, fault if rank == faulty else None, outs[rank]): rank
-            for rank in (0, 1)
-        }
-        codes: list[int | None] = [None, None]
-        while None in codes and time.monotonic() - began < LIMIT_S:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid in pids:
-                codes[pids[pid]] = os.waitstatus_to_exitcode(status)
-            time.sleep(0.05)
-        for pid, rank in pids.items():
-            if codes[rank] is None:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+        args = arguments(world, fault.program, name)
+        codes = wait_for([start(fault, args, rank, port, outs[rank]) for rank in (0, 1)])
         ended = time.monotonic()
         happened = scratch / "fault"
         if happened.exists():
@@ -192,13 +271,37 @@ def run(world: Path, name: str, faulty: int | None) -> dict[str, Any]:
     return {"codes": codes, "seconds": ended - began, "outputs": texts}
 
 
+def run_two_jobs(world: Path) -> dict[str, Any]:
+    """Starts a second job where a first one meets: the ranks of the first come first and last in the lists."""
+    fault, port = FAULTS["none"], free_port()
+    with tempfile.TemporaryDirectory() as directory:
+        outs = [Path(directory) / str(number) for number in range(4)]
+        first, second = (arguments(world, train, name) for name in ("first", "second"))
+        began = time.monotonic()
+        pids = [start(fault, first, 0, port, outs[0])]
+        # The second one's ranks find a store at the port, before and after it is complete.
+        wait_until_listening(port)
+        pids.append(start(fault, second, 0, port, outs[1]))
+        pids.append(start(fault, first, 1, port, outs[2]))
+        time.sleep(3)
+        pids.append(start(fault, second, 1, port, outs[3]))
+        codes = wait_for(pids)
+        texts = [out.read_text(errors="replace") for out in outs]
+    return {"codes": codes, "seconds": time.monotonic() - began, "outputs": texts}
+
+
+def wait_until_listening(port: int) -> None:
+    for _ in range(600):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.1)
+
+
 def main() -> None:
-    """Runs a whole training first, which is evaluated later."""
+    """Goes through the faults; the first is none, and its run is evaluated later."""
     world = Path(sys.argv[1])
-    found = {"whole": run(world, "whole", None)}
-    for name in FAULTS:
-        found[name] = run(world, name, 1)
-    found["bug of rank 0"] = run(world, "bug", 0)
+    found = {name: run(world, name) for name in FAULTS}
+    found["two jobs"] = run_two_jobs(world)
     Path(sys.argv[2]).write_text(json.dumps(found))
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -164,7 +165,7 @@ def test_a_request_to_stop_ends_the_evaluation(monkeypatch, tmp_path: Path) -> N
             return ["a"] * len(rows)
 
     stop, questions = StopRequest(), Questions()
-    monkeypatch.setattr(inside, "whole_model", lambda model, world: model)
+    monkeypatch.setattr(inside, "whole_model", lambda model, world: nullcontext(model))
     evaluation = InsideEvaluation(
         config=InsideConfig(every_steps=1, batch_size=1, tokenizer="simple"),
         questions=questions,
@@ -194,7 +195,7 @@ class TestInside:
         return tmp_path / "data"
 
     def evaluate(self, data: Path, monkeypatch, **more) -> Evaluated | None:
-        monkeypatch.setattr(inside, "whole_model", lambda model, world: model)
+        monkeypatch.setattr(inside, "whole_model", lambda model, world: nullcontext(model))
         monkeypatch.setattr(Questions, "_answer", lambda self, model, samples: ["a dog"] * len(samples))
         without_java = {names: score for names, score in METRICS.items() if names[0] != "METEOR"}
         monkeypatch.setattr("dehvf_ds.evals.coco.METRICS", without_java)

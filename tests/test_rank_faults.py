@@ -17,13 +17,15 @@ EXPECTED = {
     "mount": (2, "error (rank 1): data.train /mnt/x: no such directory"),
     "loading": (2, "error (rank 1): model.safetensors: cut short"),
     "sample": (2, "error (rank 1): train/000001.tar: sample 7: cut short"),
-    "worker": (1, "error (rank 1): RuntimeError: DataLoader worker"),
+    "worker": (1, "error (rank 1): a process that reads data died (DataLoader worker (pid(s) "),
     "memory": (1, "error (rank 1): out of GPU memory: "),
     "bug": (1, "error (rank 1): KeyError: 'no such thing'"),
     "validation": (1, "error (rank 1): val/0.tar: Input/output error"),
     "saving": (1, "error (rank 1): state: No space left on device"),
     "answers": (2, "error (rank 1): rank-00001.jsonl: No space left on device"),
     "bug of rank 0": (1, "error: KeyError: 'no such thing'"),
+    "bug where the log's disk is full": (1, "error (rank 1): KeyError: 'no such thing'"),
+    "configuration before the other begins": (2, "error: --config run.yaml: no such file"),
 }
 LIMIT_S = 60
 
@@ -43,9 +45,10 @@ def errors(outcome: dict[str, Any]) -> list[str]:
     return [line for text in outcome["outputs"] for line in text.splitlines() if line.startswith("error")]
 
 
-def test_without_a_fault_both_finish(found: dict[str, Any]) -> None:
-    assert found["whole"]["codes"] == [0, 0], found["whole"]["outputs"]
-    assert errors(found["whole"]) == []
+@pytest.mark.parametrize("fault", ["none", "large values"])
+def test_without_a_fault_both_finish(found: dict[str, Any], fault: str) -> None:
+    assert found[fault]["codes"] == [0, 0], found[fault]["outputs"]
+    assert errors(found[fault]) == []
 
 
 @pytest.mark.parametrize("fault", EXPECTED)
@@ -63,10 +66,37 @@ def test_the_traceback_of_a_bug_is_that_of_its_rank(found: dict[str, Any]) -> No
     assert ["Traceback" in text for text in found["memory"]["outputs"]] == [False, False]
 
 
-def test_a_rank_that_is_killed_ends_the_other(found: dict[str, Any]) -> None:
-    outcome = found["killed"]
-    assert outcome["codes"] == [1, -9], outcome["outputs"]
+@pytest.mark.parametrize(
+    ("fault", "codes", "told"),
+    [
+        ("killed", [1, -9], "error: another rank is gone without a word, killed perhaps; the launcher may know"),
+        ("rank 0 killed", [-9, 1], "error (rank 1): "),
+    ],
+)
+def test_a_rank_that_is_killed_ends_the_other(
+    found: dict[str, Any], fault: str, codes: list[int], told: str
+) -> None:
+    outcome = found[fault]
+    assert outcome["codes"] == codes, outcome["outputs"]
     assert outcome["seconds"] < LIMIT_S
-    assert errors(outcome) == [
-        "error: another rank is gone without a word, killed perhaps; the launcher may know"
-    ]
+    (line,) = errors(outcome)
+    assert line.startswith(told)
+    assert "gone" in line
+
+
+@pytest.mark.parametrize("fault", ["stopped while it answers", "stopped twice"])
+def test_a_signal_to_one_rank_of_an_evaluation_stops_all_to_be_started_again(
+    found: dict[str, Any], fault: str
+) -> None:
+    outcome = found[fault]
+    assert outcome["codes"] == [85, 85], outcome["outputs"]
+    assert errors(outcome) == []
+    assert not any("Traceback" in text for text in outcome["outputs"])
+
+
+def test_a_second_job_at_the_same_port_is_told_so_and_leaves_the_first_alone(found: dict[str, Any]) -> None:
+    outcome = found["two jobs"]
+    assert outcome["codes"] == [0, 2, 0, 2], outcome["outputs"]
+    told = errors(outcome)
+    assert all("where the ranks meet, is" in line and "--master_port" in line for line in told)
+    assert 1 <= len(told) <= 2

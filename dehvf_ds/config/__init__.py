@@ -6,7 +6,7 @@ given by ``--deepspeed`` owns memory, precision and communication (DESIGN of the
 
 from dehvf_ds.config.answers import EvalConfig, GenerateConfig
 from dehvf_ds.config.data import AugmentConfig, DataConfig, ScienceqaConfig
-from dehvf_ds.config.errors import UnsupervisedError, UserError
+from dehvf_ds.config.errors import JobError, UnsupervisedError, UserError
 from dehvf_ds.config.model import LoraConfig, ModelConfig
 from dehvf_ds.config.parse import (
     load_run_config,
@@ -35,6 +35,7 @@ __all__ = [
     "EvalConfig",
     "GenerateConfig",
     "InsideConfig",
+    "JobError",
     "LoraConfig",
     "ModelConfig",
     "RunConfig",

@@ -1,4 +1,4 @@
-"""A mistake of the user."""
+"""What ends a program with one line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ class UserError(Exception):
 
 class UnsupervisedError(UserError):
     """Rows without a single token to learn; every rank finds it, since the tokens are counted over all."""
+
+
+class JobError(Exception):
+    """Ends the job with one line and ``code``: no mistake of the user's, nor of a program."""
+
+    code = 1
 
 
 def require(condition: bool, message: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from dehvf_ds.batch import IGNORE_INDEX, Batch
-from dehvf_ds.config import UserError
+from dehvf_ds.config import JobError, UserError
 from dehvf_ds.data.collate import Collator
 from dehvf_ds.data.samples import DrawnSample, SampleReader
 
@@ -36,13 +36,25 @@ class TrainingLoader(DataLoader):
             self._started = self._fork()
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields the micro-batches in order; raises the ``UserError`` of the first unusable sample."""
+        """Yields the micro-batches in order.
+
+        Raises:
+            UserError: of the first unusable sample.
+            JobError: a worker died.
+        """
         batches, self._started = self._fork() if self._started is None else self._started, None
         try:
             for batch in batches:
                 if isinstance(batch, UserError):
                     raise UserError(str(batch))
                 yield batch
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise JobError(
+                f"a process that reads data died ({error}); killed for the memory it took, perhaps: "
+                "data.num_workers sets how many there are"
+            ) from None
         finally:
             # The last reference: workers end here, not in a garbage collection that waits 5 s for each.
             del batches
@@ -51,10 +63,15 @@ class TrainingLoader(DataLoader):
         # Workers begin with SIGTERM blocked. Blocked later, it would kill by way of a thread that a library
         # started before: one of torch's `set_num_threads` took it in a preempted job.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        on_child = signal.getsignal(signal.SIGCHLD)
         try:
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if threading.current_thread() is threading.main_thread():
+                # Torch's raises wherever this process is when a worker dies, in what cleans up after an error
+                # too. Who waits for a batch looks after the workers every five seconds.
+                signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
 
 
 def build_torch_loader(

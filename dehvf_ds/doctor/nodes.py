@@ -221,7 +221,7 @@ def environment_facts() -> dict[str, str]:
 
     facts = {"Python": platform.python_version()}
     for requirement in packages.read_requirements():
-        name = packages.parse_requirement(requirement)[0]
+        name = packages.parse_requirement(requirement).name
         try:
             facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -249,7 +249,7 @@ def gpu_problems(world) -> dict[str, str]:
         if os.environ.get("DS_ACCELERATOR") == "cpu":
             return {}
         return {"GPUs": "no GPU is visible (DS_ACCELERATOR=cpu computes on the CPU)"}
-    if world.local_rank >= torch.cuda.device_count():
+    if world.device.index >= torch.cuda.device_count():
         return {"GPUs": f"{torch.cuda.device_count()} visible, fewer than tasks on the node"}
     free, total = torch.cuda.mem_get_info(world.device)
     if free < FREE_SHARE * total:

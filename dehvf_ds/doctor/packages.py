@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from dehvf_ds.doctor.report import Line
@@ -35,18 +36,43 @@ def read_requirements() -> list[str]:
     return [requirement for requirement in given if "extra ==" not in requirement]
 
 
-def parse_requirement(requirement: str) -> tuple[str, str]:
-    """Name and smallest version of ``name[extras]>=version``, the one form that we use.
+@dataclass(frozen=True)
+class Requirement:
+    """A package and the versions of it that we run with.
+
+    Attributes:
+        name: of the package.
+        minimum: the smallest version.
+        limit: the smallest one that is too new; empty where none is.
+    """
+
+    name: str
+    minimum: str
+    limit: str = ""
+
+    def is_met_by(self, version: str) -> bool:
+        """Whether we run with this version."""
+        key = version_key(version)
+        return version_key(self.minimum) <= key and (not self.limit or key < version_key(self.limit))
+
+    def __str__(self) -> str:
+        return f">= {self.minimum}" + (f", < {self.limit}" if self.limit else "")
+
+
+def parse_requirement(requirement: str) -> Requirement:
+    """Reads ``name[extras]>=version`` or ``name[extras]>=version,<version``, the forms that we use.
 
     Not by the ``packaging`` library, which may be what is missing.
 
     Raises:
         ValueError: another form.
     """
-    match = re.fullmatch(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*>=\s*([0-9.]+)", requirement.strip())
-    if match is None:
-        raise ValueError(f"the requirement {requirement!r} is not of the form name>=version")
-    return match[1], match[2]
+    # Metadata of an installed package has the two bounds in either order.
+    match = re.fullmatch(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*([<>=0-9., ]+)", requirement.strip())
+    bounds = dict(re.findall(r"(>=|<)\s*([0-9.]+)(?:,|$)", match[2])) if match else {}
+    if match is None or ">=" not in bounds or len(bounds) != match[2].count(",") + 1:
+        raise ValueError(f"the requirement {requirement!r} is not of the form name>=version[,<version]")
+    return Requirement(match[1], bounds[">="], bounds.get("<", ""))
 
 
 def version_key(version: str) -> tuple[int, ...]:
@@ -62,17 +88,17 @@ def check_packages() -> list[Line]:
     """Every package that pyproject.toml asks for, by what is installed; nothing is imported."""
     lines = []
     for requirement in read_requirements():
-        name, minimum = parse_requirement(requirement)
+        needed = parse_requirement(requirement)
         remedy = f"pip install '{requirement}'"
         try:
-            found = importlib.metadata.version(name)
+            found = importlib.metadata.version(needed.name)
         except importlib.metadata.PackageNotFoundError:
-            lines.append(Line("FAIL", name, f"not installed; needs >= {minimum}", remedy))
+            lines.append(Line("FAIL", needed.name, f"not installed; needs {needed}", remedy))
             continue
-        if version_key(found) < version_key(minimum):
-            lines.append(Line("FAIL", name, f"{found}; needs >= {minimum}", remedy))
+        if needed.is_met_by(found):
+            lines.append(Line("ok", needed.name, found))
         else:
-            lines.append(Line("ok", name, found))
+            lines.append(Line("FAIL", needed.name, f"{found}; needs {needed}", remedy))
     return lines
 
 

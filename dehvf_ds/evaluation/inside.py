@@ -15,7 +15,7 @@ from dehvf_ds.evaluation.scores import AnswerScorer, CaptionScorer, open_scorer
 from dehvf_ds.evaluation.writing import try_examples, write_lines
 from dehvf_ds.model import DehvfForConditionalGeneration
 from dehvf_ds.training.loop import Evaluated
-from dehvf_ds.training.replica import release_cache, whole_model
+from dehvf_ds.training.replica import whole_model
 from dehvf_ds.training.signals import StopRequest
 
 SCORE = {"coco": "CIDEr", "scienceqa": "accuracy"}
@@ -93,21 +93,14 @@ class InsideEvaluation:
 
     def _answer(self) -> list[tuple[int, Any]] | None:
         """This rank's rows with their answers; None after a request to stop."""
-        whole = whole_model(self.model, self.world)
         rows = list(range(self.world.rank, self.questions.num_rows, self.world.size))
         answered: list[tuple[int, Any]] = []
-        try:
+        with whole_model(self.model, self.world) as whole:
             for start in range(0, len(rows), self.config.batch_size):
                 if self.stop.requested:
                     return None
                 group = rows[start : start + self.config.batch_size]
                 answered += zip(group, self.questions.ask(whole, group), strict=True)
-        finally:
-            del whole
-            self.model.train()
-            if self.model.config.fusion == "ffn":
-                self.model.set_memory(None)
-            release_cache(self.world)
         return answered
 
     def _score(self, step: int, answers: list[Any], started: float) -> Evaluated:

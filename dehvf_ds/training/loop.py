@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from dehvf_ds.batch import Batch
-from dehvf_ds.config import TrainConfig, UnsupervisedError
+from dehvf_ds.config import JobError, TrainConfig, UnsupervisedError
 from dehvf_ds.distributed import World
-from dehvf_ds.rank_store import JobError
 from dehvf_ds.training.damage import DamageLog
 from dehvf_ds.training.levels import level_metrics
 from dehvf_ds.training.metrics import (

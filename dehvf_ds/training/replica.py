@@ -7,7 +7,7 @@ ranks to walk the same road. A copy has none of DeepSpeed's hooks: ranks may dec
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,30 @@ def replica_bytes(model: DehvfForConditionalGeneration) -> int:
     return sum(_numel(p) * p.element_size() for p in model.parameters())
 
 
-def whole_model(model: DehvfForConditionalGeneration, world: World) -> DehvfForConditionalGeneration:
+@contextmanager
+def whole_model(
+    model: DehvfForConditionalGeneration, world: World
+) -> Iterator[DehvfForConditionalGeneration]:
     """The model in evaluation mode: itself where every rank holds all of it (ZeRO-2), else a whole copy.
 
-    Every rank must call it.
+    Every rank must enter it. At the end the model trains again, and the copy's memory is the device's.
     """
-    is_partitioned = any(hasattr(p, "ds_id") for p in model.parameters())
-    return whole_copy(model, world) if is_partitioned else model.eval()
+    if not any(hasattr(p, "ds_id") for p in model.parameters()):
+        try:
+            yield model.eval()
+        finally:
+            model.train()
+            if model.config.fusion == "ffn":
+                model.set_memory(None)
+            _release_cache(world)
+        return
+    copy = whole_copy(model, world)
+    try:
+        yield copy
+    finally:
+        # Whoever still holds it holds no weights.
+        copy.to("meta")
+        _release_cache(world)
 
 
 @torch.no_grad()
@@ -62,8 +79,8 @@ def whole_copy(model: DehvfForConditionalGeneration, world: World) -> DehvfForCo
     return copy.eval()
 
 
-def release_cache(world: World) -> None:
-    """Gives the memory of a copy that is gone back to the device."""
+def _release_cache(world: World) -> None:
+    """Gives memory that decoding took back to the device."""
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
 

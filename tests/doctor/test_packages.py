@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,14 +29,20 @@ def test_an_old_python_fails(monkeypatch) -> None:
 
 
 def test_requirements_are_understood_from_the_checkout_and_from_the_installed_package(monkeypatch) -> None:
-    from_checkout = dict(map(packages.parse_requirement, packages.read_requirements()))
-    assert from_checkout["pyyaml"] == "6"
+    parsed = map(packages.parse_requirement, packages.read_requirements())
+    from_checkout = {needed.name: needed for needed in parsed}
+    assert str(from_checkout["pyyaml"]) == ">= 6"
+    assert str(from_checkout["transformers"]) == ">= 5.0, < 6"
     given = ["torch>=2.6", "hydra[all]>=1.3", 'ruff>=0.9; extra == "dev"']
     monkeypatch.setattr(packages, "PYPROJECT", Path("/nowhere/pyproject.toml"))
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: given)
     assert packages.read_requirements() == given[:2]
-    with pytest.raises(ValueError, match="torch==2"):
-        packages.parse_requirement("torch==2")
+    assert packages.parse_requirement("deepspeed<0.20,>=0.19.3") == packages.Requirement(
+        "deepspeed", "0.19.3", "0.20"
+    )
+    for unlike in ("torch==2", "torch", "torch<3", "torch>=2,<=3", "torch>=2,!=2.1", "torch~=2.1"):
+        with pytest.raises(ValueError, match=re.escape(unlike)):
+            packages.parse_requirement(unlike)
 
 
 @pytest.mark.parametrize(
@@ -54,13 +61,14 @@ def test_an_old_package_and_a_missing_one_fail_with_the_command(monkeypatch) -> 
     def version(name: str) -> str:
         if name == "peft":
             raise importlib.metadata.PackageNotFoundError(name)
-        return "0.18.0" if name == "deepspeed" else "99"
+        return {"deepspeed": "0.18.0", "transformers": "6.0.0.dev1"}.get(name, "99")
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     lines = {line.what: line for line in packages.check_packages()}
     failing = {what for what, line in lines.items() if line.level == "FAIL"}
-    assert failing == {"deepspeed", "peft"}
+    assert failing == {"deepspeed", "peft", "transformers"}
     assert lines["deepspeed"].found.startswith("0.18.0; needs >= ")
+    assert lines["transformers"].found == "6.0.0.dev1; needs >= 5.0, < 6"
     assert lines["peft"].found.startswith("not installed")
     assert lines["peft"].remedy.startswith("pip install 'peft>=")
 

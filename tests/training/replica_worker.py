@@ -30,7 +30,8 @@ def main(directory: Path) -> None:
         for step in range(6):
             rows = take(make_rows(step, "mixed"), world.rank * half, half)
             if losses is found["losses"][1] and step == 3:
-                found |= decode(engine, whole_model(model, world), rows, world)
+                with whole_model(model, world) as whole:
+                    found |= decode(engine, whole, rows, world)
             micro = [take(rows, i, 2) for i in range(0, half, 2)]
             losses.append(train_step(engine, micro, world, torch.float32, seed=0, step=step).loss)
     if world.is_main:
@@ -53,7 +54,6 @@ def decode(engine, copy, rows: Batch, world: World) -> dict[str, Any]:
         eos_token_id=None,
         pad_token_id=0,
     )
-    engine.train()
     return {"losses_of_both": losses, "num_tokens": gather_to_main([ids.shape[1]], world)}
 
 
