@@ -218,8 +218,7 @@ def start(fault: Fault, args: list[str], rank: int, port: int, out: Path) -> int
         time.sleep(fault.rank_1_waits_s)
     if rank == fault.rank:
         if fault.stderr is not None:
-            with open(fault.stderr, "wb") as file:
-                os.dup2(file.fileno(), 2)
+            os.dup2(os.open(fault.stderr, os.O_WRONLY), 2)
         fault.inject()
     sys.argv = ["program", *args]
     code: object = 99
@@ -272,7 +271,7 @@ def run(world: Path, name: str) -> dict[str, Any]:
 
 
 def run_two_jobs(world: Path) -> dict[str, Any]:
-    """Starts a second job where a first one meets: the ranks of the first come first and last in the lists."""
+    """Starts a second job where a first one meets; its ranks are the second and the fourth of the lists."""
     fault, port = FAULTS["none"], free_port()
     with tempfile.TemporaryDirectory() as directory:
         outs = [Path(directory) / str(number) for number in range(4)]

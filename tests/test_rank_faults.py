@@ -69,7 +69,11 @@ def test_the_traceback_of_a_bug_is_that_of_its_rank(found: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("fault", "codes", "told"),
     [
-        ("killed", [1, -9], "error: another rank is gone without a word, killed perhaps; the launcher may know"),
+        (
+            "killed",
+            [1, -9],
+            "error: another rank is gone without a word, killed perhaps; the launcher may know",
+        ),
         ("rank 0 killed", [-9, 1], "error (rank 1): "),
     ],
 )

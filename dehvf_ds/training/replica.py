@@ -46,7 +46,7 @@ def whole_model(
         yield copy
     finally:
         # Whoever still holds it holds no weights.
-        copy.to("meta")
+        copy.to(device=torch.device("meta"))  # pyright: ignore[reportCallIssue]
         _release_cache(world)
 
 
