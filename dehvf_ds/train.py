@@ -48,7 +48,7 @@ from dehvf_ds.training.planning.inside import check_inside
 from dehvf_ds.training.progress import Progress
 from dehvf_ds.training.rehearsal import rehearse
 from dehvf_ds.training.resume import Checkpoint, choose_start, is_finished, open_run
-from dehvf_ds.training.signals import StopRequest
+from dehvf_ds.training.signals import StopRequest, exit_on_request
 from dehvf_ds.training.supervision import check_supervised, check_validation
 from dehvf_ds.training.validation import validation_loss
 
@@ -66,6 +66,7 @@ def main(argv: list[str]) -> int:
         config = replace(config, data=replace(config.data, cache_dir=None))
     world = read_world()
     meet(world, config.train.start_timeout_minutes)
+    exit_on_request()
     run = check(config, world)
     if run.world.is_main:
         for line in [*idle, *schedule_notes(run)]:
@@ -146,7 +147,7 @@ def train(run: Checked, questions: Questions | None) -> int:
             if batches is not None:
                 batches.start()
         init_process_group(world, config.train.start_timeout_minutes)
-        # Not sooner: a rank that waits for the others is to end at once.
+        # Not sooner: until then nothing would be saved, and all end at once.
         stop = StopRequest()
         stop.install()
         engine, model = build_engine(config, run.model_config, run.ds_config, world)
