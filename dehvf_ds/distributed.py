@@ -156,6 +156,19 @@ def meet(world: World, timeout_minutes: float = 30.0) -> None:
         ) from None
 
 
+def wait_for_ranks(timeout_minutes: float = 30.0) -> None:
+    """Waits until all have met.
+
+    Args:
+        timeout_minutes: how long.
+
+    Raises:
+        JobError: ranks did not come; names them.
+    """
+    if _store is not None:
+        _store.wait_for_all(timeout_minutes)
+
+
 def before_end(cleanup: Callable[[], object]) -> None:
     """Has a function called before another rank's failure ends this process."""
     if _store is not None:
@@ -174,8 +187,7 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
         JobError: ranks did not come; names them.
     """
     meet(world, timeout_minutes)
-    if _store is not None:
-        _store.wait_for_all(timeout_minutes)
+    wait_for_ranks(timeout_minutes)
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         # torchrun sets OMP_NUM_THREADS to 1; every core counts on a CPU run.

@@ -33,6 +33,7 @@ from dehvf_ds.distributed import (
     read_world,
     run_entry,
     set_timeout,
+    wait_for_ranks,
 )
 from dehvf_ds.evaluation.inside import InsideEvaluation
 from dehvf_ds.evaluation.questions import TASKS, Questions, open_questions
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: anything in the configuration, the files or the environment that the user must mend.
     """
+    exit_on_request()
     config = parse_run_config(argv)
     idle = ignored_settings(config)
     if config.dry_run:
@@ -66,7 +68,6 @@ def main(argv: list[str]) -> int:
         config = replace(config, data=replace(config.data, cache_dir=None))
     world = read_world()
     meet(world, config.train.start_timeout_minutes)
-    exit_on_request()
     run = check(config, world)
     if run.world.is_main:
         for line in [*idle, *schedule_notes(run)]:
@@ -129,6 +130,8 @@ def train(run: Checked, questions: Questions | None) -> int:
         before_end(lease.release)
         return found
 
+    # A directory is not taken by a job that never begins.
+    wait_for_ranks(config.train.start_timeout_minutes)
     checkpoint = on_main(world, take_directory)
     try:
         start = Progress() if checkpoint is None else checkpoint.progress
