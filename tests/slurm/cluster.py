@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,6 +138,16 @@ class Cluster:
         return {
             pid for pid in _processes_of_node(name) if "data_worker" in Path(f"/proc/{pid}/comm").read_text()
         }
+
+    def ranks(self, name: str) -> set[int]:
+        """The processes that train on a node."""
+        begin = f"{sys.prefix}/bin/python", "python"
+        trainers = {
+            pid
+            for pid in _processes_of_node(name)
+            if _command(pid).startswith(tuple(f"{python} dehvf_ds/train.py" for python in begin))
+        }
+        return {pid for pid in trainers if _parent(pid) not in trainers}
 
     def stop(self) -> None:
         """Ends all jobs and daemons."""

@@ -238,11 +238,20 @@ def test_a_rank_that_hangs_is_given_up_with_its_stacks(site) -> None:
     os.kill(worker, signal.SIGSTOP)
     ended = site.cluster.wait(job, 90)
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "1:0"), site.log("hangs")
-    assert "error: ranks that failed (rank, exit code): 0 1; giving the others up," in site.log("hangs")
     assert "error: requeued 0 times already (MAX_REQUEUES)" in site.log("hangs")
     stacks = (site.root / "hangs-logs/rank-1.log").read_text()
     assert "Current thread" in stacks
     assert "loop.py" in stacks.partition("Current thread")[2]
+
+
+def test_a_rank_that_is_frozen_is_given_up(site) -> None:
+    job = site.submit("frozen", "--train.steps", "4000", TIMEOUT_MINUTES="0.2", MAX_REQUEUES="0")
+    wait_for(lambda: site.num_steps("frozen") > 3, 90, "step 3")
+    (rank,) = site.cluster.ranks("n2")
+    os.kill(rank, signal.SIGSTOP)
+    ended = site.cluster.wait(job, 90)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "1:0"), site.log("frozen")
+    assert "error: ranks that failed (rank, exit code): 0 1; giving the others up," in site.log("frozen")
 
 
 APPTAINER = """#!/bin/bash
