@@ -231,8 +231,10 @@ def set_timeout(minutes: float) -> None:
     """Sets how long a collective may take from now on, in every group of this process."""
     from torch.distributed import distributed_c10d
 
+    # Public since torch 2.14, which warns of the old name.
+    set_of_group: Any = getattr(torch.distributed, "set_timeout", None) or distributed_c10d._set_pg_timeout
     for group in distributed_c10d._world.pg_map:
-        distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+        set_of_group(timedelta(minutes=minutes), group)
 
 
 def has_fast_bf16() -> bool:
