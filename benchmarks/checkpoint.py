@@ -22,13 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dehvf_ds.batch import Batch
 from dehvf_ds.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from dehvf_ds.distributed import init_process_group, read_world
-from dehvf_ds.training.checkpoint import Checkpoints
+from dehvf_ds.training.checkpoint import Checkpoints, Progress, checkpoints_dir
 from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json
 from dehvf_ds.training.engine import build_engine, build_model_config
-from dehvf_ds.training.levels import level_metrics
-from dehvf_ds.training.metrics import MetricsWriter, StepMetrics
-from dehvf_ds.training.progress import Progress
-from dehvf_ds.training.resume import checkpoints_dir
+from dehvf_ds.training.metrics import MetricsWriter, StepMetrics, router_metrics
 from dehvf_ds.training.step import train_step
 
 
@@ -87,7 +84,7 @@ def measure(config: RunConfig, run_dir: Path) -> None:
         writer.write(StepMetrics(step=step, loss=1.0, **dict.fromkeys(names, 1)))
     written = (time.perf_counter() - started) / 100
     started = time.perf_counter()
-    level_metrics(model, result.level_weights)
+    router_metrics(model, result.level_weights)
     levels = time.perf_counter() - started
     writer.close()
     trainable = sum(p.ds_numel for p in model.trainable_parameters().values())

@@ -21,7 +21,7 @@ from dehvf_ds.config import parse_run_config
 from dehvf_ds.distributed import read_world
 from dehvf_ds.model.artifact import load_adapter
 from dehvf_ds.model.weights import load_model
-from dehvf_ds.training.checked import check
+from dehvf_ds.training.run import resolve
 
 ROWS = 8
 """Of a rank's micro-batch."""
@@ -50,7 +50,7 @@ def compute(run: Path, count: int):
     sizes = {"global": ROWS * count, "micro": ROWS}
     flags = [word for name, size in sizes.items() for word in (f"--train.{name}_batch_size", str(size))]
     config = parse_run_config(["--config", str(run / "config.yaml"), *flags])
-    looked_at = check(config, read_world())
+    looked_at = resolve(config, read_world())
     model = load_model(
         looked_at.model_config,
         config.model.language_model,

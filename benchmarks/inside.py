@@ -22,10 +22,10 @@ from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.distributed import World
 from dehvf_ds.evaluation.questions import open_questions
 from dehvf_ds.model.weights import find_trained
+from dehvf_ds.training.full_model import full_copy
 from dehvf_ds.training.planning.inside import inside_bytes
 from dehvf_ds.training.planning.shapes import count_shapes
 from dehvf_ds.training.planning.zero import Zero
-from dehvf_ds.training.replica import whole_copy
 
 MIB = 2**20
 
@@ -50,7 +50,7 @@ def main() -> None:
     # What libraries take at their first use is not the copy's.
     questions.ask(model, [0])
     before = resident()
-    copy = whole_copy(model, World(0, 0, 1, 1, torch.device("cpu")))
+    copy = full_copy(model, World(0, 0, 1, 1, torch.device("cpu")))
     with_copy = resident()
     peak = Peak()
     questions.ask(copy, range(settings.batch_size))

@@ -53,7 +53,7 @@ from dehvf_ds.evaluation.scores import AnswerScorer, CaptionScorer, open_scorer
 from dehvf_ds.evaluation.writing import PREDICTIONS_NAME, write_lines, write_results
 from dehvf_ds.model import ModelError
 from dehvf_ds.model.weights import TrainedModel, find_trained
-from dehvf_ds.training.signals import exit_on_request
+from dehvf_ds.training.stop import exit_on_request
 
 
 def main(argv: list[str]) -> int:

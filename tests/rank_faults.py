@@ -34,7 +34,7 @@ from dehvf_ds.data import samples
 from dehvf_ds.distributed import gather_to_main, meet, on_main, read_world, run_entry
 from dehvf_ds.evals import parts
 from dehvf_ds.model import ModelError
-from dehvf_ds.training import checkpoint, engine, loop
+from dehvf_ds.training import checkpoint, engine, trainer
 
 assert deepspeed
 LIMIT_S = 180
@@ -59,7 +59,7 @@ def failing(error: BaseException) -> Callable[..., NoReturn]:
 
 def at_step(number: int, act: Callable[[], Any]) -> None:
     """Has something happen before an optimizer step."""
-    step = loop.train_step
+    step = trainer.train_step
 
     def then(*args: Any, **kwargs: Any) -> Any:
         if kwargs["step"] == number:
@@ -67,7 +67,7 @@ def at_step(number: int, act: Callable[[], Any]) -> None:
             act()
         return step(*args, **kwargs)
 
-    loop.train_step = then
+    trainer.train_step = then
 
 
 def kill_workers() -> None:
@@ -153,7 +153,7 @@ FAULTS = {
     "configuration": Fault(wrong_configuration),
     "configuration before the other begins": Fault(wrong_configuration, rank=0, rank_1_waits_s=8),
     "mount": Fault(
-        lambda: setattr(train, "check", failing(UserError("data.train /mnt/x: no such directory")))
+        lambda: setattr(train, "resolve", failing(UserError("data.train /mnt/x: no such directory")))
     ),
     "loading": Fault(
         lambda: setattr(engine, "load_model", failing(ModelError("model.safetensors: cut short")))
@@ -170,7 +170,7 @@ FAULTS = {
     "rank 0 killed": Fault(lambda: at_step(2, send(signal.SIGKILL)), rank=0),
     "validation": Fault(
         lambda: setattr(
-            train, "validation_loss", failing(OSError(errno.EIO, "Input/output error", "val/0.tar"))
+            trainer, "validation_loss", failing(OSError(errno.EIO, "Input/output error", "val/0.tar"))
         )
     ),
     "saving": Fault(

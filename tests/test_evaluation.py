@@ -31,9 +31,9 @@ from dehvf_ds.evaluation.official import build_official, is_official
 from dehvf_ds.evaluation.questions import Questions
 from dehvf_ds.evaluation.scores import AnswerScorer, CaptionScorer
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
-from dehvf_ds.training.loop import Evaluated
 from dehvf_ds.training.planning.inside import check_inside
-from dehvf_ds.training.signals import StopRequest
+from dehvf_ds.training.stop import StopRequest
+from dehvf_ds.training.trainer import Evaluated
 
 TRAIN = REPOSITORY / "dehvf_ds/train.py"
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
@@ -165,16 +165,15 @@ def test_a_request_to_stop_ends_the_evaluation(monkeypatch, tmp_path: Path) -> N
             return ["a"] * len(rows)
 
     stop, questions = StopRequest(), Questions()
-    monkeypatch.setattr(inside, "whole_model", lambda model, world: nullcontext(model))
+    monkeypatch.setattr(inside, "full_model", lambda model, world: nullcontext(model))
     evaluation = InsideEvaluation(
         config=InsideConfig(every_steps=1, batch_size=1, tokenizer="simple"),
         questions=questions,
-        model=None,
         world=ALONE,
         run_dir=tmp_path,
-        stop=stop,
     )
-    assert evaluation(1) is None
+    evaluation.open()
+    assert evaluation(None, 1, stop) is None
     assert questions.asked == 2
     assert not list(tmp_path.iterdir())
 
@@ -195,7 +194,7 @@ class TestInside:
         return tmp_path / "data"
 
     def evaluate(self, data: Path, monkeypatch, **more) -> Evaluated | None:
-        monkeypatch.setattr(inside, "whole_model", lambda model, world: nullcontext(model))
+        monkeypatch.setattr(inside, "full_model", lambda model, world: nullcontext(model))
         monkeypatch.setattr(Questions, "_answer", lambda self, model, samples: ["a dog"] * len(samples))
         without_java = {names: score for names, score in METRICS.items() if names[0] != "METEOR"}
         monkeypatch.setattr("dehvf_ds.evals.coco.METRICS", without_java)
@@ -210,12 +209,11 @@ class TestInside:
         evaluation = InsideEvaluation(
             config=InsideConfig(every_steps=1, batch_size=2, tokenizer="simple"),
             questions=questions,
-            model=None,  # pyright: ignore[reportArgumentType]
             world=ALONE,
             run_dir=data.parent / "run",
-            stop=StopRequest(),
         )
-        return evaluation(7)
+        evaluation.open()
+        return evaluation(None, 7, StopRequest())  # pyright: ignore[reportArgumentType]
 
     def test_an_unreadable_picture_counts_as_an_empty_answer(self, data, monkeypatch, capsys) -> None:
         found = self.evaluate(data, monkeypatch)

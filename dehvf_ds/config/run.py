@@ -49,6 +49,7 @@ class TrainConfig:
         timeout_minutes: how long a rank waits for a silent other in training before the job fails.
         start_timeout_minutes: the same until training begins: in ZeRO-3 all wait while one reads the weights.
         log_every: optimizer steps between plain log lines when the console is not a terminal.
+        trackers: experiment trackers by accelerate's names: tensorboard, wandb, mlflow, swanlab, ...
     """
 
     epochs: PositiveNumber = 1.0
@@ -71,6 +72,7 @@ class TrainConfig:
     timeout_minutes: Minutes = 30.0
     start_timeout_minutes: Minutes = 30.0
     log_every: Positive = 10
+    trackers: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         check_ranges(self, "train.")

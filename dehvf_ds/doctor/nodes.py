@@ -31,7 +31,7 @@ from dehvf_ds.doctor import machine, packages
 from dehvf_ds.doctor.report import GIB, Check, run_check
 from dehvf_ds.doctor.run import run_checks
 from dehvf_ds.doctor.verdict import Report, Stage, Verdict, judge
-from dehvf_ds.training.signals import REQUEUE_EXIT_CODE, StopNow, exit_on_request
+from dehvf_ds.training.stop import REQUEUE_EXIT_CODE, StopNow, exit_on_request
 
 SICK_EXIT_CODE = 3
 MISTAKE_EXIT_CODE = 2

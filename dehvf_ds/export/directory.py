@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from dehvf_ds import __version__
+from dehvf_ds.atomic import flush_to_disk
 from dehvf_ds.config import UserError
 from dehvf_ds.data.prompts import CAPTION_PROMPT
 from dehvf_ds.data.tokenizer import load_tokenizer
@@ -28,7 +29,6 @@ from dehvf_ds.model import DehvfProcessor
 from dehvf_ds.model.artifact import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from dehvf_ds.model.stored import StoredFile
 from dehvf_ds.model.weights import EXPORT_FILE, TrainedModel
-from dehvf_ds.training.durable import flush_to_disk
 
 MAX_NEW_TOKENS = {"caption": 40, "scienceqa": 8, "chat": 256}
 """Longest answer by task, where whoever generates names none."""

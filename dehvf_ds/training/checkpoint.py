@@ -1,15 +1,14 @@
-"""What leaves the loop: the adapter artifact, and checkpoints that a run is continued from.
+"""What a run leaves behind to be continued from, and the adapter that it was trained for.
 
 checkpoints/step_00000100/
   state.safetensors   fp32 master values and moments of the trainables, whole, free of the number of ranks
   state.json          where the run stood, its configuration, size and hash of the files
-  adapter/            the artifact of that step
+  adapter/            the adapter of that step
 checkpoints/latest    the name of the newest; moved last
 checkpoints/best      the name of the one with the highest score, or the lowest validation loss without scores
 
-A checkpoint is written beside its name, flushed to the disk and then renamed: what has the name is whole.
 Random numbers are functions of (seed, step, micro-step, rank) and of (seed, epoch, sample): none are saved.
-The frozen weights are not in it; their identity is, in the artifact's manifest.
+The frozen weights are not saved either; their fingerprint is, in the adapter's manifest.
 """
 
 from __future__ import annotations
@@ -20,35 +19,82 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dehvf_ds.config import ModelConfig, RunConfig, UserError, to_plain
+from dehvf_ds.atomic import atomic_directory, atomic_file, part_of, sha256_of
+from dehvf_ds.config import RunConfig, UserError, to_plain
 from dehvf_ds.distributed import World, on_main
 from dehvf_ds.model import DehvfForConditionalGeneration, ModelError
 from dehvf_ds.model.artifact import read_manifest, replace_artifact, save_adapter
-from dehvf_ds.training.durable import flush_to_disk, read_pointer, size_and_hash, write_pointer
-from dehvf_ds.training.progress import Progress
-from dehvf_ds.training.resume import (
-    BEST_FILE,
-    FORMAT_VERSION,
-    INFO_FILE,
-    LATEST_FILE,
-    STATE_FILE,
-    Checkpoint,
-    checkpoints_dir,
-    step_dirs,
-)
-from dehvf_ds.training.state import gather_state, gather_trainables, load_state
+from dehvf_ds.training.optimizer_state import MASTER, gather_state, gather_trainables, load_state
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+FORMAT_VERSION = 2
+STATE_FILE = "state.safetensors"
+INFO_FILE = "state.json"
+LATEST, BEST = "latest", "best"
+
+
+@dataclass
+class Progress:
+    """Where a run stands, counted over all ranks.
+
+    Attributes:
+        step: optimizer steps done, those skipped for gradients that are not finite included.
+        samples: rows consumed.
+        tokens: text tokens seen.
+        skipped: steps that were not taken.
+        skipped_in_a_row: of these, how many the last ones.
+        unsupervised_rows: rows without a token to learn.
+        replaced: damaged samples for which others were substituted.
+        best_loss: lowest validation loss so far.
+        best_score: highest score of the in-training evaluations so far.
+        best_step: step of the highest score; where nothing is scored, of the lowest validation loss.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    unsupervised_rows: int = 0
+    replaced: int = 0
+    best_loss: float | None = None
+    best_score: float | None = None
+    best_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, verified.
+
+    Attributes:
+        path: its directory.
+        progress: where the run stood.
+        optimizer_steps: steps that the optimizer had taken.
+        config: the run's configuration, plain.
+        data_digest: what tells the training shards from others.
+    """
+
+    path: Path
+    progress: Progress
+    optimizer_steps: int
+    config: dict[str, Any]
+    data_digest: str
 
 
 @dataclass
 class Checkpoints:
-    """Writes a run's checkpoints, and puts one back into an engine.
+    """Writes a run's checkpoints and its adapter, and puts a checkpoint back into the engine.
+
+    Every rank must call its methods.
 
     Attributes:
         config: the run.
@@ -62,20 +108,19 @@ class Checkpoints:
     config: RunConfig
     world: World
     model: DehvfForConditionalGeneration
-    engine: Any
+    engine: DeepSpeedEngine
     dtype: torch.dtype
     data_digest: str
 
     def save(self, progress: Progress) -> bool:
-        """Writes a checkpoint of this step. Every rank must call it.
+        """Writes a checkpoint of this step.
 
-        A full disk or a missing permission leaves the ones before as they are and the run alive; it is said.
+        A full disk or a missing permission leaves earlier checkpoints as they are and is only reported.
 
         Returns:
             Whether it was written.
         """
-        parameters = self.model.trainable_parameters()
-        tensors, optimizer_steps = gather_state(self.engine, parameters)
+        tensors, optimizer_steps = gather_state(self.engine, self.model.trainable_parameters())
 
         def write() -> str:
             try:
@@ -90,73 +135,136 @@ class Checkpoints:
             print(f"warning: {message}", file=sys.stderr, flush=True)
         return not failure
 
-    def _write(self, progress: Progress, tensors: Mapping[str, Tensor], optimizer_steps: int) -> None:
-        root = checkpoints_dir(self.config.run_dir)
-        final = root / f"step_{progress.step:08d}"
-        part = root / f".{final.name}.part"
-        try:
-            for leftover in root.glob(".*.part"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            part.mkdir(parents=True)
-            save_file({name: value.contiguous() for name, value in tensors.items()}, part / STATE_FILE)
-            masters = {n.removeprefix("master/"): t for n, t in tensors.items() if n.startswith("master/")}
-            info = {"step": progress.step, "samples": progress.samples, "task": self.config.data.task}
-            _save_artifact(part / "adapter", masters, self.model, self.config.model, self.dtype, info)
-            content = {
-                "format_version": FORMAT_VERSION,
-                "progress": asdict(progress),
-                "optimizer_steps": optimizer_steps,
-                "config": to_plain(self.config),
-                "data_digest": self.data_digest,
-                "files": {STATE_FILE: size_and_hash(part / STATE_FILE)},
-            }
-            (part / INFO_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
-            for path in part.rglob("*"):
-                flush_to_disk(path)
-            flush_to_disk(part)
-            if final.exists():
-                shutil.rmtree(final)
-            part.rename(final)
-            flush_to_disk(root)
-            write_pointer(root / LATEST_FILE, final.name)
-            if progress.best_step == progress.step:
-                write_pointer(root / BEST_FILE, final.name)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
-        self._prune(root)
+    def save_adapter(self, progress: Progress) -> None:
+        """Writes the run's adapter.
 
-    def _prune(self, root: Path) -> None:
-        """Removes all but the last ``keep_checkpoints`` and the best."""
-        kept = {read_pointer(root / LATEST_FILE), read_pointer(root / BEST_FILE)}
-        for path in step_dirs(root)[self.config.train.keep_checkpoints :]:
-            if path.name not in kept:
-                # The name goes first: what has it is whole.
-                gone = root / f".{path.name}.part"
-                path.rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+        Raises:
+            UserError: it cannot be written, or a trainable is not finite; the adapter already there stays.
+        """
+        tensors = gather_trainables(self.model.trainable_parameters())
+        directory = Path(self.config.run_dir) / "adapter"
+
+        def write() -> None:
+            try:
+                self._write_adapter(directory, tensors, progress)
+            except (OSError, SafetensorError, ModelError) as error:
+                raise UserError(f"{directory}: not written: {error}") from None
+
+        on_main(self.world, write)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Puts a checkpoint's state into the engine. Every rank must call it.
+        """Puts a checkpoint's state into the engine.
 
         Raises:
             UserError: it is of another model.
         """
         try:
-            tensors = checkpoint.load_tensors()
+            tensors = load_file(checkpoint.path / STATE_FILE)
             load_state(self.engine, self.model.trainable_parameters(), tensors, checkpoint.optimizer_steps)
         except (OSError, SafetensorError, UserError) as error:
             raise UserError(f"{checkpoint.path}: {error}") from None
         self.engine.global_steps = checkpoint.progress.step
         self.engine.global_samples = checkpoint.progress.samples
 
+    def _write(self, progress: Progress, tensors: Mapping[str, Tensor], optimizer_steps: int) -> None:
+        root = checkpoints_dir(self.config.run_dir)
+        for leftover in root.glob(".*.part"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        final = root / f"step_{progress.step:08d}"
+        with atomic_directory(final) as part:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, part / STATE_FILE)
+            prefix = f"{MASTER}/"
+            masters = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            self._write_adapter(part / "adapter", masters, progress)
+            content = {
+                "format_version": FORMAT_VERSION,
+                "progress": asdict(progress),
+                "optimizer_steps": optimizer_steps,
+                "config": to_plain(self.config),
+                "data_digest": self.data_digest,
+                "files": {STATE_FILE: _describe(part / STATE_FILE)},
+            }
+            (part / INFO_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        _point(root / LATEST, final.name)
+        if progress.best_step == progress.step:
+            _point(root / BEST, final.name)
+        self._prune(root)
 
-def complete_artifact(directory: Path, checkpoint: Checkpoint) -> bool:
-    """Puts a last checkpoint's artifact in the place of one that is missing, damaged or older. Rank 0 alone.
+    def _write_adapter(self, directory: Path, tensors: Mapping[str, Tensor], progress: Progress) -> None:
+        save_adapter(
+            directory,
+            tensors,
+            self.model,
+            language_model=self.config.model.language_model,
+            vision_tower=self.config.model.vision_tower,
+            dtype=self.dtype,
+            info={"step": progress.step, "samples": progress.samples, "task": self.config.data.task},
+        )
+
+    def _prune(self, root: Path) -> None:
+        """Removes all but the last ``keep_checkpoints`` and the best."""
+        kept = {_pointed(root / LATEST), _pointed(root / BEST)}
+        for path in step_dirs(root)[self.config.train.keep_checkpoints :]:
+            if path.name not in kept:
+                # The name goes first: what has it is whole.
+                shutil.rmtree(path.rename(part_of(path)), ignore_errors=True)
+
+
+def find_checkpoint(run_dir: str | Path, resume: str) -> Checkpoint | None:
+    """Finds the checkpoint to continue from, and verifies it.
 
     Args:
-        directory: the run's artifact.
-        checkpoint: of the run's last step.
+        run_dir: the run.
+        resume: ``never``, ``auto`` (the newest that is whole, or none) or a checkpoint's path.
+
+    Raises:
+        UserError: the path is no checkpoint, or is damaged.
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        return read_checkpoint(Path(resume))
+    root = checkpoints_dir(run_dir)
+    names = [_pointed(root / LATEST), *(path.name for path in step_dirs(root))]
+    for name in dict.fromkeys(name for name in names if name):
+        try:
+            return read_checkpoint(root / name)
+        except UserError as error:
+            print(f"warning: {error}; looking for an older one", file=sys.stderr, flush=True)
+    return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads where a checkpoint stands, and compares its files with their sizes and hashes.
+
+    Raises:
+        UserError: it is not there, not whole, or of another format.
+    """
+    try:
+        content = json.loads((path / INFO_FILE).read_text(encoding="utf-8"))
+        if content["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: checkpoint format {content['format_version']}, not {FORMAT_VERSION}; continue with "
+                "the version of the program that wrote it, or train anew"
+            )
+        for name, promised in content["files"].items():
+            if _describe(path / name) != promised:
+                raise UserError(f"{path / name}: changed since it was written (size or sha256 differs)")
+        return Checkpoint(
+            path,
+            Progress(**content["progress"]),
+            content["optimizer_steps"],
+            content["config"],
+            content["data_digest"],
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not a whole checkpoint: {error.filename} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a checkpoint: {type(error).__name__} {error}") from None
+
+
+def restore_adapter(directory: Path, checkpoint: Checkpoint) -> bool:
+    """Puts the last checkpoint's adapter in the place of one that is missing, damaged or older. Rank 0 alone.
 
     Returns:
         Whether it was written; False where the right one was there.
@@ -178,44 +286,27 @@ def complete_artifact(directory: Path, checkpoint: Checkpoint) -> bool:
     return True
 
 
-def save_artifact(
-    directory: Path,
-    model: DehvfForConditionalGeneration,
-    config: ModelConfig,
-    world: World,
-    dtype: torch.dtype,
-    info: Mapping[str, Any],
-) -> None:
-    """Writes the adapter artifact from rank 0. Every rank must call it.
-
-    Raises:
-        UserError: it cannot be written, or a trainable is not finite; the artifact already there stays.
-    """
-    tensors = gather_trainables(model.trainable_parameters())
-
-    def write() -> None:
-        try:
-            _save_artifact(directory, tensors, model, config, dtype, info)
-        except (OSError, SafetensorError, ModelError) as error:
-            raise UserError(f"{directory}: not written: {error}") from None
-
-    on_main(world, write)
+def checkpoints_dir(run_dir: str | Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(run_dir) / "checkpoints"
 
 
-def _save_artifact(
-    directory: Path,
-    tensors: Mapping[str, Tensor],
-    model: DehvfForConditionalGeneration,
-    config: ModelConfig,
-    dtype: torch.dtype,
-    info: Mapping[str, Any],
-) -> None:
-    save_adapter(
-        directory,
-        tensors,
-        model,
-        language_model=config.language_model,
-        vision_tower=config.vision_tower,
-        dtype=dtype,
-        info=info,
-    )
+def step_dirs(root: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted((path for path in root.glob("step_*") if path.is_dir()), reverse=True)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _point(pointer: Path, name: str) -> None:
+    with atomic_file(pointer) as part:
+        part.write_text(name + "\n", encoding="utf-8")
+
+
+def _pointed(pointer: Path) -> str | None:
+    try:
+        return pointer.read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None

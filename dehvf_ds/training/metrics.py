@@ -1,22 +1,35 @@
-"""What a run tells about itself: one JSON object a step, TensorBoard, and the console."""
+"""What a run tells about itself: one JSON object per step, experiment trackers, and the console."""
 
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from jaxtyping import Float
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from torch import Tensor
+
+from dehvf_ds.batch import Batch
+from dehvf_ds.distributed import World, gather_to_main
+from dehvf_ds.model import DehvfForConditionalGeneration
+from dehvf_ds.training.checkpoint import Progress
+from dehvf_ds.training.optimizer_state import gather_trainables
+from dehvf_ds.training.step import StepResult
+from dehvf_ds.training.trackers import Trackers
 
 # Dense bf16 FLOP/s of a GPU, from its maker's data sheet.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
+
+MAX_SUBSTITUTION_LINES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,18 +41,18 @@ class StepMetrics:
         epoch: passes over the data so far.
         samples: rows seen so far.
         tokens: text tokens seen so far.
-        loss: cross-entropy a supervised token, in nats.
+        loss: cross-entropy per supervised token, in nats.
         grad_norm: global norm of the gradient before clipping; None where it is not finite.
         lr: learning rate of this step.
         seconds: wall time of this step.
         data_seconds: of these, what rank 0 waited for the loader.
-        samples_per_s: rows a second in this step.
-        tokens_per_s: text tokens a second in this step.
+        samples_per_s: rows per second in this step.
+        tokens_per_s: text tokens per second in this step.
         mfu: model FLOPs utilisation; None where the device's peak is not known.
         memory_bytes: peak memory of rank 0: CUDA's allocator, or the process on a CPU.
         skipped: steps not taken so far because the gradient was not finite.
-        unsupervised_rows: rows so far that had no token to learn, their prompt being too long.
-        replaced: damaged samples so far in whose place another stood.
+        unsupervised_rows: rows so far without a token to learn, their prompt being too long.
+        replaced: damaged samples so far for which others were substituted.
         rows_crc: equal in two runs where this step saw the same rows; below 2 ** 24.
     """
 
@@ -62,14 +75,13 @@ class StepMetrics:
     rows_crc: int
 
 
-# Of what is not measured in every step: name, label on the console, digits.
-_TOLD = (("val/loss", "val", 4), ("eval/CIDEr", "CIDEr", 1), ("eval/accuracy", "accuracy", 2))
-
 _JSON_NAMES = {"loss": "train/loss", "grad_norm": "train/grad_norm"}
+# Of what is not measured in every step: name, label on the console, digits.
+_OCCASIONAL = (("val/loss", "val", 4), ("eval/CIDEr", "CIDEr", 1), ("eval/accuracy", "accuracy", 2))
 
 
 def model_flops(num_parameters: int, num_tokens: int) -> float:
-    """FLOPs of forward and backward through frozen weights: 4 a parameter and token (ours).
+    """FLOPs of forward and backward through frozen weights: 4 per parameter and token (ours).
 
     A trained weight costs 6: forward 2, gradient of the activations 2, of the weights 2. Frozen weights
     have no gradient of their own.
@@ -92,30 +104,127 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class MetricsWriter:
-    """Writes a run's numbers. Only rank 0 owns one.
+def step_metrics(
+    progress: Progress,
+    result: StepResult,
+    *,
+    lr: float,
+    grad_norm: float | None,
+    seconds: float,
+    data_seconds: float,
+    world: World,
+    batch_size: int,
+    samples_per_epoch: int,
+    num_parameters: int,
+) -> StepMetrics:
+    """The numbers of the step that ``progress`` has just counted; ``num_parameters`` are the decoder's."""
+    peak = peak_flops(world.device)
+    flops = model_flops(num_parameters, result.num_tokens) / seconds / world.size
+    return StepMetrics(
+        step=progress.step,
+        epoch=progress.samples / samples_per_epoch,
+        samples=progress.samples,
+        tokens=progress.tokens,
+        loss=result.loss,
+        grad_norm=None if grad_norm is None else float(grad_norm),
+        lr=lr,
+        seconds=seconds,
+        data_seconds=data_seconds,
+        samples_per_s=batch_size / seconds,
+        tokens_per_s=result.num_tokens / seconds,
+        mfu=None if peak is None else flops / peak,
+        memory_bytes=peak_memory_bytes(world.device),
+        skipped=progress.skipped,
+        unsupervised_rows=progress.unsupervised_rows,
+        replaced=progress.replaced,
+        rows_crc=result.rows_crc,
+    )
+
+
+def router_metrics(
+    model: DehvfForConditionalGeneration, weights: Float[Tensor, "layers levels"] | None
+) -> dict[str, float]:
+    """Router weights and branch scales by name. Every rank must call it.
+
+    ``levels/mean/BLOCK``: mean weight of a feature layer over the decoder's layers; ``levels/entropy/LAYER``:
+    in nats, from 0 (one feature layer alone) to log of their number; ``visual/gain/LAYER``: Frobenius norm of
+    diag(b_l) W_o, zero at the start. Ours.
 
     Args:
-        run_dir: ``metrics.jsonl`` and ``tensorboard/`` are written there.
-        num_steps: steps of the run, for the bar.
+        model: the model inside the engine.
+        weights: the router's weights, averaged over some pictures; None leaves theirs out.
+    """
+    found = {}
+    if weights is not None:
+        weights = weights.float().cpu()
+        blocks, means = model.config.levels, weights.mean(dim=0).tolist()
+        found |= {f"levels/mean/{block:02d}": mean for block, mean in zip(blocks, means, strict=True)}
+        entropies = torch.special.entr(weights).sum(dim=1).tolist()
+        found |= {f"levels/entropy/{layer:02d}": entropy for layer, entropy in enumerate(entropies)}
+    scales = {
+        name: parameter
+        for name, parameter in model.trainable_parameters().items()
+        if name.endswith(("gain_out", "reader.w_out"))
+    }
+    if scales:
+        values = gather_trainables(scales)
+        row_norms = values.pop("reader.w_out").norm(dim=1)
+        for name, scale in values.items():
+            layer = next(part for part in name.split(".") if part.isdigit())
+            found[f"visual/gain/{int(layer):02d}"] = (scale * row_norms).norm().item()
+    return found
+
+
+class SubstitutionLog:
+    """Damaged samples for which others were substituted: a line for each of the first, counts by shard."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._counts: Counter[str] = Counter()
+
+    def add(self, micro_batches: Sequence[Batch]) -> None:
+        """Counts the batches' damaged samples and prints what was wrong with them."""
+        for shard, message in (damage for batch in micro_batches for damage in batch.replaced):
+            if self._counts.total() < MAX_SUBSTITUTION_LINES:
+                print(f"replaced a damaged sample: {message}", file=sys.stderr, flush=True)
+            self._counts[shard] += 1
+
+    def by_shard(self) -> str:
+        """The shards with the most of them over all ranks; every rank must call it."""
+        total: Counter[str] = Counter()
+        for shard, count in gather_to_main(list(self._counts.items()), self._world):
+            total[shard] += count
+        return ", ".join(f"{shard} {count}" for shard, count in total.most_common(8))
+
+
+class MetricsWriter:
+    """Writes a run's numbers. Only rank 0 has one.
+
+    Args:
+        run_dir: ``metrics.jsonl`` is written there.
+        num_steps: steps of the run, for the progress bar.
         log_every: steps between plain lines when the console is not a terminal.
-        start_step: steps that an earlier part of the run has done; what it wrote of later ones is removed.
+        start_step: steps that an earlier start of the run has done; what it wrote of later ones is removed.
+        trackers: also get every number.
     """
 
-    def __init__(self, run_dir: Path, num_steps: int, log_every: int, start_step: int = 0) -> None:
-        # Imported late: it takes seconds, and ranks other than 0 do without.
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self,
+        run_dir: Path,
+        num_steps: int,
+        log_every: int,
+        start_step: int = 0,
+        trackers: Trackers | None = None,
+    ) -> None:
         keep_lines(run_dir / "metrics.jsonl", start_step)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
-        self._start_step = start_step
-        self._num_steps = num_steps
-        self._log_every = log_every
+        self._trackers = trackers
+        self._start_step, self._num_steps, self._log_every = start_step, num_steps, log_every
+        self._elapsed_s = 0.0
         console = Console(file=sys.stdout)
         self._bar = None
         if console.is_terminal:
-            self._bar = Progress(
+            self._bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -127,17 +236,18 @@ class MetricsWriter:
                 "train", total=num_steps, completed=start_step, loss=float("nan"), speed=0.0
             )
             self._bar.start()
-        self._elapsed_s = 0.0
 
-    def write(self, metrics: StepMetrics, more: Mapping[str, float] | None = None) -> None:
-        """Writes one step everywhere; ``more`` holds what is not measured in every step, by name."""
-        values = {_JSON_NAMES.get(k, k): v for k, v in asdict(metrics).items()} | dict(more or {})
+    def write(self, metrics: StepMetrics, occasional: Mapping[str, float] | None = None) -> None:
+        """Writes one step everywhere; ``occasional`` holds what is not measured in every step, by name."""
+        occasional = occasional or {}
+        values = {_JSON_NAMES.get(k, k): v for k, v in asdict(metrics).items()} | dict(occasional)
         # NaN is not JSON: a loss that is not finite is null.
-        self._file.write(json.dumps({k: _finite(v) for k, v in values.items()}) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if name != "step" and value is not None:
-                self._tensorboard.add_scalar(name, value, metrics.step)
+        if self._trackers is not None:
+            logged = {name: value for name, value in values.items() if name != "step" and value is not None}
+            self._trackers.log(logged, metrics.step)
         self._elapsed_s += metrics.seconds
         if self._bar is not None:
             self._bar.update(
@@ -146,27 +256,29 @@ class MetricsWriter:
         elif metrics.step % self._log_every == 0 or metrics.step in (1, self._num_steps):
             done = metrics.step - self._start_step
             left_s = self._elapsed_s / done * (self._num_steps - metrics.step)
-            validated = "".join(
-                f"  {label} {more[name]:.{digits}f}" for name, label, digits in _TOLD if more and name in more
+            more = "".join(
+                f"  {label} {occasional[name]:.{digits}f}"
+                for name, label, digits in _OCCASIONAL
+                if name in occasional
             )
             print(
                 f"step {metrics.step}/{self._num_steps}  loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  "
-                f"{metrics.samples_per_s:.1f} samples/s  {left_s / 60:.1f} min left{validated}",
+                f"{metrics.samples_per_s:.1f} samples/s  {left_s / 60:.1f} min left{more}",
                 flush=True,
             )
 
     def write_picture(self, name: str, path: Path, step: int) -> None:
-        """Shows a PNG in TensorBoard."""
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-        self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
+        """Shows a PNG in the trackers."""
+        if self._trackers is not None:
+            self._trackers.log_picture(name, path, step)
 
     def close(self) -> None:
         """Ends the bar and closes the files."""
         if self._bar is not None:
             self._bar.stop()
         self._file.close()
-        self._tensorboard.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def keep_lines(path: Path, last_step: int) -> None:
@@ -175,14 +287,10 @@ def keep_lines(path: Path, last_step: int) -> None:
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        # The last line of a killed run may be half a one.
+        # The last line of a killed run may be cut short.
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
     path.write_text("".join(kept), encoding="utf-8")
-
-
-def _finite(value: object) -> object:
-    return None if isinstance(value, float) and not -float("inf") < value < float("inf") else value

@@ -1,9 +1,10 @@
-"""One optimizer step: which tokens count how much, over micro-batches and ranks."""
+"""One optimizer step, and the validation loss: which token counts how much, over micro-batches and ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,10 @@ from torch import Tensor
 from dehvf_ds.batch import Batch
 from dehvf_ds.config import UnsupervisedError
 from dehvf_ds.distributed import World, all_reduce_sum, seed_micro_step
+from dehvf_ds.training.stop import StopRequest
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,15 +24,16 @@ class StepResult:
     """One optimizer step over all ranks.
 
     Attributes:
-        loss: mean cross-entropy a supervised token, in nats.
+        loss: mean cross-entropy per supervised token, in nats.
         num_supervised: tokens that the loss was taken at; at least 1.
         num_tokens: text tokens that went through the model.
-        num_unsupervised_rows: rows that nothing was learnt of.
-        num_replaced: damaged samples that others stood in for.
+        num_unsupervised_rows: rows without a token to learn.
+        num_replaced: damaged samples for which others were substituted.
         num_stopping: ranks that were asked to stop.
-        rows_crc: tells whether two runs saw the same rows in this step, on whatever ranks
-            (``Batch.checksum``, modulo 2 ** 24, which TensorBoard's fp32 holds exactly).
-        level_weights: of this rank's last micro-batch, mean over its pictures; None without any.
+        rows_crc: equal in two runs whose step saw the same rows, on whatever ranks (``Batch.checksum``,
+            modulo 2 ** 24, which TensorBoard's fp32 holds exactly).
+        level_weights: the router's weights in this rank's last micro-batch with a picture, averaged over its
+            pictures; None without any.
     """
 
     loss: float
@@ -41,7 +47,7 @@ class StepResult:
 
 
 def train_step(
-    engine: Any,
+    engine: DeepSpeedEngine,
     micro_batches: list[Batch],
     world: World,
     dtype: torch.dtype,
@@ -52,12 +58,12 @@ def train_step(
 ) -> StepResult:
     """Forward and backward over one accumulation window, then the optimizer. Every rank must call it.
 
-    Every supervised token of the window counts the same, on whatever rank and in whatever micro-batch it
-    stands: the loss is the sum over all tokens divided by their number over all ranks. DeepSpeed
-    averages gradients over ranks, hence the factor ``world.size``.
+    Every supervised token of the global batch counts the same, wherever it stands: the loss is the sum over
+    all tokens divided by their number over all ranks. DeepSpeed averages gradients over ranks, hence the
+    factor ``world.size``.
 
     Args:
-        engine: DeepSpeed engine around the model.
+        engine: the engine around the model.
         micro_batches: this rank's share of the window, on any device.
         world: this process's place.
         dtype: compute dtype, for the pictures.
@@ -92,9 +98,9 @@ def train_step(
         own_loss += output.loss_sum.detach().double()
         if output.level_weights is not None and batch.has_image.any():
             weights = output.level_weights.detach()[batch.has_image.to(world.device)].mean(dim=0)
-    (loss_sum_all,) = all_reduce_sum([own_loss.item()], world.device)
+    (loss_sum,) = all_reduce_sum([own_loss.item()], world.device)
     return StepResult(
-        loss=loss_sum_all / num_supervised,
+        loss=loss_sum / num_supervised,
         num_supervised=int(num_supervised),
         num_tokens=int(num_tokens),
         num_unsupervised_rows=int(unsupervised),
@@ -103,3 +109,46 @@ def train_step(
         rows_crc=int(checksum) % 2**24,
         level_weights=weights,
     )
+
+
+def validation_loss(
+    engine: DeepSpeedEngine,
+    batches: Iterable[Batch],
+    world: World,
+    dtype: torch.dtype,
+    stop: StopRequest,
+) -> float | None:
+    """Mean cross-entropy per supervised token over all ranks' rows, in nats. Every rank must call it.
+
+    Args:
+        engine: the engine around the model; left in training mode.
+        batches: this rank's micro-batches, as many as every other rank's.
+        world: this process's place.
+        dtype: compute dtype, for the pictures.
+        stop: a request to stop; all ranks end the validation together.
+
+    Returns:
+        The loss, or None where the validation was ended early.
+
+    Raises:
+        UnsupervisedError: no row has a token to learn.
+    """
+    loss_sum, num_tokens = 0.0, 0.0
+    engine.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                output = engine(**batch.to(world.device, dtype).inputs())
+                own = [output.loss_sum.item(), float(batch.num_supervised()), float(stop.requested)]
+                loss, tokens, stopping = all_reduce_sum(own, world.device)
+                loss_sum, num_tokens = loss_sum + loss, num_tokens + tokens
+                if stopping:
+                    return None
+    finally:
+        engine.train()
+    if not num_tokens:
+        raise UnsupervisedError(
+            "no row of data.val has a token to learn, so there is no validation loss; the prompts fill all "
+            "data.max_tokens, so raise it"
+        )
+    return loss_sum / num_tokens

@@ -16,8 +16,8 @@ from dehvf_ds.config import parse_run_config
 from dehvf_ds.data.loader import read_sample
 from dehvf_ds.distributed import World
 from dehvf_ds.model.weights import find_trained, load_model
-from dehvf_ds.training.checked import Checked, check
 from dehvf_ds.training.optim import learning_rate, parameter_groups, set_learning_rate
+from dehvf_ds.training.run import ResolvedRun, resolve
 
 MIB = 2**20
 
@@ -29,12 +29,12 @@ def stage(request: pytest.FixtureRequest, device: str) -> str:
     return request.param
 
 
-def look_at(runs: Runs, name: str) -> Checked:
+def look_at(runs: Runs, name: str) -> ResolvedRun:
     """A run's files and settings, in this process."""
-    return check(parse_run_config(runs.arguments(name)), World(0, 0, 1, 1, torch.device(runs.device)))
+    return resolve(parse_run_config(runs.arguments(name)), World(0, 0, 1, 1, torch.device(runs.device)))
 
 
-def plain_losses(run: Checked) -> list[float]:
+def plain_losses(run: ResolvedRun) -> list[float]:
     """The run's losses as nothing but torch has them, in fp32, from the run's own batches without workers."""
     config, device = run.config, run.world.device
     bases = (config.model.language_model, config.model.vision_tower)

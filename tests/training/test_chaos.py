@@ -15,7 +15,7 @@ import pytest
 from training.launch import REPOSITORY, run_ranks, start_ranks
 from training.resume_world import build_world, recipe
 
-from dehvf_ds.training.resume import find_checkpoint
+from dehvf_ds.training.checkpoint import find_checkpoint
 
 TRAIN = REPOSITORY / "dehvf_ds/train.py"
 KILLS = int(os.environ.get("CHAOS_KILLS", "3"))

@@ -24,7 +24,7 @@ from dehvf_ds.config import UserError, parse_run_config
 from dehvf_ds.distributed import read_world
 from dehvf_ds.model import ModelError
 from dehvf_ds.model.backbones import load_backbone, load_backbone_config
-from dehvf_ds.training.checked import check
+from dehvf_ds.training.run import resolve
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -39,7 +39,7 @@ def bases(world: Path, tmp_path: Path) -> Path:
 
 def look(world: Path, bases: Path, *more: str):
     given = ["--model.language_model", str(bases / "llm"), "--model.vision_tower", str(bases / "tower")]
-    return check(parse_run_config(arguments(world, "bases", *given, *more)), read_world())
+    return resolve(parse_run_config(arguments(world, "bases", *given, *more)), read_world())
 
 
 def refused(world: Path, bases: Path, message: str, *more: str) -> None:

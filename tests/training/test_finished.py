@@ -12,7 +12,8 @@ from tiny_entries import arguments
 
 from dehvf_ds import train
 from dehvf_ds.config import UserError, parse_run_config
-from dehvf_ds.training.resume import choose_start, open_run
+from dehvf_ds.training import trainer
+from dehvf_ds.training.run_dir import choose_start, open_run_dir
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_a_finished_run_gets_its_artifact_back(finished, monkeypatch, capsys, ha
     adapter = run / "adapter"
     whole = {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()}
     harm(adapter)
-    monkeypatch.setattr(train, "build_engine", None)  # no model is loaded for it
+    monkeypatch.setattr(trainer, "build_engine", None)  # no model is loaded for it
     assert train.main(given) == 0
     assert {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()} == whole
     assert not adapter.with_name("adapter.partial").exists()
@@ -68,7 +69,7 @@ def test_a_finished_run_that_kept_no_checkpoint_is_told_so(world, finished, monk
     run = world / "runs/no-checkpoint"
     given = [*finished[1], "--run_dir", str(run), "--train.save_every", "0"]
     assert train.main(given) == 0
-    monkeypatch.setattr(train, "build_engine", None)  # no model is loaded for it
+    monkeypatch.setattr(trainer, "build_engine", None)  # no model is loaded for it
     capsys.readouterr()
     for more in ([], ["--train.log_every", "3"], ["--dry-run"]):
         assert train.main([*given, *more]) == 0
@@ -87,7 +88,7 @@ def test_a_validation_that_fails_at_the_end_leaves_what_was_trained(world, finis
     def damaged(*_) -> float:
         raise UserError("a row of data.val is damaged")
 
-    monkeypatch.setattr(train, "validation_loss", damaged)
+    monkeypatch.setattr(trainer, "validation_loss", damaged)
     run = world / "runs/unvalidated"
     given = [
         *finished[1],
@@ -120,7 +121,7 @@ def test_overwrite_leaves_alone_what_the_run_needs(finished, tmp_path: Path) -> 
         (moved / "merged").mkdir(exist_ok=True)
         before = sorted(moved.rglob("*"))
         config = parse_run_config([*given, *more])
-        for start in (open_run, choose_start):
+        for start in (open_run_dir, choose_start):
             with pytest.raises(UserError, match=message):
                 start(config, "digest")
         assert sorted(moved.rglob("*")) == before
@@ -136,5 +137,5 @@ def test_overwrite_empties_no_directory_that_is_no_run(finished, tmp_path: Path,
         (home / marker).write_text("theme: dark\n")
     config = parse_run_config([*given, "--run_dir", str(home), "--overwrite"])
     with pytest.raises(UserError, match=r"holds samples and no run's config\.yaml"):
-        open_run(config, "digest")
+        open_run_dir(config, "digest")
     assert (home / "samples/holiday.jpg").exists()

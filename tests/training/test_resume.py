@@ -25,10 +25,11 @@ from dehvf_ds.batch import Batch
 from dehvf_ds.config import UserError, parse_run_config
 from dehvf_ds.data.loader import open_examples
 from dehvf_ds.distributed import World
-from dehvf_ds.training.lease import Lease
-from dehvf_ds.training.resume import Checkpoint, choose_start, read_checkpoint
-from dehvf_ds.training.signals import REQUEUE_EXIT_CODE, StopRequest
-from dehvf_ds.training.validation import validation_loss
+from dehvf_ds.training.checkpoint import STATE_FILE, Checkpoint
+from dehvf_ds.training.run_dir import choose_start
+from dehvf_ds.training.run_lock import RunLock
+from dehvf_ds.training.step import validation_loss
+from dehvf_ds.training.stop import REQUEUE_EXIT_CODE, StopRequest
 
 TRAIN = REPOSITORY / "dehvf_ds/train.py"
 STEPS = 8
@@ -81,7 +82,7 @@ def test_resume_in_a_fresh_process_is_bit_equal(world: Path, stage: int) -> None
     ]
     forget_after(world, run, 6)
     outputs = run_ranks(TRAIN, arguments(world, run, **more), 2)
-    assert "going on after step 6" in outputs[0]
+    assert "continuing after step 6" in outputs[0]
     resumed = lines(world, run)
     for before, after in zip(whole, resumed, strict=True):
         for key in ("step", "samples", "tokens", "rows_crc", "train/loss", "train/grad_norm", "lr", "epoch"):
@@ -112,7 +113,7 @@ def copy_until(world: Path, source: str, run: str, step: int) -> None:
 
 @pytest.mark.slow
 def test_resume_on_other_ranks_and_stages(world: Path, whole: Path) -> None:
-    state = read_checkpoint(whole / "checkpoints/step_00000022").load_tensors()
+    state = load_file(whole / "checkpoints/step_00000022" / STATE_FILE)
     moves = (("whole", "one", 2, 1, 3), ("one", "two", 12, 2, 2), ("whole", "four", 2, 4, 2))
     for source, run, step, ranks, stage in moves:
         copy_until(world, source, run, step)
@@ -120,7 +121,7 @@ def test_resume_on_other_ranks_and_stages(world: Path, whole: Path) -> None:
         assert losses(world, run) == pytest.approx(losses(world, "whole"), rel=1e-5)
         seen = [[(line["samples"], line["rows_crc"]) for line in lines(world, r)] for r in (run, "whole")]
         assert seen[0] == seen[1]
-        moved = read_checkpoint(world / run / "checkpoints/step_00000022").load_tensors()
+        moved = load_file(world / run / "checkpoints/step_00000022" / STATE_FILE)
         assert moved.keys() == state.keys()
         for name, value in state.items():
             assert (moved[name] - value).norm() <= 3e-2 * value.norm() + 1e-6, name
@@ -134,13 +135,13 @@ def test_signals_save_and_ask_for_a_requeue(world: Path, whole: Path) -> None:
     for rank, number in ((1, signal.SIGUSR1), (1, signal.SIGTERM), (0, signal.SIGTERM)):
         begins = (rank, number) == (1, signal.SIGUSR1)
         processes = start_ranks(TRAIN, args, 2)
-        wait_for(lambda: (world / "stopped/lease.json").exists())
+        wait_for(lambda: (world / "stopped/lock.json").exists())
         if not begins:
             wait_for_step(world / "stopped", done + 2)
         processes[rank].send_signal(number)
         outputs = [process.communicate(timeout=60)[0] for process in processes]
         assert [process.returncode for process in processes] == [REQUEUE_EXIT_CODE] * 2, outputs
-        assert not (world / "stopped/lease.json").exists()
+        assert not (world / "stopped/lock.json").exists()
         assert "Traceback" not in "".join(outputs)
         if not begins:
             assert "stopped on request after step" in outputs[0]
@@ -155,7 +156,7 @@ def test_a_run_directory_has_one_live_job_and_a_dead_rank_ends_the_others(world:
     processes = start_ranks(TRAIN, arguments(world, "dead", **{"--train.steps": 200}), 2)
     wait_for_step(world / "dead", 2)
     with pytest.raises(UserError, match=f"{world / 'dead'} is in use by process {processes[0].pid} on "):
-        Lease(world / "dead")
+        RunLock(world / "dead")
     processes[1].kill()
     started = time.monotonic()
     processes[0].communicate(timeout=60)
@@ -170,13 +171,13 @@ def test_a_job_whose_directory_was_taken_over_stops_and_writes_nothing_more(worl
     processes = start_ranks(TRAIN, args, 2)
     wait_for_step(world / "stale", 3)
     taken = json.dumps({"host": "elsewhere", "pid": 7, "job": "42", "token": "another"})
-    (world / "stale/lease.json").write_text(taken)
+    (world / "stale/lock.json").write_text(taken)
     before = (world / "stale/metrics.jsonl").read_text()
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert processes[0].returncode == 2, outputs
     assert "was taken over by process 7 on elsewhere, job 42; this job stops" in outputs[0]
     assert processes[1].returncode != 0
-    assert (world / "stale/lease.json").read_text() == taken
+    assert (world / "stale/lock.json").read_text() == taken
     assert not (world / "stale/checkpoints").exists()
     # A line may have been on its way.
     after = (world / "stale/metrics.jsonl").read_text()

@@ -13,14 +13,13 @@ from tiny_entries import arguments
 
 from dehvf_ds import train
 from dehvf_ds.batch import IGNORE_INDEX, Batch
-from dehvf_ds.config import UnsupervisedError
+from dehvf_ds.config import DataConfig, ModelConfig, RunConfig, UnsupervisedError
 from dehvf_ds.distributed import World
-from dehvf_ds.training.loop import Evaluated, _evaluate, _tell_of_unsupervised, _validate
-from dehvf_ds.training.progress import Progress
-from dehvf_ds.training.signals import StopRequest
-from dehvf_ds.training.step import train_step
-from dehvf_ds.training.supervision import check_supervised, check_validation
-from dehvf_ds.training.validation import validation_loss
+from dehvf_ds.training.checkpoint import Progress
+from dehvf_ds.training.dry_run import check_supervised
+from dehvf_ds.training.step import train_step, validation_loss
+from dehvf_ds.training.stop import StopRequest
+from dehvf_ds.training.trainer import Evaluated, Trainer
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
@@ -71,13 +70,6 @@ def test_a_few_rows_without_are_told_and_many_are_refused() -> None:
         )
 
 
-def test_a_validation_is_refused_where_nothing_of_it_can_be_learnt() -> None:
-    arguments = {"data": "val", "max_tokens": 6}
-    check_validation(batch(1, 6, 6, 6), never, ALONE, **arguments)
-    with pytest.raises(UnsupervisedError, match=r"val: 2 of the first 2 rows .* has 8 tokens"):
-        check_validation(batch(6, 6), lambda: [batch(8, 8, width=9)], ALONE, **arguments)
-
-
 def test_a_step_of_nothing_is_refused_before_the_engine_is_asked() -> None:
     with pytest.raises(
         UnsupervisedError, match=r"step 7: none of its 4 rows has a token to learn; .*max_tokens"
@@ -97,22 +89,39 @@ def test_a_validation_loss_is_never_made_of_nothing() -> None:
         validation_loss(engine, [], ALONE, torch.float32, StopRequest())
 
 
+def trainer(**progress: int) -> Trainer:
+    """One that has set up nothing."""
+    config = RunConfig(
+        run_dir="nowhere", model=ModelConfig(language_model="l", vision_tower="v"), data=DataConfig(train="t")
+    )
+    run = SimpleNamespace(config=config, world=ALONE, ds_config={})
+    made = Trainer(run)  # pyright: ignore[reportArgumentType]
+    made.progress = Progress(**progress)
+    return made
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_never_the_best(value: float) -> None:
-    progress = Progress(step=3)
-    _validate(lambda: value, progress, tells_best=True)
-    found = Evaluated(score=value, numbers={}, sheet=Path())
-    _evaluate(lambda step: found, progress, None)
+def test_what_is_not_finite_is_never_the_best(value: float, monkeypatch) -> None:
+    made = trainer(step=3)
+    made.engine = made.model = made.validation_batches = SimpleNamespace()
+    monkeypatch.setattr("dehvf_ds.training.trainer.validation_loss", lambda *_: value)
+    assert "val/loss" in made.validate()
+    made.evaluate(lambda *_: Evaluated(score=value, numbers={}, sheet=Path()))
+    progress = made.progress
     assert (progress.best_loss, progress.best_score, progress.best_step) == (None, None, None)
 
 
-def test_a_run_tells_once_above_a_share(capsys) -> None:
-    assert not _tell_of_unsupervised(Progress(samples=64, unsupervised_rows=2), ALONE, last=False)
-    assert not _tell_of_unsupervised(Progress(samples=5000, unsupervised_rows=50), ALONE, last=True)
+def test_a_run_warns_once_above_a_share(capsys) -> None:
+    for made, last in (
+        (trainer(samples=64, unsupervised_rows=2), False),
+        (trainer(samples=5000, unsupervised_rows=50), True),
+    ):
+        made._warn_of_unsupervised(last)
     assert capsys.readouterr().err == ""
-    assert _tell_of_unsupervised(Progress(samples=64, unsupervised_rows=2), ALONE, last=True)
-    assert "warning: 2 of 64 rows had no token to learn" in capsys.readouterr().err
-    assert _tell_of_unsupervised(Progress(samples=5000, unsupervised_rows=51), ALONE, last=False)
+    made = trainer(samples=64, unsupervised_rows=2)
+    made._warn_of_unsupervised(True)
+    made._warn_of_unsupervised(True)
+    assert capsys.readouterr().err.count("warning: 2 of 64 rows had no token to learn") == 1
 
 
 @pytest.mark.parametrize("more", [["--dry-run"], []])

@@ -79,7 +79,7 @@ def main(directory: Path, case: dict) -> None:
     from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json
     from dehvf_ds.training.engine import build_engine, build_model_config
     from dehvf_ds.training.optim import GradientWatch, learning_rate, set_learning_rate
-    from dehvf_ds.training.state import gather_trainables
+    from dehvf_ds.training.optimizer_state import gather_trainables
     from dehvf_ds.training.step import train_step
 
     world = read_world()

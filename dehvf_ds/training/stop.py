@@ -1,4 +1,4 @@
-"""A request to stop: a signal sets a flag, and the loop stops all ranks together after a step."""
+"""A request to stop: a signal sets a flag, and the trainer stops all ranks together after a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StopRequest:
     """Whether this process was asked to stop.
 
     Installed before weights load, so that a signal in the warm-up is not lost. A second signal changes
-    nothing; a scheduler's SIGKILL comes anyway. Loader workers put handlers of their own.
+    nothing; a scheduler's SIGKILL comes anyway. Loader workers have handlers of their own.
     """
 
     def __init__(self) -> None:

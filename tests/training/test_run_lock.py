@@ -7,32 +7,32 @@ import time
 import pytest
 
 from dehvf_ds.config import UserError
-from dehvf_ds.training import lease as lease_module
-from dehvf_ds.training.lease import LEASE_FILE, Lease
+from dehvf_ds.training import run_lock
+from dehvf_ds.training.run_lock import HOLDER_FILE, RunLock
 
 
 def test_a_second_job_is_refused_until_the_first_ends(tmp_path):
-    first = Lease(tmp_path / "run")
+    first = RunLock(tmp_path / "run")
     with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on "):
-        Lease(tmp_path / "run")
+        RunLock(tmp_path / "run")
     first.release()
-    assert not (tmp_path / "run" / LEASE_FILE).exists()
-    Lease(tmp_path / "run").release()
+    assert not (tmp_path / "run" / HOLDER_FILE).exists()
+    RunLock(tmp_path / "run").release()
 
 
 def test_a_killed_job_leaves_no_lease_behind(tmp_path):
     child = os.fork()
     if child == 0:
-        Lease(tmp_path)
+        RunLock(tmp_path)
         os.kill(os.getpid(), 9)
     os.waitpid(child, 0)
-    assert (tmp_path / LEASE_FILE).exists()
-    Lease(tmp_path).release()
+    assert (tmp_path / HOLDER_FILE).exists()
+    RunLock(tmp_path).release()
 
 
 @pytest.mark.parametrize("alive", [False, True])
 def test_another_hosts_lease_is_waited_for(tmp_path, monkeypatch, alive, capsys):
-    path = tmp_path / LEASE_FILE
+    path = tmp_path / HOLDER_FILE
     path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "job": "42"}))
     waited = []
 
@@ -41,17 +41,17 @@ def test_another_hosts_lease_is_waited_for(tmp_path, monkeypatch, alive, capsys)
         if alive:
             path.touch()
         else:
-            past = time.time() - lease_module.STALE_S - 1
+            past = time.time() - run_lock.STALE_S - 1
             os.utime(path, (past, past))
 
     past = time.time() - 60
     os.utime(path, (past, past))
-    monkeypatch.setattr(lease_module.time, "sleep", sleep)
+    monkeypatch.setattr(run_lock.time, "sleep", sleep)
     if alive:
         with pytest.raises(UserError, match="in use by process 7 on elsewhere, job 42"):
-            Lease(tmp_path)
+            RunLock(tmp_path)
     else:
-        Lease(tmp_path).release()
+        RunLock(tmp_path).release()
     assert len(waited) == 1
     assert "was in use by process 7 on elsewhere, job 42; waiting" in capsys.readouterr().out
 
@@ -59,51 +59,51 @@ def test_another_hosts_lease_is_waited_for(tmp_path, monkeypatch, alive, capsys)
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run_dir .*file/run: "):
-        Lease(tmp_path / "file" / "run")
+        RunLock(tmp_path / "file" / "run")
 
 
 def test_who_was_taken_for_dead_learns_it_and_leaves_the_lease_alone(tmp_path):
-    stale = Lease(tmp_path)
-    stale.renew()
+    stale = RunLock(tmp_path)
+    stale.beat()
     content = {"host": "elsewhere", "pid": 7, "job": "42", "token": "another"}
-    (tmp_path / LEASE_FILE).write_text(json.dumps(content))
+    (tmp_path / HOLDER_FILE).write_text(json.dumps(content))
     with pytest.raises(UserError, match="was taken over by process 7 on elsewhere, job 42; this job stops"):
         stale.check()
     with pytest.raises(UserError, match="taken over"):
-        stale.renew()
+        stale.beat()
     stale.release()
-    assert json.loads((tmp_path / LEASE_FILE).read_text()) == content
+    assert json.loads((tmp_path / HOLDER_FILE).read_text()) == content
 
 
 def test_a_lease_that_was_removed_is_lost(tmp_path):
-    lease = Lease(tmp_path)
-    (tmp_path / LEASE_FILE).unlink()
+    lease = RunLock(tmp_path)
+    (tmp_path / HOLDER_FILE).unlink()
     with pytest.raises(UserError, match="taken away"):
         lease.check()
     lease.release()
 
 
 def test_a_job_that_is_started_again_takes_over_from_its_last_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(lease_module, "HANDOVER_S", 0.5)
+    monkeypatch.setattr(run_lock, "HANDOVER_S", 0.5)
     monkeypatch.setenv("SLURM_JOB_ID", "42")
-    before = Lease(tmp_path)
+    before = RunLock(tmp_path)
     # Another step of the same start is another job.
     with pytest.raises(UserError, match="in use"):
-        Lease(tmp_path)
+        RunLock(tmp_path)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    after = Lease(tmp_path)
-    after.renew()
+    after = RunLock(tmp_path)
+    after.beat()
     with pytest.raises(UserError, match="taken over"):
-        before.renew()
+        before.beat()
     before.release()
     after.check()
     after.release()
 
 
 def test_a_lease_given_back_while_it_is_waited_for_is_taken_anew(tmp_path, monkeypatch):
-    path = tmp_path / LEASE_FILE
+    path = tmp_path / HOLDER_FILE
     path.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
-    monkeypatch.setattr(lease_module.time, "sleep", lambda seconds: path.unlink())
-    lease = Lease(tmp_path)
+    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: path.unlink())
+    lease = RunLock(tmp_path)
     lease.check()
     lease.release()

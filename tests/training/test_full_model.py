@@ -13,9 +13,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from dehvf_ds.distributed import World
 from dehvf_ds.model.weights import build_config, load_model
-from dehvf_ds.training.replica import replica_bytes, whole_copy
+from dehvf_ds.training.full_model import full_copy, full_copy_bytes
 
-WORKER = Path(__file__).parent / "replica_worker.py"
+WORKER = Path(__file__).parent / "full_model_worker.py"
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +28,13 @@ def job(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_copy_of_a_whole_model_is_equal_and_apart(tmp_path: Path, job: Path, tied: bool) -> None:
+def test_a_copy_of_a_full_model_is_equal_and_apart(tmp_path: Path, job: Path, tied: bool) -> None:
     text = text_config()
     text.tie_word_embeddings = tied
     AutoModelForCausalLM.from_config(text).save_pretrained(tmp_path / "llm")
     config = build_config(str(tmp_path / "llm"), str(job / "tower"), levels=[1, 4], lora=LORA)
     model = load_model(config, str(tmp_path / "llm"), str(job / "tower"), dtype=torch.bfloat16)
-    copy = whole_copy(model, World(0, 0, 1, 1, torch.device("cpu")))
+    copy = full_copy(model, World(0, 0, 1, 1, torch.device("cpu")))
     theirs, ours = model.state_dict(), copy.state_dict()
     assert theirs.keys() == ours.keys()
     for name, value in theirs.items():
@@ -43,7 +43,7 @@ def test_a_copy_of_a_whole_model_is_equal_and_apart(tmp_path: Path, job: Path, t
         assert ours[name].data_ptr() != value.data_ptr()
     embedding, head = copy.get_input_embeddings().weight, copy.get_output_embeddings().weight
     assert (embedding.data_ptr() == head.data_ptr()) == tied
-    assert replica_bytes(model) == sum(p.numel() * p.element_size() for p in copy.parameters())
+    assert full_copy_bytes(model) == sum(p.numel() * p.element_size() for p in copy.parameters())
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from dehvf_ds.batch import Batch
 from dehvf_ds.distributed import World, gather_to_main, init_process_group, read_world, run_entry
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.engine import build_engine, build_model_config
-from dehvf_ds.training.replica import whole_model
+from dehvf_ds.training.full_model import full_model
 from dehvf_ds.training.step import train_step
 
 
@@ -30,7 +30,7 @@ def main(directory: Path) -> None:
         for step in range(6):
             rows = take(make_rows(step, "mixed"), world.rank * half, half)
             if losses is found["losses"][1] and step == 3:
-                with whole_model(model, world) as whole:
+                with full_model(model, world) as whole:
                     found |= decode(engine, whole, rows, world)
             micro = [take(rows, i, 2) for i in range(0, half, 2)]
             losses.append(train_step(engine, micro, world, torch.float32, seed=0, step=step).loss)

@@ -1,4 +1,4 @@
-"""A run looked at before processes meet and weights load: files, sizes, steps, and its loaders."""
+"""A run resolved before ranks meet and weights load: its files read, its sizes and steps known."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from dehvf_ds.data.loader import build_loader, build_validation_loader, epoch_sa
 from dehvf_ds.data.prompts import CAPTION_PROMPT
 from dehvf_ds.data.tokenizer import check_tokenizer, load_tokenizer
 from dehvf_ds.data.transforms import ImageTransform, build_image_transform
+from dehvf_ds.data.workers import TrainingLoader
 from dehvf_ds.distributed import World
 from dehvf_ds.model import DehvfConfig, ModelError
 from dehvf_ds.model.backbones import load_backbone_config
 from dehvf_ds.model.weights import check_bases
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.engine import build_model_config
+from dehvf_ds.training.trackers import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checked:
+class ResolvedRun:
     """A run whose configuration and files were looked at; nothing of it is loaded.
 
     Attributes:
@@ -48,7 +50,7 @@ class Checked:
     samples_per_epoch: int
     num_steps: int
 
-    def training_batches(self, start_sample: int, num_steps: int):
+    def training_batches(self, start_sample: int, num_steps: int) -> TrainingLoader:
         """This rank's loader of ``num_steps`` steps from ``start_sample`` on."""
         return build_loader(
             self.config.data,
@@ -61,57 +63,76 @@ class Checked:
             num_steps=num_steps,
         )
 
-    def validation_batches(self):
+    def validation_batches(self) -> TrainingLoader | None:
         """This rank's loader of the validation rows; None where there are none."""
         if self.config.data.val is None:
             return None
         return build_validation_loader(self.config.data, self.tokenizer, self.transform, **self._place())
 
-    def without_limit(self) -> Checked:
-        """The same with rows of any length, to see how long what was cut is."""
+    def without_limit(self) -> ResolvedRun:
+        """The same with rows of any length, to see how long those are that were cut."""
         data = replace(self.config.data, max_tokens=2**20)
         return replace(self, config=replace(self.config, data=data))
+
+    def notes(self) -> list[str]:
+        """What the settings do not do, though they look as if they did."""
+        train = self.config.train
+        if train.warmup_steps < self.num_steps:
+            return []
+        return [
+            f"train.warmup_steps {train.warmup_steps} is not over in the run's {self.num_steps} steps, and "
+            f"the learning rate never gets to train.lr {train.lr:g}"
+        ]
 
     def _place(self) -> dict[str, int]:
         micro_batch_size = self.config.train.micro_batch_size
         return {"rank": self.world.rank, "world_size": self.world.size, "micro_batch_size": micro_batch_size}
 
 
-def check(config: RunConfig, world: World) -> Checked:
-    """Looks at all that can be wrong before processes meet and weights load.
+def resolve(config: RunConfig, world: World) -> ResolvedRun:
+    """Finds everything that can be wrong with a run before ranks meet and weights load.
 
     Raises:
         UserError: what is.
     """
     ds_config = read_deepspeed_json(config.deepspeed, config, world.size, world.local_size)
-    for source, vision in ((config.model.language_model, False), (config.model.vision_tower, True)):
-        try:
-            # First: a directory that is not there is told as one, not as a hub id of a wrong form.
-            load_backbone_config(source, vision=vision)
-        except ModelError as error:
-            raise UserError(f"model: {error}") from None
-    transform = build_image_transform(config.model.vision_tower, config.model.image_size)
+    check_trackers(config.train.trackers)
+    model, data = config.model, config.data
+    try:
+        # First: a directory that is not there is reported as one, not as a malformed hub id.
+        load_backbone_config(model.language_model, vision=False)
+        load_backbone_config(model.vision_tower, vision=True)
+    except ModelError as error:
+        raise UserError(f"model: {error}") from None
+    transform = build_image_transform(model.vision_tower, model.image_size)
+    prompt = CAPTION_PROMPT if data.prompt is None else data.prompt
     model_config = build_model_config(
-        config.model,
+        model,
         image_size=transform.image_size,
-        task=config.data.task,
-        prompt=_caption_prompt(config),
+        task=data.task,
+        prompt=prompt if data.task == "caption" else None,
     )
     longest = model_config.max_tokens
-    if longest is not None and config.data.max_tokens > longest:
+    if longest is not None and data.max_tokens > longest:
         raise UserError(
-            f"data.max_tokens {config.data.max_tokens} is more than {config.model.language_model} has "
-            f"positions for; set it to {longest} at most"
+            f"data.max_tokens {data.max_tokens} is more than {model.language_model} has positions for; "
+            f"set it to {longest} at most"
         )
-    tokenizer = load_tokenizer(config.model.language_model)
-    _check_bases(config, model_config, tokenizer, world)
-    index, examples = open_examples(config.data, seed=config.seed)
-    if config.data.val is not None:
-        ShardIndex(config.data.val)
+    tokenizer = load_tokenizer(model.language_model)
+    tokenizer_traits(tokenizer)
+    check_tokenizer(tokenizer, model_config.text_config.vocab_size)
+    if world.is_main:
+        try:
+            check_bases(model_config, model.language_model, model.vision_tower)
+        except ModelError as error:
+            raise UserError(f"model: {error}") from None
+    index, examples = open_examples(data, seed=config.seed)
+    if data.val is not None:
+        ShardIndex(data.val)
     if world.is_main:
         index.check_sizes()
-    samples_per_epoch = epoch_samples(config.data, len(examples), config.train.global_batch_size)
-    return Checked(
+    samples_per_epoch = epoch_samples(data, len(examples), config.train.global_batch_size)
+    return ResolvedRun(
         config=config,
         world=world,
         ds_config=ds_config,
@@ -122,25 +143,6 @@ def check(config: RunConfig, world: World) -> Checked:
         samples_per_epoch=samples_per_epoch,
         num_steps=planned_steps(config, samples_per_epoch),
     )
-
-
-def _caption_prompt(config: RunConfig) -> str | None:
-    """The instruction that captions are trained with; an empty one is one."""
-    if config.data.task != "caption":
-        return None
-    return CAPTION_PROMPT if config.data.prompt is None else config.data.prompt
-
-
-def _check_bases(
-    config: RunConfig, model_config: DehvfConfig, tokenizer: PreTrainedTokenizerBase, world: World
-) -> None:
-    tokenizer_traits(tokenizer)
-    check_tokenizer(tokenizer, model_config.text_config.vocab_size)
-    if world.is_main:
-        try:
-            check_bases(model_config, config.model.language_model, config.model.vision_tower)
-        except ModelError as error:
-            raise UserError(f"model: {error}") from None
 
 
 def planned_steps(config: RunConfig, num_samples: int) -> int:

@@ -22,7 +22,8 @@ from transformers import (
 from dehvf_ds import train
 from dehvf_ds.config import UserError
 from dehvf_ds.model.trial import scaled_down
-from dehvf_ds.training.signals import StopRequest
+from dehvf_ds.training import dry_run
+from dehvf_ds.training.stop import StopRequest
 
 
 @pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
@@ -99,6 +100,6 @@ def test_a_rank_that_waits_for_the_others_ends_when_asked(world, alone, monkeypa
 
     # A handler of Python's would run when the wait in C is over.
     monkeypatch.setattr(StopRequest, "install", None)
-    monkeypatch.setattr(train, "init_process_group", wait)
+    monkeypatch.setattr(dry_run, "init_process_group", wait)
     with pytest.raises(WaitedError):
         train.main(arguments(world, "dry", "--dry-run"))

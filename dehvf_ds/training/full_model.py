@@ -19,15 +19,13 @@ GATHERED_ELEMENTS = 100_000_000
 """Elements of weights that are gathered at a time, beside the copy."""
 
 
-def replica_bytes(model: DehvfForConditionalGeneration) -> int:
+def full_copy_bytes(model: DehvfForConditionalGeneration) -> int:
     """Bytes of a whole copy, on every rank."""
     return sum(_numel(p) * p.element_size() for p in model.parameters())
 
 
 @contextmanager
-def whole_model(
-    model: DehvfForConditionalGeneration, world: World
-) -> Iterator[DehvfForConditionalGeneration]:
+def full_model(model: DehvfForConditionalGeneration, world: World) -> Iterator[DehvfForConditionalGeneration]:
     """The model in evaluation mode: itself where every rank holds all of it (ZeRO-2), else a whole copy.
 
     Every rank must enter it. At the end the model trains again, and the copy's memory is the device's.
@@ -41,7 +39,7 @@ def whole_model(
                 model.set_memory(None)
             _release_cache(world)
         return
-    copy = whole_copy(model, world)
+    copy = full_copy(model, world)
     try:
         yield copy
     finally:
@@ -51,7 +49,7 @@ def whole_model(
 
 
 @torch.no_grad()
-def whole_copy(model: DehvfForConditionalGeneration, world: World) -> DehvfForConditionalGeneration:
+def full_copy(model: DehvfForConditionalGeneration, world: World) -> DehvfForConditionalGeneration:
     """Copies the weights as they are now into a model without partitions. Every rank must call it.
 
     Args:

@@ -1,0 +1,260 @@
+"""Whose run a directory holds: taken for this job, continued, emptied, or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dehvf_ds.config import ModelConfig, RunConfig, UserError, load_run_config, save_run_config, to_plain
+from dehvf_ds.model import DehvfConfig, ModelError
+from dehvf_ds.model.artifact import CONFIG_FILE, read_manifest
+from dehvf_ds.model.identity import check_base
+from dehvf_ds.model.weights import find_adapter
+from dehvf_ds.training.checkpoint import Checkpoint, checkpoints_dir, find_checkpoint, step_dirs
+from dehvf_ds.training.engine import build_model_config
+from dehvf_ds.training.run_lock import RunLock
+
+METRICS_FILE = "metrics.jsonl"
+CONFIG_NAME = "config.yaml"
+RUN_PARTS = ("adapter", "eval", "samples", "tensorboard", "checkpoints", "merged")
+
+FREE_KEYS = (
+    "run_dir",
+    "deepspeed",
+    "overwrite",
+    "resume",
+    "dry_run",
+    "init_from",
+    "model.language_model",
+    "model.vision_tower",
+    "data.train",
+    "data.location",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.on_bad",
+    "data.max_bad_share",
+    "data.num_workers",
+    "data.val",
+    "data.val_samples",
+    "train.micro_batch_size",
+    "train.activation_checkpointing",
+    "train.max_bad_steps",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.max_failed_saves",
+    "train.eval_every",
+    "train.levels_every",
+    "train.log_every",
+    "train.trackers",
+    "train.timeout_minutes",
+    "train.start_timeout_minutes",
+    "eval.every_steps",
+    "eval.data",
+    "eval.max_samples",
+    "eval.batch_size",
+    "eval.max_new_tokens",
+    "eval.num_beams",
+    "eval.tokenizer",
+)
+"""Settings that may differ between the parts of one run: paths, speed, and what is looked at."""
+
+WEIGHT_KEYS = (
+    "fusion",
+    "router",
+    "levels",
+    "rank",
+    "router_dim",
+    "image_size",
+    "prefix_tokens",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
+)
+"""Model settings that decide what trained weights compute."""
+
+
+def open_run_dir(config: RunConfig, data_digest: str) -> tuple[RunLock, Checkpoint | None]:
+    """Takes the run directory for this job, and finds what to continue from. Rank 0 alone.
+
+    Raises:
+        UserError: the directory is in use, or holds another run.
+    """
+    run_dir = Path(config.run_dir)
+    lock = RunLock(run_dir)
+    try:
+        checkpoint = choose_start(config, data_digest)
+        if config.overwrite:
+            for name in RUN_PARTS:
+                shutil.rmtree(run_dir / name, ignore_errors=True)
+            (run_dir / METRICS_FILE).unlink(missing_ok=True)
+        save_run_config(config, run_dir / CONFIG_NAME)
+    except BaseException:
+        lock.release()
+        raise
+    return lock, checkpoint
+
+
+def choose_start(config: RunConfig, data_digest: str) -> Checkpoint | None:
+    """Finds what a run continues from; changes nothing.
+
+    Returns:
+        The checkpoint; None for a run that begins.
+
+    Raises:
+        UserError: the run directory holds another run, or the weights to start from do not fit.
+    """
+    run_dir = Path(config.run_dir)
+    if config.overwrite:
+        _check_overwrite(config)
+    elif (checkpoint := find_checkpoint(run_dir, config.resume)) is not None:
+        _check_same_run(checkpoint, config, data_digest)
+        _check_bases(checkpoint.path / "adapter", config.model, str(checkpoint.path))
+        return checkpoint
+    elif (run_dir / METRICS_FILE).exists():
+        _check_can_start_again(config)
+    if config.init_from is not None:
+        try:
+            adapter = find_adapter(config.init_from)
+        except ModelError as error:
+            raise UserError(f"--init_from {config.init_from}: {error}") from None
+        _check_bases(adapter, config.model, config.init_from)
+        _check_same_model(adapter, config.model, config.init_from)
+    return None
+
+
+def is_finished(config: RunConfig, num_steps: int) -> bool:
+    """Whether the directory holds this very run at its end, which kept no checkpoint. Rank 0 alone."""
+    run_dir = Path(config.run_dir)
+    if config.overwrite or config.resume != "auto" or step_dirs(checkpoints_dir(run_dir)):
+        return False
+    try:
+        # The last step's numbers are written after the last validation.
+        *_, last = (run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+        ends = [json.loads(last)["step"], read_manifest(run_dir / "adapter")["step"]]
+        before = load_run_config(run_dir / CONFIG_NAME)
+    except (OSError, ValueError, KeyError, TypeError, ModelError, UserError):
+        return False
+    return ends == [num_steps, num_steps] and not _differences(to_plain(before), config)
+
+
+def _check_overwrite(config: RunConfig) -> None:
+    """Refuses to empty a directory that is no run, or that holds what the run needs."""
+    run_dir = Path(config.run_dir)
+    if config.resume not in ("auto", "never"):
+        raise UserError("--overwrite removes the checkpoints that --resume continues from; give one of them")
+    parts = [run_dir / name for name in RUN_PARTS if (run_dir / name).exists()]
+    if not parts and not (run_dir / METRICS_FILE).exists():
+        return
+    if not _is_run(run_dir):
+        found = parts[0].name if parts else METRICS_FILE
+        raise UserError(
+            f"run_dir {run_dir} holds {found} and no run's {CONFIG_NAME}, so --overwrite leaves it alone; "
+            "name another"
+        )
+    needed = {
+        "model.language_model": config.model.language_model,
+        "model.vision_tower": config.model.vision_tower,
+        "data.train": config.data.train,
+        "data.location": config.data.location,
+        "data.val": config.data.val,
+        "data.cache_dir": config.data.cache_dir,
+        "eval.data": config.eval.data,
+        "deepspeed": config.deepspeed,
+        "init_from": config.init_from,
+        "the working directory": ".",
+    }
+    removed = [part.resolve() for part in parts]
+    for name, path in needed.items():
+        if path is None:
+            continue
+        found = Path(path).resolve()
+        # The adapter to start from lies in such a part, also where the run itself is named.
+        if (name == "init_from" and found == run_dir.resolve()) or any(map(found.is_relative_to, removed)):
+            raise UserError(
+                f"--overwrite would remove {name} {path}, which lies in run_dir {run_dir}; name another"
+            )
+
+
+def _is_run(run_dir: Path) -> bool:
+    try:
+        return "run_dir:" in (run_dir / CONFIG_NAME).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _check_can_start_again(config: RunConfig) -> None:
+    """A run that was killed before its first checkpoint starts again by itself; any other is kept."""
+    run_dir = Path(config.run_dir)
+    path, remedy = run_dir / CONFIG_NAME, "name another, or pass --overwrite true"
+    if config.resume == "never" or (run_dir / "adapter").exists() or not path.exists():
+        raise UserError(f"run_dir {config.run_dir} holds a run; {remedy}")
+    try:
+        before = to_plain(load_run_config(path))
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from None
+    if differing := _differences(before, config):
+        raise UserError(f"{path} is of a run with other settings: {', '.join(differing[:4])}; {remedy}")
+
+
+def _check_same_run(checkpoint: Checkpoint, config: RunConfig, data_digest: str) -> None:
+    if differing := _differences(checkpoint.config, config):
+        raise UserError(
+            f"{checkpoint.path} is of a run with other settings: {', '.join(differing[:4])}; give them as "
+            "they were, name another run_dir, or start anew from its weights with --init_from"
+        )
+    if checkpoint.data_digest != data_digest:
+        raise UserError(
+            f"{checkpoint.path} was trained on other shards than data.train {config.data.train}; "
+            "name another run_dir, or start anew from its weights with --init_from"
+        )
+
+
+def _check_bases(adapter: Path, config: ModelConfig, owner: str) -> None:
+    """Refuses frozen models whose configuration or weights are not those that an adapter was trained on."""
+    try:
+        bases = read_manifest(adapter)["bases"]
+        check_base(bases["language_model"], config.language_model, vision=False, owner=owner)
+        check_base(bases["vision_tower"], config.vision_tower, vision=True, owner=owner)
+    except ModelError as error:
+        raise UserError(str(error)) from None
+
+
+def _check_same_model(adapter: Path, config: ModelConfig, owner: str) -> None:
+    """Refuses weights that were trained in another model: many would fit, and do something else."""
+    before = DehvfConfig.from_json_file(str(adapter / CONFIG_FILE))
+    now = build_model_config(config, image_size=config.image_size or before.image_size)
+    there, here = (flatten(vars(each) | {"lora": each.lora or {"rank": 0}}) for each in (before, now))
+    differing = [
+        f"model.{name} ({there.get(name)} there, {here.get(name)} now)"
+        for name in WEIGHT_KEYS
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"--init_from {owner} was trained in another model: {', '.join(differing)}; set them as they "
+            "were, or start without it"
+        )
+
+
+def _differences(before: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """Settings that make another run, with both values."""
+    there, here = flatten(before), flatten(to_plain(config))
+    return [
+        f"{key} ({there.get(key)} there, {here.get(key)} now)"
+        for key in sorted(there.keys() | here.keys())
+        if key not in FREE_KEYS and there.get(key) != here.get(key)
+    ]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

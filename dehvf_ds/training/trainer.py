@@ -1,0 +1,369 @@
+"""The story of a training run, from its directory to its last step."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from torch import nn
+
+from dehvf_ds.batch import Batch
+from dehvf_ds.config import JobError, UnsupervisedError, to_plain
+from dehvf_ds.distributed import (
+    REQUEUE_EXIT_CODE,
+    before_end,
+    init_process_group,
+    on_main,
+    set_timeout,
+    wait_for_ranks,
+)
+from dehvf_ds.model import DehvfForConditionalGeneration
+from dehvf_ds.training.checkpoint import Checkpoint, Checkpoints, Progress, restore_adapter
+from dehvf_ds.training.deepspeed_json import compute_dtype
+from dehvf_ds.training.engine import build_engine
+from dehvf_ds.training.metrics import (
+    MetricsWriter,
+    StepMetrics,
+    SubstitutionLog,
+    router_metrics,
+    step_metrics,
+)
+from dehvf_ds.training.optim import GradientWatch, learning_rate, set_learning_rate
+from dehvf_ds.training.run import ResolvedRun
+from dehvf_ds.training.run_dir import flatten, open_run_dir
+from dehvf_ds.training.run_lock import RunLock
+from dehvf_ds.training.step import StepResult, train_step, validation_loss
+from dehvf_ds.training.stop import StopRequest
+from dehvf_ds.training.trackers import Trackers
+
+MIN_SAMPLES_OF_SHARE = 1000
+"""Samples before shares of them are looked at; one among the first ten says nothing."""
+
+MAX_UNSUPERVISED_SHARE = 0.01
+"""Share of rows without a token to learn that a run warns of, once."""
+
+
+class TrainingError(JobError):
+    """The run cannot continue; the message says why. What was saved stays."""
+
+
+class SavingError(JobError):
+    """Too many checkpoints in a row could not be written; training on would be for nothing."""
+
+    code = 74
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What an in-training evaluation found.
+
+    Attributes:
+        score: decides which checkpoint is the best, the higher the better; None where there is none.
+        numbers: for the metrics, by name.
+        sheet: a PNG of example pictures with their answers; None where it could not be drawn.
+    """
+
+    score: float | None
+    numbers: dict[str, float]
+    sheet: Path | None
+
+
+class Evaluation(Protocol):
+    """An in-training evaluation; every rank must call it."""
+
+    def open(self) -> None:
+        """Finds before the first step what could not be scored."""
+        ...
+
+    def __call__(
+        self, model: DehvfForConditionalGeneration, step: int, stop: StopRequest
+    ) -> Evaluated | None:
+        """Evaluates the weights as they are; None where it was ended early or could not be scored."""
+        ...
+
+
+class Trainer:
+    """One rank of a training run: ``fit`` runs it from its newest checkpoint to its last step.
+
+    Args:
+        run: the resolved run.
+        evaluation: called every ``eval.every_steps`` steps and after the last.
+    """
+
+    def __init__(self, run: ResolvedRun, evaluation: Evaluation | None = None) -> None:
+        self.run, self.config, self.world = run, run.config, run.world
+        self.evaluation = evaluation
+        self.run_dir = Path(run.config.run_dir)
+        self.dtype = compute_dtype(run.ds_config)
+        self.stop = StopRequest()
+        self.progress = Progress()
+        self.lock: RunLock | None = None
+        self.writer: MetricsWriter | None = None
+        self.substitutions = SubstitutionLog(run.world)
+        self.failed_saves = 0
+        self.warned_of_unsupervised = False
+
+    def fit(self) -> int:
+        """Runs the whole; returns the exit code: 0 finished, 85 stopped on request and to be started again.
+
+        Raises:
+            UserError: the directory is another run's, weights do not fit, or a sample cannot be used.
+            TrainingError: no gradient reached a trainable, or too much was not finite or damaged.
+            SavingError: too many checkpoints in a row could not be written.
+        """
+        # A directory is not taken by a job that never begins.
+        wait_for_ranks(self.config.train.start_timeout_minutes)
+        checkpoint = on_main(self.world, self._take_directory)
+        try:
+            if checkpoint is not None:
+                self.progress = checkpoint.progress
+                if self.progress.step >= self.run.num_steps:
+                    return self._restore(checkpoint)
+            self._set_up(checkpoint)
+            finished = self._train()
+        except UnsupervisedError:
+            if self.progress.step:
+                self.finish()
+            raise
+        finally:
+            if self.writer is not None:
+                self.writer.close()
+            if self.lock is not None:
+                self.lock.release()
+        if finished:
+            self._print(f"adapter: {self.run_dir / 'adapter'}   metrics: {self.run_dir / 'metrics.jsonl'}")
+            return 0
+        self._print(f"stopped on request after step {self.progress.step}; the same command continues")
+        return REQUEUE_EXIT_CODE
+
+    # --- set-up ---
+
+    def _take_directory(self) -> Checkpoint | None:
+        self.lock, checkpoint = open_run_dir(self.config, self.run.index.digest)
+        before_end(self.lock.release)
+        return checkpoint
+
+    def _restore(self, last: Checkpoint) -> int:
+        """A finished run may have been killed between its last checkpoint and its adapter."""
+        adapter = self.run_dir / "adapter"
+        written = on_main(self.world, lambda: restore_adapter(adapter, last))
+        self._print(f"{self.run_dir}: finished already, all {self.run.num_steps} steps")
+        if written:
+            self._print(f"adapter: {adapter}, which was not there or not whole")
+        return 0
+
+    def _set_up(self, checkpoint: Checkpoint | None) -> None:
+        train, world = self.config.train, self.world
+        # Loader workers are forked while this process has no threads of CUDA, NCCL or gloo.
+        steps_left = self.run.num_steps - self.progress.step
+        self.batches = self.run.training_batches(self.progress.samples, steps_left)
+        self.validation_batches = self.run.validation_batches()
+        for loader in (self.batches, self.validation_batches):
+            if loader is not None:
+                loader.start()
+        init_process_group(world, train.start_timeout_minutes)
+        # Not sooner: until then nothing would be saved, and all end at once.
+        self.stop.install()
+        self.engine, self.model = build_engine(self.config, self.run.model_config, self.run.ds_config, world)
+        self.checkpoints = Checkpoints(
+            self.config, world, self.model, self.engine, self.dtype, self.run.index.digest
+        )
+        if checkpoint is not None:
+            self.checkpoints.load(checkpoint)
+        self.num_parameters = sum(_numel(p) for p in self.model.language_model.parameters())
+        self._announce()
+        if self.evaluation is not None:
+            self.evaluation.open()
+        set_timeout(train.timeout_minutes)
+        if world.is_main:
+            start, settings = self.progress.step, flatten(to_plain(self.config))
+            trackers = Trackers(train.trackers, self.run_dir, settings, start)
+            self.writer = MetricsWriter(self.run_dir, self.run.num_steps, train.log_every, start, trackers)
+
+    def _announce(self) -> None:
+        num_trainable = sum(_numel(p) for p in self.model.trainable_parameters().values())
+        begins = f"; continuing after step {self.progress.step}" if self.progress.step else ""
+        self._print(
+            f"{self.run_dir}: {self.run.num_steps} steps of {self.config.train.global_batch_size} rows on "
+            f"{self.world.size} x {self.world.device.type}, {num_trainable / 1e6:.2f} M trainable "
+            f"parameters, fusion {self.config.model.fusion}{begins}"
+        )
+
+    # --- the loop ---
+
+    def _train(self) -> bool:
+        """Takes the steps that are left; returns whether the run is finished, not stopped on request."""
+        batches = iter(self.batches)
+        watch = GradientWatch(self.model.trainable_parameters())
+        for step in range(self.progress.step + 1, self.run.num_steps + 1):
+            last = step == self.run.num_steps
+            result, metrics = self._step(step, batches)
+            if watch is not None and (silent := watch.finish()):
+                raise TrainingError(
+                    f"no gradient reached {len(silent)} trainable parameters in the first step: "
+                    f"{', '.join(silent[:4])}"
+                )
+            watch = None
+            self._warn_of_unsupervised(last)
+            if last:
+                # Before other data are read, which may be damaged: what was trained is there all the same.
+                self.finish()
+            occasional = self._measure(step, result, last)
+            if self.lock is not None:
+                self.lock.beat()
+            if self.writer is not None:
+                self.writer.write(metrics, occasional)
+            self._require_health()
+            if result.num_stopping and not last:
+                self.save()
+                return False
+            every, best = self.config.train.save_every, self.progress.best_step == step
+            if every and (step % every == 0 or best or last):
+                self._save_or_give_up(last)
+        if self.progress.replaced:
+            by_shard = self.substitutions.by_shard()
+            line = f"replaced {self.progress.replaced} damaged samples; by shard: {by_shard}"
+            self._print(line, file=sys.stderr)
+        return True
+
+    def _step(self, step: int, batches: Iterator[Batch]) -> tuple[StepResult, StepMetrics]:
+        """Reads one accumulation window and trains on it."""
+        train, progress = self.config.train, self.progress
+        started = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(train.accumulation(self.world.size))]
+        data_seconds = time.perf_counter() - started
+        lr = learning_rate(step - 1, train, self.run.num_steps)
+        set_learning_rate(self.engine.optimizer.param_groups, lr)
+        result = train_step(
+            self.engine,
+            micro_batches,
+            self.world,
+            self.dtype,
+            seed=self.config.seed,
+            step=step,
+            stopping=self.stop.requested,
+        )
+        taken = self.engine.was_step_applied()
+        progress.step += 1
+        progress.samples += train.global_batch_size
+        progress.tokens += result.num_tokens
+        progress.skipped += not taken
+        progress.skipped_in_a_row = 0 if taken else progress.skipped_in_a_row + 1
+        progress.unsupervised_rows += result.num_unsupervised_rows
+        progress.replaced += result.num_replaced
+        self.substitutions.add(micro_batches)
+        return result, step_metrics(
+            progress,
+            result,
+            lr=lr,
+            grad_norm=self.engine.get_global_grad_norm() if taken else None,
+            seconds=time.perf_counter() - started,
+            data_seconds=data_seconds,
+            world=self.world,
+            batch_size=train.global_batch_size,
+            samples_per_epoch=self.run.samples_per_epoch,
+            num_parameters=self.num_parameters,
+        )
+
+    def _measure(self, step: int, result: StepResult, last: bool) -> dict[str, float]:
+        """What is not measured in every step: the router, the validation loss, scores."""
+        train, found = self.config.train, {}
+        if train.levels_every and (step % train.levels_every == 0 or step == 1 or last):
+            found |= router_metrics(self.model, result.level_weights)
+        if last or (train.eval_every and step % train.eval_every == 0):
+            found |= self.validate()
+        if self.evaluation is not None and (last or step % self.config.eval.every_steps == 0):
+            found |= self.evaluate(self.evaluation)
+        return found
+
+    def validate(self) -> dict[str, float]:
+        """Measures the loss on the validation rows, where there are any. Every rank must call it."""
+        if self.validation_batches is None:
+            return {}
+        loss = validation_loss(self.engine, self.validation_batches, self.world, self.dtype, self.stop)
+        if loss is None:
+            return {}
+        best = self.progress.best_loss
+        # What is not finite is never the best.
+        if math.isfinite(loss) and (best is None or loss < best):
+            self.progress.best_loss = loss
+            if self.evaluation is None:
+                self.progress.best_step = self.progress.step
+        return {"val/loss": loss}
+
+    def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
+        """Answers and scores the rows of the in-training evaluation. Every rank must call it."""
+        found = evaluation(self.model, self.progress.step, self.stop)
+        if found is None:
+            return {}
+        score, best = found.score, self.progress.best_score
+        if score is not None and math.isfinite(score) and (best is None or score > best):
+            self.progress.best_score, self.progress.best_step = score, self.progress.step
+        if self.writer is not None and found.sheet is not None:
+            self.writer.write_picture("eval/examples", found.sheet, self.progress.step)
+        return found.numbers
+
+    # --- saving and stopping ---
+
+    def save(self) -> bool:
+        """Writes a checkpoint; returns whether it could be written. Every rank must call it."""
+        self._check_lock()
+        return self.checkpoints.save(self.progress)
+
+    def finish(self) -> None:
+        """Writes the adapter as it is now. Every rank must call it."""
+        self._check_lock()
+        self.checkpoints.save_adapter(self.progress)
+
+    def _check_lock(self) -> None:
+        on_main(self.world, lambda: None if self.lock is None else self.lock.check())
+
+    def _save_or_give_up(self, last: bool) -> None:
+        self.failed_saves = 0 if self.save() else self.failed_saves + 1
+        if self.failed_saves >= self.config.train.max_failed_saves and not last:
+            raise SavingError(
+                f"{self.failed_saves} checkpoints in a row could not be written; stopped at step "
+                f"{self.progress.step}; the same command continues from the last that was"
+            )
+
+    def _require_health(self) -> None:
+        progress, limit = self.progress, self.config.data.max_bad_share
+        if progress.skipped_in_a_row >= self.config.train.max_bad_steps:
+            # No step was taken since the weights were last good, so these are.
+            self.finish()
+            raise TrainingError(
+                f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; "
+                f"stopped at step {progress.step}, weights as of step "
+                f"{progress.step - progress.skipped_in_a_row} are saved"
+            )
+        if progress.replaced > limit * max(progress.samples, MIN_SAMPLES_OF_SHARE):
+            self.finish()
+            raise TrainingError(
+                f"{progress.replaced} of {progress.samples} samples are damaged, more than "
+                f"data.max_bad_share {limit:g} of them; by shard: {self.substitutions.by_shard()}"
+            )
+
+    def _warn_of_unsupervised(self, last: bool) -> None:
+        progress = self.progress
+        seen = progress.samples if last else max(progress.samples, MIN_SAMPLES_OF_SHARE)
+        if self.warned_of_unsupervised or progress.unsupervised_rows <= MAX_UNSUPERVISED_SHARE * seen:
+            return
+        self.warned_of_unsupervised = True
+        self._print(
+            f"warning: {progress.unsupervised_rows} of {progress.samples} rows had no token to learn: their "
+            "prompts fill all data.max_tokens; raise it",
+            file=sys.stderr,
+        )
+
+    def _print(self, line: str, file: TextIO | None = None) -> None:
+        if self.world.is_main:
+            print(line, file=file or sys.stdout, flush=True)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
