@@ -31,9 +31,9 @@ from dehvf_ds.evaluation.official import build_official, is_official
 from dehvf_ds.evaluation.questions import Questions
 from dehvf_ds.evaluation.scores import AnswerScorer, CaptionScorer
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
+from dehvf_ds.training.metrics import Evaluated
 from dehvf_ds.training.planning.inside import check_inside
 from dehvf_ds.training.stop import StopRequest
-from dehvf_ds.training.trainer import Evaluated
 
 TRAIN = REPOSITORY / "dehvf_ds/train.py"
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))

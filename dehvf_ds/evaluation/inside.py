@@ -15,9 +15,9 @@ from dehvf_ds.evaluation.scores import AnswerScorer, CaptionScorer, open_scorer
 from dehvf_ds.evaluation.writing import try_examples, write_lines
 from dehvf_ds.model import DehvfForConditionalGeneration
 from dehvf_ds.training.full_model import full_model
+from dehvf_ds.training.metrics import Evaluated
 from dehvf_ds.training.run import ResolvedRun
 from dehvf_ds.training.stop import StopRequest
-from dehvf_ds.training.trainer import Evaluated
 
 SCORE = {"coco": "CIDEr", "scienceqa": "accuracy"}
 """The number that tells which checkpoint is the best, the higher the better."""

@@ -32,6 +32,7 @@ from dehvf_ds.distributed import World, on_main
 from dehvf_ds.model import DehvfForConditionalGeneration, ModelError
 from dehvf_ds.model.artifact import read_manifest, replace_artifact, save_adapter
 from dehvf_ds.training.optimizer_state import MASTER, gather_state, gather_trainables, load_state
+from dehvf_ds.training.step import StepResult
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -69,6 +70,16 @@ class Progress:
     best_loss: float | None = None
     best_score: float | None = None
     best_step: int | None = None
+
+    def count(self, result: StepResult, batch_size: int, *, taken: bool) -> None:
+        """Counts a step; one whose gradient was not finite was not taken."""
+        self.step += 1
+        self.samples += batch_size
+        self.tokens += result.num_tokens
+        self.skipped += not taken
+        self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
+        self.unsupervised_rows += result.num_unsupervised_rows
+        self.replaced += result.num_replaced
 
 
 @dataclass(frozen=True)

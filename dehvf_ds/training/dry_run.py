@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,15 +60,13 @@ def dry_run(run: ResolvedRun, describe_evaluation: Callable[[], str] | None) -> 
     validation = run.validation_batches()
     validation_batch = None if validation is None else next(iter(validation))
     init_process_group(world, config.train.start_timeout_minutes)
-    warning = check_supervised(
-        micro_batches,
-        lambda: run.without_limit().training_batches(start_sample, 1),
-        world,
-        data=config.data.train,
-        max_tokens=config.data.max_tokens,
-    )
-    if validation_batch is not None:
-        _check_validation(run, validation_batch)
+    max_tokens = config.data.max_tokens
+    warning = check_supervised(micro_batches, world, data=config.data.train, max_tokens=max_tokens)
+    if validation_batch is not None and config.data.val is not None:
+        # Rows that fill up a last micro-batch have none either, so that no share of them is looked at.
+        (supervised,) = all_reduce_sum([float(validation_batch.num_supervised())], world.device)
+        if not supervised:
+            check_supervised([validation_batch], world, data=config.data.val, max_tokens=max_tokens)
     step = step_of_copy(config, run.model_config, run.ds_config, world, micro_batches, validation_batch)
     if world.is_main:
         accumulation = config.train.accumulation(world.size)
@@ -213,25 +211,17 @@ def _save(model: PreTrainedModel, directory: Path) -> None:
 # --- rows without a token to learn ---
 
 
-def check_supervised(
-    batches: Sequence[Batch],
-    uncut: Callable[[], Iterable[Batch]],
-    world: World,
-    *,
-    data: str,
-    max_tokens: int,
-) -> str | None:
+def check_supervised(batches: Sequence[Batch], world: World, *, data: str, max_tokens: int) -> str | None:
     """Refuses data of which too little can be learnt. Every rank must call it.
 
     Args:
         batches: this rank's first micro-batches.
-        uncut: reads the same ones without a limit of tokens; called where one has nothing to learn.
         world: this process's place.
         data: where the rows lie, for the message.
-        max_tokens: the limit, for the message.
+        max_tokens: the limit of a row, for the message.
 
     Returns:
-        A warning of rows without a token to learn; None where there are none, and on other ranks.
+        A warning of rows without a token to learn; None where there are none.
 
     Raises:
         UnsupervisedError: a micro-batch, or more than ``MAX_UNSUPERVISED_SHARE`` of all rows, has none.
@@ -244,42 +234,18 @@ def check_supervised(
     rows, unsupervised, empty = map(int, all_reduce_sum([float(count) for count in counts], world.device))
     if not unsupervised:
         return None
-    described = gather_to_main(_describe_unsupervised(batches, uncut() if counts[1] else ()), world)
-    line = on_main(
-        world,
-        lambda: (
-            f"{data}: {unsupervised} of the first {rows} rows have no token to learn; {described[0]}; "
-            f"raise data.max_tokens {max_tokens}"
-        ),
+    found = [
+        batch.keys[row]
+        for batch in batches
+        for row, labels in enumerate(batch.labels)
+        if not (labels[1:] != IGNORE_INDEX).any()
+    ]
+    found = gather_to_main(found, world)
+    first = on_main(world, lambda: found[0])
+    line = (
+        f"{data}: {unsupervised} of the first {rows} rows have no token to learn, {first} the first: their "
+        f"prompts fill all data.max_tokens {max_tokens}; raise it"
     )
     if empty or unsupervised > MAX_UNSUPERVISED_SHARE * rows:
         raise UnsupervisedError(line)
-    return line if world.is_main else None
-
-
-def _check_validation(run: ResolvedRun, batch: Batch) -> None:
-    """Refuses validation rows of which none of the first has a token to learn.
-
-    Rows that fill up a last micro-batch have none either, so that no share of them is looked at.
-    """
-    (supervised,) = all_reduce_sum([float(batch.num_supervised())], run.world.device)
-    if not supervised and run.config.data.val is not None:
-        check_supervised(
-            [batch],
-            lambda: run.without_limit().validation_batches() or (),
-            run.world,
-            data=run.config.data.val,
-            max_tokens=run.config.data.max_tokens,
-        )
-
-
-def _describe_unsupervised(batches: Sequence[Batch], uncut: Iterable[Batch]) -> list[str]:
-    """The first row that has nothing to learn, and the length of its prompt."""
-    for batch, whole in zip(batches, uncut, strict=False):
-        for row, labels in enumerate(batch.labels):
-            if (labels[1:] != IGNORE_INDEX).any():
-                continue
-            own = (whole.labels[row] != IGNORE_INDEX).nonzero()
-            length = int(own[0]) if len(own) else int(whole.attention_mask[row].sum())
-            return [f"the prompt of row {batch.keys[row]} has {length} tokens"]
-    return []
+    return line

@@ -7,9 +7,10 @@ import math
 import resource
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -21,9 +22,9 @@ from torch import Tensor
 from dehvf_ds.batch import Batch
 from dehvf_ds.distributed import World, gather_to_main
 from dehvf_ds.model import DehvfForConditionalGeneration
-from dehvf_ds.training.checkpoint import Progress
 from dehvf_ds.training.optimizer_state import gather_trainables
 from dehvf_ds.training.step import StepResult
+from dehvf_ds.training.stop import StopRequest
 from dehvf_ds.training.trackers import Trackers
 
 # Dense bf16 FLOP/s of a GPU, from its maker's data sheet.
@@ -32,52 +33,40 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "
 MAX_SUBSTITUTION_LINES = 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepMetrics:
-    """Numbers of one optimizer step, over all ranks.
+Metrics = dict[str, float | None]
+"""Numbers of one optimizer step by name (docs/training.md lists them); None for what is not finite."""
 
-    Attributes:
-        step: optimizer steps taken, this one included.
-        epoch: passes over the data so far.
-        samples: rows seen so far.
-        tokens: text tokens seen so far.
-        loss: cross-entropy per supervised token, in nats.
-        grad_norm: global norm of the gradient before clipping; None where it is not finite.
-        lr: learning rate of this step.
-        seconds: wall time of this step.
-        data_seconds: of these, what rank 0 waited for the loader.
-        samples_per_s: rows per second in this step.
-        tokens_per_s: text tokens per second in this step.
-        mfu: model FLOPs utilisation; None where the device's peak is not known.
-        memory_bytes: peak memory of rank 0: CUDA's allocator, or the process on a CPU.
-        skipped: steps not taken so far because the gradient was not finite.
-        unsupervised_rows: rows so far without a token to learn, their prompt being too long.
-        replaced: damaged samples so far for which others were substituted.
-        rows_crc: equal in two runs where this step saw the same rows; below 2 ** 24.
-    """
-
-    step: int
-    epoch: float
-    samples: int
-    tokens: int
-    loss: float
-    grad_norm: float | None
-    lr: float
-    seconds: float
-    data_seconds: float
-    samples_per_s: float
-    tokens_per_s: float
-    mfu: float | None
-    memory_bytes: int
-    skipped: int
-    unsupervised_rows: int
-    replaced: int
-    rows_crc: int
-
-
-_JSON_NAMES = {"loss": "train/loss", "grad_norm": "train/grad_norm"}
 # Of what is not measured in every step: name, label on the console, digits.
 _OCCASIONAL = (("val/loss", "val", 4), ("eval/CIDEr", "CIDEr", 1), ("eval/accuracy", "accuracy", 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What an in-training evaluation found.
+
+    Attributes:
+        score: decides which checkpoint is the best, the higher the better; None where there is none.
+        numbers: for the metrics, by name.
+        sheet: a PNG of example pictures with their answers; None where it could not be drawn.
+    """
+
+    score: float | None
+    numbers: dict[str, float]
+    sheet: Path | None
+
+
+class Evaluation(Protocol):
+    """An in-training evaluation; every rank must call it."""
+
+    def open(self) -> None:
+        """Finds before the first step what could not be scored."""
+        ...
+
+    def __call__(
+        self, model: DehvfForConditionalGeneration, step: int, stop: StopRequest
+    ) -> Evaluated | None:
+        """Evaluates the weights as they are; None where it was ended early or could not be scored."""
+        ...
 
 
 def model_flops(num_parameters: int, num_tokens: int) -> float:
@@ -104,41 +93,26 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def step_metrics(
-    progress: Progress,
-    result: StepResult,
-    *,
-    lr: float,
-    grad_norm: float | None,
-    seconds: float,
-    data_seconds: float,
-    world: World,
-    batch_size: int,
-    samples_per_epoch: int,
-    num_parameters: int,
-) -> StepMetrics:
-    """The numbers of the step that ``progress`` has just counted; ``num_parameters`` are the decoder's."""
+def step_speed(
+    result: StepResult, seconds: float, batch_size: int, num_parameters: int, world: World
+) -> Metrics:
+    """Rows and text tokens per second, model FLOPs utilisation where the device's peak is known, peak memory.
+
+    Args:
+        result: the step.
+        seconds: its wall time.
+        batch_size: its rows over all ranks.
+        num_parameters: of the decoder.
+        world: this process's place.
+    """
     peak = peak_flops(world.device)
     flops = model_flops(num_parameters, result.num_tokens) / seconds / world.size
-    return StepMetrics(
-        step=progress.step,
-        epoch=progress.samples / samples_per_epoch,
-        samples=progress.samples,
-        tokens=progress.tokens,
-        loss=result.loss,
-        grad_norm=None if grad_norm is None else float(grad_norm),
-        lr=lr,
-        seconds=seconds,
-        data_seconds=data_seconds,
-        samples_per_s=batch_size / seconds,
-        tokens_per_s=result.num_tokens / seconds,
-        mfu=None if peak is None else flops / peak,
-        memory_bytes=peak_memory_bytes(world.device),
-        skipped=progress.skipped,
-        unsupervised_rows=progress.unsupervised_rows,
-        replaced=progress.replaced,
-        rows_crc=result.rows_crc,
-    )
+    return {
+        "samples_per_s": batch_size / seconds,
+        "tokens_per_s": result.num_tokens / seconds,
+        "mfu": None if peak is None else flops / peak,
+        "memory_bytes": peak_memory_bytes(world.device),
+    }
 
 
 def router_metrics(
@@ -237,33 +211,29 @@ class MetricsWriter:
             )
             self._bar.start()
 
-    def write(self, metrics: StepMetrics, occasional: Mapping[str, float] | None = None) -> None:
-        """Writes one step everywhere; ``occasional`` holds what is not measured in every step, by name."""
-        occasional = occasional or {}
-        values = {_JSON_NAMES.get(k, k): v for k, v in asdict(metrics).items()} | dict(occasional)
+    def write(self, metrics: Metrics) -> None:
+        """Writes one step everywhere."""
         # NaN is not JSON: a loss that is not finite is null.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        finite = {k: v if v is None or math.isfinite(v) else None for k, v in metrics.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
+        values = {name: value for name, value in metrics.items() if value is not None}
+        step, loss, speed = int(values.pop("step")), values["train/loss"], values["samples_per_s"]
         if self._trackers is not None:
-            logged = {name: value for name, value in values.items() if name != "step" and value is not None}
-            self._trackers.log(logged, metrics.step)
-        self._elapsed_s += metrics.seconds
+            self._trackers.log(values, step)
+        self._elapsed_s += values["seconds"]
         if self._bar is not None:
-            self._bar.update(
-                self._task, completed=metrics.step, loss=metrics.loss, speed=metrics.samples_per_s
-            )
-        elif metrics.step % self._log_every == 0 or metrics.step in (1, self._num_steps):
-            done = metrics.step - self._start_step
-            left_s = self._elapsed_s / done * (self._num_steps - metrics.step)
-            more = "".join(
-                f"  {label} {occasional[name]:.{digits}f}"
+            self._bar.update(self._task, completed=step, loss=loss, speed=speed)
+        elif step % self._log_every == 0 or step in (1, self._num_steps):
+            left_s = self._elapsed_s / (step - self._start_step) * (self._num_steps - step)
+            occasional = "".join(
+                f"  {label} {values[name]:.{digits}f}"
                 for name, label, digits in _OCCASIONAL
-                if name in occasional
+                if name in values
             )
             print(
-                f"step {metrics.step}/{self._num_steps}  loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  "
-                f"{metrics.samples_per_s:.1f} samples/s  {left_s / 60:.1f} min left{more}",
+                f"step {step}/{self._num_steps}  loss {loss:.4f}  lr {values['lr']:.2e}  "
+                f"{speed:.1f} samples/s  {left_s / 60:.1f} min left{occasional}",
                 flush=True,
             )
 

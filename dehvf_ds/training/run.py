@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -68,11 +68,6 @@ class ResolvedRun:
         if self.config.data.val is None:
             return None
         return build_validation_loader(self.config.data, self.tokenizer, self.transform, **self._place())
-
-    def without_limit(self) -> ResolvedRun:
-        """The same with rows of any length, to see how long those are that were cut."""
-        data = replace(self.config.data, max_tokens=2**20)
-        return replace(self, config=replace(self.config, data=data))
 
     def notes(self) -> list[str]:
         """What the settings do not do, though they look as if they did."""

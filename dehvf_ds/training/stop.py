@@ -1,4 +1,4 @@
-"""A request to stop: a signal sets a flag, and the trainer stops all ranks together after a step."""
+"""How a run ends before its last step: asked by a signal, or because it cannot continue."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 from types import FrameType
 from typing import NoReturn
 
+from dehvf_ds.config import JobError
 from dehvf_ds.distributed import REQUEUE_EXIT_CODE, StopNow
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -16,8 +17,18 @@ STOP_S = 30.0
 """How long ranks that stop at once have for it."""
 
 
+class TrainingError(JobError):
+    """The run cannot continue; the message says why. What was saved stays."""
+
+
+class SavingError(JobError):
+    """Too many checkpoints in a row could not be written; training on would be for nothing."""
+
+    code = 74
+
+
 class StopRequest:
-    """Whether this process was asked to stop.
+    """Whether this process was asked to stop; the trainer stops all ranks together after a step.
 
     Installed before weights load, so that a signal in the warm-up is not lost. A second signal changes
     nothing; a scheduler's SIGKILL comes anyway. Loader workers have handlers of their own.

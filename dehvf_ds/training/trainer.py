@@ -6,14 +6,13 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TextIO
 
 from torch import nn
 
 from dehvf_ds.batch import Batch
-from dehvf_ds.config import JobError, UnsupervisedError, to_plain
+from dehvf_ds.config import UnsupervisedError, to_plain
 from dehvf_ds.distributed import (
     REQUEUE_EXIT_CODE,
     before_end,
@@ -22,23 +21,23 @@ from dehvf_ds.distributed import (
     set_timeout,
     wait_for_ranks,
 )
-from dehvf_ds.model import DehvfForConditionalGeneration
 from dehvf_ds.training.checkpoint import Checkpoint, Checkpoints, Progress, restore_adapter
 from dehvf_ds.training.deepspeed_json import compute_dtype
 from dehvf_ds.training.engine import build_engine
 from dehvf_ds.training.metrics import (
+    Evaluation,
+    Metrics,
     MetricsWriter,
-    StepMetrics,
     SubstitutionLog,
     router_metrics,
-    step_metrics,
+    step_speed,
 )
 from dehvf_ds.training.optim import GradientWatch, learning_rate, set_learning_rate
 from dehvf_ds.training.run import ResolvedRun
 from dehvf_ds.training.run_dir import flatten, open_run_dir
 from dehvf_ds.training.run_lock import RunLock
 from dehvf_ds.training.step import StepResult, train_step, validation_loss
-from dehvf_ds.training.stop import StopRequest
+from dehvf_ds.training.stop import SavingError, StopRequest, TrainingError
 from dehvf_ds.training.trackers import Trackers
 
 MIN_SAMPLES_OF_SHARE = 1000
@@ -46,45 +45,6 @@ MIN_SAMPLES_OF_SHARE = 1000
 
 MAX_UNSUPERVISED_SHARE = 0.01
 """Share of rows without a token to learn that a run warns of, once."""
-
-
-class TrainingError(JobError):
-    """The run cannot continue; the message says why. What was saved stays."""
-
-
-class SavingError(JobError):
-    """Too many checkpoints in a row could not be written; training on would be for nothing."""
-
-    code = 74
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """What an in-training evaluation found.
-
-    Attributes:
-        score: decides which checkpoint is the best, the higher the better; None where there is none.
-        numbers: for the metrics, by name.
-        sheet: a PNG of example pictures with their answers; None where it could not be drawn.
-    """
-
-    score: float | None
-    numbers: dict[str, float]
-    sheet: Path | None
-
-
-class Evaluation(Protocol):
-    """An in-training evaluation; every rank must call it."""
-
-    def open(self) -> None:
-        """Finds before the first step what could not be scored."""
-        ...
-
-    def __call__(
-        self, model: DehvfForConditionalGeneration, step: int, stop: StopRequest
-    ) -> Evaluated | None:
-        """Evaluates the weights as they are; None where it was ended early or could not be scored."""
-        ...
 
 
 class Trainer:
@@ -217,7 +177,7 @@ class Trainer:
             if self.lock is not None:
                 self.lock.beat()
             if self.writer is not None:
-                self.writer.write(metrics, occasional)
+                self.writer.write(metrics | occasional)
             self._require_health()
             if result.num_stopping and not last:
                 self.save()
@@ -231,7 +191,7 @@ class Trainer:
             self._print(line, file=sys.stderr)
         return True
 
-    def _step(self, step: int, batches: Iterator[Batch]) -> tuple[StepResult, StepMetrics]:
+    def _step(self, step: int, batches: Iterator[Batch]) -> tuple[StepResult, Metrics]:
         """Reads one accumulation window and trains on it."""
         train, progress = self.config.train, self.progress
         started = time.perf_counter()
@@ -249,26 +209,27 @@ class Trainer:
             stopping=self.stop.requested,
         )
         taken = self.engine.was_step_applied()
-        progress.step += 1
-        progress.samples += train.global_batch_size
-        progress.tokens += result.num_tokens
-        progress.skipped += not taken
-        progress.skipped_in_a_row = 0 if taken else progress.skipped_in_a_row + 1
-        progress.unsupervised_rows += result.num_unsupervised_rows
-        progress.replaced += result.num_replaced
+        progress.count(result, train.global_batch_size, taken=taken)
         self.substitutions.add(micro_batches)
-        return result, step_metrics(
-            progress,
-            result,
-            lr=lr,
-            grad_norm=self.engine.get_global_grad_norm() if taken else None,
-            seconds=time.perf_counter() - started,
-            data_seconds=data_seconds,
-            world=self.world,
-            batch_size=train.global_batch_size,
-            samples_per_epoch=self.run.samples_per_epoch,
-            num_parameters=self.num_parameters,
-        )
+        seconds = time.perf_counter() - started
+        grad_norm = self.engine.get_global_grad_norm() if taken else None
+        speed = step_speed(result, seconds, train.global_batch_size, self.num_parameters, self.world)
+        return result, {
+            "step": progress.step,
+            "epoch": progress.samples / self.run.samples_per_epoch,
+            "samples": progress.samples,
+            "tokens": progress.tokens,
+            "train/loss": result.loss,
+            "train/grad_norm": None if grad_norm is None else float(grad_norm),
+            "lr": lr,
+            "seconds": seconds,
+            "data_seconds": data_seconds,
+            **speed,
+            "skipped": progress.skipped,
+            "unsupervised_rows": progress.unsupervised_rows,
+            "replaced": progress.replaced,
+            "rows_crc": result.rows_crc,
+        }
 
     def _measure(self, step: int, result: StepResult, last: bool) -> dict[str, float]:
         """What is not measured in every step: the router, the validation loss, scores."""
