@@ -20,8 +20,7 @@ if not __package__:
 
 import torch
 
-from dehvf_ds.config import RunConfig, UserError, parse_run_config
-from dehvf_ds.config.ignored import ignored_settings
+from dehvf_ds.config import RunConfig, UserError, ignored_settings, parse_run_config
 from dehvf_ds.data.loader import read_sample
 from dehvf_ds.distributed import (
     REQUEUE_EXIT_CODE,
