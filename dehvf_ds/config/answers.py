@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from dehvf_ds.config.values import CHECKS, AtLeastZero, LocalPath, Positive, require
+
+Beams = Annotated[Positive, Field(description="hypotheses of beam search; 1 is greedy")]
+BackbonePath = Annotated[
+    LocalPath | None, Field(description="where it lies now; None: as in training")
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -24,8 +30,7 @@ class InsideConfig:
     """rows answered together on one rank"""
     max_new_tokens: Positive | None = None
     """longest answer in tokens; None takes 40 for captions, 8 for ScienceQA, 256 for chats"""
-    num_beams: Positive = 1
-    """hypotheses of beam search; 1 is greedy"""
+    num_beams: Beams = 1
     tokenizer: Literal["ptb", "simple"] = "ptb"
     """of caption scores; simple needs no Java; its numbers are not comparable with published ones"""
 
@@ -54,8 +59,7 @@ class EvalConfig:
     """longest answer in tokens; None takes 40 for captions, 8 for ScienceQA, 256 for chats"""
     min_new_tokens: AtLeastZero = 0
     """shortest answer in tokens"""
-    num_beams: Positive = 1
-    """hypotheses of beam search; 1 is greedy"""
+    num_beams: Beams = 1
     max_samples: Positive | None = None
     """rows to evaluate, from the first; None means all"""
     prompt: str | None = None
@@ -68,10 +72,8 @@ class EvalConfig:
     """of caption scores; simple needs no Java; its numbers are not comparable with published ones"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """compute dtype; auto takes the model's, or fp32 where bf16 is slow"""
-    language_model: LocalPath | None = None
-    """where the decoder lies now; None takes the path that it was trained with"""
-    vision_tower: LocalPath | None = None
-    """where the tower lies now; None takes the path that it was trained with"""
+    language_model: BackbonePath = None
+    vision_tower: BackbonePath = None
     loss: bool = False
     """also measure the loss a token over all references"""
 
@@ -100,18 +102,15 @@ class GenerateConfig:
     """replace output"""
     batch_size: Positive = 8
     """rows decoded together"""
-    num_beams: Positive = 1
-    """hypotheses of beam search; 1 is greedy"""
+    num_beams: Beams = 1
     stream: bool = False
     """print words as they come, one picture at a time"""
     max_new_tokens: Positive | None = None
     """longest answer in tokens; None takes 40 for captions, 8 for ScienceQA, 256 for chats"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """compute dtype; auto takes the model's, or fp32 where bf16 is slow"""
-    language_model: LocalPath | None = None
-    """where the decoder lies now; None takes the path that it was trained with"""
-    vision_tower: LocalPath | None = None
-    """where the tower lies now; None takes the path that it was trained with"""
+    language_model: BackbonePath = None
+    vision_tower: BackbonePath = None
 
     def __post_init__(self) -> None:
         require(not self.stream or self.num_beams == 1, "stream prints words as they come; beams have none")

@@ -49,13 +49,9 @@ def parse_generate_config(args: Sequence[str]) -> GenerateConfig:
 def parse_config(
     config_class: type[ConfigT], args: Sequence[str], description: str, default_recipe: str | None = None
 ) -> ConfigT:
-    """Parses flags, and before them the files of ``--config``; of what is given twice the last counts.
+    """Parses flags over the files of ``--config`` into a pydantic dataclass; the last of a flag counts.
 
-    Args:
-        config_class: a pydantic dataclass; sections are dataclasses too, and their names are dotted.
-        args: ``--name value`` or ``--name=value``, dashes for underscores; a switch needs no value.
-        description: begins the help.
-        default_recipe: ``--config`` also takes names of recipes; this one where it is not given.
+    With ``default_recipe``, ``--config`` also takes names of recipes, and is this one where it is not given.
     """
     settings = settings_of(config_class)
     parser = _flag_parser(settings, description)
@@ -160,7 +156,7 @@ def _build(config_class: type[ConfigT], given: Mapping[str, _Given]) -> ConfigT:
         first = error.errors()[0]
     # Numbers are of items in lists.
     name = ".".join(part for part in first["loc"] if isinstance(part, str))
-    if first["type"] == "missing":
+    if first["type"] == "missing" and name not in given:
         raise UserError(f"{name}: no value; give --{name}, or set it in the file of --config")
     told = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     raise UserError(f"{given[name].place if name in given else name} is {first['input']!r}; {told}")

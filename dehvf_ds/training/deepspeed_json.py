@@ -34,7 +34,8 @@ _COUNT: _Kind = ("a whole number above 0", lambda value: _is_number(value) and v
 _STAGE: _Kind = ("1, 2 or 3 (on one GPU take 2)", lambda value: type(value) is int and value in (1, 2, 3))
 _DTYPE: _Kind = ('"fp32" or "bf16"', lambda value: value in ("fp32", "bf16"))
 _DEVICE: _Kind = ('"cpu" or "none"; nvme is not supported', lambda value: value in ("cpu", "none"))
-_ANY: _Kind = ("what DeepSpeed takes", lambda value: True)
+_TEXT: _Kind = ("a text", lambda value: isinstance(value, str))
+_LIST: _Kind = ("a list", lambda value: isinstance(value, list))
 
 _ZERO, _OFFLOAD, _PROFILER = "zero_optimization.", "zero_optimization.offload_param.", "flops_profiler."
 SUPPORTED: Mapping[str, _Kind] = {
@@ -62,7 +63,8 @@ SUPPORTED: Mapping[str, _Kind] = {
         (_SWITCH, "comms_logger.", "enabled verbose prof_all debug"),
         (_SWITCH, _PROFILER, "enabled detailed"),
         (_NUMBER, _PROFILER, "recompute_fwd_factor profile_step module_depth top_modules"),
-        (_ANY, "", "comms_logger.prof_ops flops_profiler.output_file"),
+        (_TEXT, _PROFILER, "output_file"),
+        (_LIST, "comms_logger.", "prof_ops"),
     )
     for key in keys.split()
 }
@@ -186,7 +188,7 @@ def _is_off(value: Any) -> bool:
 def _fill(given: dict[str, Any], world_size: int, local_size: int) -> None:
     """Decides what is ``auto``, and refuses what DeepSpeed would accept and get wrong."""
     zero, bf16 = given.get("zero_optimization", {}), given.get("bf16", {})
-    stage = zero.get("stage")
+    stage, size = zero.get("stage"), zero.get("zero_hpz_partition_size", 1)
     if stage is None:
         raise ValueError("zero_optimization.stage is missing; it must be 1, 2 or 3 (on one GPU take 2)")
     if stage != 3 and zero.get("offload_param", {}).get("device") == "cpu":
@@ -196,7 +198,6 @@ def _fill(given: dict[str, Any], world_size: int, local_size: int) -> None:
     if stage == 1 and bf16.get("enabled") and given.get("data_types") == {"grad_accum_dtype": "fp32"}:
         # DeepSpeed's optimizer for this case keeps its state where no checkpoint of ours finds it.
         raise ValueError("zero_optimization.stage 1 with bf16 and grad_accum_dtype fp32 fails; take stage 2")
-    size = zero.get("zero_hpz_partition_size", 1)
     if size == "auto":
         # On a single node the second copy of the weights would cost memory for nothing.
         size = zero["zero_hpz_partition_size"] = local_size if local_size < world_size else 1
