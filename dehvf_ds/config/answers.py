@@ -11,9 +11,7 @@ from pydantic.dataclasses import dataclass
 from dehvf_ds.config.values import CHECKS, AtLeastZero, LocalPath, Positive, require
 
 Beams = Annotated[Positive, Field(description="hypotheses of beam search; 1 is greedy")]
-BackbonePath = Annotated[
-    LocalPath | None, Field(description="where it lies now; None: as in training")
-]
+BackbonePath = Annotated[LocalPath | None, Field(description="where it lies now; None: as in training")]
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
