@@ -17,8 +17,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dehvf_ds.config import parse_config, parse_run_config
-from dehvf_ds.config.kinds import settings_of
+from dehvf_ds.config import parse_config, parse_run_config, settings_of
 from dehvf_ds.distributed import run_entry
 from dehvf_ds.training.planning.place import PlanConfig
 from dehvf_ds.training.planning.plan import build_plan

@@ -15,8 +15,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dehvf_ds.config import parse_run_config
-from dehvf_ds.config.ignored import ignored_settings
+from dehvf_ds.config import ignored_settings, parse_run_config
 from dehvf_ds.distributed import meet, on_main, read_world, run_entry
 from dehvf_ds.evaluation.inside import InsideEvaluation
 from dehvf_ds.training.dry_run import dry_run

@@ -245,7 +245,7 @@ def test_the_tower_looks_once_and_nothing_of_it_is_cached(root, monkeypatch) -> 
         ("scienceqa", ["--prompt", "a", "--choices", "x"], "at least two"),
         ("scienceqa", ["--prompt", "a", "--choices", *map(str, range(27))], "--choices: needs 2 to 26 texts"),
         ("scienceqa", ["--prompt", "a", "--choices", "x", " "], "none of them empty"),
-        ("caption", ["--image", ""], "--image is empty"),
+        ("caption", ["--image", ""], "--image is ''"),
         ("caption", ["--image", "https://x.org/a.jpg"], "an address, not a file"),
         ("chat", ["--image", "{picture}"], "a model of task chat needs a question"),
         ("nothing", ["--prompt", "a"], "nothing: no such directory"),

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dehvf_ds.config import (
     DEEPSPEED_DIR,
@@ -18,8 +19,11 @@ from dehvf_ds.config import (
 )
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 
-RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
-JSONS = sorted(path.stem for path in DEEPSPEED_DIR.glob("*.json"))
+RECIPES = {path.stem for path in RECIPES_DIR.glob("*.yaml")}
+KINDS = [
+    (find_recipe, RECIPES_DIR, "*.yaml", ("{}", "{}.yaml", "dehvf_ds/recipes/{}.yaml", "./recipes/{}.yaml")),
+    (find_deepspeed_json, DEEPSPEED_DIR, "*.json", ("{}", "{}.json", "ds_configs/{}.json")),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -28,15 +32,18 @@ def elsewhere(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("form", ["{}", "{}.yaml", "dehvf_ds/recipes/{}.yaml", "./dehvf_ds/recipes/{}.yaml"])
-def test_every_recipe_is_found_from_elsewhere(form: str) -> None:
-    assert {find_recipe(form.format(name)) for name in RECIPES} == set(RECIPES_DIR.glob("*.yaml"))
-
-
-@pytest.mark.parametrize("form", ["{}", "{}.json", "ds_configs/{}.json", "./ds_configs/{}.json"])
-def test_every_deepspeed_json_is_found_from_elsewhere(form: str) -> None:
-    assert JSONS
-    assert {find_deepspeed_json(form.format(name)) for name in JSONS} == set(DEEPSPEED_DIR.glob("*.json"))
+@pytest.mark.parametrize(("find", "directory", "pattern", "forms"), KINDS)
+def test_shipped_files_are_found_from_elsewhere(find, directory: Path, pattern: str, forms) -> None:
+    files = set(directory.glob(pattern))
+    assert files
+    for form in forms:
+        assert {find(form.format(path.stem)) for path in files} == files
+    suffix = pattern.removeprefix("*")
+    for given in ("dmeo", f"other/demo{suffix}", f"/ds_configs/zero3{suffix}", f"../zero3{suffix}", ""):
+        with pytest.raises(UserError, match=re.escape(f" {given}: no such file")) as refused:
+            find(given)
+        assert ", ".join(sorted(path.stem for path in files)) in str(refused.value)
+        assert (str(Path.cwd()) in str(refused.value)) == (not given.startswith("/"))
 
 
 def test_a_file_of_the_working_directory_comes_first(elsewhere: Path) -> None:
@@ -49,21 +56,15 @@ def test_a_file_of_the_working_directory_comes_first(elsewhere: Path) -> None:
     assert parse_run_config(["--config", "demo"]).seed == 0
 
 
-@pytest.mark.parametrize(
-    "given", ["zero4", "other/zero3.json", "/ds_configs/zero3.json", "../zero3.json", ""]
-)
-def test_another_deepspeed_json_is_refused_with_where_it_was_looked_for(elsewhere: Path, given: str) -> None:
-    with pytest.raises(UserError, match=re.escape(f"--deepspeed {given}: no such file")) as refused:
-        find_deepspeed_json(given)
-    assert ", ".join(JSONS) in str(refused.value)
-    assert (str(elsewhere) in str(refused.value)) == (not given.startswith("/"))
+def test_the_promised_recipes_are_there() -> None:
+    assert {"demo", "flickr8k", "flickr8k_memvp", "flickr8k_prefix", "flickr8k_none"} <= RECIPES
 
 
-@pytest.mark.parametrize(
-    "given", ["dmeo", "other/demo.yaml", "/recipes/demo.yaml", "ds_configs/demo.yaml", ""]
-)
-def test_another_recipe_is_refused_with_where_it_was_looked_for(elsewhere: Path, given: str) -> None:
-    with pytest.raises(UserError, match=re.escape(f"--config {given}: no such file")) as refused:
-        parse_run_config(["--config", given])
-    assert ", ".join(RECIPES) in str(refused.value)
-    assert (str(elsewhere) in str(refused.value)) == (not given.startswith("/"))
+@pytest.mark.parametrize("arm", ["memvp", "none", "prefix"])
+def test_the_arms_of_flickr8k_differ_in_the_method_alone(arm: str) -> None:
+    base, other = (
+        yaml.safe_load((RECIPES_DIR / f"{name}.yaml").read_text()) for name in ("flickr8k", f"flickr8k_{arm}")
+    )
+    assert [other["model"].pop(key, None) for key in ("router", "fusion", "prefix_tokens")] != [None] * 3
+    assert other.pop("run_dir") != base.pop("run_dir")
+    assert other == base

@@ -1,57 +1,37 @@
 """What a run is made of: frozen dataclasses, their cross-field checks, YAML and flags.
 
 One owner per number: this configuration owns batch sizes, learning rate, steps and data; the JSON
-given by ``--deepspeed`` owns memory, precision and communication (DESIGN of the repository, README).
+given by ``--deepspeed`` owns memory, precision and communication (README).
 """
 
-from dehvf_ds.config.answers import EvalConfig, GenerateConfig
-from dehvf_ds.config.data import AugmentConfig, DataConfig, ScienceqaConfig
-from dehvf_ds.config.errors import JobError, UnsupervisedError, UserError
-from dehvf_ds.config.model import LoraConfig, ModelConfig
-from dehvf_ds.config.parse import (
-    load_run_config,
-    parse_config,
-    parse_eval_config,
-    parse_generate_config,
-    parse_run_config,
-    save_run_config,
-    to_plain,
-)
-from dehvf_ds.config.paths import expand_flags
-from dehvf_ds.config.run import InsideConfig, RunConfig, TrainConfig
-from dehvf_ds.config.shipped import (
-    DEEPSPEED_DIR,
-    RECIPES_DIR,
-    find_deepspeed_json,
-    find_recipe,
-    looked_in,
-)
+from pydantic_core import to_jsonable_python as to_plain  # noqa: F401
 
-__all__ = [
-    "DEEPSPEED_DIR",
-    "RECIPES_DIR",
-    "AugmentConfig",
-    "DataConfig",
-    "EvalConfig",
-    "GenerateConfig",
-    "InsideConfig",
-    "JobError",
-    "LoraConfig",
-    "ModelConfig",
-    "RunConfig",
-    "ScienceqaConfig",
-    "TrainConfig",
-    "UnsupervisedError",
-    "UserError",
-    "expand_flags",
-    "find_deepspeed_json",
-    "find_recipe",
-    "load_run_config",
-    "looked_in",
-    "parse_config",
-    "parse_eval_config",
-    "parse_generate_config",
-    "parse_run_config",
-    "save_run_config",
-    "to_plain",
-]
+from dehvf_ds.config.answers import EvalConfig as EvalConfig
+from dehvf_ds.config.answers import GenerateConfig as GenerateConfig
+from dehvf_ds.config.answers import InsideConfig as InsideConfig
+from dehvf_ds.config.parse import DEEPSPEED_DIR as DEEPSPEED_DIR
+from dehvf_ds.config.parse import RECIPES_DIR as RECIPES_DIR
+from dehvf_ds.config.parse import find_deepspeed_json as find_deepspeed_json
+from dehvf_ds.config.parse import find_recipe as find_recipe
+from dehvf_ds.config.parse import load_run_config as load_run_config
+from dehvf_ds.config.parse import looked_in as looked_in
+from dehvf_ds.config.parse import parse_config as parse_config
+from dehvf_ds.config.parse import parse_eval_config as parse_eval_config
+from dehvf_ds.config.parse import parse_generate_config as parse_generate_config
+from dehvf_ds.config.parse import parse_run_config as parse_run_config
+from dehvf_ds.config.parse import save_run_config as save_run_config
+from dehvf_ds.config.parse import suggestion as suggestion
+from dehvf_ds.config.run import AugmentConfig as AugmentConfig
+from dehvf_ds.config.run import DataConfig as DataConfig
+from dehvf_ds.config.run import LoraConfig as LoraConfig
+from dehvf_ds.config.run import ModelConfig as ModelConfig
+from dehvf_ds.config.run import RunConfig as RunConfig
+from dehvf_ds.config.run import ScienceqaConfig as ScienceqaConfig
+from dehvf_ds.config.run import TrainConfig as TrainConfig
+from dehvf_ds.config.run import ignored_settings as ignored_settings
+from dehvf_ds.config.values import JobError as JobError
+from dehvf_ds.config.values import UnsupervisedError as UnsupervisedError
+from dehvf_ds.config.values import UserError as UserError
+from dehvf_ds.config.values import expand_flags as expand_flags
+from dehvf_ds.config.values import require as require
+from dehvf_ds.config.values import settings_of as settings_of

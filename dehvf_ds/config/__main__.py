@@ -3,24 +3,18 @@
 python -m dehvf_ds.config data.train --config coco_llama13b
 """
 
-from __future__ import annotations
-
 import sys
+from operator import attrgetter
 
 from dehvf_ds.config import UserError, parse_run_config, to_plain
 
 
 def main(argv: list[str]) -> int:
     """Prints the value of the key that comes first, under the flags after it; returns the exit code."""
+    key, *flags = argv or [""]
     try:
-        if not argv:
-            raise UserError("usage: python -m dehvf_ds.config KEY [flags of train.py]")
-        value = to_plain(parse_run_config(argv[1:]))
-        for part in argv[0].split("."):
-            if not isinstance(value, dict) or part not in value:
-                raise UserError(f"{argv[0]}: no such key")
-            value = value[part]
-    except UserError as error:
+        value = to_plain(attrgetter(key)(parse_run_config(flags)))
+    except (AttributeError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("" if value is None else value)

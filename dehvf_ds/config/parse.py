@@ -3,201 +3,226 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+import difflib
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from dehvf_ds.config.answers import EvalConfig, GenerateConfig
-from dehvf_ds.config.errors import UserError
-from dehvf_ds.config.kinds import Setting, sections_of, settings_of
-from dehvf_ds.config.paths import expand_path, quote_path
 from dehvf_ds.config.run import RunConfig
-from dehvf_ds.config.shipped import find_recipe
-from dehvf_ds.config.values import flag_value
-from dehvf_ds.config.yaml_file import read_settings, suggestion
+from dehvf_ds.config.values import TEXT, UserError, expand_flags, settings_of
 
 ConfigT = TypeVar("ConfigT")
 
-HELP_FLAG = "--help"
-CONFIG_FLAG = "--config"
-IGNORED_FLAG = "--local_rank"
-"""Set by the deepspeed launcher."""
+_PACKAGE = Path(__file__).parents[1]
+
+RECIPES_DIR = _PACKAGE / "recipes"
+
+# A wheel has them inside the package, a clone beside it.
+DEEPSPEED_DIR = (_PACKAGE if (_PACKAGE / "ds_configs").is_dir() else _PACKAGE.parent) / "ds_configs"
+
+_FLAG = re.compile(r"\A--[\w.-]+(?=\+?(?:=|\Z))")
 
 
 def parse_run_config(args: Sequence[str], default_recipe: str = "demo") -> RunConfig:
-    """Parses flags and an optional YAML (``--config``) into a checked configuration.
-
-    Flags win over the file. ``--config`` takes a path or the name of a packaged recipe; without it the
-    recipe ``default_recipe`` is taken.
-
-    Raises:
-        UserError: unknown key, wrong type, a missing file, values that contradict each other.
-    """
-    return parse_config(
-        RunConfig, _resolve_recipe(_with_config_paths(args), default_recipe), "Trains DEHVF on DeepSpeed."
-    )
+    """Parses the flags of ``train.py`` over YAML files or recipes (``--config``), by default one recipe."""
+    return parse_config(RunConfig, args, "Trains DEHVF on DeepSpeed.", default_recipe)
 
 
 def parse_eval_config(args: Sequence[str]) -> EvalConfig:
-    """Parses the flags of ``eval.py``, or a YAML of them. Raises ``UserError`` as ``parse_run_config``."""
-    return parse_config(EvalConfig, _with_config_paths(args), "Evaluates a trained DEHVF model.")
+    """Parses the flags of ``eval.py``, or a YAML of them."""
+    return parse_config(EvalConfig, args, "Evaluates a trained DEHVF model.")
 
 
 def parse_generate_config(args: Sequence[str]) -> GenerateConfig:
-    """Parses the flags of ``generate.py``. Raises ``UserError`` as ``parse_run_config``."""
-    return parse_config(
-        GenerateConfig, _with_config_paths(args), "Describes pictures with a trained DEHVF model."
+    """Parses the flags of ``generate.py``, or a YAML of them."""
+    return parse_config(GenerateConfig, args, "Describes pictures with a trained DEHVF model.")
+
+
+def parse_config(
+    config_class: type[ConfigT], args: Sequence[str], description: str, default_recipe: str | None = None
+) -> ConfigT:
+    """Parses flags over the files of ``--config`` into a pydantic dataclass; the last of a flag counts.
+
+    With ``default_recipe``, ``--config`` also takes names of recipes, and is this one where it is not given.
+    """
+    settings = settings_of(config_class)
+    parser = _flag_parser(settings, description)
+    known, unknown = parser.parse_known_args(
+        [_FLAG.sub(lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in args]
     )
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        near = suggestion(flag.lstrip("-"), settings) or "; quote a text that has spaces"
+        raise UserError(f"{flag}: no such flag{near}")
+    flags = vars(expand_flags(known, "config"))
+    flags.pop("local_rank", None)
+    given: dict[str, _Given] = {}
+    for path in flags.pop("config", [default_recipe] if default_recipe else []):
+        given |= _read_yaml(find_recipe(path) if default_recipe else Path(path), settings)
+    return _build(config_class, given | {name: _Given(text, f"--{name}") for name, text in flags.items()})
+
+
+def load_run_config(path: Path) -> RunConfig:
+    """Reads what ``save_run_config`` wrote."""
+    return _build(RunConfig, _read_yaml(path, settings_of(RunConfig)))
 
 
 def save_run_config(config: RunConfig, path: Path) -> None:
     """Writes the resolved configuration as YAML that ``--config`` takes back."""
-    plain = to_plain(config)
-    for name, setting in settings_of(RunConfig).items():
-        if setting.kind.base == "path":
-            *sections, last = name.split(".")
-            section = plain
-            for part in sections:
-                section = section[part]
-            if section[last] is not None:
-                section[last] = quote_path(section[last])
+    plain = to_jsonable_python(config, context=TEXT)
     path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def load_run_config(path: Path) -> RunConfig:
-    """Reads what ``save_run_config`` wrote.
+def find_recipe(given: str) -> Path:
+    """The file that ``--config`` means: a path, or a shipped recipe (``demo``, ``recipes/demo.yaml``).
 
-    Raises:
-        UserError: the file is missing or is not a run's configuration.
+    Shipped files are found from every working directory; one that lies under the given path comes first.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; is this a run directory?")
-    return _build(RunConfig, read_settings(path, settings_of(RunConfig)))
+    return _find("--config", given, RECIPES_DIR, ".yaml")
 
 
-def to_plain(value: Any) -> Any:
-    """Turns dataclasses and tuples into dictionaries and lists, for YAML and JSON."""
-    if is_dataclass(value):
-        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, tuple):
-        return [to_plain(item) for item in value]
-    return value
+def find_deepspeed_json(given: str) -> Path:
+    """The file that ``--deepspeed`` means: a path, or a shipped one (``zero3``, ``zero3.json``)."""
+    return _find("--deepspeed", given, DEEPSPEED_DIR, ".json")
 
 
-def parse_config(config_class: type[ConfigT], args: Sequence[str], description: str) -> ConfigT:
-    """Parses flags, and the files of ``--config`` before them, into a checked configuration.
-
-    Args:
-        config_class: a dataclass whose annotations say what its settings take (``kinds.py``).
-        args: ``--name value`` or ``--name=value``, names with dots, dashes for underscores; a switch needs no
-            value; ``--name+=value`` adds to a list. Of a flag given twice the last counts.
-        description: begins the help.
-
-    Raises:
-        UserError: an unknown name, a value that the setting does not take, or none where one is needed.
-    """
-    settings = settings_of(config_class)
-    from_files: dict[str, Any] = {}
-    from_flags: dict[str, Any] = {}
-    for flag, name, text, adds in _flags(args, settings):
-        if flag == HELP_FLAG:
-            _print_help(settings, description)
-            sys.exit(0)
-        if flag == CONFIG_FLAG:
-            from_files |= read_settings(Path(text), settings)
-        elif flag != IGNORED_FLAG:
-            value = flag_value(settings[name].kind, text, flag)
-            from_flags[name] = [*from_flags.get(name, []), *value] if adds else value
-    return _build(config_class, from_files | from_flags)
+def looked_in(path: str | Path) -> str:
+    """Where a relative path was looked for, to go after "no such file"; nothing for an absolute one."""
+    return "" if Path(path).is_absolute() else f" in {Path.cwd()}"
 
 
-def _build(config_class: type[ConfigT], given: Mapping[str, Any]) -> ConfigT:
-    for name, setting in settings_of(config_class).items():
-        if setting.required and name not in given:
-            raise UserError(f"{name}: no value; give --{name}, or set it in the file of {CONFIG_FLAG}")
-    return _section(config_class, given, "")
+def suggestion(name: str, known: Collection[str]) -> str:
+    """Ends a message about a name that is not known: the nearest one that is."""
+    last = name.rpartition(".")[2]
+    near = difflib.get_close_matches(name, known, n=1) or [k for k in known if k.rpartition(".")[2] == last]
+    return f"; did you mean {near[0]}?" if near else ""
 
 
-def _section(config_class: type[ConfigT], given: Mapping[str, Any], prefix: str) -> ConfigT:
-    sections = dict(sections_of(config_class))
-    values = {}
-    for field in fields(config_class):  # pyright: ignore[reportArgumentType]
-        name = prefix + field.name
-        if field.name in sections:
-            values[field.name] = _section(sections[field.name], given, name + ".")
-        elif name in given:
-            values[field.name] = given[name]
-    return config_class(**values)
+class _Given(NamedTuple):
+    """A value as it was written, and where, for messages."""
+
+    text: str | list[str | None] | None
+    place: str
 
 
-def _flags(args: Sequence[str], settings: Mapping[str, Setting]) -> Iterator[tuple[str, str, str, bool]]:
-    """Yields each flag as written, its setting's name, its text, and whether it adds to a list."""
-    rest = list(args)
-    while rest:
-        arg = rest.pop(0)
-        if arg in ("-h", HELP_FLAG):
-            yield HELP_FLAG, "", "", False
-            continue
-        if not arg.startswith("--") or arg == "--":
-            raise UserError(
-                f"{arg!r}: a value without a flag before it; put quotes around a text with spaces"
-            )
-        flag, equals, text = arg.partition("=")
-        adds = bool(equals) and flag.endswith("+")
-        name = flag.removesuffix("+").removeprefix("--").replace("-", "_")
-        flag = "--" + name
-        if flag not in (CONFIG_FLAG, IGNORED_FLAG):
-            if name not in settings:
-                raise UserError(f"{flag}: no such flag{suggestion(name, settings)}")
-            kind = settings[name].kind
-            if adds and (kind.base != "list" or kind.is_tuple):
-                raise UserError(f"{flag}+= adds to a list, and {flag} is set whole: write {flag}={text}")
-            if not equals and kind.base == "bool" and (not rest or rest[0].startswith("--")):
-                text, equals = "true", "="
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UserError(f"{flag} needs a value; one that begins with -- is written {flag}=--...")
-            text = rest.pop(0)
-        yield flag, name, text, adds
+class _FlagParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; a value that begins with - is written --NAME=VALUE")
 
 
-def _print_help(settings: Mapping[str, Setting], description: str) -> None:
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument(CONFIG_FLAG, metavar="FILE", help="a YAML file; for training also a recipe's name")
-    for setting in settings.values():
-        kind = setting.kind
-        shown = "/".join(kind.choices) if kind.choices else kind.base.upper()
-        default = "needed" if setting.required else f"default: {setting.default}"
-        text = f"{setting.help} ({default})".replace("%", "%%")
-        parser.add_argument(f"--{setting.name}", metavar=shown, help=text)
-    parser.print_help()
+def _flag_parser(settings: Mapping[str, FieldInfo], description: str) -> argparse.ArgumentParser:
+    parser = _FlagParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    told = "a YAML file; for training also a recipe's name"
+    parser.add_argument("--config", action="append", metavar="FILE", help=told)
+    # The deepspeed launcher sets it.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    for name, field in settings.items():
+        default = field.get_default(call_default_factory=True)
+        told = f"{field.description} ({'needed' if field.is_required() else f'default: {default}'})"
+        options: dict[str, Any] = {"dest": name, "metavar": "VALUE", "help": told.replace("%", "%%")}
+        if get_origin(field.annotation) is Literal:
+            options["metavar"] = "/".join(get_args(field.annotation))
+        elif field.annotation is bool:
+            options |= {"nargs": "?", "const": "true"}
+        elif get_origin(field.annotation) is list:
+            options |= {"nargs": "+", "action": "extend"}
+            parser.add_argument(f"--{name}+", **options)
+        parser.add_argument(f"--{name}", **options)
+    return parser
 
 
-def _with_config_paths(args: Sequence[str]) -> list[str]:
-    """Expands ``~`` and variables in what ``--config`` names, before recipes are looked for."""
-    expanded = list(args)
-    for number, arg in enumerate(expanded):
-        if arg == CONFIG_FLAG and number + 1 < len(expanded):
-            expanded[number + 1] = expand_path(expanded[number + 1], CONFIG_FLAG)
-        elif arg.startswith(f"{CONFIG_FLAG}="):
-            path = expand_path(arg.removeprefix(f"{CONFIG_FLAG}="), CONFIG_FLAG)
-            expanded[number] = f"{CONFIG_FLAG}={path}"
-    return expanded
+def _build(config_class: type[ConfigT], given: Mapping[str, _Given]) -> ConfigT:
+    nested: dict[str, Any] = {}
+    for name, field in settings_of(config_class).items():
+        *sections, last = name.split(".")
+        section = nested
+        for part in sections:
+            section = section.setdefault(part, {})
+        if name in given:
+            # Only in a text setting is a quoted null, or that of a flag, a text.
+            null = given[name].text == "null" and NoneType in get_args(field.annotation)
+            section[last] = None if null and field.annotation != str | None else given[name].text
+    try:
+        return TypeAdapter(config_class).validate_python(nested, context=TEXT)
+    except ValidationError as error:
+        first = error.errors()[0]
+    # Numbers are of items in lists.
+    name = ".".join(part for part in first["loc"] if isinstance(part, str))
+    if first["type"] == "missing" and name not in given:
+        raise UserError(f"{name}: no value; give --{name}, or set it in the file of --config")
+    told = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    raise UserError(f"{given[name].place if name in given else name} is {first['input']!r}; {told}")
 
 
-def _resolve_recipe(args: Sequence[str], default_recipe: str) -> list[str]:
-    """Puts the recipes' paths in the place of their names, and the default recipe where none is named."""
-    resolved = list(args)
-    named = False
-    for i, arg in enumerate(args):
-        if arg == CONFIG_FLAG and i + 1 < len(args):
-            resolved[i + 1] = str(find_recipe(args[i + 1]))
-            named = True
-        elif arg.startswith(f"{CONFIG_FLAG}="):
-            resolved[i] = f"{CONFIG_FLAG}={find_recipe(arg.removeprefix(f'{CONFIG_FLAG}='))}"
-            named = True
-    return resolved if named else [CONFIG_FLAG, str(find_recipe(default_recipe)), *resolved]
+def _read_yaml(path: Path, settings: Mapping[str, FieldInfo]) -> dict[str, _Given]:
+    """The texts that a YAML file gives by dotted name: the setting, not YAML, says what a text means."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    found: dict[str, _Given] = {}
+    lines: dict[str, int] = {}
+    for name, line, node in _nodes(root, "", path, settings) if root is not None else ():
+        if name in lines:
+            raise UserError(f"{path}: {name} stands there twice, in lines {lines[name]} and {line}; keep one")
+        lines[name] = line
+        if name in settings:
+            place = f"{path}, line {line}: {name}"
+            listed = isinstance(node, yaml.SequenceNode)
+            text = [_scalar(item, place) for item in node.value] if listed else _scalar(node, place)
+            found[name] = _Given(text, place)
+    return found
+
+
+def _nodes(
+    node: yaml.Node, prefix: str, path: Path, settings: Mapping[str, FieldInfo]
+) -> Iterator[tuple[str, int, yaml.Node]]:
+    """Yields sections and settings by dotted name, with the line of their key."""
+    if _is_null(node):
+        return  # a section of which all lines are commented out
+    if not isinstance(node, yaml.MappingNode):
+        what = prefix.removesuffix(".") or "the file"
+        raise UserError(f"{path}, line {node.start_mark.line + 1}: {what} must hold `name: value` lines")
+    for key, value in node.value:
+        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        yield name, line, value
+        if name not in settings:
+            if not any(known.startswith(f"{name}.") for known in settings):
+                raise UserError(f"{path}, line {line}: no setting {name}{suggestion(name, settings)}")
+            yield from _nodes(value, f"{name}.", path, settings)
+
+
+def _scalar(node: yaml.Node, place: str) -> str | None:
+    if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str":
+        raise UserError(f"{place}: not one plain value; put it in quotes if it is a text")
+    if not _is_null(node):
+        return node.value
+    mark = node.start_mark
+    if (mark.buffer or "")[mark.pointer :].lstrip(" ").startswith("#"):
+        # YAML has dropped a text such as `#1`.
+        raise UserError(f"{place} has no value, since # begins a comment; quote a text, or write null")
+    return None
+
+
+def _is_null(node: yaml.Node) -> bool:
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    return plain and node.value in ("", "~", "null", "Null", "NULL")
+
+
+def _find(flag: str, given: str, directory: Path, suffix: str) -> Path:
+    path = Path(given)
+    if path.is_file():
+        return path
+    shipped = directory / f"{path.name.removesuffix(suffix)}{suffix}"
+    if path.parent.as_posix() in (".", directory.name, f"dehvf_ds/{directory.name}") and shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(other.stem for other in directory.glob(f"*{suffix}")))
+    raise UserError(f"{flag} {given}: no such file{looked_in(given)}; shipped with the package: {names}")

@@ -1,93 +1,194 @@
-"""A training run: sizes, optimizer, schedule, and what is looked at in its middle."""
+"""What a training run is made of. A field's type says what a setting takes, the text below it is its help."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import field
+from operator import attrgetter
 from typing import Annotated, Literal
 
-from dehvf_ds.config.data import DataConfig
-from dehvf_ds.config.errors import require
-from dehvf_ds.config.kinds import (
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from dehvf_ds.config.answers import InsideConfig
+from dehvf_ds.config.values import (
+    CHECKS,
     AtLeastZero,
-    Beams,
+    Listed,
     LocalPath,
-    Minutes,
     Positive,
     PositiveNumber,
-    Range,
-    Rows,
     Share,
     ShareBelowOne,
-    Tokens,
-    check_ranges,
+    require,
+    settings_of,
 )
-from dehvf_ds.config.model import ModelConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Sizes, optimizer and schedule of the run.
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class LoraConfig:
+    """LoRA adapters inside every FFN of the frozen LLM."""
 
-    Attributes:
-        epochs: passes over the data; fractions are allowed. Ignored when ``steps`` is given.
-        steps: number of optimizer steps.
-        global_batch_size: rows of one optimizer step over all ranks.
-        micro_batch_size: rows of one forward and backward on one rank; accumulation is derived.
-        lr: peak learning rate (AdamW).
-        min_lr_ratio: the cosine's end, as a share of ``lr``.
-        warmup_steps: optimizer steps of linear warm-up.
-        betas: AdamW's moment decays.
-        weight_decay: decoupled weight decay; applied to matrices only.
-        max_grad_norm: global norm that gradients are clipped to; 0 switches clipping off.
-        activation_checkpointing: recompute LLM layers in backward (non-reentrant).
-        max_bad_steps: non-finite steps in a row after which the run stops.
-        save_every: optimizer steps between checkpoints; 0 keeps none but that of a run asked to stop.
-        keep_checkpoints: newest checkpoints that are kept, beside the best.
-        max_failed_saves: checkpoints in a row that could not be written after which the run stops.
-        eval_every: optimizer steps between validations on ``data.val``; 0 validates at the end only.
-        levels_every: optimizer steps between the numbers of level weights and gains; 0 leaves them out.
-        timeout_minutes: how long a rank waits for a silent other in training before the job fails.
-        start_timeout_minutes: the same until training begins: in ZeRO-3 all wait while one reads the weights.
-        log_every: optimizer steps between plain log lines when the console is not a terminal.
-        trackers: experiment trackers by accelerate's names: tensorboard, wandb, mlflow, swanlab, ...
-    """
-
-    epochs: PositiveNumber = 1.0
-    steps: Positive | None = None
-    global_batch_size: Rows = 32
-    micro_batch_size: Rows = 16
-    lr: Annotated[float, Range(0, 100, open_low=True)] = 2e-3
-    min_lr_ratio: Share = 0.0
-    warmup_steps: AtLeastZero = 20
-    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
-    weight_decay: Annotated[float, Range(0, 100)] = 0.02
-    max_grad_norm: Annotated[float, Range(0, 10**6)] = 1.0
-    activation_checkpointing: bool = False
-    max_bad_steps: Positive = 5
-    save_every: AtLeastZero = 0
-    keep_checkpoints: Positive = 2
-    max_failed_saves: Positive = 3
-    eval_every: AtLeastZero = 0
-    levels_every: AtLeastZero = 50
-    timeout_minutes: Minutes = 30.0
-    start_timeout_minutes: Minutes = 30.0
-    log_every: Positive = 10
-    trackers: tuple[str, ...] = ("tensorboard",)
+    rank: AtLeastZero = 4
+    """LoRA rank; 0 switches the adapters off"""
+    alpha: PositiveNumber = 8.0
+    """LoRA alpha; the delta is scaled by alpha / rank"""
+    dropout: ShareBelowOne = 0.0
+    """dropout probability on the adapters' input"""
+    targets: Annotated[tuple[str, ...], Listed] = ("down_proj",)
+    """names of the FFN's linear maps that get an adapter"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "train.")
-        require(
-            self.global_batch_size % self.micro_batch_size == 0,
-            f"train.global_batch_size {self.global_batch_size} is not a multiple of "
-            f"train.micro_batch_size {self.micro_batch_size}",
-        )
+        require(self.rank == 0 or len(self.targets) > 0, "model.lora.targets names no linear map")
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class ModelConfig:
+    """The frozen backbones and the branch between them."""
+
+    language_model: LocalPath
+    """local directory or hub id of a Hugging Face decoder"""
+    vision_tower: LocalPath
+    """local directory or hub id of a Hugging Face vision tower"""
+    fusion: Literal["ffn", "prefix", "none"] = "ffn"
+    """ffn is DEHVF; prefix puts projected patches before the text; none is text only"""
+    router: Literal["layer", "static", "last"] = "layer"
+    """how an LLM layer weighs the tower's feature layers"""
+    num_levels: Positive = 6
+    """number of feature layers, evenly spaced, the last block included"""
+    levels: Annotated[tuple[Positive, ...] | None, Listed] = None
+    """feature layers by block number (1 is the first block); overrides num_levels"""
+    rank: Positive = 96
+    """width of the visual memory"""
+    router_dim: Positive = 32
+    """width of the router's queries and keys"""
+    image_size: Positive | None = None
+    """side of the square picture in pixels; None takes what the tower's processor makes"""
+    prefix_tokens: Positive | None = None
+    """visual tokens of fusion prefix, pooled from the patches; None keeps all"""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        trained = self.fusion != "none" or self.lora.rank > 0
+        require(trained, "model.fusion none with model.lora.rank 0 leaves nothing to train; set one of them")
+        rising = self.levels is None or (self.levels and list(self.levels) == sorted(set(self.levels)))
+        require(bool(rising), "model.levels must be rising block numbers, 1 the first")
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class ScienceqaConfig:
+    """What of a ScienceQA problem is shown and what is to be answered; the defaults are QCM-A."""
+
+    image_captions: bool = False
+    """put the shards' caption of the picture into the context (MemVP and ADEM-VL: in evaluation only)"""
+    lecture: bool = False
+    """the target goes on with the lecture; with solution this is QCM-ALE"""
+    solution: bool = False
+    """the target goes on with the solution"""
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class AugmentConfig:
+    """Random views of a training picture, drawn anew for (seed, epoch, sample)."""
+
+    min_crop: Annotated[float, Field(ge=0.01, le=1)] = 1.0
+    """smallest share of the picture's area that a random resized crop keeps; 1 switches it off"""
+    flip: Share = 0.0
+    """probability of a horizontal flip; it makes captions that tell left from right wrong"""
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class DataConfig:
+    """Where samples come from and how they become token ids."""
+
+    train: LocalPath
+    """directory of the training shards' manifest.json and index, and of the shards unless location is set"""
+    location: LocalPath | None = None
+    """where the shards lie if not in train: a directory, an http(s):// address, or a pipe: command with {}"""
+    cache_dir: LocalPath | None = None
+    """directory on a fast local disk that shards are copied to before they are read"""
+    cache_gb: PositiveNumber = 100.0
+    """largest size of cache_dir in GB (1e9 bytes); the least recently used shards leave first"""
+    task: Literal["caption", "scienceqa", "chat"] = "caption"
+    """chooses prompt and target"""
+    prompt: str | None = None
+    """the instruction before a caption; None takes the task's own"""
+    captions: Literal["all", "one"] = "all"
+    """all makes one sample of every caption of a picture; one draws one caption an epoch"""
+    scienceqa: ScienceqaConfig = field(default_factory=ScienceqaConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    max_tokens: Annotated[int, Field(ge=8, le=2**20)] = 128
+    """longest row in tokens; longer targets are cut"""
+    shuffle_window: Positive = 4096
+    """samples of a stream among which the order is drawn"""
+    bucket_steps: AtLeastZero = 0
+    """optimizer steps among which rows are sorted into steps of similar length; 0 keeps the drawn order"""
+    tail: Literal["wrap", "drop"] = "wrap"
+    """an epoch's last, partial batch: wrap fills it with the next epoch's first rows, drop leaves it out"""
+    on_bad: Literal["raise", "replace"] = "raise"
+    """a damaged sample: raise stops the run, replace substitutes another of its shard"""
+    max_bad_share: ShareBelowOne = 0.01
+    """with on_bad replace, share of substituted samples (after the first 1,000) that stops the run"""
+    num_workers: Annotated[int, Field(ge=0, le=256)] = 2
+    """loader processes a rank"""
+    val: LocalPath | None = None
+    """directory of validation shards; None validates nothing"""
+    val_samples: AtLeastZero = 0
+    """captions, problems or chats of val to take, from the first; 0 means all"""
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class TrainConfig:
+    """Sizes, optimizer and schedule of the run."""
+
+    epochs: PositiveNumber = 1.0
+    """passes over the data; fractions are allowed; ignored when steps is given"""
+    steps: Positive | None = None
+    """number of optimizer steps"""
+    global_batch_size: Positive = 32
+    """rows of one optimizer step over all ranks"""
+    micro_batch_size: Positive = 16
+    """rows of one forward and backward on one rank; accumulation is derived"""
+    lr: Annotated[float, Field(gt=0, le=100)] = 2e-3
+    """peak learning rate (AdamW)"""
+    min_lr_ratio: Share = 0.0
+    """the cosine's end, as a share of lr"""
+    warmup_steps: AtLeastZero = 20
+    """optimizer steps of linear warm-up"""
+    betas: Annotated[tuple[ShareBelowOne, ShareBelowOne], Listed] = (0.9, 0.95)
+    """AdamW's moment decays"""
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.02
+    """decoupled weight decay; applied to matrices only"""
+    max_grad_norm: Annotated[float, Field(ge=0, le=10**6)] = 1.0
+    """global norm that gradients are clipped to; 0 switches clipping off"""
+    activation_checkpointing: bool = False
+    """recompute LLM layers in backward (non-reentrant)"""
+    max_bad_steps: Positive = 5
+    """non-finite steps in a row after which the run stops"""
+    save_every: AtLeastZero = 0
+    """optimizer steps between checkpoints; 0 keeps none but that of a run asked to stop"""
+    keep_checkpoints: Positive = 2
+    """newest checkpoints that are kept, beside the best"""
+    max_failed_saves: Positive = 3
+    """checkpoints in a row that could not be written after which the run stops"""
+    eval_every: AtLeastZero = 0
+    """optimizer steps between validations on data.val; 0 validates at the end only"""
+    levels_every: AtLeastZero = 50
+    """optimizer steps between records of the fuser's layer weights and scales; 0 leaves them out"""
+    timeout_minutes: PositiveNumber = 30.0
+    """how long a rank waits for a silent other in training before the job fails"""
+    start_timeout_minutes: PositiveNumber = 30.0
+    """the same until training begins: in ZeRO-3 all wait while one reads the weights"""
+    log_every: Positive = 10
+    """optimizer steps between plain log lines when the console is not a terminal"""
+    trackers: Annotated[tuple[str, ...], Listed] = ("tensorboard",)
+    """experiment trackers by accelerate's names: tensorboard, wandb, mlflow, swanlab, ..."""
+
+    def __post_init__(self) -> None:
+        self.accumulation(1)
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-steps of one optimizer step on ``world_size`` ranks.
-
-        Raises:
-            UserError: the global batch does not divide into micro-batches over these ranks.
-        """
+        """Micro-steps of one optimizer step; refuses a number of ranks that the global batch does not fit."""
         rows = self.micro_batch_size * world_size
         require(
             self.global_batch_size % rows == 0,
@@ -98,68 +199,64 @@ class TrainConfig:
         return self.global_batch_size // rows
 
 
-@dataclass(frozen=True, kw_only=True)
-class InsideConfig:
-    """Answers and scores in the middle of the run, by a whole copy of the model on every rank.
-
-    Attributes:
-        every_steps: optimizer steps between evaluations, with one at the end; 0 evaluates nothing.
-        data: directory of evaluation shards; None takes ``data.val``.
-        max_samples: rows to ask, from the first.
-        batch_size: rows answered together on one rank.
-        max_new_tokens: longest answer in tokens; None means 40 for captions and 8 for ScienceQA.
-        num_beams: hypotheses of beam search; 1 is greedy.
-        tokenizer: of caption scores; ``simple`` needs no Java, and is not comparable with published numbers.
-    """
-
-    every_steps: AtLeastZero = 0
-    data: LocalPath | None = None
-    max_samples: Positive = 256
-    batch_size: Rows = 16
-    max_new_tokens: Tokens | None = None
-    num_beams: Beams = 1
-    tokenizer: Literal["ptb", "simple"] = "ptb"
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "eval.")
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
 class RunConfig:
-    """One training run.
-
-    Attributes:
-        run_dir: directory that the run writes; created.
-        model: backbones and branch.
-        data: shards and tokens.
-        train: sizes and optimizer.
-        eval: answers and scores in the middle of the run.
-        seed: seed of initial values, order and augmentation.
-        deepspeed: path of the DeepSpeed JSON.
-        overwrite: empty ``run_dir`` where it holds another run; without it such a directory is refused.
-        resume: ``auto`` goes on from the run directory's newest checkpoint, if there is one; ``never``; or a
-            checkpoint's path.
-        init_from: run directory or adapter artifact whose trained weights a new run starts from.
-        dry_run: check everything, read a batch of each set, take a step of a scaled-down copy; write nothing.
-    """
+    """One training run."""
 
     run_dir: LocalPath
+    """directory that the run writes; created"""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: InsideConfig = field(default_factory=InsideConfig)
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    """seed of initial values, order and augmentation"""
     deepspeed: LocalPath = "ds_configs/zero3.json"
+    """path of the DeepSpeed JSON, or the name of a shipped one"""
     overwrite: bool = False
+    """empty run_dir where it holds another run; without it such a directory is refused"""
     resume: LocalPath = "auto"
+    """auto goes on from the newest checkpoint of run_dir, if it has one; never; or a checkpoint's path"""
     init_from: LocalPath | None = None
+    """run directory or adapter artifact whose trained weights a new run starts from"""
     dry_run: bool = False
+    """check everything, read a batch of each set, take a step of a scaled-down copy; write nothing"""
 
     def __post_init__(self) -> None:
-        check_ranges(self)
         if self.eval.every_steps:
             require(self.data.task != "chat", "eval.every_steps: data.task chat has no scores; leave it 0")
-            require(
-                self.eval.data is not None or self.data.val is not None,
-                "eval.every_steps needs rows to ask: give eval.data or data.val",
-            )
+            given = self.eval.data is not None or self.data.val is not None
+            require(given, "eval.every_steps needs rows to ask: give eval.data or data.val")
+
+
+# A setting, the values of it beside which others change nothing, and those others.
+_IDLE: tuple[tuple[str, Callable[[object], bool], str], ...] = (
+    ("model.fusion", lambda fusion: fusion != "prefix", "model.prefix_tokens"),
+    ("model.fusion", lambda fusion: fusion != "ffn", "model.router model.router_dim model.rank"),
+    ("model.fusion", lambda fusion: fusion != "ffn", "model.levels model.num_levels"),
+    ("model.fusion", lambda fusion: fusion == "none", "model.image_size"),
+    ("model.router", lambda router: router != "layer", "model.router_dim"),
+    ("model.levels", lambda levels: levels is not None, "model.num_levels"),
+    ("model.lora.rank", lambda rank: rank == 0, "model.lora.alpha model.lora.dropout model.lora.targets"),
+    ("data.task", lambda task: task != "caption", "data.prompt data.captions"),
+    ("data.task", lambda task: task != "scienceqa", "data.scienceqa.image_captions"),
+    ("data.task", lambda task: task != "scienceqa", "data.scienceqa.lecture data.scienceqa.solution"),
+    ("data.cache_dir", lambda path: path is None, "data.cache_gb"),
+    ("data.on_bad", lambda on_bad: on_bad == "raise", "data.max_bad_share"),
+    ("data.val", lambda path: path is None, "data.val_samples train.eval_every"),
+    ("eval.every_steps", lambda steps: steps == 0, "eval.data eval.max_samples eval.batch_size"),
+    ("eval.every_steps", lambda steps: steps == 0, "eval.max_new_tokens eval.num_beams eval.tokenizer"),
+    ("resume", lambda resume: resume not in ("auto", "never"), "init_from"),
+)
+
+
+def ignored_settings(config: RunConfig) -> list[str]:
+    """One line for each setting that is not its default and has no effect because of another."""
+    lines: dict[str, str] = {}
+    for cause, is_idle, names in _IDLE:
+        found = attrgetter(cause)(config)
+        for name in names.split() if is_idle(found) else ():
+            value = attrgetter(name)(config)
+            if value != settings_of(RunConfig)[name].get_default():
+                lines.setdefault(name, f"{name} {value} has no effect: {cause} is {found}")
+    return list(lines.values())

@@ -1,120 +1,119 @@
-"""From the text in a flag or a YAML file to the value that a setting takes, or an error."""
+"""What a setting may be: a number in its range, a path as a shell would take it. And what is raised."""
 
 from __future__ import annotations
 
-import math
+import argparse
+import os
 import re
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from functools import cache
+from pathlib import Path
+from string import Template
+from typing import Annotated
 
-import yaml
-
-from dehvf_ds.config.errors import UserError
-from dehvf_ds.config.kinds import Kind
-from dehvf_ds.config.paths import expand_path
-
-_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][+-]?\d+)?", re.ASCII)
-_NOT_FINITE = re.compile(r"[+-]?\.?(inf|infinity|nan)", re.IGNORECASE)
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic.fields import FieldInfo
 
 
-def parse_text(kind: Kind, text: str, name: str) -> Any:
-    """The value that a flag's text, or a scalar of a file, stands for.
-
-    Text settings take the text as it is. ``null`` is no value for all others that may be without one.
-
-    Args:
-        kind: what the setting takes.
-        text: what was given.
-        name: what messages call the setting.
-
-    Raises:
-        UserError: it is no value of this kind.
-    """
-    if kind.base == "text":
-        return text
-    if kind.optional and text == "null":
-        return None
-    if kind.base == "path":
-        return _path(text, name)
-    word = text.strip()
-    if kind.base == "list":
-        return _items(kind, word, name)
-    if kind.base == "choice":
-        if word not in kind.choices:
-            raise UserError(f"{name} is {text!r}; it must be one of {', '.join(kind.choices)}")
-        return word
-    if kind.base == "bool":
-        if word.lower() not in _BOOLS:
-            raise UserError(f"{name} is {text!r}; it must be true or false")
-        return _BOOLS[word.lower()]
-    return _number(kind, word, name)
+class UserError(Exception):
+    """A mistake in what the user gave us. Programs print its one line and exit with code 2."""
 
 
-def flag_value(kind: Kind, text: str, name: str) -> Any:
-    """The value of a flag. A list of texts takes the flag's text as its only item; others take ``[a, b]``."""
-    if kind.base == "list" and not kind.is_tuple:
-        return [parse_text(kind.items[0], text, name)]
-    if kind.base == "list" and text.strip().startswith("["):
-        try:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-        except yaml.YAMLError:
-            node = None
-        if not isinstance(node, yaml.SequenceNode):
-            raise UserError(f"{name} is {text!r}; write a list as [a, b]")
-        return tuple(_take(kind, [_scalar(item, name) for item in node.value], name))
-    return parse_text(kind, text, name)
+class UnsupervisedError(UserError):
+    """Rows without a single token to learn; every rank finds it, since the tokens are counted over all."""
 
 
-def _scalar(node: yaml.Node, name: str) -> str:
-    if not isinstance(node, yaml.ScalarNode):
-        raise UserError(f"{name}: a list in a list")
-    return node.value
+class JobError(Exception):
+    """Ends the job with one line and ``code``: no mistake of the user's, nor of a program."""
+
+    code = 1
 
 
-def _items(kind: Kind, text: str, name: str) -> Any:
-    if text.startswith("["):
-        raise UserError(f"{name} is {text!r}, a text; write a list without quotes")
-    items = _take(kind, [part.strip() for part in text.split(",")], name)
-    return tuple(items) if kind.is_tuple else items
+def require(condition: bool, message: str) -> None:
+    """Raises ``UserError(message)`` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
-def _take(kind: Kind, texts: list[str], name: str) -> list[Any]:
-    return [
-        parse_text(item, text, name)
-        for item, text in zip(item_kinds(kind, len(texts), name), texts, strict=True)
-    ]
+_ELSEWHERE = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]+://")
 
 
-def item_kinds(kind: Kind, count: int, name: str) -> list[Kind]:
-    """The kinds of a list's items.
+def expand_path(text: str) -> str:
+    """Expands a leading ``~``, ``$VAR`` and ``${VAR}``; ``$$`` is a dollar sign.
+
+    A ``pipe:`` command belongs to its shell and an address to its server: both stay as they are. So does the
+    name of a file that a shell's pattern found (``cost$5.jpg``), where its variable does not exist.
 
     Raises:
-        UserError: it takes another number of them.
+        ValueError: no path, no such user, or a variable that is empty or not set.
     """
-    if kind.length is None:
-        return [kind.items[0]] * count
-    if count != kind.length:
-        raise UserError(f"{name} has {count} values, not {kind.length}")
-    return list(kind.items)
-
-
-def _path(text: str, name: str) -> str:
     if not text.strip():
-        raise UserError(f"{name} is empty; it must be a path")
-    if "\0" in text:
-        raise UserError(f"{name} {text!r} is no path")
-    return expand_path(text, name)
+        raise ValueError("it should be a path")
+    template = Template(text)
+    known = template.is_valid() and all(os.environ.get(name) for name in template.get_identifiers())
+    if _ELSEWHERE.match(text) or (not known and Path(text).exists()):
+        return text
+    if not known:
+        raise ValueError("a variable in it is empty or not set; write $$ for a dollar sign")
+    path = os.path.expanduser(template.substitute(os.environ))  # noqa: PTH111 (a Path raises for no such user)
+    if path.startswith("~") and not Path(path).exists():
+        raise ValueError(f"there is no such user; ./{path} is a file in this folder")
+    return path
 
 
-def _number(kind: Kind, text: str, name: str) -> int | float:
-    whole = kind.base == "int"
-    if not _NOT_FINITE.fullmatch(text) and not _NUMBER.fullmatch(text):
-        raise UserError(f"{name} is {text!r}, not a {'whole ' * whole}number")
-    number = float(re.sub(r"\.(?=[a-z])", "", text.lower().replace("_", "")))
-    if whole and math.isfinite(number) and not number.is_integer():
-        raise UserError(f"{name} is {text}, not a whole number")
-    assert kind.range is not None
-    if number not in kind.range:
-        raise UserError(f"{name} is {text}; it must be {kind.range}")
-    # No range goes so far that a float would round a whole number in it.
-    return int(number) if whole else number
+def quote_path(path: str) -> str:
+    """Writes a path so that ``expand_path`` gives it back."""
+    if _ELSEWHERE.match(path):
+        return path
+    return ("./" if path.startswith("~") else "") + path.replace("$", "$$")
+
+
+def expand_flags(args: argparse.Namespace, *names: str) -> argparse.Namespace:
+    """Expands, in place, every ``Path`` among an ``argparse`` parser's values, and the texts ``names``."""
+    for name, value in vars(args).items():
+        items = value if isinstance(value, list) else [value]
+        paths = [isinstance(item, Path) or (name in names and item is not None) for item in items]
+        try:
+            new = [type(i)(expand_path(str(i))) if path else i for i, path in zip(items, paths, strict=True)]
+        except ValueError as error:
+            raise UserError(f"--{name.replace('_', '-')} {value}: {error}") from None
+        setattr(args, name, new if isinstance(value, list) else new[0])
+    return args
+
+
+CHECKS = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+"""Of every configuration class. Made in Python of wrong values, one raises pydantic's ``ValidationError``."""
+
+TEXT = "text"
+"""Pydantic's context while a user's text is read or written: in its paths, variables are expanded."""
+
+LocalPath = Annotated[
+    str,
+    AfterValidator(lambda path, info: expand_path(path) if info.context == TEXT else path),
+    PlainSerializer(lambda path, info: quote_path(path) if info.context == TEXT else path, return_type=str),
+]
+"""A path, a hub id or an address."""
+
+# Far above any use, and below what overflows a counter.
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+AtLeastZero = Annotated[int, Field(ge=0, le=10**9)]
+PositiveNumber = Annotated[float, Field(gt=0, le=10**6)]
+Share = Annotated[float, Field(ge=0, le=1)]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+Listed = BeforeValidator(lambda value: re.findall(r"[^][,\s]+", value) if isinstance(value, str) else value)
+"""Of a tuple: it may be written as one text, ``[a, b]`` or ``a, b``."""
+
+
+@cache
+def settings_of(config_class: type) -> Mapping[str, FieldInfo]:
+    """The settings of a configuration class by dotted name, those of its sections included."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in config_class.__pydantic_fields__.items():  # pyright: ignore[reportAttributeAccessIssue]
+        if is_dataclass(field.annotation):
+            found |= {f"{name}.{inner}": setting for inner, setting in settings_of(field.annotation).items()}
+        else:
+            found[name] = field
+    return found

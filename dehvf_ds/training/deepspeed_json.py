@@ -1,145 +1,220 @@
-"""The DeepSpeed JSON: read, checked, and completed with what our configuration owns."""
+"""The DeepSpeed JSON: which keys this trainer works with, and what the run's configuration fills in.
+
+DeepSpeed passes over keys that it does not know and takes ``"false"`` for true. So every key and the kind of
+every value are checked here; ranges and combinations are checked by DeepSpeed's own configuration.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
-from dehvf_ds.config import RunConfig, UserError, find_deepspeed_json
+from dehvf_ds.config import RunConfig, UserError, find_deepspeed_json, suggestion
 from dehvf_ds.distributed import has_fast_bf16
-from dehvf_ds.training.deepspeed_keys import check_keys
 
-_JSON_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[][{}]')
+
+def _is_number(value: object) -> bool:
+    # No key takes a negative number but the profiler's depth, where -1 is all.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1 <= value < 1e18
+
+
+_Kind = tuple[str, Callable[[Any], bool]]
+"""What a value must be, in words and as a test."""
+
+_SWITCH: _Kind = ("true or false", lambda value: isinstance(value, bool))
+_NUMBER: _Kind = ("a number", _is_number)
+# DeepSpeed divides by these two kinds, and does not check them itself.
+_DIVISOR: _Kind = ("a number above 0", lambda value: _is_number(value) and value > 0)
+_COUNT: _Kind = ("a whole number above 0", lambda value: _is_number(value) and value > 0 and value % 1 == 0)
+# Stage 0 takes steps of NaN gradients, and keeps no fp32 weights beside bf16.
+_STAGE: _Kind = ("1, 2 or 3 (on one GPU take 2)", lambda value: type(value) is int and value in (1, 2, 3))
+_DTYPE: _Kind = ('"fp32" or "bf16"', lambda value: value in ("fp32", "bf16"))
+_DEVICE: _Kind = ('"cpu" or "none"; nvme is not supported', lambda value: value in ("cpu", "none"))
+_TEXT: _Kind = ("a text", lambda value: isinstance(value, str))
+_LIST: _Kind = ("a list", lambda value: isinstance(value, list))
+
+_ZERO, _OFFLOAD, _PROFILER = "zero_optimization.", "zero_optimization.offload_param.", "flops_profiler."
+SUPPORTED: Mapping[str, _Kind] = {
+    section + key: kind
+    for kind, section, keys in (
+        (_SWITCH, "", "prescale_gradients zero_allow_untested_optimizer zero_force_ds_cpu_optimizer"),
+        (_SWITCH, "", "disable_allgather wall_clock_breakdown memory_breakdown dump_state bf16.enabled"),
+        (_NUMBER, "", "train_batch_size train_micro_batch_size_per_gpu"),
+        (_NUMBER, "", "gradient_accumulation_steps gradient_clipping"),
+        (_DIVISOR, "", "gradient_predivide_factor"),
+        (_COUNT, "", "steps_per_print"),
+        (_DTYPE, "", "communication_data_type data_types.grad_accum_dtype"),
+        (_STAGE, _ZERO, "stage"),
+        (_SWITCH, _ZERO, "overlap_comm contiguous_gradients reduce_scatter allgather_partitions"),
+        (_SWITCH, _ZERO, "use_multi_rank_bucket_allreduce round_robin_gradients ignore_unused_parameters"),
+        (_SWITCH, _ZERO, "stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential"),
+        (_SWITCH, _ZERO, "stage3_gather_16bit_weights_on_model_save memory_efficient_linear"),
+        (_SWITCH, _ZERO, "log_trace_cache_warnings enable_sanity_checks"),
+        (_NUMBER, _ZERO, "reduce_bucket_size stage3_prefetch_bucket_size stage3_max_reuse_distance"),
+        (_NUMBER, _ZERO, "stage3_param_persistence_threshold stage3_model_persistence_threshold"),
+        (_NUMBER, _ZERO, "stage3_max_live_parameters stage3_module_granularity_threshold"),
+        (_COUNT, _ZERO, "zero_hpz_partition_size sub_group_size allgather_bucket_size"),
+        (_DEVICE, _OFFLOAD, "device"),
+        (_SWITCH, _OFFLOAD, "pin_memory"),
+        (_SWITCH, "comms_logger.", "enabled verbose prof_all debug"),
+        (_SWITCH, _PROFILER, "enabled detailed"),
+        (_NUMBER, _PROFILER, "recompute_fwd_factor profile_step module_depth top_modules"),
+        (_TEXT, _PROFILER, "output_file"),
+        (_LIST, "comms_logger.", "prof_ops"),
+    )
+    for key in keys.split()
+}
+"""Keys that this trainer works with."""
+
+_SECTIONS = {key.rpartition(".")[0] for key in SUPPORTED}
+
+_FILLED = ("bf16.enabled", "zero_optimization.zero_hpz_partition_size")
+"""Keys whose ``auto`` is decided here; elsewhere DeepSpeed's default is taken."""
+
+_REFUSED: Mapping[str, str] = {
+    key: reason
+    for keys, reason in (
+        ("optimizer scheduler", "is set by train.* of the run's configuration"),
+        ("fp16 amp torch_autocast", "is not supported; enable bf16, or neither for fp32"),
+        (
+            "tensorboard wandb csv_monitor comet",
+            "is not written; see the run's metrics.jsonl and tensorboard/",
+        ),
+        ("activation_checkpointing", "has no effect here; set train.activation_checkpointing"),
+        ("sparse_gradients", "is not supported: nothing sparse is trained"),
+        ("curriculum_learning data_efficiency dataloader_drop_last", "is not supported; see data.*"),
+        ("compression_training progressive_layer_drop sparse_attention", "would change the frozen model"),
+        ("pipeline tensor_parallel expert_parallel", "is not supported: ZeRO shards the model"),
+        ("elasticity checkpoint", "is not supported: a run's checkpoints fit any number of ranks"),
+        ("autotuning", "is not supported; dehvf_ds/plan.py says what fits"),
+        ("aio zero_optimization.offload_param.nvme_path", "is of nvme, which is not supported"),
+        ("zero_optimization.offload_optimizer", "is not supported: the optimizer's states are small"),
+        ("zero_optimization.zero_quantized_weights", "would change the frozen weights"),
+        ("zero_optimization.zero_quantized_nontrainable_weights", "would change the frozen weights"),
+        ("zero_optimization.zero_quantized_gradients hybrid_engine compile", "is not supported"),
+        ("bf16.bf16_master_weights_and_grads bf16.bf16_optimizer_states", "is not supported: fp32 is kept"),
+    )
+    for key in keys.split()
+}
+"""Keys that DeepSpeed knows and this trainer does without, and why. Switched off they may stand there."""
 
 
 def read_deepspeed_json(
     path: str, config: RunConfig, world_size: int, local_size: int | None = None
 ) -> dict[str, Any]:
-    """Reads the DeepSpeed JSON and completes it with what our configuration owns.
+    """Reads a DeepSpeed JSON, by path or shipped name, and adds what the run's configuration owns.
 
-    Args:
-        path: the JSON file, or a shipped one's name.
-        config: the run; owner of batch sizes, clipping, optimizer and schedule.
-        world_size: ranks of the job.
-        local_size: ranks of a node, for hpZ's ``auto``; None means all are of one node.
-
-    Returns:
-        A configuration for ``deepspeed.initialize`` and ``HfDeepSpeedConfig``.
-
-    Raises:
-        UserError: no such file, not JSON, a key that contradicts our configuration or is not supported.
+    ``local_size`` are the ranks of a node, for hpZ's ``auto``; None means that all ranks are of one node. The
+    result is for ``deepspeed.initialize`` and ``HfDeepSpeedConfig``.
     """
-    try:
-        text = find_deepspeed_json(path).read_text(encoding="utf-8-sig")
-        given = json.loads(text, parse_constant=_refuse_constant)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--deepspeed {path}: {error}") from None
-    if not isinstance(given, dict):
-        raise UserError(f"--deepspeed {path}: not a JSON object")
-    _refuse_duplicates(text, path)
-    given = check_keys(given, path)
-    train = config.train
+    file, train = find_deepspeed_json(path), config.train
     owned = {
         "train_batch_size": ("train.global_batch_size", train.global_batch_size),
         "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
         "gradient_accumulation_steps": ("the derived accumulation", train.accumulation(world_size)),
         "gradient_clipping": ("train.max_grad_norm", train.max_grad_norm),
     }
-    for key, (ours, value) in owned.items():
-        if given.get(key, "auto") not in ("auto", value):
-            raise UserError(f"{path}: {key} is {given[key]}, but {ours} is {value}; remove it from the JSON")
-    if given.get("bf16", {}).get("enabled") == "auto":
-        given["bf16"] = given["bf16"] | {"enabled": has_fast_bf16()}
-    fp32_sums = given.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-    if given["zero_optimization"]["stage"] == 1 and _enabled(given, "bf16") and fp32_sums:
-        # DeepSpeed's optimizer for this case keeps its state where no checkpoint of ours finds it.
-        raise UserError(
-            f"{path}: zero_optimization.stage 1 with bf16 and data_types.grad_accum_dtype fp32 fails; "
-            "take stage 2"
-        )
-    _fill_hpz(path, given, world_size, local_size or world_size)
-    _check_with_deepspeed(path, given)
-    given |= {key: value for key, (_, value) in owned.items()}
-    given.setdefault("steps_per_print", 10**9)
-    return given
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        given = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates)
+        if not isinstance(given, dict):
+            raise ValueError("not a JSON object")
+        kept = dict(_checked(given, ""))
+        for key, (ours, value) in owned.items():
+            if kept.get(key, value) != value:
+                raise ValueError(f"{key} is {kept[key]}, but {ours} is {value}; remove it from the JSON")
+        _fill(kept, world_size, local_size or world_size)
+        _check_with_deepspeed(kept)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--deepspeed {path}: {error}") from None
+    return {"steps_per_print": 10**9} | kept | {key: value for key, (_, value) in owned.items()}
 
 
-def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+def compute_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
     """The dtype that a DeepSpeed configuration computes in: bf16 or fp32."""
-    return torch.bfloat16 if _enabled(ds_config, "bf16") else torch.float32
+    return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") is True else torch.float32
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _refuse_duplicates(text: str, path: str) -> None:
-    """Refuses a key that stands in one object twice, of which JSON's readers take the last in silence.
-
-    Args:
-        text: JSON that was read once.
-        path: the file, for the message.
-    """
-    open_objects: list[dict[str, int]] = []
-    names: list[str] = []
-    key = ""
-    for match in _JSON_TOKEN.finditer(text):
-        if match[0] in "{[":
-            open_objects.append({})
-            names.append(key)
-            key = ""
-        elif match[0] in "}]":
-            open_objects.pop()
-            names.pop()
-            key = ""
-        elif match[2]:
-            key, line = json.loads(match[1]), text.count("\n", 0, match.start()) + 1
-            if key in open_objects[-1]:
-                full = ".".join([name for name in names[1:] if name] + [key])
-                raise UserError(
-                    f"{path}: {full} stands there twice, in line {open_objects[-1][key]} and in line {line}; "
-                    "keep one"
-                )
-            open_objects[-1][key] = line
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a key that stands in it twice, JSON's readers take the last in silence."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} stands there twice in one section; keep one")
+        found[key] = value
+    return found
 
 
-def _check_with_deepspeed(path: str, given: dict[str, Any]) -> None:
-    """Lets DeepSpeed read the configuration, for the ranges and combinations that it checks itself."""
+def _checked(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yields keys and values, without comments (keys that begin with ``_``) and what is switched off."""
+    for key, value in section.items():
+        name = prefix + key
+        if key.startswith("_") or value is None or (name in _REFUSED and _is_off(value)):
+            continue
+        if name in _REFUSED:
+            raise ValueError(f"{name} {_REFUSED[name]}; remove it from the JSON")
+        if "." in key or (name not in SUPPORTED and name not in _SECTIONS):
+            near = suggestion(name, [*SUPPORTED, *_SECTIONS, *_REFUSED])
+            raise ValueError(f"{name} is no key that is supported here{near}")
+        if name in SUPPORTED:
+            wanted, fits = SUPPORTED[name]
+            if value == "auto" and name not in _FILLED:
+                continue
+            if value != "auto" and not fits(value):
+                unquoted = ", without quotes" if isinstance(value, str) and '"' not in wanted else ""
+                raise ValueError(f"{name} is {value!r}; it must be {wanted}{unquoted}")
+            yield key, value
+        elif isinstance(value, Mapping):
+            yield key, dict(_checked(value, f"{name}."))
+        else:
+            raise ValueError(f"{name} is {value!r}, not a section in braces")
+
+
+def _is_off(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        switches = [value[key] for key in ("enabled", "device") if key in value]
+        return all(map(_is_off, switches or value.values()))
+    return value in (None, False, "auto", "none", [])
+
+
+def _fill(given: dict[str, Any], world_size: int, local_size: int) -> None:
+    """Decides what is ``auto``, and refuses what DeepSpeed would accept and get wrong."""
+    zero, bf16 = given.get("zero_optimization", {}), given.get("bf16", {})
+    stage, size = zero.get("stage"), zero.get("zero_hpz_partition_size", 1)
+    if stage is None:
+        raise ValueError("zero_optimization.stage is missing; it must be 1, 2 or 3 (on one GPU take 2)")
+    if stage != 3 and zero.get("offload_param", {}).get("device") == "cpu":
+        raise ValueError(f"zero_optimization.offload_param is of stage 3, and the stage is {stage}")
+    if bf16.get("enabled") == "auto":
+        bf16["enabled"] = has_fast_bf16()
+    if stage == 1 and bf16.get("enabled") and given.get("data_types") == {"grad_accum_dtype": "fp32"}:
+        # DeepSpeed's optimizer for this case keeps its state where no checkpoint of ours finds it.
+        raise ValueError("zero_optimization.stage 1 with bf16 and grad_accum_dtype fp32 fails; take stage 2")
+    if size == "auto":
+        # On a single node the second copy of the weights would cost memory for nothing.
+        size = zero["zero_hpz_partition_size"] = local_size if local_size < world_size else 1
+    if world_size > size and world_size % size:
+        told = f"zero_hpz_partition_size {size} does not divide the {world_size} ranks"
+        raise ValueError(f"{told}; set it to the GPUs of a node, or to auto")
+
+
+def _check_with_deepspeed(given: Mapping[str, Any]) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     # Its batch sizes depend on the ranks, which need not have met yet.
-    top = given | {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    top = dict(given) | {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     top.pop("train_batch_size", None)
     try:
         DeepSpeedConfig(top)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        key = ".".join(str(part) for part in wrong["loc"])
-        raise UserError(f"{path}: {key}: {wrong['msg']} (DeepSpeed's {error.title})") from None
     except (DeepSpeedConfigError, ValueError, TypeError, AssertionError, KeyError) as error:
-        raise UserError(f"{path}: DeepSpeed refuses it: {error}") from None
-
-
-def _fill_hpz(path: str, given: dict[str, Any], world_size: int, local_size: int) -> None:
-    """Gives hpZ's second copy of the weights the size of a node where the JSON says ``auto``."""
-    zero = given.get("zero_optimization", {})
-    size = zero.get("zero_hpz_partition_size", 1)
-    if size == "auto":
-        # On a single node the copy would cost memory for nothing.
-        size = zero["zero_hpz_partition_size"] = local_size if local_size < world_size else 1
-    if world_size > size and world_size % size:
-        raise UserError(
-            f"{path}: zero_hpz_partition_size {size} does not divide the {world_size} ranks; set it to the "
-            "GPUs of a node, or to auto"
-        )
-
-
-def _enabled(ds_config: dict[str, Any], precision: str) -> bool:
-    return ds_config.get(precision, {}).get("enabled", False) is True
+        raise ValueError(f"DeepSpeed refuses it: {' '.join(str(error).split())}") from None

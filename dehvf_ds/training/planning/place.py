@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from dehvf_ds.config.kinds import PositiveNumber, Range, Tokens, Width, check_ranges
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from dehvf_ds.config.values import CHECKS, Positive, PositiveNumber
 from dehvf_ds.training.metrics import PEAK_FLOPS
 from dehvf_ds.training.planning.memory import GIB
 from dehvf_ds.training.planning.times import Cluster
@@ -32,34 +34,28 @@ GPUS: dict[str, tuple[float | None, float, float]] = {
 CPU_FLOPS = 1e11
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
 class PlanConfig:
-    """Where the run is to go, and what is assumed of it.
+    """Where the run is to go, and what is assumed of it."""
 
-    Attributes:
-        gpus_per_node: GPUs of a machine.
-        nodes: machines.
-        gpu: kind of GPU.
-        mfu: assumed share of the GPU's peak that arithmetic reaches.
-        tokens: text tokens of a row, padding included; None takes ``data.max_tokens``.
-        nvlink_gb_s: between GPUs of a node, GB/s a GPU and direction; None takes the GPU's.
-        internode_gb_s: between nodes, GB/s a GPU and direction; 50 is 400 Gb/s.
-        host_gb_s: between GPU and host, GB/s a GPU and direction; None takes the GPU's.
-        overhead_gib: assumed memory of CUDA's context, NCCL's buffers and libraries' work space.
-    """
-
-    gpus_per_node: Annotated[int, Range(1, 1024)] = 8
-    nodes: Width = 1
+    gpus_per_node: Annotated[int, Field(ge=1, le=1024)] = 8
+    """GPUs of a machine"""
+    nodes: Annotated[int, Field(ge=1, le=2**16)] = 1
+    """machines"""
     gpu: GpuName = "H100-80G"
-    mfu: Annotated[float, Range(0, 1, open_low=True)] = 0.5
-    tokens: Tokens | None = None
+    """kind of GPU"""
+    mfu: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """assumed share of the GPU's peak that arithmetic reaches"""
+    tokens: Positive | None = None
+    """text tokens of a row, padding included; None takes data.max_tokens"""
     nvlink_gb_s: PositiveNumber | None = None
+    """between GPUs of a node, GB/s a GPU and direction; None takes the GPU's"""
     internode_gb_s: PositiveNumber = 50.0
+    """between nodes, GB/s a GPU and direction; 50 is 400 Gb/s"""
     host_gb_s: PositiveNumber | None = None
-    overhead_gib: Annotated[float, Range(0, 10**4)] = 3.0
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
+    """between GPU and host, GB/s a GPU and direction; None takes the GPU's"""
+    overhead_gib: Annotated[float, Field(ge=0, le=10**4)] = 3.0
+    """assumed memory of CUDA's context, NCCL's buffers and libraries' work space"""
 
     @property
     def memory_bytes(self) -> float | None:
