@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .shapes import Float
+from .configuration import Float
 
 QUERY_EPS = 1e-8
 """Added to a query's mean square before its root."""
 
 SCORE_SPREAD = 64.0
-"""Start value of the gains of the queries: how sharply a token tells the slots apart (ours, by a sweep)."""
+"""Start value of the queries' scale: how sharply a token tells the slots apart (ours, by a sweep)."""
 
 READ_SIZE = 0.5
-"""Start value of the gains of the read over sqrt(M), as sums over M slots grow (ours, likewise)."""
+"""Start value of the read's scale times sqrt(M), since sums over M slots grow so (ours, likewise)."""
 
 
 def read_memory(
@@ -34,7 +36,7 @@ def read_memory(
 
     It equals an FFN whose hidden units are the M slots, with keys ((S + P_k) * a) W_q^T, scores divided by
     the root mean square of x W_q, and values ((S + P_v) * b) W_o, without ever building those [slots, dim]
-    matrices.
+    matrices. ``gain_in`` is the scale a of the queries, ``gain_out`` the scale b of what is read.
     """
     query = _queries(x, w_query) * gain_in
     scores = query @ (memory + key_positions).transpose(1, 2) * memory.shape[-1] ** -0.5
@@ -49,12 +51,26 @@ def prepare_memory(
     key_positions: Float[Tensor, "slots rank"],
     value_positions: Float[Tensor, "slots rank"],
 ) -> Float[Tensor, "batch 2 slots rank"]:
-    """Keys and values as decoding reads them for every token: positions added, gains and scale multiplied in.
+    """Keys and values as decoding reads them for every token: positions added, all scales multiplied in.
 
     keys = (S + P_k) * a / sqrt(r);  values = (S + P_v) * b.
     """
     keys = (memory + key_positions) * (gain_in * memory.shape[-1] ** -0.5)
     return torch.stack([keys, (memory + value_positions) * gain_out], dim=1)
+
+
+def prepared_memory(
+    memory: Float[Tensor, "batch layers slots rank"], reader: MemoryReader, ffns: Sequence[VisualFFN]
+) -> Float[Tensor, "batch layers *slots rank"]:
+    """What ``prepare_memory`` makes for every layer; the memory itself where weights are not at hand."""
+    shared = (reader.key_positions, reader.value_positions)
+    if any(p.is_meta or not p.numel() for p in (*shared, *(ffn.gain_in for ffn in ffns))):
+        return memory
+    prepared = [
+        prepare_memory(one, *(p.to(one.device) for p in (ffn.gain_in, ffn.gain_out, *shared)))
+        for ffn, one in zip(ffns, memory.unbind(dim=1), strict=True)
+    ]
+    return torch.stack(prepared, dim=1)
 
 
 def read_prepared(
@@ -135,11 +151,7 @@ class VisualFFN(nn.Module):
         self.memory: Tensor | None = None
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        """The layer's FFN plus the visual branch.
-
-        Raises:
-            RuntimeError: the language model was called without the top model, so no memory is set.
-        """
+        """The layer's FFN plus the visual branch; only below the top model, which sets the memory."""
         if self.memory is None:
             raise RuntimeError("no visual memory is set; call the DEHVF model, not its language model")
         visual = self._reader[0](x, self.memory, self.gain_in, self.gain_out)

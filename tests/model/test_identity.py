@@ -12,8 +12,9 @@ from tiny_models import vision_config
 from transformers import AutoModel
 
 from dehvf_ds.model import ModelError
-from dehvf_ds.model.identity import base_identity, check_base, differences
-from dehvf_ds.model.sketch import sketch_weights
+from dehvf_ds.model.adapter import base_fingerprint as base_identity, check_base
+from dehvf_ds.model.fingerprint import differences
+from dehvf_ds.model.fingerprint import weights_fingerprint as sketch_weights
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FIRST = "model.layers.0.self_attn.q_proj.weight"

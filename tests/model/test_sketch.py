@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from dehvf_ds.model import ModelError
-from dehvf_ds.model.identity import differences
-from dehvf_ds.model.sketch import sample_positions, sketch_weights
+from dehvf_ds.model.fingerprint import differences, sample_positions
+from dehvf_ds.model.fingerprint import weights_fingerprint as sketch_weights
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"
 
