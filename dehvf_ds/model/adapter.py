@@ -95,14 +95,14 @@ def save_adapter(
     dtype: torch.dtype,
     info: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the adapter artifact; a crash leaves the previous one.
+    """Writes the adapter artifact; one of that name is replaced, and a crash leaves it.
 
     Args:
-        directory: final name; an artifact there is replaced.
+        directory: final name.
         tensors: every trainable tensor by its name in the model, whole, fp32.
-        model: the model, for its configuration.
-        language_model: path or hub id of the decoder.
-        vision_tower: path or hub id of the tower.
+        model: for its configuration and the names of what trains; its weights are not looked at.
+        language_model: directory or hub id of the decoder.
+        vision_tower: directory or hub id of the tower.
         dtype: compute dtype of the run.
         info: more for the manifest, JSON values (step, samples, task).
     """
@@ -133,11 +133,9 @@ def save_adapter(
 
 
 def replace_artifact(directory: Path, write: Callable[[Path], object]) -> None:
-    """Writes an artifact beside its final name and renames it, so that a crash leaves the previous one.
+    """Lets ``write`` make an artifact in a directory that is not there yet, then renames that.
 
-    Args:
-        directory: final name; what is there is replaced.
-        write: writes it into the directory that it is given, which is not there yet.
+    What bears the name is replaced only then: a crash leaves the previous artifact.
     """
     part = directory.with_name(directory.name + ".partial")
     shutil.rmtree(part, ignore_errors=True)
@@ -280,12 +278,12 @@ class TrainedModel:
     def load(
         self, dtype: str = "auto", *, fast_bf16: bool = True, device: torch.device | str = "cpu"
     ) -> DehvfForConditionalGeneration:
-        """Loads the model, whole, in evaluation mode.
+        """Loads the model, whole, in evaluation mode, straight to a device.
 
         Args:
             dtype: ``fp32``, ``bf16``, or ``auto`` for its own.
             fast_bf16: whether the device computes bf16 well; without that ``auto`` means fp32.
-            device: where it goes as it is read, not through the host's memory.
+            device: where each weight goes as it is read.
         """
         device = torch.device(device)
         compute = _DTYPES[dtype] if dtype != "auto" else self.dtype if fast_bf16 else torch.float32

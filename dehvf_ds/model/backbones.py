@@ -113,13 +113,8 @@ def load_backbone(
 ) -> PreTrainedModel:
     """Loads a backbone's weights; partitioned where an ``HfDeepSpeedConfig`` of ZeRO-3 is alive.
 
-    Args:
-        source: directory or hub id.
-        config: what ``load_backbone_config`` gave.
-        dtype: dtype of the weights.
-        vision: whether it is the tower.
-        device: where each weight goes as it is read, so that the host never holds all of them; None leaves
-            them on the CPU, or to ZeRO-3.
+    On a ``device`` each weight goes there as it is read, so that the host never holds all of them; None
+    leaves them on the CPU, or to ZeRO-3.
     """
     placed = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
     return _load(source, config, vision=vision, dtype=dtype, **placed)
@@ -227,11 +222,8 @@ def build_config(
 ) -> DehvfConfig:
     """Builds the model's configuration over two backbones, given as directories or hub ids.
 
-    Args:
-        language_model: the decoder.
-        vision_tower: the tower.
-        num_levels: chooses so many evenly spaced feature layers where ``settings`` names none.
-        **settings: the other arguments of ``DehvfConfig``.
+    ``settings`` are the other arguments of ``DehvfConfig``; where they name no feature layers, ``num_levels``
+    evenly spaced ones are taken.
     """
     vision_config = load_backbone_config(vision_tower, vision=True)
     _check_image_size(settings.get("image_size"), vision_config, vision_tower)
@@ -289,18 +281,10 @@ def load_model(
     seed: int = 0,
     device: torch.device | None = None,
 ) -> DehvfForConditionalGeneration:
-    """Loads the frozen backbones and builds the branch at its start values.
+    """Loads the frozen backbones, see ``load_backbone``, and builds the branch at its start values.
 
-    Under an active ``HfDeepSpeedConfig`` with ZeRO-3 the backbones come partitioned; the branch, some
-    5 M parameters, is whole on every rank and equal, since it is a function of ``seed``.
-
-    Args:
-        config: the model's configuration.
-        language_model: directory or hub id of the decoder.
-        vision_tower: directory or hub id of the tower.
-        dtype: compute dtype of all weights.
-        seed: seed of the branch's start values.
-        device: where the backbones go as they are read, not through the host's memory; not under ZeRO-3.
+    Under ZeRO-3 the branch, some 5 M parameters, is whole on every rank and equal, since it is a function of
+    ``seed`` alone. All weights are in ``dtype``.
     """
     settle_head_of(config, language_model)
     decoder = load_backbone(language_model, config.text_config, dtype, vision=False, device=device)

@@ -126,23 +126,22 @@ class StoredFile:
 
     def _header(self) -> dict[str, StoredTensor]:
         num_bytes = self.path.stat().st_size
-        (length,) = self._bytes([0], 8)
-        start = 8 + int.from_bytes(length, "little")
+        start = 8 + int.from_bytes(self._bytes([0], 8)[0], "little")
         if start > num_bytes:
             raise ValueError("it ends too early, within its header")
         entries = json.loads(self._bytes([8], start - 8)[0])
         entries.pop("__metadata__", None)
-        if unknown := {entry["dtype"] for entry in entries.values()} - str_to_torch_dtype.keys():
-            raise ValueError(f"it holds tensors of the unknown dtype {min(unknown)}")
-        end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        end = start
+        tensors = {}
+        for name, entry in entries.items():
+            if entry["dtype"] not in str_to_torch_dtype:
+                raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
+            dtype, (first, last) = str_to_torch_dtype[entry["dtype"]], entry["data_offsets"]
+            tensors[name] = StoredTensor(tuple(entry["shape"]), dtype, start + first)
+            end = max(end, start + last)
         if end > num_bytes:
             raise ValueError(f"it ends too early, after {num_bytes:,} of {end:,} bytes; copy it again")
-        return {
-            name: StoredTensor(
-                tuple(entry["shape"]), str_to_torch_dtype[entry["dtype"]], start + entry["data_offsets"][0]
-            )
-            for name, entry in entries.items()
-        }
+        return tensors
 
     def _bytes(self, starts: Sequence[int], count: int) -> list[bytearray]:
         # Not by safe_open: it maps the file, and the system's reading ahead made four values cost all 26 GB.

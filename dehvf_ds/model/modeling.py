@@ -18,21 +18,19 @@ from .configuration import Bool, DehvfConfig, Float, Int, ModelError
 from .features import PrefixProjector, Projector, visual_features
 from .fuser import HierarchicalFuser
 from .lora import add_lora, decoder_layers, lora_parameters
-from .visual_ffn import MemoryReader, VisualFFN, prepared_memory
+from .visual_ffn import MemoryReader, VisualFFN
 
 IGNORE_INDEX = -100
 
 
 @dataclass
 class DehvfOutput(ModelOutput):
-    """What a forward returns.
+    """What a forward returns: losses where labels are given, else logits and what the decoder adds to them.
 
     Attributes:
         loss: mean cross-entropy over the supervised tokens; 0 without any.
         loss_sum: its sum, fp32; what the trainer weighs over ranks and micro-steps.
         num_tokens: supervised tokens, an int64 scalar.
-        logits: ``[batch, tokens, vocab]``; None when labels are given.
-        past_key_values: the decoder's cache; ``hidden_states`` and ``attentions`` are its own, too.
         level_weights: the fuser's ``[batch, layers, levels]``, when pictures were encoded.
     """
 
@@ -53,11 +51,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     adds no token; ``prefix`` puts projected patches before the text; ``none`` sees no picture. LoRA
     adapters in the FFNs are on in all of them unless ``config.lora`` is None. At initial values
     ``ffn`` and ``none`` compute exactly what the language model computes.
-
-    Args:
-        config: sizes and sub-configurations.
-        language_model: loaded decoder to wrap; None builds one with random weights.
-        vision_tower: loaded tower to wrap; None builds one with random weights.
+    A backbone that is not given has random weights.
     """
 
     config_class = DehvfConfig
@@ -192,7 +186,11 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         A model whose weights are not all at hand (offloaded, partitioned) gets the memory as it is.
         """
         ffns = [layer.mlp for layer in decoder_layers(self.language_model)]
-        return memory if memory.ndim == 5 else prepared_memory(memory, self.reader, ffns)
+        needed = (self.reader.key_positions, self.reader.value_positions, *(ffn.gain_in for ffn in ffns))
+        if memory.ndim == 5 or any(p.is_meta or not p.numel() for p in needed):
+            return memory
+        layers = zip(ffns, memory.unbind(dim=1), strict=True)
+        return torch.stack([self.reader.prepare(one, f.gain_in, f.gain_out) for f, one in layers], dim=1)
 
     def set_memory(self, memory: Float[Tensor, "batch layers *slots rank"] | None) -> None:
         """Hands each layer its memory, prepared or not, until the next call."""
@@ -352,20 +350,11 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds: Float[Tensor, "batch tokens dim"] | None = None,
         **kwargs: Any,
     ) -> Int[Tensor, "batch new_tokens"]:
-        """Generates as ``GenerationMixin.generate``, encoding each picture once.
+        """Generates as ``GenerationMixin.generate`` and returns the new tokens only, whatever ``fusion`` is.
 
-        Every layer's keys and values are computed before the first token and read by all.
-
-        Args:
-            input_ids: prompts, padded on the left.
-            pixel_values: a picture a row, or None.
-            has_image: rows whose picture counts; None means all.
-            attention_mask: 1 at prompt tokens.
-            inputs_embeds: the prompts' embeddings, in the place of ``input_ids``.
-            **kwargs: whatever ``GenerationMixin.generate`` takes; ``visual_memory`` of ``encode_images``.
-
-        Returns:
-            The new tokens only, whatever ``fusion`` is.
+        Prompts are padded on the left. Each picture is encoded once: every layer's keys and values are
+        computed before the first token and read by all. ``visual_memory`` of ``encode_images`` may be given
+        in the pictures' place.
         """
         if input_ids is None:
             input_ids = kwargs.pop("inputs", None)
