@@ -179,14 +179,20 @@ def _belongs_to(model: PreTrainedModel, name: str, *, vision: bool) -> bool:
     return not vision and bare_name(name).rpartition(".")[0] in parents
 
 
-def settle_head(config: PreTrainedConfig, source: str) -> None:
-    """Makes a decoder's ``tie_word_embeddings`` say what its files hold; changes ``config`` in place.
+def settle_head(config: DehvfConfig, source: str) -> None:
+    """Makes ``tie_word_embeddings`` say what the decoder's files hold; changes ``config`` in place.
 
     Where the configuration ties the LM head to the embedding and the files hold another head, transformers
     keeps the two apart with a warning; where weights are partitioned it cannot tell and ties them.
     """
-    if not getattr(config, "tie_word_embeddings", False):
-        return
+    text_config: Any = config.text_config
+    if getattr(text_config, "tie_word_embeddings", False) and _has_own_head(text_config, source):
+        text_config.tie_word_embeddings = False
+    config.tie_word_embeddings = getattr(text_config, "tie_word_embeddings", False)
+
+
+def _has_own_head(config: PreTrainedConfig, source: str) -> bool:
+    """Whether a decoder's files hold an LM head that is not its embedding."""
     # Its class itself: `from_config` would partition it where weights are to be partitioned.
     decoder_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"), no_init_weights():
@@ -199,11 +205,10 @@ def settle_head(config: PreTrainedConfig, source: str) -> None:
         wanted = bare_name(f"{names.get(module)}.weight")
         same = [stored for stored in tensors if wanted in bare_names[stored]]
         if len(same) != 1:
-            return
+            return False
         found.append(same[0])
     embedding, head = (StoredFile(tensors[name][0]).read(name) for name in found)
-    if not torch.equal(embedding, head):
-        config.tie_word_embeddings = False  # pyright: ignore[reportAttributeAccessIssue]
+    return not torch.equal(embedding, head)
 
 
 def loaded_name(model: PreTrainedModel, name: str) -> str:
@@ -266,12 +271,6 @@ def check_bases(config: DehvfConfig, language_model: str, vision_tower: str) -> 
         check_backbone(vision_tower, config.vision_config, vision=True)
 
 
-def settle_head_of(config: DehvfConfig, language_model: str) -> None:
-    """As ``settle_head``, for the configuration of the whole model."""
-    settle_head(config.text_config, language_model)
-    config.tie_word_embeddings = getattr(config.text_config, "tie_word_embeddings", False)
-
-
 def load_model(
     config: DehvfConfig,
     language_model: str,
@@ -286,7 +285,7 @@ def load_model(
     Under ZeRO-3 the branch, some 5 M parameters, is whole on every rank and equal, since it is a function of
     ``seed`` alone. All weights are in ``dtype``.
     """
-    settle_head_of(config, language_model)
+    settle_head(config, language_model)
     decoder = load_backbone(language_model, config.text_config, dtype, vision=False, device=device)
     tower = None
     if config.fusion != "none":
@@ -300,11 +299,7 @@ def load_model(
 
 @contextmanager
 def _quiet(*, progress: bool = False) -> Iterator[None]:
-    """Leaves it to the error to tell what is wrong, once, and not to warnings and a hub's retries.
-
-    Args:
-        progress: leaves transformers' progress bars as they are.
-    """
+    """Leaves it to the error to say what is wrong, once, and not to warnings and a hub's retries."""
     hub = getLogger("huggingface_hub")
     level, verbosity, bars = hub.level, logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub.setLevel(logging.ERROR)

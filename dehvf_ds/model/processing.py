@@ -105,12 +105,8 @@ def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
 class DehvfProcessor(ProcessorMixin):
     """Turns pictures and prompts into the model's inputs, as in training.
 
-    Args:
-        image_processor: the vision tower's own processor.
-        tokenizer: the language model's tokenizer.
-        chat_template: Jinja of a conversation; its messages' contents are texts or lists of parts.
-        written_prompts: prompts are conversations that ``chat_template`` has written, as the model was
-            trained with: taken to the letter. Else they are instructions, whose last space is left out.
+    With ``written_prompts`` prompts are conversations that ``chat_template`` has written, as the model was
+    trained with: taken to the letter. Else they are instructions, whose last space is left out.
     """
 
     def __init__(

@@ -143,7 +143,7 @@ def test_files_of_llama_cpp_alone(world, bases) -> None:
         (lambda t: t.update({UP: t[UP][:5]}), rf"{UP} has shape \[5, 48\], not \[96, 48\]"),
         (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(48)}), "has no place for"),
         (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": t[UP]}), "has no place for"),
-        (lambda t: t.update({"lm_head.bias": torch.ones(260)}), r"lm_head\.bias among them, that its config\.json has no place for"),
+        (lambda t: t.update({"lm_head.bias": torch.ones(260)}), r"lm_head\.bias .*has no place for"),
     ],
 )
 def test_weights_that_are_not_those_of_the_configuration(world, bases, change, message) -> None:
