@@ -12,7 +12,7 @@ from tiny_models import text_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from dehvf_ds.model.sketch import sketch_weights
+from dehvf_ds.model.fingerprint import weights_fingerprint
 
 
 def llama(*, tied: bool = False) -> LlamaForCausalLM:
@@ -42,7 +42,7 @@ def sketch(state: dict[str, Tensor], *, vision: bool = False) -> dict[str, str]:
     """The sketch of a checkpoint with these tensors."""
     with tempfile.TemporaryDirectory() as directory:
         save_file({n: t.contiguous() for n, t in state.items()}, Path(directory) / "model.safetensors")
-        return sketch_weights(directory, vision=vision)
+        return weights_fingerprint(directory, vision=vision)
 
 
 def state_of(model: torch.nn.Module) -> dict[str, Tensor]:

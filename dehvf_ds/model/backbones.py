@@ -1,4 +1,4 @@
-"""The frozen backbones: an HF decoder and an HF vision tower, read strictly."""
+"""The frozen backbones, an HF decoder and an HF vision tower: found, read strictly, built into the model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -23,55 +22,52 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
-from .configuration import ModelError, square_side
-from .loading import refuse_mismatched, refuse_missing, refuse_not_finite
-from .sketch import LANGUAGE_PARTS, bare_name, is_weight
-from .stored import StoredFile, StoredTensor, stored_tensors
+from .configuration import DehvfConfig, ModelError, spaced_levels, square_side
+from .fingerprint import (
+    LANGUAGE_PARTS,
+    StoredFile,
+    StoredTensor,
+    bare_name,
+    gguf_hint,
+    is_weight,
+    stored_tensors,
+)
+from .modeling import DehvfForConditionalGeneration, refuse_incomplete
+from .trial import MISFITS, try_backbones
 
 ADAPTER_FILE = "adapter_config.json"
 """PEFT's. Where it lies beside a model, transformers loads that adapter, onto the model that it names."""
 
-# What reading a configuration raises: a class of transformers checks its own fields, too.
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    StrictDataclassError,
-)
+MAX_PATCHES = 64
+"""Most patches along one side of a picture: a tower's attention grows with the fourth power of it."""
 
 
 def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
-    """Reads a backbone's configuration from a directory or hub id.
+    """Reads a backbone's configuration from a directory or hub id, and refuses what cannot be used.
 
     Of a two-tower checkpoint (CLIP) the vision part is taken when ``vision``.
-
-    Raises:
-        ModelError: nothing readable is there, the model is quantised, or a vision part is asked of a model
-            without one.
     """
-    kind = "vision tower" if vision else "language model"
-    if _is_path(source) and not Path(source).is_dir():
-        where = "" if Path(source).is_absolute() else f" in {Path.cwd()}"
-        flag = kind.replace(" ", "_")
-        raise ModelError(f"{kind} {source}: no such directory{where}; set {flag} to where it lies")
-    if (Path(source) / ADAPTER_FILE).is_file():
+    kind, directory = "vision tower" if vision else "language model", Path(source)
+    # A hub id has one slash at most.
+    is_path = source.startswith((".", "~", "/")) or source.rstrip("/").count("/") > 1
+    if is_path and not directory.is_dir():
+        where = "" if directory.is_absolute() else f" in {Path.cwd()}"
+        setting = kind.replace(" ", "_")
+        raise ModelError(f"{kind} {source}: no such directory{where}; set {setting} to where it lies")
+    if (directory / ADAPTER_FILE).is_file():
         raise ModelError(
             f"{kind} {source}: holds {ADAPTER_FILE}, a PEFT adapter that would be loaded with it; take a "
             "model that it is merged into, or one without it"
         )
     try:
-        with _quiet_hub():
+        with _quiet():
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except _UNREADABLE as error:
-        gguf = sorted(path.name for path in Path(source).glob("*.gguf")) if Path(source).is_dir() else []
-        hint = f" ({gguf[0]} is of llama.cpp: take the model that it was made of)" if gguf else ""
-        if not Path(source).is_dir():
-            hint = f" (nor is there a directory {Path(source).absolute()})"
+    except MISFITS as error:
+        hint = gguf_hint(source)
+        if not directory.is_dir():
+            hint = f" (nor is there a directory {directory.absolute()})"
         raise ModelError(f"{kind} {source}: {_first_line(error)}{hint}") from None
-    _check_generation_config(Path(source) / GENERATION_CONFIG_NAME)
+    _check_generation_config(directory / GENERATION_CONFIG_NAME)
     quantisation = getattr(config, "quantization_config", None)
     if quantisation:
         fields = quantisation if isinstance(quantisation, Mapping) else quantisation.to_dict()
@@ -87,33 +83,24 @@ def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
 
 
 def _check_generation_config(path: Path) -> None:
-    """Refuses a damaged file, which transformers would pass over with the tokens that end an answer."""
-    if not path.is_file():
-        return
+    """Refuses a damaged file: transformers would ignore it, and with it the tokens that end an answer."""
     try:
-        damaged = not isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+        whole = not path.is_file() or isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
-        damaged = True
-    if damaged:
+        whole = False
+    if not whole:
         raise ModelError(f"{path}: not a JSON object; copy it again, or remove it where the model has none")
 
 
 def check_decoder_config(config: PreTrainedConfig, source: str) -> None:
-    """Refuses what is no decoder of text.
-
-    Raises:
-        ModelError: it is a vision-language model, an encoder-decoder, or has no LM head.
-    """
-    kind = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"language model {source}: a {kind} model has an encoder; a decoder alone is needed")
-    if any(hasattr(config, part) for part in ("vision_config", "audio_config", "text_config")):
+    """Refuses what is no decoder of text: vision-language models, encoder-decoders, models without a head."""
+    parts = ("vision_config", "audio_config", "text_config")
+    is_plain = not getattr(config, "is_encoder_decoder", False) and not any(hasattr(config, p) for p in parts)
+    if not is_plain or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
-            f"language model {source}: a {kind} model has other parts than a language model; name the "
-            "decoder that it was made of"
+            f"language model {source}: a {config.model_type} model is no decoder with an LM head and nothing "
+            "beside it; of a model with several parts, name the decoder that it was made of"
         )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"language model {source}: a {kind} model has no LM head")
 
 
 def load_backbone(
@@ -126,17 +113,8 @@ def load_backbone(
 ) -> PreTrainedModel:
     """Loads a backbone's weights; partitioned where an ``HfDeepSpeedConfig`` of ZeRO-3 is alive.
 
-    Args:
-        source: directory or hub id.
-        config: what ``load_backbone_config`` gave.
-        dtype: dtype of the weights.
-        vision: whether it is the tower.
-        device: where each weight goes as it is read, so that the host never holds all of them; None leaves
-            them on the CPU, or to ZeRO-3.
-
-    Raises:
-        ModelError: the checkpoint cannot be read, lacks weights, or holds some that the model has no place
-            for.
+    On a ``device`` each weight goes there as it is read, so that the host never holds all of them; None
+    leaves them on the CPU, or to ZeRO-3.
     """
     placed = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
     return _load(source, config, vision=vision, dtype=dtype, **placed)
@@ -146,96 +124,27 @@ def check_backbone(source: str, config: PreTrainedConfig, *, vision: bool) -> No
     """Refuses what ``load_backbone`` would, and files cut short, by the files' headers alone.
 
     Of a hub id nothing is looked at: its files may not be here yet.
-
-    Raises:
-        ModelError: a file is missing or damaged, or its tensors are not the model's.
     """
     if Path(source).is_dir():
-        with _without_progress_bar():
+        with _quiet():
             # Tensors of the meta device have names and shapes, and are not read.
             _load(source, config, vision=vision, device_map="meta", ignore_mismatched_sizes=True)
 
 
-def settle_head(config: PreTrainedConfig, source: str) -> None:
-    """Makes ``tie_word_embeddings`` say what a decoder's files hold.
-
-    Where the configuration ties the LM head to the embedding and the files hold another head, transformers
-    keeps the two apart with a warning; where weights are partitioned it cannot tell and ties them.
-
-    Args:
-        config: of the decoder; changed in place.
-        source: directory or hub id.
-
-    Raises:
-        ModelError: the files cannot be read.
-    """
-    if not getattr(config, "tie_word_embeddings", False):
-        return
-    # Its class itself: `from_config` would partition it where weights are to be partitioned.
-    decoder_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with torch.device("meta"), no_init_weights():
-        decoder = decoder_class(config)
-    names = {id(module): name for name, module in decoder.named_modules()}
-    both = [names.get(id(each)) for each in (decoder.get_input_embeddings(), decoder.get_output_embeddings())]
-    tensors = stored_tensors(source)
-    found = []
-    renamed = {stored: loaded_name(decoder, stored) for stored in tensors}
-    for name in both:
-        same = [
-            stored
-            for stored in tensors
-            if bare_name(f"{name}.weight") in map(bare_name, (stored, renamed[stored]))
-        ]
-        found.append(same[0] if name is not None and len(same) == 1 else None)
-    embedding, head = found
-    if embedding is None or head is None:
-        return
-    weights = []
-    for name in (embedding, head):
-        with StoredFile(tensors[name][0]) as file:
-            weights.append(file.read(name))
-    if not torch.equal(*weights):
-        config.tie_word_embeddings = False  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def loaded_name(model: PreTrainedModel, name: str) -> str:
-    """What transformers calls a file's tensor when it loads it: of GPT-NeoX it renames the head.
-
-    Args:
-        model: of the class that the file is of.
-        name: the file's.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    for transform in get_model_conversion_mapping(model):
-        if isinstance(transform, WeightRenaming):
-            name, _ = transform.rename_source_key(name)
-    return name
-
-
 def _load(source: str, config: PreTrainedConfig, *, vision: bool, **settings: Any) -> PreTrainedModel:
     auto_class: Any = AutoModel if vision else AutoModelForCausalLM
-    verbosity = logging.get_verbosity()
-    # What its table of missing and unexpected weights would say is decided below.
-    logging.set_verbosity_error()
     stored = stored_tensors(source)
     try:
-        model, info = auto_class.from_pretrained(source, config=config, output_loading_info=True, **settings)
-    except (*_UNREADABLE, RuntimeError) as error:
+        # What its table of missing and unexpected weights would say is decided below.
+        with _quiet(progress=True):
+            model, info = auto_class.from_pretrained(
+                source, config=config, output_loading_info=True, **settings
+            )
+    except MISFITS as error:
         raise ModelError(f"{source}: {_first_line(error)}") from None
-    finally:
-        logging.set_verbosity(verbosity)
-    refuse_missing(info["missing_keys"], source)
-    refuse_mismatched(info, source)
     _refuse_quantised(model, stored, source)
-    refuse_not_finite(((name, _own_part(p)) for name, p in model.named_parameters()), source)
     lost = [name for name in info["unexpected_keys"] if _belongs_to(model, name, vision=vision)]
-    if lost:
-        raise ModelError(
-            f"{source}: holds {len(lost)} weights that its config.json has no place for, {min(lost)} among "
-            "them; what it computed when it was trained is not what it would compute here"
-        )
+    refuse_incomplete(model, info, lost, source)
     return model
 
 
@@ -254,16 +163,6 @@ def _refuse_quantised(
             )
 
 
-def _own_part(parameter: nn.Parameter) -> Tensor:
-    """What of a parameter is at hand; under ZeRO-3 this rank's share, without what fills up the last."""
-    share: Any = getattr(parameter, "ds_tensor", None)
-    if share is None:
-        return parameter
-    group = getattr(parameter, "ds_process_group", None)
-    start = share.numel() * torch.distributed.get_rank(group)
-    return share.flatten()[: max(0, parameter.ds_numel - start)]  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _belongs_to(model: PreTrainedModel, name: str, *, vision: bool) -> bool:
     """Whether a tensor that the model has no place for was a part of it: not of another tower, not a buffer.
 
@@ -280,32 +179,140 @@ def _belongs_to(model: PreTrainedModel, name: str, *, vision: bool) -> bool:
     return not vision and bare_name(name).rpartition(".")[0] in parents
 
 
+def settle_head(config: DehvfConfig, source: str) -> None:
+    """Makes ``tie_word_embeddings`` say what the decoder's files hold; changes ``config`` in place.
+
+    Where the configuration ties the LM head to the embedding and the files hold another head, transformers
+    keeps the two apart with a warning; where weights are partitioned it cannot tell and ties them.
+    """
+    text_config: Any = config.text_config
+    if getattr(text_config, "tie_word_embeddings", False) and _has_own_head(text_config, source):
+        text_config.tie_word_embeddings = False
+    config.tie_word_embeddings = getattr(text_config, "tie_word_embeddings", False)
+
+
+def _has_own_head(config: PreTrainedConfig, source: str) -> bool:
+    """Whether a decoder's files hold an LM head that is not its embedding."""
+    # Its class itself: `from_config` would partition it where weights are to be partitioned.
+    decoder_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"), no_init_weights():
+        decoder = decoder_class(config)
+    names = {module: name for name, module in decoder.named_modules()}
+    tensors = stored_tensors(source)
+    bare_names = {stored: {bare_name(stored), bare_name(loaded_name(decoder, stored))} for stored in tensors}
+    found = []
+    for module in (decoder.get_input_embeddings(), decoder.get_output_embeddings()):
+        wanted = bare_name(f"{names.get(module)}.weight")
+        same = [stored for stored in tensors if wanted in bare_names[stored]]
+        if len(same) != 1:
+            return False
+        found.append(same[0])
+    embedding, head = (StoredFile(tensors[name][0]).read(name) for name in found)
+    return not torch.equal(embedding, head)
+
+
+def loaded_name(model: PreTrainedModel, name: str) -> str:
+    """What transformers calls a file's tensor once it is loaded; of GPT-NeoX it renames the head."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    for transform in get_model_conversion_mapping(model):
+        if isinstance(transform, WeightRenaming):
+            name, _ = transform.rename_source_key(name)
+    return name
+
+
+def build_config(
+    language_model: str, vision_tower: str, *, num_levels: int | None = None, **settings: Any
+) -> DehvfConfig:
+    """Builds the model's configuration over two backbones, given as directories or hub ids.
+
+    ``settings`` are the other arguments of ``DehvfConfig``; where they name no feature layers, ``num_levels``
+    evenly spaced ones are taken.
+    """
+    vision_config = load_backbone_config(vision_tower, vision=True)
+    _check_image_size(settings.get("image_size"), vision_config, vision_tower)
+    if not settings.get("levels") and num_levels is not None:
+        settings["levels"] = spaced_levels(getattr(vision_config, "num_hidden_layers", 0), num_levels)
+    text_config = load_backbone_config(language_model, vision=False)
+    check_decoder_config(text_config, language_model)
+    return DehvfConfig(text_config=text_config, vision_config=vision_config, **settings)
+
+
+def _check_image_size(image_size: int | None, vision_config: PreTrainedConfig, source: str) -> None:
+    """Refuses a size that cuts patches (a tower's own may: SigLIP of 384 pixels in patches of 14) or has too
+    many of them: it would be tried out until the user gives up.
+    """
+    patch_size = square_side(getattr(vision_config, "patch_size", None))
+    if image_size is None or not patch_size:
+        return
+    below = image_size // patch_size * patch_size
+    if below > MAX_PATCHES * patch_size:
+        raise ModelError(
+            f"model.image_size {image_size} makes {image_size // patch_size} patches of {patch_size} pixels "
+            f"a side of {source}; set it to {MAX_PATCHES * patch_size} at most"
+        )
+    if image_size not in (below, square_side(getattr(vision_config, "image_size", None))):
+        near = f"{below} or {below + patch_size}" if below else str(patch_size)
+        raise ModelError(
+            f"model.image_size {image_size} is no multiple of the {patch_size} pixels of a patch of "
+            f"{source}; set it to {near}"
+        )
+
+
+def check_bases(config: DehvfConfig, language_model: str, vision_tower: str) -> None:
+    """Refuses backbones that ``load_model`` would refuse, or would make something else of than was trained.
+
+    Tries small copies out and reads the headers of the files.
+    """
+    try_backbones(config)
+    check_backbone(language_model, config.text_config, vision=False)
+    if config.fusion != "none":
+        check_backbone(vision_tower, config.vision_config, vision=True)
+
+
+def load_model(
+    config: DehvfConfig,
+    language_model: str,
+    vision_tower: str,
+    *,
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> DehvfForConditionalGeneration:
+    """Loads the frozen backbones, see ``load_backbone``, and builds the branch at its start values.
+
+    Under ZeRO-3 the branch, some 5 M parameters, is whole on every rank and equal, since it is a function of
+    ``seed`` alone. All weights are in ``dtype``.
+    """
+    settle_head(config, language_model)
+    decoder = load_backbone(language_model, config.text_config, dtype, vision=False, device=device)
+    tower = None
+    if config.fusion != "none":
+        tower = load_backbone(vision_tower, config.vision_config, dtype, vision=True, device=device)
+    torch.manual_seed(seed)
+    model = DehvfForConditionalGeneration(config, decoder, tower)
+    for parameter in model.trainable_parameters().values():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 @contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+def _quiet(*, progress: bool = False) -> Iterator[None]:
+    """Leaves it to the error to say what is wrong, once, and not to warnings and a hub's retries."""
+    hub = getLogger("huggingface_hub")
+    level, verbosity, bars = hub.level, logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub.setLevel(logging.ERROR)
+    logging.set_verbosity_error()
+    if not progress:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        hub.setLevel(level)
+        logging.set_verbosity(verbosity)
+        if bars:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Lets a hub that cannot be reached be told once, by the error, and not at every retry."""
-    logger = getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _is_path(source: str) -> bool:
-    """Whether it cannot be a hub id, which has one slash at most."""
-    return source.startswith((".", "~", "/")) or source.rstrip("/").count("/") > 1
 
 
 def _first_line(error: Exception) -> str:

@@ -1,19 +1,27 @@
-"""The model's configuration: two backbones, the levels between them, and the branch's sizes."""
+"""The model's configuration: two backbones, the feature layers between them, and the branch's sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-FUNCTION_VERSION = 2
-"""What the model computes of its weights. 1 did not normalise the visual FFN's queries; weights that were
-trained under another version would load and say something else."""
+try:  # Annotations are never evaluated: a model that travels beside its weights runs without jaxtyping.
+    from jaxtyping import Bool as Bool
+    from jaxtyping import Float as Float
+    from jaxtyping import Int as Int
+except ImportError:
+    if not TYPE_CHECKING:
+        Bool = Float = Int = None
 
-_SIZES = ("hidden_size", "num_hidden_layers")
+FUNCTION_VERSION = 2
+"""What the model computes from its weights. Version 1 did not normalise the visual FFN's queries; weights
+trained under another version would load and compute something else."""
+
 FUSIONS = ("ffn", "prefix", "none")
 ROUTERS = ("layer", "static", "last")
+_SIZES = ("hidden_size", "num_hidden_layers")
 
 
 class ModelError(ValueError):
@@ -21,17 +29,9 @@ class ModelError(ValueError):
 
 
 def spaced_levels(num_blocks: int, num_levels: int) -> list[int]:
-    """Chooses vision levels by block number: evenly spaced, the last block included.
+    """Chooses feature layers of a tower: evenly spaced block numbers, the last block included.
 
-    Args:
-        num_blocks: blocks of the vision tower.
-        num_levels: how many of them to choose.
-
-    Returns:
-        Rising block numbers in ``1..num_blocks``; 1 is the first block's output.
-
-    Raises:
-        ModelError: the tower has fewer blocks than levels are asked for.
+    Block 1 is the first; 0 would be the patch embeddings.
     """
     if not 1 <= num_levels <= num_blocks:
         raise ModelError(f"{num_levels} vision levels asked of a tower with {num_blocks} blocks")
@@ -39,11 +39,7 @@ def spaced_levels(num_blocks: int, num_levels: int) -> list[int]:
 
 
 def check_version(version: int, owner: str) -> None:
-    """Refuses weights that belong to another function than this program's.
-
-    Raises:
-        ModelError: ``version`` is another.
-    """
+    """Refuses weights that belong to another function than this program's."""
     if version != FUNCTION_VERSION:
         raise ModelError(
             f"{owner} was trained by a version of the program whose visual FFN computes something else "
@@ -52,22 +48,22 @@ def check_version(version: int, owner: str) -> None:
 
 
 def square_side(size: Any) -> int | None:
-    """The side that a configuration states as one number or as several that are the same; None for others."""
+    """The side that a configuration gives as one number or as equal numbers; None for anything else."""
     if isinstance(size, list | tuple) and len(set(size)) == 1:
         size = size[0]
     return size if isinstance(size, int) else None
 
 
 class DehvfConfig(PreTrainedConfig):
-    """Configuration of ``DehvfForConditionalGeneration``.
+    """Configuration of ``DehvfForConditionalGeneration``; values out of range raise ``ModelError``.
 
     Args:
         text_config: configuration of the HF decoder.
         vision_config: configuration of the HF vision tower.
         fusion: ``ffn`` (DEHVF), ``prefix`` (projected patches before the text) or ``none``.
-        router: how an LLM layer weighs the levels: ``layer``, ``static`` or ``last``.
-        levels: vision levels by block number, rising; None takes six, evenly spaced. ``router: last``
-            keeps the deepest alone.
+        router: how an LLM layer weighs the feature layers: ``layer``, ``static`` or ``last``.
+        levels: feature layers of the tower by block number, rising; None takes six, evenly spaced.
+            ``router: last`` keeps the deepest alone.
         rank: width r of the visual memory.
         router_dim: width k of the router's queries and keys.
         image_size: side of the square input picture in pixels; None takes the tower's own.
@@ -75,11 +71,8 @@ class DehvfConfig(PreTrainedConfig):
         lora: ``{"rank", "alpha", "dropout", "targets"}`` of the FFN adapters, or None without any
             (ablated, or folded into the weights).
         task: what it was trained for: ``caption``, ``scienceqa`` or ``chat``.
-        prompt: the instruction that captions were trained with; what ``generate`` is best given.
-        version: of the function that the weights belong to, see ``FUNCTION_VERSION``.
-
-    Raises:
-        ModelError: values outside their range.
+        prompt: the instruction that captions were trained with; the best one to give ``generate``.
+        version: ``FUNCTION_VERSION`` of the program that trained the weights.
     """
 
     model_type = "dehvf"
@@ -102,29 +95,27 @@ class DehvfConfig(PreTrainedConfig):
         version: int = FUNCTION_VERSION,
         **kwargs: Any,
     ) -> None:
+        for name, value, known in (("fusion", fusion, FUSIONS), ("router", router, ROUTERS)):
+            if value not in known:
+                raise ModelError(f"{name} {value!r} is not one of {', '.join(known)}")
         self.version = version
         self.text_config = _sub_config(text_config, "llama")
         self.vision_config = _sub_config(vision_config, "clip_vision_model")
-        if fusion not in FUSIONS:
-            raise ModelError(f"fusion {fusion!r} is not one of {', '.join(FUSIONS)}")
-        if router not in ROUTERS:
-            raise ModelError(f"router {router!r} is not one of {', '.join(ROUTERS)}")
         for config, kind in ((self.text_config, "decoder"), (self.vision_config, "tower of one width")):
             if not all(isinstance(getattr(config, name, None), int) for name in _SIZES):
                 raise ModelError(f"a {config.model_type} model is no {kind}: it lacks {' or '.join(_SIZES)}")
-        num_blocks = self.vision_config.num_hidden_layers
         self.fusion = fusion
         self.router = router
+        self.rank = rank
+        self.router_dim = router_dim
+        num_blocks = self.vision_config.num_hidden_layers
         self.levels = list(levels) if levels else spaced_levels(num_blocks, min(6, num_blocks))
         if max(self.levels) > num_blocks:
             raise ModelError(f"vision level {max(self.levels)} of a tower with {num_blocks} blocks")
         if router == "last":
             self.levels = self.levels[-1:]  # the others would be projected and weighed 0
-        self.rank = rank
-        self.router_dim = router_dim
-        own_size = square_side(getattr(self.vision_config, "image_size", None))
-        side = image_size or own_size
-        if square_side(getattr(self.vision_config, "patch_size", None)) is None or side is None:
+        side = image_size or square_side(getattr(self.vision_config, "image_size", None))
+        if side is None or square_side(getattr(self.vision_config, "patch_size", None)) is None:
             raise ModelError(
                 f"a {self.vision_config.model_type} tower has no one size of square patches and pictures"
             )
@@ -145,11 +136,7 @@ class DehvfConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, for weights of this version's function alone.
-
-        Raises:
-            ModelError: the weights belong to another version.
-        """
+        """As in transformers; weights of another version's function are refused."""
         check_version(config_dict.get("version", 1), "the model")
         return super().from_dict(config_dict, **kwargs)
 
@@ -171,7 +158,7 @@ class DehvfConfig(PreTrainedConfig):
 
     @property
     def num_slots(self) -> int:
-        """Visual tokens M of one level: the class token and the patches."""
+        """Visual tokens M of one feature layer: the class token and the patches."""
         return self.patches_per_side**2 + 1
 
     @property
@@ -183,19 +170,19 @@ class DehvfConfig(PreTrainedConfig):
     def max_tokens(self) -> int | None:
         """Tokens of text that the decoder has positions for, beside the prefix; None where nothing says so.
 
-        Rotary embeddings that are stretched by a factor are taken to reach as much farther.
+        Rotary embeddings stretched by a factor are taken to reach that much farther.
         """
         positions = getattr(self.text_config, "max_position_embeddings", None)
         if not isinstance(positions, int) or positions < 1:
             return None
-        stretched = int(positions * max([1, *_factors(getattr(self.text_config, "rope_parameters", None))]))
-        if self.fusion != "prefix":
-            return stretched
-        return stretched - (self.prefix_tokens or self.patches_per_side**2)
+        longest = int(positions * max([1, *_factors(getattr(self.text_config, "rope_parameters", None))]))
+        if self.fusion == "prefix":
+            longest -= self.prefix_tokens or self.patches_per_side**2
+        return longest
 
 
 def _factors(rope: Any) -> list[float]:
-    """By how much rotary embeddings are stretched; layers of several kinds may have several."""
+    """The factors that rotary embeddings are stretched by; kinds of layers may each have one."""
     if not isinstance(rope, dict):
         return []
     own = [rope["factor"]] if isinstance(rope.get("factor"), int | float) else []

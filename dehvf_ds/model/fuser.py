@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .shapes import Bool, Float
+from .configuration import Bool, Float
 
 
 class HierarchicalFuser(nn.Module):

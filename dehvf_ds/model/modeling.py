@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,30 +14,23 @@ from transformers.cache_utils import Cache
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import ModelOutput
 
-from .adapters import add_lora, decoder_layers, lora_parameters
-from .configuration import DehvfConfig, ModelError
+from .configuration import Bool, DehvfConfig, Float, Int, ModelError
+from .features import PrefixProjector, Projector, visual_features
 from .fuser import HierarchicalFuser
-from .levels import visual_levels
-from .loading import refuse_incomplete
-from .projector import PrefixProjector, Projector
-from .shapes import Bool, Float, Int
-from .visual_ffn import MemoryReader, VisualFFN, prepare_memory
+from .lora import add_lora, decoder_layers, lora_parameters
+from .visual_ffn import MemoryReader, VisualFFN
 
 IGNORE_INDEX = -100
 
 
 @dataclass
 class DehvfOutput(ModelOutput):
-    """What a forward returns.
+    """What a forward returns: losses where labels are given, else logits and what the decoder adds to them.
 
     Attributes:
         loss: mean cross-entropy over the supervised tokens; 0 without any.
         loss_sum: its sum, fp32; what the trainer weighs over ranks and micro-steps.
         num_tokens: supervised tokens, an int64 scalar.
-        logits: ``[batch, tokens, vocab]``; None when labels are given.
-        past_key_values: the decoder's cache.
-        hidden_states: the decoder's, where they are asked for.
-        attentions: likewise.
         level_weights: the fuser's ``[batch, layers, levels]``, when pictures were encoded.
     """
 
@@ -57,14 +51,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     adds no token; ``prefix`` puts projected patches before the text; ``none`` sees no picture. LoRA
     adapters in the FFNs are on in all of them unless ``config.lora`` is None. At initial values
     ``ffn`` and ``none`` compute exactly what the language model computes.
-
-    Args:
-        config: sizes and sub-configurations.
-        language_model: loaded decoder to wrap; None builds one with random weights.
-        vision_tower: loaded tower to wrap; None builds one with random weights.
-
-    Raises:
-        ModelError: the decoder lacks the expected structure.
+    A backbone that is not given has random weights.
     """
 
     config_class = DehvfConfig
@@ -111,13 +98,11 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._keys_to_ignore_on_load_unexpected = set()
         self.freeze_backbones()
 
-    # --- parameters ---
-
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: modules of ours hold their start values from their constructors."""
 
     def visual_modules(self) -> dict[str, nn.Module]:
-        """The branch's trainable modules by their names in the model, FFN gains included."""
+        """The branch's trainable modules by their names in the model, each FFN's scales included."""
         own = {"projector", "fuser", "reader", "prefix_projector"}
         return {
             name: module
@@ -126,7 +111,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         }
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """The exact set that trains, by name: fuser, projector, reader, gains and FFN adapters."""
+        """The exact set that trains, by name: projector, fuser, reader, scales and FFN adapters."""
         chosen = {id(p) for p in lora_parameters(self.language_model)}
         for module in self.visual_modules().values():
             chosen |= {id(p) for p in module.parameters(recurse=False)}
@@ -145,30 +130,16 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.vision_tower.eval()
         return self
 
-    # --- loading: what is not in the files is nowhere else ---
-
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loads an export as ``PreTrainedModel.from_pretrained`` does, and refuses one that is not whole.
-
-        Args:
-            source: directory or hub id.
-            *args: as there.
-            **kwargs: as there.
-
-        Raises:
-            ModelError: the files lack a weight, hold one that the model has no place for, or of another
-                shape, or with values that are not finite.
-        """
+        """Loads an export as ``PreTrainedModel.from_pretrained`` does, see ``refuse_incomplete``."""
         wants_info = kwargs.pop("output_loading_info", False)
         # Shapes are refused here, by name; transformers' own error names no tensor.
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         loaded: Any = super().from_pretrained(source, *args, **kwargs)
         model, info = loaded
-        refuse_incomplete(model, info, str(source))
+        refuse_incomplete(model, info, info["unexpected_keys"], str(source))
         return (model, info) if wants_info else model
-
-    # --- HF plumbing: the decoder owns embeddings and head ---
 
     def get_input_embeddings(self) -> nn.Module:
         """The decoder's token embedding."""
@@ -186,30 +157,25 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The decoder's stack of layers."""
         return self.language_model.get_decoder()
 
-    # --- pictures ---
-
     def encode_images(
         self, pixel_values: Float[Tensor, "batch 3 height width"], has_image: Bool[Tensor, " batch"] | None
     ) -> tuple[Float[Tensor, "batch layers slots rank"], Float[Tensor, "batch layers levels"]]:
         """Computes the visual memory of every LLM layer, once per picture (``fusion: ffn``).
 
-        Args:
-            pixel_values: pictures, normalised for the tower.
-            has_image: rows whose picture counts; None means all.
-
         Returns:
-            The memory, zero on rows without a picture, and the fuser's level weights.
+            The memory, zero on rows without a picture (no ``has_image``: all have one), and the fuser's
+            weights of the feature layers.
         """
-        features = visual_levels(self.vision_tower, pixel_values, self.config.levels)
+        features = visual_features(self.vision_tower, pixel_values, self.config.levels)
         has_image = _presence(pixel_values, has_image)
         return self.fuser(features[:, :, 0], self.projector(features), has_image)
 
     def encode_prefix(
         self, pixel_values: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch prefix dim"]:
-        """Computes the prefix tokens from the patches of the level before the last (``fusion: prefix``)."""
-        level = max(1, self.config.vision_config.num_hidden_layers - 1)
-        features = visual_levels(self.vision_tower, pixel_values, [level])
+        """Computes the prefix tokens from the patches of the block before the last (``fusion: prefix``)."""
+        block = max(1, self.config.vision_config.num_hidden_layers - 1)
+        features = visual_features(self.vision_tower, pixel_values, [block])
         return self.prefix_projector(features[:, 0, 1:])
 
     def prepare_memory(
@@ -217,19 +183,14 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Float[Tensor, "batch layers *slots rank"]:
         """Keys and values of every layer, ``[batch, layers, 2, slots, rank]``, read for every new token.
 
-        A model whose weights are not all at hand (offloaded, partitioned) reads the memory as it is.
+        A model whose weights are not all at hand (offloaded, partitioned) gets the memory as it is.
         """
-        if memory.ndim == 5:
-            return memory
         ffns = [layer.mlp for layer in decoder_layers(self.language_model)]
-        shared = (self.reader.key_positions, self.reader.value_positions)
-        if any(p.is_meta or not p.numel() for p in (*shared, *(ffn.gain_in for ffn in ffns))):
+        needed = (self.reader.key_positions, self.reader.value_positions, *(ffn.gain_in for ffn in ffns))
+        if memory.ndim == 5 or any(p.is_meta or not p.numel() for p in needed):
             return memory
-        prepared = [
-            prepare_memory(one, *(p.to(one.device) for p in (ffn.gain_in, ffn.gain_out, *shared)))
-            for ffn, one in zip(ffns, memory.unbind(dim=1), strict=True)
-        ]
-        return torch.stack(prepared, dim=1)
+        layers = zip(ffns, memory.unbind(dim=1), strict=True)
+        return torch.stack([self.reader.prepare(one, f.gain_in, f.gain_out) for f, one in layers], dim=1)
 
     def set_memory(self, memory: Float[Tensor, "batch layers *slots rank"] | None) -> None:
         """Hands each layer its memory, prepared or not, until the next call."""
@@ -238,8 +199,6 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         slices = [None] * len(layers) if memory is None else memory.unbind(dim=1)
         for layer, memory_of_layer in zip(layers, slices, strict=True):
             layer.mlp.memory = memory_of_layer
-
-    # --- forward ---
 
     def forward(
         self,
@@ -257,13 +216,13 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> DehvfOutput:
         """One pass.
 
-        With ``labels`` logits are computed at the supervised positions alone and only losses are
-        returned; ``supervised`` names these, each before its label's, in the rows laid end to end (None
-        counts them, for which a GPU is waited for). Without, logits at every position, as ``generate`` needs.
-        ``visual_memory``, prepared or
-        not, takes the place of pictures that are encoded already; without either, rows are text-only.
+        With ``labels``, logits are computed at the supervised positions alone and only losses are
+        returned. ``supervised`` names these positions, each one before its label's, in the rows laid end to
+        end; None finds them, for which a GPU has to be waited for. Without ``labels``, there are logits at
+        every position, as ``generate`` needs.
 
-        Pictures without ``has_image`` all count.
+        ``visual_memory``, prepared or not, takes the place of pictures that are encoded already. Without
+        either, rows are text-only. Without ``has_image`` every row's picture counts.
         """
         level_weights = None
         wanted = None
@@ -274,12 +233,8 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             wanted = labels.flatten()[supervised + 1]
         embeds: Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.fusion == "ffn":
-            if visual_memory is None and pixel_values is not None:
-                visual_memory, level_weights = self.encode_images(pixel_values, has_image)
-            if visual_memory is None:
-                visual_memory = self._text_only_memory(embeds)
-            _require_a_picture_a_row(visual_memory, embeds)
-            self.set_memory(visual_memory)
+            memory, level_weights = self._memory_of(embeds, pixel_values, has_image, visual_memory)
+            self.set_memory(memory)
         elif self.config.fusion == "prefix" and pixel_values is not None:
             num_tokens = embeds.shape[1]
             embeds, attention_mask = self._prepend_prefix(embeds, attention_mask, pixel_values, has_image)
@@ -304,7 +259,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 attentions=out.get("attentions"),
                 level_weights=level_weights,
             )
-        logits = self._logits_at(supervised, embeds, attention_mask, position_ids)
+        logits = self.logits_at(supervised, embeds, attention_mask, position_ids)
         loss_sum = F.cross_entropy(logits.float(), wanted.to(logits.device), reduction="sum")
         count = len(wanted)
         return DehvfOutput(
@@ -314,20 +269,17 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             level_weights=level_weights,
         )
 
-    def _logits_at(
+    def logits_at(
         self,
         chosen: Int[Tensor, " chosen"],
         embeds: Float[Tensor, "batch tokens dim"],
-        attention_mask: Int[Tensor, "batch tokens"] | None,
-        position_ids: Int[Tensor, "batch tokens"] | None,
+        attention_mask: Int[Tensor, "batch tokens"] | None = None,
+        position_ids: Int[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "chosen vocab"]:
         """Logits at the chosen positions alone, by the decoder's whole own forward.
 
         Between its layers and its logits a decoder may do more than apply its head: scale, cap, normalise.
-        So its own code runs, and only the hidden states that it goes on with are fewer.
-
-        Raises:
-            ModelError: the decoder does not go on with what its layers return.
+        So its own code runs, on fewer hidden states.
         """
         kept: list[Tensor] = []
 
@@ -355,9 +307,18 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         return logits[0]
 
-    def _text_only_memory(self, inputs_embeds: Tensor) -> Tensor:
-        config = self.config
-        return inputs_embeds.new_zeros(len(inputs_embeds), config.num_layers, config.num_slots, config.rank)
+    def _memory_of(
+        self, embeds: Tensor, pixel_values: Tensor | None, has_image: Tensor | None, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rows' memory: given, of their pictures, or zeros; with the fuser's weights of pictures."""
+        level_weights = None
+        if memory is None and pixel_values is not None:
+            memory, level_weights = self.encode_images(pixel_values, has_image)
+        if memory is None:
+            config = self.config
+            memory = embeds.new_zeros(len(embeds), config.num_layers, config.num_slots, config.rank)
+        _require_a_picture_a_row(memory, embeds)
+        return memory, level_weights
 
     def _prepend_prefix(
         self,
@@ -379,8 +340,6 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             torch.cat([mask, attention_mask], dim=1),
         )
 
-    # --- generation ---
-
     @torch.no_grad()
     def generate(
         self,
@@ -391,23 +350,11 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds: Float[Tensor, "batch tokens dim"] | None = None,
         **kwargs: Any,
     ) -> Int[Tensor, "batch new_tokens"]:
-        """Generates as ``GenerationMixin.generate``, encoding each picture once.
+        """Generates as ``GenerationMixin.generate`` and returns the new tokens only, whatever ``fusion`` is.
 
-        Every layer's keys and values are computed before the first token and read by all.
-
-        Args:
-            input_ids: prompts, padded on the left.
-            pixel_values: a picture a row, or None.
-            has_image: rows whose picture counts; None means all.
-            attention_mask: 1 at prompt tokens.
-            inputs_embeds: the prompts' embeddings, in the place of ``input_ids``.
-            **kwargs: whatever ``GenerationMixin.generate`` takes; ``visual_memory`` of ``encode_images``.
-
-        Returns:
-            The new tokens only, whatever ``fusion`` is.
-
-        Raises:
-            ValueError: no prompt is given, or not as many pictures as prompts.
+        Prompts are padded on the left. Each picture is encoded once: every layer's keys and values are
+        computed before the first token and read by all. ``visual_memory`` of ``encode_images`` may be given
+        in the pictures' place.
         """
         if input_ids is None:
             input_ids = kwargs.pop("inputs", None)
@@ -417,12 +364,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if attention_mask is None:
             attention_mask = embeds.new_ones(embeds.shape[:2], dtype=torch.long)
         if self.config.fusion == "ffn":
-            memory = kwargs.get("visual_memory")
-            if memory is None and pixel_values is not None:
-                memory, _ = self.encode_images(pixel_values, has_image)
-            if memory is None:
-                memory = self._text_only_memory(embeds)
-            _require_a_picture_a_row(memory, embeds)
+            memory, _ = self._memory_of(embeds, pixel_values, has_image, kwargs.get("visual_memory"))
             kwargs["visual_memory"] = self.prepare_memory(memory)
         elif self.config.fusion == "prefix" and pixel_values is not None:
             embeds, attention_mask = self._prepend_prefix(embeds, attention_mask, pixel_values, has_image)
@@ -441,3 +383,52 @@ def _require_a_picture_a_row(pictures: Tensor, embeds: Tensor) -> None:
     """Refuses a single picture for several rows, which all of them would see by broadcasting."""
     if len(pictures) != len(embeds):
         raise ValueError(f"{len(pictures)} pictures for {len(embeds)} rows; a row has one, see has_image")
+
+
+def refuse_incomplete(
+    model: nn.Module, info: Mapping[str, Any], unexpected: Collection[str], source: str
+) -> None:
+    """Refuses a loaded model whose weights are not exactly those of its files: transformers only warns.
+
+    Weights may be missing, unexpected, of another shape, or not finite. Those that lie on the meta device
+    or on another rank are not looked at for their values.
+
+    Args:
+        model: as loaded.
+        info: what ``from_pretrained`` reports with ``output_loading_info``.
+        unexpected: stored weights that the model has no place for and must not do without.
+        source: directory or hub id, for the message.
+    """
+    missing = set(info["missing_keys"]) - set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    if missing:
+        raise ModelError(f"{source}: the checkpoint lacks {_named(missing)}")
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise ModelError(f"{source}: {name} has shape {list(found)}, not {list(wanted)}")
+    if unexpected:
+        raise ModelError(
+            f"{source}: holds {_named(unexpected)}, that its config.json has no place for; what it computed "
+            "when it was trained is not what it would compute here"
+        )
+    for name, parameter in model.named_parameters():
+        if not _is_finite(_own_part(parameter)):
+            raise ModelError(f"{source}: {name} holds values that are not finite")
+
+
+def _own_part(parameter: nn.Parameter) -> Tensor:
+    """The values at hand; under ZeRO-3 this rank's share, without the padding of the last one."""
+    share: Any = getattr(parameter, "ds_tensor", None)
+    if share is None:
+        return parameter
+    start = share.numel() * torch.distributed.get_rank(getattr(parameter, "ds_process_group", None))
+    return share.flatten()[: max(0, parameter.ds_numel - start)]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_meta or not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        return True
+    # The extremes are finite unless a value is not: one pass, without a mask as large as the tensor.
+    return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.detach().aminmax())
+
+
+def _named(names: Collection[str]) -> str:
+    return f"{len(names)} weights, {min(names)} among them"

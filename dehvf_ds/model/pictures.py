@@ -7,34 +7,32 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
+from transformers.image_utils import load_image
 
-from .shapes import Float
+from .configuration import Float
 
 DRAFT_MARGIN = 2
 """How many times larger than asked for a JPEG is decoded at least, so that the later resize shapes it."""
 
 BAND_PIXELS = 1 << 22
-"""Of a picture of 16 bit or with transparency so many are converted at once."""
+"""Pictures of 16 bits or with transparency are converted so many pixels at a time."""
 
 THIN = 16
 """Longer side to shorter side from which a picture is cropped before a resize that keeps its proportions."""
 
-# What white may be in pictures whose mode does not say it: the smallest that holds all their values.
+# White, of modes that do not imply it: the smallest of these that holds all values of a picture.
 _WHITES = {"I": (255, 65535), "F": (1, 255, 65535)}
 
 
 def to_pixels(processor: Any, image: Image.Image) -> Float[Tensor, "3 height width"]:
-    """Resizes, crops and normalises one picture for the vision tower (float32).
-
-    Args:
-        processor: the tower's own image processor.
-        image: any picture of PIL's; what ``upright_rgb`` gave stays as it is.
-    """
+    """Resizes, crops and normalises one picture of PIL's by the tower's own image processor (float32)."""
     picture = crop_thin(upright_rgb(image), processor)
     return processor(images=picture, return_tensors="pt")["pixel_values"][0]
 
@@ -43,16 +41,14 @@ def upright_rgb(image: Image.Image, *, shorter_side: int | None = None) -> Image
     """A picture upright, in mode RGB; the given one is not changed, but may be loaded.
 
     EXIF orientation is applied; transparency is laid on white (diagrams are often black on nothing); 16-bit
-    and float grey is scaled to 8 bits, not clipped. Colour profiles are ignored.
+    and float grey is scaled to 8 bits, not clipped. Colour profiles are ignored. On damaged files PIL's
+    parsers raise about anything.
 
     Args:
         image: opened, of an animation at the frame that is wanted.
         shorter_side: shorter side in pixels that the picture is resized to later. A large JPEG that is not
             loaded yet is then decoded at 1/2, 1/4 or 1/8 of its size, its shorter side still at least
             ``DRAFT_MARGIN`` times this.
-
-    Raises:
-        Exception: what PIL's parsers raise on damaged files, which is about anything.
     """
     with warnings.catch_warnings(action="ignore"):
         if shorter_side is not None:
@@ -67,17 +63,10 @@ def upright_rgb(image: Image.Image, *, shorter_side: int | None = None) -> Image
 
 
 def upright_for(image: Image.Image, side: int) -> Image.Image:
-    """As ``upright_rgb`` for pictures of ``side`` pixels, of one that its owner has opened.
+    """As ``upright_rgb`` with ``shorter_side``, of a picture that its owner has opened.
 
     Decoding at a smaller scale changes a picture for good, and this one may still be wanted whole: a large
     JPEG that is not loaded yet is read twice.
-
-    Args:
-        image: opened; it is loaded, at its own scale.
-        side: shorter side in pixels that it is resized to later.
-
-    Raises:
-        Exception: as ``upright_rgb``.
     """
     file, large = getattr(image, "fp", None), min(image.size) >= 2 * DRAFT_MARGIN * side
     # Many phones and cameras write a JPEG with further pictures behind it, which PIL calls MPO.
@@ -98,15 +87,11 @@ def crop_thin(image: Image.Image, processor: Any) -> Image.Image:
     A processor that resizes the shorter side makes 256 x 768,000 pixels of 1 x 3000, of which it keeps 224 x
     224. What is left here is many times what it keeps, so that the resize finds the same neighbours, and of a
     length that puts the kept square on the same pixels.
-
-    Args:
-        image: the picture.
-        processor: the tower's own image processor.
     """
-    size = _fields(getattr(processor, "size", None))
+    size = _sides(getattr(processor, "size", None))
     if not getattr(processor, "do_resize", True) or getattr(processor, "do_pad", False) or size.get("height"):
         return image  # nothing grows beyond a square
-    kept = max(_fields(getattr(processor, "crop_size", None)).values(), default=0)
+    kept = max(_sides(getattr(processor, "crop_size", None)).values(), default=0)
     shorter, longer = sorted(image.size)
     edge = size.get("shortest_edge") or kept or 1
     ratio = max(THIN, math.ceil(4 * kept / edge))
@@ -123,7 +108,7 @@ def crop_thin(image: Image.Image, processor: Any) -> Image.Image:
     return image.crop((0, before, image.width, before + length))
 
 
-def _fields(size: Any) -> dict[str, int]:
+def _sides(size: Any) -> dict[str, int]:
     """The sides that a processor names: a mapping, transformers' own kind of one, or a number."""
     if isinstance(size, int):
         return {"shortest_edge": size}
@@ -176,3 +161,53 @@ def _scale_to_bytes(image: Image.Image, white: float) -> Image.Image:
     if isinstance(key := image.info.get("transparency"), int):
         scaled[values == key] = 255
     return Image.fromarray(scaled)
+
+
+def open_picture(picture: Any) -> Image.Image:
+    """A picture as PIL's: one of PIL's, a path, an address, a file or its bytes, an array or a tensor."""
+    if isinstance(picture, Image.Image):
+        return picture
+    try:
+        if isinstance(picture, str) and not Path(picture).is_file():
+            return load_image(picture)  # an address, or base64
+        if isinstance(picture, str | Path):
+            picture = Path(picture).read_bytes()
+        elif hasattr(picture, "read"):
+            picture = picture.read()
+        if isinstance(picture, bytes | bytearray):
+            return Image.open(io.BytesIO(picture))
+    except OSError as error:
+        raise ValueError(f"no picture can be read: {error}") from None
+    if not hasattr(picture, "ndim"):
+        kind = type(picture).__name__
+        raise ValueError(f"a {kind} is no picture; give PIL's, a path, an address or an array")
+    return Image.fromarray(_as_bytes(picture))
+
+
+def _as_bytes(array: Any) -> np.ndarray:
+    """The bytes of an array or tensor, ``[height, width]`` or with 1, 3 or 4 channels last, or first.
+
+    Values must be bytes, or shares of 1: what was normalised for a tower would become another picture.
+    """
+    is_tensor = isinstance(array, torch.Tensor)
+    values = array.detach().cpu().float().numpy() if is_tensor else np.asarray(array)
+    while values.ndim > 3 and len(values) == 1:
+        values = values[0]
+    if values.ndim == 3:
+        places = (0, 2) if is_tensor else (2, 0)  # where channels usually are, first
+        place = next((place for place in places if values.shape[place] in (1, 3, 4)), None)
+        values = np.empty(0) if place is None else np.moveaxis(values, place, 2)
+        values = values[..., 0] if values.shape[-1:] == (1,) else values
+    if values.ndim not in (2, 3) or values.size == 0:
+        raise ValueError(f"an array of shape {list(array.shape)} is no picture of 1, 3 or 4 channels")
+    if values.dtype == np.uint8:
+        return values
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 255):
+        raise ValueError(
+            f"an array of values from {low:g} to {high:g} is no picture; give bytes, or shares of 1 before "
+            "they are normalised"
+        )
+    is_float = array.is_floating_point() if is_tensor else values.dtype.kind == "f"
+    shares = str(array.dtype).endswith("bool") or (is_float and high <= 1)
+    return (values.astype(np.float32) * (255 if shares else 1)).round().astype(np.uint8)

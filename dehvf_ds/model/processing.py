@@ -1,36 +1,112 @@
-"""The processor: the tower's image processor and the decoder's tokenizer behind one call."""
+"""The processor: texts to ids, and the tower's image processor and the decoder's tokenizer behind one call.
+
+Training, evaluation, generation and exports make ids by the functions here (ours). What a tokenizer does by
+itself around a text (a begin of text, an end of text, [CLS] and [SEP]) is not taken: before a prompt stands
+its begin of text, if it has the habit of putting one, and nothing else.
+"""
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, BatchFeature
-from transformers.image_utils import load_image
+from transformers import AutoImageProcessor, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
-from .pictures import to_pixels, upright_for
-from .texts import prompt_ids, text_ids, tokenizer_traits
+from .configuration import ModelError
+from .pictures import open_picture, to_pixels, upright_for
 
+# Prompts end and targets begin like these.
+_SEAM_PROBES = (("picture:", "The dog"), ("Response:", "The answer is"), ("a", "b"))
 # What a hub is asked with.
 _PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+@dataclass(frozen=True)
+class TokenizerTraits:
+    """How a tokenizer behaves where prompt and target meet.
+
+    Attributes:
+        bos: ids that it puts before a text by itself; empty or the begin-of-text id.
+        seam: text put before the target so that its ids continue the prompt's: a space for byte-level BPE,
+            nothing for sentencepiece, which starts every text with one of its own.
+        eos_id: end-of-text id.
+        pad_id: padding id; the end-of-text id where the tokenizer has none.
+    """
+
+    bos: tuple[int, ...]
+    seam: str
+    eos_id: int
+    pad_id: int
+
+
+@lru_cache(maxsize=8)
+def tokenizer_traits(tokenizer: PreTrainedTokenizerBase) -> TokenizerTraits:
+    """Finds out by trial how a tokenizer behaves; one that cannot be used raises ``ModelError``.
+
+    The seam is the one that makes the ids of prompt and target, taken apart, equal those of the whole text.
+    """
+    eos_id = tokenizer.eos_token_id
+    name = tokenizer_name(tokenizer)
+    if not isinstance(eos_id, int):
+        raise ModelError(f"{name}: no end-of-text token; set eos_token in its tokenizer_config.json")
+    for seam in (" ", ""):
+        if all(
+            text_ids(tokenizer, prompt) + text_ids(tokenizer, seam + target)
+            == text_ids(tokenizer, f"{prompt} {target}")
+            for prompt, target in _SEAM_PROBES
+        ):
+            pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos_id
+            return TokenizerTraits(bos_ids(tokenizer), seam, eos_id, pad_id)
+    raise ModelError(f"{name}: 'prompt' and ' target' taken apart differ from 'prompt target' in ids")
+
+
+@lru_cache(maxsize=8)
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that a tokenizer puts before a text by itself: none, or the begin-of-text id."""
+    first = tokenizer("a").input_ids[0]
+    return (first,) if first == tokenizer.bos_token_id and first != text_ids(tokenizer, "a")[0] else ()
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The ids of a prompt, as it stands before a target and as generation begins from it: [bos] prompt.
+
+    Space at its end is left out: the target brings its own. An empty prompt has a begin, too: the
+    end-of-text token stands for it where the tokenizer puts no begin of text.
+    """
+    traits = tokenizer_traits(tokenizer)
+    stripped = prompt.rstrip()
+    return [*traits.bos, *(text_ids(tokenizer, stripped) if stripped else [])] or [traits.eos_id]
+
+
+def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> list[int]:
+    """The ids of a target behind its prompt, without its end of text; special tokens in it are plain text."""
+    seam = tokenizer_traits(tokenizer).seam if prompt.rstrip() else ""
+    return text_ids(tokenizer, seam + target, plain=True) if target else []
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, plain: bool = False) -> list[int]:
+    """The ids of a text, uncut, and of nothing around it; ``plain`` takes special tokens as plain text."""
+    # verbose=False: a text above the tokenizer's model_max_length is no mistake here.
+    return tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=plain).input_ids
+
+
+def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """``tokenizer NAME``, as messages to the user call it."""
+    return f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
 
 
 class DehvfProcessor(ProcessorMixin):
     """Turns pictures and prompts into the model's inputs, as in training.
 
-    Args:
-        image_processor: the vision tower's own processor.
-        tokenizer: the language model's tokenizer.
-        chat_template: Jinja of a conversation; its messages' contents are texts or lists of parts.
-        written_prompts: prompts are conversations that ``chat_template`` has written, as the model was
-            trained with: taken to the letter. Else they are instructions, whose last space is left out.
+    With ``written_prompts`` prompts are conversations that ``chat_template`` has written, as the model was
+    trained with: taken to the letter. Else they are instructions, whose last space is left out.
     """
 
     def __init__(
@@ -84,15 +160,12 @@ class DehvfProcessor(ProcessorMixin):
         Returns:
             ``input_ids``, ``attention_mask`` and, with pictures, ``pixel_values``; ``has_image`` where some
             rows have none. All are tensors.
-
-        Raises:
-            ValueError: not as many pictures as prompts, several for one prompt, or what is no picture.
         """
-        to_the_letter = not kwargs.get("add_special_tokens", True)
+        to_the_letter = self.written_prompts or not kwargs.get("add_special_tokens", True)
         features: dict[str, Any] = {}
         rows = _one_picture_a_row(images)
         if text is not None:
-            prompts = [text] if not _is_list(text) else list(text)
+            prompts = list(text) if _is_list(text) else [text]
             if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
                 raise ValueError("text is a prompt, or a list of prompts, one a row")
             if rows and len(rows) != len(prompts):
@@ -103,8 +176,8 @@ class DehvfProcessor(ProcessorMixin):
         present = [picture for picture in rows if picture is not None]
         if present:
             pixels = torch.stack([self._pixels(picture) for picture in present])
-            has_image = torch.tensor([picture is not None for picture in rows])
             if len(present) < len(rows):
+                has_image = torch.tensor([picture is not None for picture in rows])
                 features["has_image"] = has_image
                 spread = pixels.new_zeros(len(rows), *pixels.shape[1:])
                 spread[has_image] = pixels
@@ -128,7 +201,7 @@ class DehvfProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values", "has_image"]
 
     def _prompt_ids(self, prompt: str, to_the_letter: bool) -> list[int]:
-        if not to_the_letter and not self.written_prompts:
+        if not to_the_letter:
             return prompt_ids(self.tokenizer, prompt)
         return text_ids(self.tokenizer, prompt) or [tokenizer_traits(self.tokenizer).eos_id]
 
@@ -141,7 +214,7 @@ class DehvfProcessor(ProcessorMixin):
         return {"input_ids": ids, "attention_mask": mask}
 
     def _pixels(self, picture: Any) -> torch.Tensor:
-        picture = _opened(picture)
+        picture = open_picture(picture)
         # Decoded at the scale that training decodes at.
         side = to_pixels(self.image_processor, Image.new("RGB", (32, 32))).shape[-1]
         return to_pixels(self.image_processor, upright_for(picture, side))
@@ -163,64 +236,3 @@ def _one_picture_a_row(images: Any) -> list[Any]:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
-
-
-def _opened(picture: Any) -> Image.Image:
-    """A picture as PIL's, whatever it was given as.
-
-    Raises:
-        ValueError: it is none, or cannot be read.
-    """
-    if isinstance(picture, Image.Image):
-        return picture
-    try:
-        if isinstance(picture, str | Path) and Path(picture).is_file():
-            picture = Path(picture).read_bytes()
-        elif isinstance(picture, Path):
-            raise ValueError(f"{picture}: no such file")
-        elif isinstance(picture, str):
-            return load_image(picture)  # an address, or base64
-        elif hasattr(picture, "read"):
-            picture = picture.read()
-        if isinstance(picture, bytes | bytearray):
-            return Image.open(io.BytesIO(picture))
-    except OSError as error:
-        raise ValueError(f"no picture can be read: {error}") from None
-    if not hasattr(picture, "ndim"):
-        raise ValueError(
-            f"a {type(picture).__name__} is no picture; give PIL's, a path, an address or an array"
-        )
-    return Image.fromarray(_as_bytes(picture))
-
-
-def _as_bytes(array: Any) -> np.ndarray:
-    """The bytes of an array or tensor, ``[height, width]`` or with 1, 3 or 4 channels last, or first.
-
-    Raises:
-        ValueError: it has another shape, or values that are neither bytes nor shares of 1.
-    """
-    channels_first = isinstance(array, torch.Tensor)
-    values = array.detach().cpu().float().numpy() if channels_first else np.asarray(array)
-    while values.ndim > 3 and len(values) == 1:
-        values = values[0]
-    places = (0, 2) if channels_first else (2, 0)
-    if values.ndim == 3:
-        place = next((place for place in places if values.shape[place] in (1, 3, 4)), None)
-        values = np.empty(0) if place is None else np.moveaxis(values, place, 2)
-        values = values[..., 0] if values.shape[-1:] == (1,) else values
-    if values.ndim not in (2, 3) or values.size == 0:
-        raise ValueError(f"an array of shape {list(array.shape)} is no picture of 1, 3 or 4 channels")
-    if values.dtype == np.uint8:
-        return values
-    low, high = float(values.min()), float(values.max())
-    if not (low >= 0 and high <= 255):
-        raise ValueError(
-            f"an array of values from {low:g} to {high:g} is no picture; give bytes, or shares of 1 before "
-            "they are normalised"
-        )
-    shares = str(array.dtype).endswith("bool") or (_is_float(array) and high <= 1)
-    return (values.astype(np.float32) * (255 if shares else 1)).round().astype(np.uint8)
-
-
-def _is_float(array: Any) -> bool:
-    return array.is_floating_point() if isinstance(array, torch.Tensor) else array.dtype.kind == "f"

@@ -1,7 +1,7 @@
-"""Tries two backbones out on scaled-down copies, before their weights are loaded (ours).
+"""Tries two backbones out on small copies, before their weights are loaded (ours).
 
-Whether a decoder and a tower can be used is seen by what they compute, not by their names: a small copy with
-random weights, of the same classes and with the same constants, costs a fraction of a second.
+Whether a decoder and a tower can be used is seen by what they compute, not by their names: a copy with random
+weights, of the same classes and with the same constants, costs a fraction of a second.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .configuration import DehvfConfig, ModelError
-from .levels import hidden_states
+from .features import hidden_states
 from .modeling import DehvfForConditionalGeneration
 
 NUM_LAYERS = 2
 HEAD_DIM = 16
 NUM_HEADS = 2
+"""Sizes of small copies."""
 
 TOLERANCE = 1e-4
 """Largest difference of logits, as a share of the largest logit, that rounding in fp32 may make."""
@@ -29,8 +31,11 @@ TOLERANCE = 1e-4
 LOGIT_SPREAD = 8.0
 """Standard deviation that a copy's logits are brought to, so that what bends large ones is seen."""
 
-# What the library's model code raises where sizes do not fit together or arguments are not taken.
-_MISFITS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError)
+MISFITS = (
+    *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError),
+    *(ArithmeticError, NotImplementedError, RuntimeError, StrictDataclassError),
+)
+"""What the library raises where a config.json is damaged, sizes do not fit or arguments are not taken."""
 
 
 def scaled_down(config: PreTrainedConfig, *, num_layers: int | None = None) -> PreTrainedConfig:
@@ -79,38 +84,37 @@ def _holds_list(value: Any) -> bool:
 def try_backbones(config: DehvfConfig) -> None:
     """Refuses backbones that would not compute in the model what they compute alone.
 
-    On a copy: the model at its start gives the decoder's own logits, with and without labels; every layer's
-    FFN is reached; the tower gives a token a patch, in the patches' order, the same at each call.
-
-    Args:
-        config: the run's model.
-
-    Raises:
-        ModelError: they would not, or no copy can be built.
+    On small copies: the model at its start gives the decoder's own logits, with and without labels; every
+    layer's FFN is reached; the tower gives a token a patch, in the patches' order, the same at each call.
     """
-    with _own_randomness():
+    # Draws that change no other draw, the same ones in every process.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         small = copy.deepcopy(config)
         small.text_config = scaled_down(config.text_config, num_layers=NUM_LAYERS)
         small.vision_config = scaled_down(config.vision_config)
-        decoder = _copy_of(AutoModelForCausalLM, small.text_config, config.text_config)
+        decoder = _build(AutoModelForCausalLM, small.text_config)
         tower = None
         if config.fusion != "none":
-            tower = _copy_of(AutoModel, small.vision_config, config.vision_config)
+            tower = _build(AutoModel, small.vision_config)
             _try_tower(tower, config.image_size, small.patch_size)
         _try_decoder(decoder, small, tower)
 
 
+def _build(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    with _refused(f"no scaled-down copy of a {config.model_type} model can be built"):
+        return auto_class.from_config(config, dtype=torch.float32).eval()
+
+
 def _try_tower(tower: PreTrainedModel, image_size: int, patch_size: int) -> None:
-    kind = tower.config.model_type
+    kind, num_blocks = tower.config.model_type, tower.config.num_hidden_layers
     pixels = torch.randn(1, 3, image_size, image_size)
     changed = pixels.clone()
     changed[..., :patch_size, patch_size : 2 * patch_size] += 1  # the second patch of the first row
     with torch.no_grad(), _refused(f"the vision tower, a {kind} model, cannot see {image_size} pixels"):
         states, again, other = (hidden_states(tower, each) for each in (pixels, pixels, changed))
-    if len(states) != tower.config.num_hidden_layers + 1:
-        raise ModelError(
-            f"a {kind} tower returns {len(states) - 1} hidden states, not {tower.config.num_hidden_layers}"
-        )
+    if len(states) != num_blocks + 1:
+        raise ModelError(f"a {kind} tower returns {len(states) - 1} hidden states, not {num_blocks}")
     if not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(states, again, strict=True)):
         raise ModelError(
             f"a {kind} tower sees something else at each look (it masks or shuffles patches at random); "
@@ -140,11 +144,10 @@ def _try_decoder(decoder: PreTrainedModel, config: DehvfConfig, tower: PreTraine
     seen = {} if config.fusion == "prefix" else {"pixel_values": pixels}
     with _refused(f"a {kind} decoder does not run with visual features in its FFNs"):
         _compare(own, model(input_ids=ids, **seen).logits, kind)
-        chosen = torch.arange(ids.numel())
         if config.fusion == "ffn":
             model.set_memory(model.encode_images(pixels, None)[0])
         embeds = model.get_input_embeddings()(ids)
-        _compare(own.flatten(0, 1), model._logits_at(chosen, embeds, None, None), kind)
+        _compare(own.flatten(0, 1), model.logits_at(torch.arange(ids.numel()), embeds), kind)
         model(input_ids=ids, labels=ids, pixel_values=pixels).loss.backward()
     silent = [name for name, p in model.trainable_parameters().items() if p.grad is None]
     if silent:
@@ -164,25 +167,12 @@ def _compare(own: Tensor, ours: Tensor, kind: str) -> None:
         )
 
 
-def _copy_of(auto_class: type, small: PreTrainedConfig, config: PreTrainedConfig) -> PreTrainedModel:
-    with _refused(f"no scaled-down copy of a {config.model_type} model can be built"):
-        return auto_class.from_config(small, dtype=torch.float32).eval()
-
-
 @contextmanager
 def _refused(what: str) -> Iterator[None]:
     try:
         yield
     except ModelError:
         raise
-    except _MISFITS as error:
+    except MISFITS as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(f"{what}: {reason}") from None
-
-
-@contextmanager
-def _own_randomness() -> Iterator[None]:
-    """Draws that change no other draw, the same ones in every process."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield

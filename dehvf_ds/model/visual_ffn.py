@@ -6,76 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .shapes import Float
+from .configuration import Float
 
 QUERY_EPS = 1e-8
 """Added to a query's mean square before its root."""
 
 SCORE_SPREAD = 64.0
-"""Start value of the gains of the queries: how sharply a token tells the slots apart (ours, by a sweep)."""
+"""Start value of the queries' scale: how sharply a token tells the slots apart (ours, by a sweep)."""
 
 READ_SIZE = 0.5
-"""Start value of the gains of the read over sqrt(M), as sums over M slots grow (ours, likewise)."""
-
-
-def read_memory(
-    x: Float[Tensor, "batch tokens dim"],
-    memory: Float[Tensor, "batch slots rank"],
-    gain_in: Float[Tensor, " rank"],
-    gain_out: Float[Tensor, " rank"],
-    w_query: Float[Tensor, "dim rank"],
-    w_out: Float[Tensor, "rank dim"],
-    key_positions: Float[Tensor, "slots rank"],
-    value_positions: Float[Tensor, "slots rank"],
-) -> Float[Tensor, "batch tokens dim"]:
-    """Reads the visual memory for every token (ours).
-
-    q = rms_norm(x W_q) * a;  A = silu(q (S + P_k)^T / sqrt(r));  result = ((A (S + P_v)) * b) W_o.
-
-    It equals an FFN whose hidden units are the M slots, with keys ((S + P_k) * a) W_q^T, scores divided by
-    the root mean square of x W_q, and values ((S + P_v) * b) W_o, without ever building those [slots, dim]
-    matrices.
-    """
-    query = _queries(x, w_query) * gain_in
-    scores = query @ (memory + key_positions).transpose(1, 2) * memory.shape[-1] ** -0.5
-    read = F.silu(scores) @ (memory + value_positions)
-    return (read * gain_out) @ w_out
-
-
-def prepare_memory(
-    memory: Float[Tensor, "batch slots rank"],
-    gain_in: Float[Tensor, " rank"],
-    gain_out: Float[Tensor, " rank"],
-    key_positions: Float[Tensor, "slots rank"],
-    value_positions: Float[Tensor, "slots rank"],
-) -> Float[Tensor, "batch 2 slots rank"]:
-    """Keys and values as decoding reads them for every token: positions added, gains and scale multiplied in.
-
-    keys = (S + P_k) * a / sqrt(r);  values = (S + P_v) * b.
-    """
-    keys = (memory + key_positions) * (gain_in * memory.shape[-1] ** -0.5)
-    return torch.stack([keys, (memory + value_positions) * gain_out], dim=1)
-
-
-def read_prepared(
-    x: Float[Tensor, "batch tokens dim"],
-    prepared: Float[Tensor, "batch 2 slots rank"],
-    w_query: Float[Tensor, "dim rank"],
-    w_out: Float[Tensor, "rank dim"],
-) -> Float[Tensor, "batch tokens dim"]:
-    """As ``read_memory``, of a memory that ``prepare_memory`` made: half as many operations a token."""
-    keys, values = prepared.unbind(dim=1)
-    return F.silu(_queries(x, w_query) @ keys.transpose(1, 2)) @ values @ w_out
-
-
-def _queries(
-    x: Float[Tensor, "batch tokens dim"], w_query: Float[Tensor, "dim rank"]
-) -> Float[Tensor, "batch tokens rank"]:
-    """x W_q at a root mean square of 1, so that the spread of the scores does not hang on the LLM.
-
-    The inputs of an FFN have an RMS of 0.14 in SmolLM2 and of several in other LLMs.
-    """
-    return F.rms_norm(x @ w_query, w_query.shape[-1:], eps=QUERY_EPS)
+"""Start value of the read's scale times sqrt(M), since sums over M slots grow so (ours, likewise)."""
 
 
 class MemoryReader(nn.Module):
@@ -86,7 +26,7 @@ class MemoryReader(nn.Module):
 
     Args:
         dim: width d of the language model.
-        num_slots: visual tokens M of a level.
+        num_slots: visual tokens M of a feature layer.
         rank: width r of the memory.
     """
 
@@ -97,32 +37,60 @@ class MemoryReader(nn.Module):
         self.key_positions = nn.Parameter(torch.randn(num_slots, rank) * 0.02)
         self.value_positions = nn.Parameter(torch.zeros(num_slots, rank))
 
-    def forward(self, x: Tensor, memory: Tensor, gain_in: Tensor, gain_out: Tensor) -> Tensor:
-        """Calls ``read_memory``, or ``read_prepared`` for a memory of four dimensions; shapes as there."""
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        memory: Float[Tensor, "batch *2 slots rank"],
+        gain_in: Float[Tensor, " rank"],
+        gain_out: Float[Tensor, " rank"],
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Reads a layer's visual memory for every token (ours).
+
+        q = rms_norm(x W_q) * a;  A = silu(q (S + P_k)^T / sqrt(r));  result = ((A (S + P_v)) * b) W_o.
+
+        It equals an FFN whose hidden units are the M slots, with keys ((S + P_k) * a) W_q^T, scores divided
+        by the root mean square of x W_q, and values ((S + P_v) * b) W_o, without ever building those
+        [slots, dim] matrices. x W_q is normalised so that the spread of the scores does not hang on the LLM:
+        the inputs of an FFN have an RMS of 0.14 in SmolLM2 and of several in other LLMs.
+
+        Args:
+            x: inputs of the layer's FFN.
+            memory: S, or what ``prepare`` made of it, which takes half as many operations a token.
+            gain_in: the layer's scale a of the queries.
+            gain_out: the layer's scale b of what is read.
+        """
+        query = F.rms_norm(x @ self.w_query, self.w_query.shape[-1:], eps=QUERY_EPS)
         if memory.ndim == 4:
-            return read_prepared(x, memory, self.w_query, self.w_out)
-        return read_memory(
-            x,
-            memory,
-            gain_in,
-            gain_out,
-            self.w_query,
-            self.w_out,
-            self.key_positions,
-            self.value_positions,
-        )
+            keys, values = memory.unbind(dim=1)
+            return F.silu(query @ keys.transpose(1, 2)) @ values @ self.w_out
+        query = query * gain_in
+        scores = query @ (memory + self.key_positions).transpose(1, 2) * memory.shape[-1] ** -0.5
+        read = F.silu(scores) @ (memory + self.value_positions)
+        return (read * gain_out) @ self.w_out
+
+    def prepare(
+        self,
+        memory: Float[Tensor, "batch slots rank"],
+        gain_in: Float[Tensor, " rank"],
+        gain_out: Float[Tensor, " rank"],
+    ) -> Float[Tensor, "batch 2 slots rank"]:
+        """Keys (S + P_k) * a / sqrt(r) and values (S + P_v) * b, which decoding reads for every token."""
+        to = memory.device
+        keys = (memory + self.key_positions.to(to)) * (gain_in.to(to) * memory.shape[-1] ** -0.5)
+        values = (memory + self.value_positions.to(to)) * gain_out.to(to)
+        return torch.stack([keys, values], dim=1)
 
 
 class VisualFFN(nn.Module):
     """Stands in the place of a decoder layer's FFN and adds what that layer reads from the picture.
 
-    out = FFN(x) + visual(x). The memory is set by the top model's forward and stays until the next one,
-    so that activation checkpointing recomputes with the same memory.
+    out = FFN(x) + visual(x). The top model's forward sets the memory, which stays until the next one, so that
+    activation checkpointing recomputes with the same memory.
 
     Args:
         ffn: the layer's own FFN.
         reader: the shared reader; referenced, not registered, since it belongs to the top model.
-        num_slots: visual tokens M of a level.
+        num_slots: visual tokens M of a feature layer.
         rank: width r of the memory.
     """
 
@@ -135,11 +103,7 @@ class VisualFFN(nn.Module):
         self.memory: Tensor | None = None
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        """The layer's FFN plus the visual branch.
-
-        Raises:
-            RuntimeError: the language model was called without the top model, so no memory is set.
-        """
+        """The layer's FFN plus the visual branch."""
         if self.memory is None:
             raise RuntimeError("no visual memory is set; call the DEHVF model, not its language model")
         visual = self._reader[0](x, self.memory, self.gain_in, self.gain_out)

@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tiny_models import LORA, build_model, text_config, vision_config
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, GPT2Config, LlamaConfig
 
@@ -61,28 +60,17 @@ def test_the_trainable_set_is_exactly_the_branch_and_the_adapters() -> None:
     assert sum(p.numel() for p in model.trainable_parameters().values()) == count
 
 
-LLAMA = {
-    "7B": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-    "13B": {
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-    },
-}
-CLIP_L = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 14,
-}
+def sizes(width: int, inner: int, layers: int, heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+
+
+LLAMA = {"7B": sizes(4096, 11008, 32, 32), "13B": sizes(5120, 13824, 40, 40)}
+CLIP_L = sizes(1024, 4096, 24, 16) | {"image_size": 224, "patch_size": 14}
 
 
 @pytest.mark.parametrize(("size", "lora_rank", "expected"), [("7B", 8, 5_156_224), ("13B", 4, 4_585_088)])
@@ -98,18 +86,6 @@ def test_trainable_counts_at_full_size(size: str, lora_rank: int, expected: int)
     count = sum(p.numel() for p in model.trainable_parameters().values())
     assert 4e6 <= count <= 6e6
     assert count == expected
-
-
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_loss_equals_cross_entropy_over_all_logits(fusion: str, inputs) -> None:
-    model = build_model(fusion=fusion, trained=True)
-    output = model(**inputs)
-    labels = inputs.pop("labels")
-    logits = model(**inputs).logits[:, -labels.shape[1] :]
-    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-    torch.testing.assert_close(output.loss_sum, expected, rtol=1e-5, atol=1e-5)
-    assert output.num_tokens == (labels[:, 1:] != IGNORE_INDEX).sum()
-    torch.testing.assert_close(output.loss, expected / output.num_tokens)
 
 
 @pytest.mark.parametrize("fusion", ["ffn", "prefix"])
@@ -167,21 +143,14 @@ def test_cached_batched_generation_equals_decoding_each_row_without_cache(fusion
             text = torch.cat([text, batched[row : row + 1, step : step + 1]], dim=1)
 
 
-def test_the_picture_is_encoded_once_for_a_whole_generation(inputs) -> None:
-    model = build_model(trained=True)
-    calls = []
-    model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
-    model.generate(
-        inputs["input_ids"], inputs["pixel_values"], max_new_tokens=5, do_sample=False, pad_token_id=0
-    )
-    assert len(calls) == 1
-
-
 @pytest.mark.parametrize("beams", [1, 3])
 def test_memory_may_be_given_encoded_or_prepared(inputs, beams) -> None:
     model = build_model(trained=True)
     ids, settings = inputs["input_ids"], {"max_new_tokens": 5, "num_beams": beams, "pad_token_id": 0}
+    calls = []
+    model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     expected = model.generate(ids, inputs["pixel_values"], inputs["has_image"], **settings)
+    assert len(calls) == 1, "a picture is encoded once for a whole generation"
     encoded, _ = model.encode_images(inputs["pixel_values"], inputs["has_image"])
     prepared = model.prepare_memory(encoded)
     assert prepared.shape == (*encoded.shape[:2], 2, *encoded.shape[2:])
@@ -247,10 +216,5 @@ def test_prompts_may_be_given_as_embeddings(inputs) -> None:
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     assert torch.equal(model.generate(inputs_embeds=embeds, **seen), wanted)
     assert torch.equal(model.generate(inputs=inputs["input_ids"], **seen), wanted)
-    told = model.generate(
-        inputs["input_ids"], **seen, return_dict_in_generate=True, output_hidden_states=True
-    )
-    assert torch.equal(told.sequences, wanted)
-    assert len(told.hidden_states) == told.sequences.shape[1]
     with pytest.raises(ValueError, match="generate needs prompts"):
         model.generate(**seen)

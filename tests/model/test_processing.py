@@ -81,7 +81,7 @@ def test_of_a_batch_each_is_a_rows_own(processor, batch) -> None:
         (np.zeros((5, 5, 2), np.uint8), r"shape \[5, 5, 2\] is no picture"),
         (np.zeros((0, 4, 3), np.uint8), "is no picture"),
         (np.zeros(3, np.uint8), "is no picture"),
-        (Path("/none/such.png"), "/none/such.png: no such file"),
+        (Path("/none/such.png"), "no picture can be read: .*/none/such.png"),
         (b"text", "no picture can be read"),
         (3, "a int is no picture"),
         ({"bytes": b""}, "a dict is no picture"),
@@ -92,7 +92,7 @@ def test_what_is_no_picture_is_refused(processor, picture, message: str) -> None
         processor(images=picture, text="a")
 
 
-@pytest.mark.parametrize("text", [3, [], [None], [["a"]], PICTURE])
-def test_what_is_no_prompt_is_refused(processor, text) -> None:
-    with pytest.raises(ValueError, match="text is a prompt, or a list of prompts"):
-        processor(text=text)
+def test_what_is_no_prompt_is_refused(processor) -> None:
+    for text in (3, [], [None], [["a"]], PICTURE):
+        with pytest.raises(ValueError, match="text is a prompt, or a list of prompts"):
+            processor(text=text)

@@ -143,7 +143,7 @@ def test_files_of_llama_cpp_alone(world, bases) -> None:
         (lambda t: t.update({UP: t[UP][:5]}), rf"{UP} has shape \[5, 48\], not \[96, 48\]"),
         (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(48)}), "has no place for"),
         (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": t[UP]}), "has no place for"),
-        (lambda t: t.update({"lm_head.bias": torch.ones(260)}), r"no place for, lm_head\.bias"),
+        (lambda t: t.update({"lm_head.bias": torch.ones(260)}), r"lm_head\.bias .*has no place for"),
     ],
 )
 def test_weights_that_are_not_those_of_the_configuration(world, bases, change, message) -> None:
@@ -172,7 +172,7 @@ def test_a_tower_whose_layers_lack_a_weight_or_have_more(world, bases) -> None:
         tensors[name.replace("layers.3", "layers.4")] = tensors[name]
 
     tensors_of(bases / "tower", more)
-    refused(world, bases, r"tower.*no place for, .*layers\.4")
+    refused(world, bases, r"tower.*layers\.4.*has no place for")
 
 
 @pytest.mark.parametrize("part", ["llm", "tower"])
@@ -185,16 +185,16 @@ def test_quantised_weights(world, bases, part, method) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("llava", "a llava model has other parts than a language model"),
-        ("qwen2_vl", "a qwen2_vl model has other parts"),
-        ("gemma3", "a gemma3 model has other parts"),
-        ("paligemma", "a paligemma model has other parts"),
-        ("t5", "a t5 model has an encoder"),
-        ("bart", "a bart model has an encoder"),
-        ("clip", "a clip model has other parts"),
+        ("llava", "a llava model is no decoder"),
+        ("qwen2_vl", "a qwen2_vl model is no decoder"),
+        ("gemma3", "a gemma3 model is no decoder"),
+        ("paligemma", "a paligemma model is no decoder"),
+        ("t5", "a t5 model is no decoder"),
+        ("bart", "a bart model is no decoder"),
+        ("clip", "a clip model is no decoder"),
         ("bert", "is not a decoder whose layers each have an FFN named `mlp`"),
         ("opt", "is not a decoder whose layers each have an FFN"),
-        ("dinov2", "a dinov2 model has no LM head"),
+        ("dinov2", "a dinov2 model is no decoder with an LM head"),
     ],
 )
 def test_what_is_no_decoder(world, bases, kind, message) -> None:
@@ -345,7 +345,7 @@ def test_values_of_a_configuration_that_transformers_cannot_use(world, bases, va
 def test_a_bin_file_of_something_else(world, bases, content) -> None:
     (bases / "llm/model.safetensors").unlink()
     torch.save(content, bases / "llm/pytorch_model.bin")
-    refused(world, bases, "pytorch_model.bin: cannot be read: (no file of tensors|it holds a)")
+    refused(world, bases, "pytorch_model.bin: cannot be read: no file of tensors")
 
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4}

@@ -1,0 +1,357 @@
+"""The trained model on disk: the adapter artifact written, found and loaded onto its base models.
+
+visual.safetensors   projector, fuser, reader and the FFNs' scales, fp32
+lora/                the FFN adapters in PEFT's own layout, with the base LLM's names
+dehvf_config.json    the model's configuration
+manifest.json        base models with their fingerprints, hashes of the files, where training stood
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from .backbones import load_backbone_config, load_model
+from .configuration import DehvfConfig, ModelError, check_version
+from .fingerprint import differences, weights_fingerprint
+from .lora import ADAPTER_NAME
+from .modeling import DehvfForConditionalGeneration
+
+CONFIG_FILE = "dehvf_config.json"
+MANIFEST_FILE = "manifest.json"
+VISUAL_FILE = "visual.safetensors"
+LORA_FILE = "lora/adapter_model.safetensors"
+
+EXPORT_FILE = "export.json"
+"""In a merged directory: what it was made of, and size and hash of its weights."""
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Fields of a backbone's configuration that say nothing about its weights.
+_LOOSE_FIELDS = {
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
+}
+
+
+def base_fingerprint(source: str, *, vision: bool, weights: bool = True) -> dict[str, Any]:
+    """What tells one base model (directory or hub id) from another, as JSON values.
+
+    ``path``; ``config``, the fields that shape the weights; and with ``weights`` in use ``sketch``, see
+    ``weights_fingerprint``.
+    """
+    found: dict[str, Any] = {"path": source, "config": _config_fields(source, vision=vision)}
+    return found | ({"sketch": weights_fingerprint(source, vision=vision)} if weights else {})
+
+
+def check_base(identity: Mapping[str, Any], source: str, *, vision: bool, owner: str) -> None:
+    """Refuses a base model that is not the one that was trained on.
+
+    Args:
+        identity: its ``base_fingerprint``; one without a sketch is compared by its configuration alone.
+        source: directory or hub id of the base now.
+        vision: whether it is the tower.
+        owner: what was trained on it, for the message.
+    """
+    found = _config_fields(source, vision=vision)
+    differing = sorted(key for key, value in identity["config"].items() if found.get(key) != value)
+    if differing:
+        raise ModelError(
+            f"{source} is not the {'vision tower' if vision else 'language model'} that {owner} was trained "
+            f"on: {', '.join(differing)} differ"
+        )
+    if "sketch" not in identity:
+        return
+    names = differences(identity["sketch"], weights_fingerprint(source, vision=vision))
+    if names:
+        others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        raise ModelError(
+            f"{owner} was trained on {identity['path']}; what is now in {source} differs from it in the "
+            f"weights of {names[0]}{others}"
+        )
+
+
+def _config_fields(source: str, *, vision: bool) -> dict[str, Any]:
+    config = json.loads(load_backbone_config(source, vision=vision).to_json_string(use_diff=False))
+    return {key: value for key, value in config.items() if key not in _LOOSE_FIELDS}
+
+
+def save_adapter(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    model: DehvfForConditionalGeneration,
+    *,
+    language_model: str,
+    vision_tower: str,
+    dtype: torch.dtype,
+    info: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the adapter artifact; one of that name is replaced, and a crash leaves it.
+
+    Args:
+        directory: final name.
+        tensors: every trainable tensor by its name in the model, whole, fp32.
+        model: for its configuration and the names of what trains; its weights are not looked at.
+        language_model: directory or hub id of the decoder.
+        vision_tower: directory or hub id of the tower.
+        dtype: compute dtype of the run.
+        info: more for the manifest, JSON values (step, samples, task).
+    """
+    if differing := set(tensors) ^ set(model.trainable_parameters()):
+        raise ModelError(f"adapter tensors differ from the trainable set: {sorted(differing)[:4]}")
+    broken = [name for name, tensor in tensors.items() if tensor.numel() == 0 or not tensor.isfinite().all()]
+    if broken:
+        raise ModelError(f"not written, empty or not finite: {', '.join(broken[:4])}")
+
+    def write(part: Path) -> None:
+        part.mkdir(parents=True)
+        _write_tensors(part, tensors, model, language_model)
+        files = sorted(p.relative_to(part).as_posix() for p in part.rglob("*") if p.is_file())
+        tower_used = model.config.fusion != "none"
+        manifest = {
+            "version": model.config.version,
+            "dtype": str(dtype).removeprefix("torch."),
+            "bases": {
+                "language_model": base_fingerprint(language_model, vision=False),
+                "vision_tower": base_fingerprint(vision_tower, vision=True, weights=tower_used),
+            },
+            "files": {name: _sha256(part / name) for name in files},
+            **(info or {}),
+        }
+        (part / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+
+    replace_artifact(directory, write)
+
+
+def replace_artifact(directory: Path, write: Callable[[Path], object]) -> None:
+    """Lets ``write`` make an artifact in a directory that is not there yet, then renames that.
+
+    What bears the name is replaced only then: a crash leaves the previous artifact.
+    """
+    part = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(part, ignore_errors=True)
+    write(part)
+    old = directory.with_name(directory.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    part.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_tensors(
+    part: Path, tensors: Mapping[str, Tensor], model: DehvfForConditionalGeneration, language_model: str
+) -> None:
+    visual = {n: t.contiguous() for n, t in tensors.items() if ".lora_" not in n}
+    save_file(visual, part / VISUAL_FILE)
+    model.config.to_json_file(str(part / CONFIG_FILE), use_diff=False)
+    if model.config.lora is not None:
+        lora = {peft_name(n): t.contiguous() for n, t in tensors.items() if ".lora_" in n}
+        (part / "lora").mkdir()
+        save_file(lora, part / LORA_FILE, metadata={"format": "pt"})
+        saved = model.language_model.peft_config[ADAPTER_NAME]
+        saved.base_model_name_or_path = language_model
+        saved.inference_mode = True
+        saved.save_pretrained(str(part / "lora"))
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Reads an artifact's manifest and checks that its files are whole and of this version's function."""
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
+        raise ModelError(f"{directory}: no manifest.json; not an adapter artifact")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, files, _ = manifest.get("version", 1), dict(manifest["files"]), dict(manifest["bases"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: damaged ({type(error).__name__}: {error}); copy it again") from None
+    check_version(version, str(directory))
+    for name, digest in files.items():
+        if not (directory / name).is_file():
+            raise ModelError(f"{directory / name}: missing")
+        if _sha256(directory / name) != digest:
+            raise ModelError(f"{directory / name}: changed since it was written (sha256 differs)")
+    return manifest
+
+
+def load_adapter(model: DehvfForConditionalGeneration, directory: Path | str) -> None:
+    """Copies an artifact's tensors into a model; every trainable must be there with its shape."""
+    directory = Path(directory)
+    tensors = load_file(directory / VISUAL_FILE)
+    lora_file = directory / LORA_FILE
+    parameters = model.trainable_parameters()
+    if lora_file.is_file():
+        by_peft_name = {peft_name(name): name for name in parameters if ".lora_" in name}
+        for name, tensor in load_file(lora_file).items():
+            tensors[by_peft_name.get(name, name)] = tensor
+    if set(tensors) != set(parameters):
+        raise ModelError(
+            f"{directory}: tensors do not fit the model: {sorted(set(tensors) ^ set(parameters))[:4]}"
+        )
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise ModelError(
+                f"{directory}: {name} has shape {list(tensors[name].shape)}, not {list(parameter.shape)}"
+            )
+        parameter.data.copy_(tensors[name])
+
+
+def decoder_name(name: str) -> str:
+    """The decoder's own name of one of its tensors.
+
+    ``language_model.model.layers.0.mlp[.ffn].up_proj[.base_layer].weight`` is
+    ``model.layers.0.mlp.up_proj.weight`` in the plain decoder.
+    """
+    own = name.removeprefix("language_model.")
+    return own.replace(".mlp.ffn.", ".mlp.").replace(".base_layer.", ".")
+
+
+def peft_name(name: str) -> str:
+    """PEFT's name of ``language_model.model.layers.0.mlp[.ffn].up_proj.lora_A.default.weight``."""
+    return "base_model.model." + decoder_name(name.replace(f".{ADAPTER_NAME}.", "."))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained model on disk, found and checked but not loaded.
+
+    Attributes:
+        path: the adapter artifact or merged directory.
+        config: the model's configuration.
+        dtype: compute dtype that it was trained or written in.
+        language_model: directory or hub id of the decoder; None for a merged directory.
+        vision_tower: directory or hub id of the tower; None for a merged directory.
+    """
+
+    path: Path
+    config: DehvfConfig
+    dtype: torch.dtype
+    language_model: str | None = None
+    vision_tower: str | None = None
+
+    @property
+    def task(self) -> str | None:
+        """What it was trained for: ``caption``, ``scienceqa`` or ``chat``; None where nothing says so."""
+        if self.config.task is None and self.language_model is not None:
+            return read_manifest(self.path).get("task")  # artifacts from before the configuration knew
+        return self.config.task
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer lies."""
+        return self.language_model or str(self.path)
+
+    @property
+    def processor_source(self) -> str:
+        """Where the image processor lies."""
+        return self.vision_tower or str(self.path)
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Dtype that the base language model was stored in."""
+        return _stored_dtype(self.config.text_config)
+
+    def fingerprint(self) -> str:
+        """A hash that tells this model from others: of its files' hashes, or a merged one's fingerprints."""
+        if self.language_model is None:
+            parts = [weights_fingerprint(str(self.path), vision=vision) for vision in (False, True)]
+            content = json.dumps([self.config.to_json_string(), *parts], sort_keys=True)
+        else:
+            manifest = read_manifest(self.path)
+            content = json.dumps([manifest["files"], manifest["bases"]], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def load(
+        self, dtype: str = "auto", *, fast_bf16: bool = True, device: torch.device | str = "cpu"
+    ) -> DehvfForConditionalGeneration:
+        """Loads the model, whole, in evaluation mode, straight to a device.
+
+        Args:
+            dtype: ``fp32``, ``bf16``, or ``auto`` for its own.
+            fast_bf16: whether the device computes bf16 well; without that ``auto`` means fp32.
+            device: where each weight goes as it is read.
+        """
+        device = torch.device(device)
+        compute = _DTYPES[dtype] if dtype != "auto" else self.dtype if fast_bf16 else torch.float32
+        if self.language_model is None or self.vision_tower is None:
+            _check_sizes(self.path)
+            placed = {} if device.type == "cpu" else {"device_map": {"": device}}
+            return DehvfForConditionalGeneration.from_pretrained(self.path, dtype=compute, **placed).eval()
+        model = load_model(self.config, self.language_model, self.vision_tower, dtype=compute, device=device)
+        load_adapter(model, self.path)
+        return model.to(device).eval()  # pyright: ignore[reportArgumentType]
+
+
+def find_adapter(path: Path | str) -> Path:
+    """The adapter artifact of a run directory or checkpoint, or the artifact itself."""
+    path = Path(path)
+    for directory in (path, path / "adapter"):
+        if (directory / CONFIG_FILE).is_file():
+            return directory
+    if not path.exists():
+        raise ModelError(f"{path}: no such directory")
+    if checkpoints := sorted((path / "checkpoints").glob("step_*")):
+        raise ModelError(f"{path}: the run has not ended; name one of its checkpoints, as {checkpoints[-1]}")
+    raise ModelError(f"{path}: neither a run with an adapter, nor an adapter, nor a merged model")
+
+
+def find_trained(
+    path: Path | str, language_model: str | None = None, vision_tower: str | None = None
+) -> TrainedModel:
+    """Finds a trained model, and refuses damaged files and a base that is not the one it was trained on.
+
+    Args:
+        path: a run directory, a checkpoint, an adapter artifact, or a merged directory.
+        language_model: where the decoder lies now; None takes the artifact's path.
+        vision_tower: where the tower lies now; None takes the artifact's path.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        config = load_backbone_config(str(path), vision=False)
+        if not isinstance(config, DehvfConfig):
+            raise ModelError(f"{path}: holds a {config.model_type} model, not a DEHVF one")
+        return TrainedModel(path, config, _stored_dtype(config))
+    path = find_adapter(path)
+    manifest = read_manifest(path)
+    given = {"language_model": language_model, "vision_tower": vision_tower}
+    sources = {name: source or manifest["bases"][name]["path"] for name, source in given.items()}
+    for name, source in sources.items():
+        check_base(manifest["bases"][name], source, vision=name == "vision_tower", owner=str(path))
+    config = DehvfConfig.from_json_file(str(path / CONFIG_FILE))
+    return TrainedModel(path, config, getattr(torch, manifest["dtype"]), **sources)
+
+
+def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype that a checkpoint's configuration names; fp32 where it names none."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def _check_sizes(directory: Path) -> None:
+    """Refuses an export of which a file is missing or cut short; the hashes would take as long as loading."""
+    record = directory / EXPORT_FILE
+    if not record.is_file():
+        return
+    try:
+        files = dict(json.loads(record.read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{record}: damaged ({type(error).__name__}: {error}); copy it again") from None
+    for name, promised in files.items():
+        path = directory / name
+        if not path.is_file():
+            raise ModelError(f"{path}: missing, which {EXPORT_FILE} names; copy it again")
+        if (found := path.stat().st_size) != promised["bytes"]:
+            raise ModelError(f"{path}: {found} bytes, not {promised['bytes']}; copy it again")

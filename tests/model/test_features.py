@@ -1,0 +1,143 @@
+"""Feature layers of towers of many kinds: seen rightly, at sizes other than their own, or refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import text_config, vision_config
+from transformers import AutoConfig, AutoModel
+
+from dehvf_ds.model import DehvfConfig, ModelError
+from dehvf_ds.model.configuration import spaced_levels
+from dehvf_ds.model.features import hidden_states, visual_features
+from dehvf_ds.model.trial import try_backbones
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+OWN_SIZES = {
+    "beit": SIZES | {"use_relative_position_bias": True},
+    "data2vec-vision": SIZES | {"use_relative_position_bias": True},
+    "videomae": SIZES | {"num_frames": 2},
+    "swin": {
+        "image_size": 32,
+        "patch_size": 8,
+        "embed_dim": 16,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "window_size": 2,
+    },
+    "aimv2_vision_model": SIZES | {"intermediate_size": 48},
+}
+GOOD = [
+    *["clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "vit", "deit"],
+    *["beit", "dinov3_vit", "ijepa", "data2vec-vision"],
+]
+
+
+def config_of(kind: str, pictures: int | None = None, **settings) -> DehvfConfig:
+    tower = AutoConfig.for_model(kind, **(OWN_SIZES.get(kind, SIZES) | settings))
+    return DehvfConfig(
+        text_config=text_config(), vision_config=tower, rank=8, router_dim=4, image_size=pictures
+    )
+
+
+@pytest.mark.parametrize(
+    ("blocks", "number", "expected"),
+    [(12, 6, [2, 4, 6, 8, 10, 12]), (4, 1, [4]), (4, 4, [1, 2, 3, 4])],
+)
+def test_spaced_layers_end_at_the_last_block(blocks: int, number: int, expected: list[int]) -> None:
+    assert spaced_levels(blocks, number) == expected
+    with pytest.raises(ModelError, match=f"{blocks + 1} vision levels asked of a tower with {blocks} blocks"):
+        spaced_levels(blocks, blocks + 1)
+
+
+@pytest.mark.parametrize("kind", ["clip", "dino", "siglip"])
+def test_features_are_the_towers_hidden_states_brought_to_one_scale(kind: str) -> None:
+    """SigLIP has no class token: the mean patch stands in its place."""
+    torch.manual_seed(0)
+    tower = AutoModel.from_config(vision_config(kind)).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    features = visual_features(tower, pixels, [1, 4])
+    assert features.shape == (2, 2, 17, 24)
+    assert not features.requires_grad
+    state = tower(pixels, output_hidden_states=True).hidden_states[4]
+    if kind == "siglip":
+        state = torch.cat([state.mean(1, keepdim=True), state], dim=1)
+    spread = (state.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    expected = (state - state.mean(-1, keepdim=True)) / spread
+    torch.testing.assert_close(features[:, 1], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(features[:, 1], F.layer_norm(state, (24,)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("image_size", [None, 48, 16])
+@pytest.mark.parametrize("kind", GOOD)
+def test_a_tower_sees_pictures_of_any_size_of_whole_patches(kind: str, image_size: int | None) -> None:
+    config = config_of(kind, image_size)
+    try_backbones(config)
+    tower = AutoModel.from_config(config.vision_config).eval()
+    side = config.image_size
+    features = visual_features(tower, torch.randn(2, 3, side, side), config.levels)
+    assert features.shape == (2, len(config.levels), (side // 8) ** 2 + 1, 32)
+    assert features.shape[2] == config.num_slots
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "settings", "message"),
+    [
+        (
+            "vit_mae",
+            32,
+            {},
+            r"hidden states of shape \[1, \d+, 32\], not a token of 32 values for each of 16",
+        ),
+        ("vit_mae", 32, {"mask_ratio": 0.0}, "sees something else at each look"),
+        ("videomae", 32, {}, "the vision tower, a videomae model, cannot see 32 pixels"),
+        ("siglip2_vision_model", 32, {"num_patches": 16}, "cannot see 32 pixels: .*spatial_shapes"),
+        ("swin", 32, {}, "a swin tower gives hidden states of shape"),
+        ("aimv2_vision_model", 48, {}, "aimv2_vision_model model, cannot see 48 pixels"),
+    ],
+)
+def test_a_tower_of_another_shape_is_refused(kind: str, side: int, settings: dict, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        try_backbones(config_of(kind, side, **settings))
+
+
+@pytest.mark.parametrize("kind", ["convnext", "hiera"])
+def test_a_tower_without_one_width_is_refused(kind: str) -> None:
+    with pytest.raises(ModelError, match=f"a {kind} model is no tower of one width"):
+        DehvfConfig(text_config=text_config(), vision_config=AutoConfig.for_model(kind))
+
+
+def test_a_tower_that_takes_patches_by_columns_is_refused(monkeypatch) -> None:
+    config = config_of("clip_vision_model")
+    from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
+
+    real = CLIPVisionEmbeddings.forward
+    monkeypatch.setattr(
+        CLIPVisionEmbeddings, "forward", lambda self, x, **more: real(self, x.transpose(2, 3), **more)
+    )
+    with pytest.raises(ModelError, match="one token for each patch of 8 pixels, row by row"):
+        try_backbones(config)
+
+
+def test_sizes_may_be_written_as_pairs() -> None:
+    config = config_of("dinov2", None, image_size=[32, 32], patch_size=[8, 8])
+    assert (config.image_size, config.patch_size, config.num_slots) == (32, 8, 17)
+    with pytest.raises(ModelError, match="no one size of square patches"):
+        config_of("dinov2", None, patch_size=[8, 16])
+
+
+@pytest.mark.parametrize(("side", "given"), [(32, {}), (48, {"interpolate_pos_encoding": True})])
+def test_interpolated_positions_are_the_towers_own(side: int, given: dict) -> None:
+    """At its own size nothing is interpolated; at another the tower's own method is used."""
+    tower = AutoModel.from_config(config_of("clip_vision_model").vision_config).eval()
+    pixels = torch.randn(1, 3, side, side)
+    with torch.no_grad():
+        expected = tower(pixels, output_hidden_states=True, **given).hidden_states[-1]
+        assert torch.equal(hidden_states(tower, pixels)[-1], expected)
