@@ -35,9 +35,9 @@ from dehvf_ds.distributed import (
     set_timeout,
     wait_for_ranks,
 )
-from dehvf_ds.evaluation.inside import InsideEvaluation
-from dehvf_ds.evaluation.questions import TASKS, Questions, open_questions
-from dehvf_ds.evaluation.scores import open_scorer
+from dehvf_ds.evaluation.dataset import TASKS, Questions, open_questions
+from dehvf_ds.evaluation.evaluate import open_scorer
+from dehvf_ds.evaluation.in_training import InTrainingEvaluation
 from dehvf_ds.training.checked import Checked, check
 from dehvf_ds.training.checkpoint import Checkpoints, complete_artifact, save_artifact
 from dehvf_ds.training.deepspeed_json import compute_dtype
@@ -189,7 +189,7 @@ def train(run: Checked, questions: Questions | None) -> int:
             else partial(validation_loss, engine, held_out, world, dtype, stop),
             evaluate=None
             if questions is None
-            else InsideEvaluation(
+            else InTrainingEvaluation(
                 config=config.eval,
                 questions=questions,
                 model=model,
