@@ -225,18 +225,8 @@ def published_shards(config: EvalConfig, output: Path) -> Path:
             facts = {"source": "karpathy", "split": config.split, "dataset": described[0]}
     # No row is left out: scores would be of other rows than the published ones.
     bad = BadRows(skip=False, remedy="correct it")
-    settings, silent = BuildSettings(), _Silent()
-    build_shards(
-        rows,
-        shards,
-        name=config.task,
-        settings=settings,
-        facts=facts,
-        num_workers=1,
-        progress=silent,
-        note=_note,
-        bad=bad,
-    )
+    build = {"name": config.task, "settings": BuildSettings(), "num_workers": 1, "progress": _Silent()}
+    build_shards(rows, shards, facts=facts, note=_note, bad=bad, **build)
     return shards
 
 

@@ -34,7 +34,6 @@ from dehvf_ds.model.weights import TrainedModel, find_trained
 
 PREDICTIONS_NAME = "predictions.jsonl"
 NUM_EXAMPLES = 8
-MAX_NAMED = 3
 MAX_NAME_LENGTH = 80
 
 # What may stand in a directory's name on every file system; all letters and digits of all languages may.
@@ -252,7 +251,7 @@ def score(scorer: Scorer, predictions: Sequence[Prediction]) -> Scored:
     counted = {"num_unreadable": len(unreadable), "unreadable": unreadable}
     numbers, summary = found.numbers, found.summary
     if unreadable:
-        named = [*list(unreadable)[:MAX_NAMED], *(["..."] if len(unreadable) > MAX_NAMED else [])]
+        named = [*list(unreadable)[:3], *["..."] * (len(unreadable) > 3)]
         numbers = numbers | {"num_unreadable": float(len(unreadable))}
         summary = [
             *summary,

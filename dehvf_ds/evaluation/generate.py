@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, TextIO
@@ -49,37 +49,32 @@ def generate(config: GenerateConfig) -> None:
     streamer = None
     if config.stream:
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
-    start, num_tokens, unreadable = time.perf_counter(), 0, 0
-    with _opened(config) as output:
-        for shown in in_batches(paths, 1 if config.stream else config.batch_size):
-            good: list[tuple[str | None, Sample]] = []
-            for path in shown:
-                read = read_picture(path, record, collator.image_size)
-                if isinstance(read, Sample):
-                    good.append((path, read))
-                    continue
-                if len(paths) == 1:
-                    raise UserError(f"--image {path}: {read}")
-                print(f"warning: {path}: {read}", file=sys.stderr, flush=True)
-                _write(output, {"image": path, "prompt": config.prompt, "error": read})
-                unreadable += 1
-            if not good:
-                continue
-            batch = collator([sample for _, sample in good])
-            for (path, _), answer in zip(
-                good, decode(model, batch, tokenizer, decoding, streamer), strict=True
-            ):
-                num_tokens += answer.num_tokens
-                told = {
-                    "image": path,
-                    "prompt": config.prompt,
-                    "text": answer.text,
-                    "tokens": answer.num_tokens,
-                }
-                _write(output, told)
-                if output is None and not config.stream:
-                    field = "" if len(paths) == 1 else f"{str(path).translate(_FIELD_ENDS)}\t"
-                    print(f"{field}{answer.text}", flush=True)
+    start = time.perf_counter()
+    try:
+        with _opened(config) as output:
+            num_tokens, unreadable = 0, 0
+            for shown in in_batches(paths, 1 if config.stream else config.batch_size):
+                read = [(path, read_picture(path, record, collator.image_size)) for path in shown]
+                good = [(path, sample) for path, sample in read if isinstance(sample, Sample)]
+                for path, reason in read:
+                    if isinstance(reason, str):
+                        unreadable += 1
+                        if len(paths) == 1:
+                            raise UserError(f"--image {path}: {reason}")
+                        print(f"warning: {path}: {reason}", file=sys.stderr, flush=True)
+                        _write(output, {"image": path, "prompt": config.prompt, "error": reason})
+                batch = collator([sample for _, sample in good]) if good else None
+                answers = decode(model, batch, tokenizer, decoding, streamer) if batch else []
+                for (path, _), (text, count) in zip(good, answers, strict=True):
+                    num_tokens += count
+                    _write(output, {"image": path, "prompt": config.prompt, "text": text, "tokens": count})
+                    if output is None and not config.stream:
+                        field = "" if len(paths) == 1 else f"{str(path).translate(_FIELD_ENDS)}\t"
+                        print(f"{field}{text}", flush=True)
+    except OSError as error:
+        if config.output is None:
+            raise
+        raise UserError(f"--output {config.output}: {error.strerror or error}") from None
     seconds, done = time.perf_counter() - start, len(paths) - unreadable
     print(
         f"{done} answers, {num_tokens} tokens in {seconds:.1f} s "
@@ -166,28 +161,13 @@ def _check_output(config: GenerateConfig, pictures: Sequence[str | None]) -> Non
         raise UserError(f"--output {path} is there already; name another, or pass --overwrite true")
 
 
-@contextlib.contextmanager
-def _opened(config: GenerateConfig) -> Iterator[TextIO | None]:
+def _opened(config: GenerateConfig) -> AbstractContextManager[TextIO | None]:
     if config.output in (None, "-"):
-        yield sys.stdout if config.output else None
-        return
-    try:
-        file = Path(config.output).open("w", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"--output {config.output}: {error.strerror or error}") from None
-    try:
-        yield file
-    finally:
-        # Every line is flushed: what is left is one that could not be written, which was said.
-        with contextlib.suppress(OSError):
-            file.close()
+        return nullcontext(sys.stdout if config.output else None)
+    return Path(config.output).open("w", encoding="utf-8")
 
 
 def _write(output: TextIO | None, line: dict[str, Any]) -> None:
-    if output is None:
-        return
-    try:
+    if output is not None:
         output.write(json_text(line) + "\n")
         output.flush()
-    except OSError as error:
-        raise UserError(f"--output {output.name}: {error.strerror or error}") from None

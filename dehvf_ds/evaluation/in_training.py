@@ -35,13 +35,7 @@ class InTrainingEvaluation:
     ) -> None:
         """Looks at the rows' records before the first step. Every rank must construct it.
 
-        Args:
-            config: sizes of the evaluation.
-            questions: what is asked.
-            model: the model inside the engine; it is gathered and not changed.
-            world: this process's place.
-            run_dir: the run's directory.
-            stop: a request to stop; all ranks end the evaluation together.
+        The model is the one inside the engine; it is gathered and not changed.
         """
         self._config, self._questions, self._model = config, questions, model
         self._world, self._samples, self._stop = world, run_dir / "samples", stop

@@ -128,10 +128,10 @@ def claim_directory(parent: Path, name: str, report: Mapping[str, Any]) -> tuple
             with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
             held = {place: _held(parent / place) for place in names}
-            same = (p for p in names if any(terms_of(h) == terms for h in held[p].values()))
-            free = (p for p in names if all(_is_outdated(h, report) for h in held[p].values()))
+            same = [p for p in names if terms in map(terms_of, held[p].values())]
+            free = [p for p in names if all(_is_outdated(h, report) for h in held[p].values())]
             # The last one is nobody else's.
-            place = next(same, None) or next(free, names[-1])
+            place = [*same, *free, names[-1]][0]
             outdated = [path for path, h in held[place].items() if _is_outdated(h, report)]
             for path in outdated:
                 path.unlink()
@@ -216,14 +216,11 @@ def predict_rows(
 def measure_loss(
     model: DehvfForConditionalGeneration, questions: Questions, batch_size: int, world: World
 ) -> dict[str, Any]:
-    """The mean cross-entropy a supervised token, in nats: of every caption, or every problem's answer.
+    """The mean cross-entropy a supervised token, in nats, of every caption or answer. All ranks must call it.
 
-    Every rank must call it; each takes its own rows.
-
-    Returns:
-        For ``metrics.json``: ``loss``; ``loss_num_tokens``; ``loss_num_left_out``, examples without a
-        supervised token (a prompt as long as the row), or with a picture or a text that cannot be read. The
-        loss is None where nothing is supervised or the sum is not finite, and ``loss_reason`` says so.
+    For ``metrics.json``: ``loss``, ``loss_num_tokens``, and ``loss_num_left_out``, examples without a
+    supervised token (a prompt as long as the row), or with a picture or a text that cannot be read. The loss
+    is None where nothing is supervised or the sum is not finite, and ``loss_reason`` says so.
     """
     loss_sum, num_tokens, left_out = 0.0, 0, 0
 

@@ -267,18 +267,6 @@ class TestInside:
             self.evaluate(data, monkeypatch)
 
 
-def test_rows_are_scored_against_an_annotation_files_captions() -> None:
-    records = [("a", {"captions": ["nothing"]}), ("b", {"captions": ["nothing"]})]
-    references = {"a": ["a red cat"], "b": ["two café dogs"], "c": ["x"]}
-    scorer = CaptionScorer(records, tokenizer="simple", references=references)
-    scored = scorer.score(["a red cat", ""])
-    assert scored.metrics["num_empty"] == 1
-    assert scored.lines[1]["references"] == ["two café dogs"]
-    assert scored.lines[0]["scores"]["ROUGE-L"] == pytest.approx(100)
-    with pytest.raises(UserError, match="lack 1 of 2 evaluated pictures, b the first"):
-        CaptionScorer(records, tokenizer="simple", references={"a": ["x"], "c": ["y"]})
-
-
 def lines(path: Path) -> list[dict]:
     """The objects of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dehvf_ds.config import UserError
 from dehvf_ds.data.building.sources import read_scienceqa
+from dehvf_ds.data.prompts import scienceqa_target
 from dehvf_ds.evaluation.predict import Scored
 from dehvf_ds.evaluation.scienceqa import COLUMNS, AnswerScorer, read_letter
 
@@ -47,60 +48,50 @@ def scored(rows: list[tuple], said: list[Any], name: str = "run") -> Scored:
     return AnswerScorer(records, name=name).score(said)
 
 
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        (" A", "A"),
-        ("A", "A"),
-        (" B.", "B"),
-        ("\nC.\n", "C"),
-        ("D \n", "D"),
-        (" B. BECAUSE: an apple falls.", "B"),
-        (" B.\n\nQuestion: What?", "B"),
-        ("The answer is C.", "C"),
-        (" The answer is C", "C"),
-        ("It is red. The answer is\nC.", "C"),
-        ("A dog barks. The answer is C.", "C"),
-        ("The answer is C. BECAUSE: The answer is C.", "C"),
-        ("B. The answer is B.", "B"),
-        ("é 你好 The answer is A.", "A"),
-        ("", None),
-        (" \n", None),
-        (".", None),
-        (" Apple", None),
-        (" A dog", None),
-        (" A,", None),
-        (" A)", None),
-        ("(A)", None),
-        (" (A) the wind", None),
-        ("A.5", None),
-        ("A..", None),
-        ("A .", None),
-        ("AB.", None),
-        (" a.", None),
-        ("The Answer is A.", None),
-        ("The answer is Apple.", None),
-        ("The answer is (A).", None),
-        ("The answer is A dog.", None),
-        ("The answer isA.", None),
-        ("The answer: A.", None),
-        ("xThe answer is A.", None),
-        ("It is A.", None),
-        ("the wind A", None),
-        ("A. The answer is B.", None),
-        ("The answer is A. The answer is B.", None),
-        ("E.", None),
-        ("Z", None),
-        ("The answer is E.", None),
-        ("\u0410.", None),  # Cyrillic
-        ("\uff21.", None),  # full width
-        ("A\u0301.", None),  # with an accent of its own
-        ("\x00A", None),
-        ("\ufeffA", None),
-    ],
-)
-def test_letters_of_four_choices(text: str, letter: str | None) -> None:
-    assert read_letter(text, 4) == (None if letter is None else "ABCD".index(letter))
+LETTERS = {
+    "A": [" A", "A", "é 你好 The answer is A."],
+    "B": [" B.", " B. BECAUSE: an apple falls.", " B.\n\nQuestion: What?", "B. The answer is B."],
+    "C": ["\nC.\n", " The answer is C", "It is red. The answer is\nC.", "A dog barks. The answer is C."],
+    "D": ["D \n", "The answer is D. BECAUSE: The answer is D."],
+}
+NO_LETTERS = [
+    "",
+    " \n",
+    ".",
+    " Apple",
+    " A dog",
+    " A,",
+    " A)",
+    "(A)",
+    " (A) the wind",
+    "A.5",
+    "A..",
+    "A .",
+    "AB.",
+]
+NO_LETTERS += [
+    " a.",
+    "The Answer is A.",
+    "The answer is Apple.",
+    "The answer is (A).",
+    "The answer is A dog.",
+]
+NO_LETTERS += ["The answer isA.", "The answer: A.", "xThe answer is A.", "It is A.", "the wind A", "E.", "Z"]
+NO_LETTERS += [
+    "A. The answer is B.",
+    "The answer is A. The answer is B.",
+    "The answer is E.",
+    "\x00A",
+    "\ufeffA",
+]
+# Cyrillic, of full width, with an accent of its own.
+NO_LETTERS += ["\u0410.", "\uff21.", "A\u0301."]
+
+
+def test_letters_of_four_choices() -> None:
+    wanted = {text: "ABCD".index(letter) for letter, texts in LETTERS.items() for text in texts}
+    wanted |= dict.fromkeys(NO_LETTERS)
+    assert {text: read_letter(text, 4) for text in wanted} == wanted
 
 
 @pytest.mark.parametrize("num_choices", range(2, 27))
@@ -145,31 +136,15 @@ PIECES = [
     "E",
     ".",
     "A.",
-    "Apple",
     "a",
-    "\u0410",
-    " ",
-    "\n",
 ]
+PIECES += ["Apple", "\u0410", " ", "\n"]
 
 
 @given(st.lists(st.sampled_from(PIECES)).map("".join) | st.text(), st.integers(2, 5))
 @example("The answer is A. The answer is B.", 3)
 def test_letters_follow_the_rule(text: str, num_choices: int) -> None:
     assert read_letter(text, num_choices) == letter_by_words(text, num_choices)
-
-
-@given(st.text(st.characters(exclude_characters="ABCDE")), st.integers(2, 5))
-def test_text_without_a_valid_letter_is_a_failure(text: str, num_choices: int) -> None:
-    assert read_letter(text, num_choices) is None
-    assert read_letter(f"The answer is {text}", num_choices) is None
-
-
-@given(st.integers(2, 26), st.data())
-def test_what_follows_a_letter_without_a_stop_makes_it_a_failure(num_choices: int, data) -> None:
-    letter = chr(ord("A") + data.draw(st.integers(0, num_choices - 1)))
-    tail = data.draw(st.text(min_size=1).filter(lambda text: text.strip() and not text.startswith(".")))
-    assert read_letter(f" {letter}{tail}".replace("The answer is", ""), num_choices) is None
 
 
 @pytest.mark.parametrize(
