@@ -58,33 +58,35 @@ def no_download(monkeypatch) -> None:
     monkeypatch.setattr(get_stanford_models, "urlretrieve", refuse)
 
 
-class FakeJava:
-    """A `java` on the PATH that fails as the real one does where memory is short."""
-
-    def __init__(self, folder: Path, monkeypatch) -> None:
-        program = folder / "java"
-        program.write_text(
-            "#!/bin/sh\necho 'Picked up JAVA_TOOL_OPTIONS' >&2\necho 'no room for 2G' >&2\nexit 1\n"
-        )
-        program.chmod(0o755)
-        monkeypatch.setenv("PATH", str(folder), prepend=":")
+FAILS = "echo 'Picked up JAVA_TOOL_OPTIONS' >&2; echo 'no room for 2G' >&2; exit 1"
+"""As the real one where memory is short."""
 
 
-@pytest.mark.parametrize("tokenizer", ["ptb", "simple"])
-def test_java_that_never_ends_is_ended(tmp_path, monkeypatch, tokenizer: str) -> None:
-    program = tmp_path / "java"
-    program.write_text("#!/bin/sh\nwhile :; do read line || sleep 0.1; done\n")
+def fake_java(folder: Path, monkeypatch, script: str = FAILS) -> None:
+    program = folder / "java"
+    program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+def test_java_that_never_ends_is_ended(tmp_path, monkeypatch) -> None:
+    fake_java(tmp_path, monkeypatch, "while :; do read line || sleep 0.1; done")
     monkeypatch.setattr(coco, "JAVA_MINUTES", 0.01)
     monkeypatch.setattr(coco, "JAVA_MINUTES_OF_A_TEXT", 0)
-    if tokenizer == "ptb":
-        with pytest.raises(UserError, match=r"PTB tokenization: Java was not done after 0.01 minutes"):
-            Scores(REFERENCES, PREDICTIONS, tokenizer="ptb")
-    else:
-        scores = Scores(REFERENCES, PREDICTIONS, tokenizer="simple")
-        assert scores.missing["METEOR"] == "Java was not done after 0.01 minutes"
-        assert "CIDEr" in scores.corpus
+    with pytest.raises(UserError, match=r"PTB tokenization: Java was not done after 0.01 minutes"):
+        Scores(REFERENCES, PREDICTIONS, tokenizer="ptb")
+    scores = Scores(REFERENCES, PREDICTIONS, tokenizer="simple")
+    assert scores.missing["METEOR"] == "Java was not done after 0.01 minutes"
+    assert "CIDEr" in scores.corpus
+
+
+def test_java_that_fails_is_quoted_and_takes_no_other_metric_along(tmp_path, monkeypatch) -> None:
+    fake_java(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match="PTB tokenization failed: no room for 2G"):
+        Scores(REFERENCES, PREDICTIONS)
+    scores = Scores(REFERENCES, PREDICTIONS, tokenizer="simple")
+    assert scores.missing["METEOR"] == "no room for 2G"
+    assert list(scores.corpus) == [*BLEU, "ROUGE-L", "CIDEr"]
 
 
 class TestOfficial:
@@ -165,12 +167,6 @@ def test_without_java_the_package_to_install_is_named(no_java) -> None:
         Scores({"a": ["A dog."]}, {"a": "A dog."})
 
 
-def test_java_that_fails_is_quoted(tmp_path, monkeypatch) -> None:
-    FakeJava(tmp_path, monkeypatch)
-    with pytest.raises(UserError, match="PTB tokenization failed: no room for 2G"):
-        Scores(REFERENCES, PREDICTIONS)
-
-
 def test_the_simple_tokenizer_needs_no_java_and_is_not_comparable(no_java) -> None:
     scores = Scores(REFERENCES, PREDICTIONS, tokenizer="simple")
     assert list(scores.corpus) == [*BLEU, "ROUGE-L", "CIDEr"]
@@ -179,14 +175,6 @@ def test_the_simple_tokenizer_needs_no_java_and_is_not_comparable(no_java) -> No
     assert not scores.metrics["comparable"]
     assert all(list(row) == list(scores.corpus) for row in scores.each.values())
     assert list(scores.each) == list(REFERENCES)
-
-
-def test_a_caption_that_is_a_reference_gets_all_points(no_java) -> None:
-    perfect = {key: captions[0].upper() for key, captions in REFERENCES.items()}
-    scores = Scores(REFERENCES, perfect, tokenizer="simple")
-    assert scores.corpus["BLEU-4"] == pytest.approx(100)
-    assert scores.each["d"]["ROUGE-L"] == pytest.approx(100)
-    assert scores.metrics["num_empty"] == 0
 
 
 def test_predictions_without_a_word_are_counted_and_score_nothing(no_java) -> None:
@@ -224,24 +212,13 @@ def test_scores_that_are_none_are_no_scores(no_java, monkeypatch, broken) -> Non
     assert "CIDEr" not in scores.corpus
 
 
-def test_meteor_that_dies_is_named_and_does_not_hang(tmp_path, monkeypatch) -> None:
-    FakeJava(tmp_path, monkeypatch)
-    scores = Scores(REFERENCES, PREDICTIONS, tokenizer="simple")
-    assert scores.missing["METEOR"] == "no room for 2G"
-    assert list(scores.corpus) == [*BLEU, "ROUGE-L", "CIDEr"]
-
-
 def test_nothing_in_a_caption_ends_a_line_or_a_field_of_meteors(tmp_path, monkeypatch) -> None:
-    program, told = tmp_path / "java", tmp_path / "told"
-    program.write_text(
-        f"""#!/bin/sh
-        while IFS= read -r line; do
-          printf '%s\\n' "$line" >> {told}
-          case "$line" in SCORE*) echo 1.0 2.0;; EVAL*) echo 0.25; echo 0.75; echo 0.5;; esac
-        done"""
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    told = tmp_path / "told"
+    script = f"""while IFS= read -r line; do
+      printf '%s\\n' "$line" >> {told}
+      case "$line" in SCORE*) echo 1.0 2.0;; EVAL*) echo 0.25; echo 0.75; echo 0.5;; esac
+    done"""
+    fake_java(tmp_path, monkeypatch, script)
     references = {"a": ["x ||| y", "p\tq\r\nr\u2028s"], "b": ["||||| z\x85", "..."]}
     scores = Scores(references, {"a": "||| u\nv", "b": ""}, tokenizer="simple")
     assert scores.corpus["METEOR"] == 50
@@ -258,11 +235,7 @@ def test_nothing_in_a_caption_ends_a_line_or_a_field_of_meteors(tmp_path, monkey
     ("references", "predictions", "undefined"),
     [
         ({"a": ["a dog runs fast"]}, {"a": "a dog runs fast"}, ["CIDEr"]),
-        (
-            {"a": ["a dog", "it"], "b": ["it", "a dog"]},
-            {"a": "a dog", "b": "a dog"},
-            ["BLEU-3", "BLEU-4", "CIDEr"],
-        ),
+        ({"a": ["a dog", "it"], "b": ["it", "a dog"]}, {"a": "a dog", "b": ""}, [*BLEU[2:], "CIDEr"]),
         ({"a": ["a dog"], "b": ["a cat"]}, {"a": "", "b": "..."}, BLEU),
         ({"a": ["a dog"], "b": ["a cat"]}, {"a": "", "b": "dog"}, BLEU[1:]),
         ({"a": ["a dog"], "b": ["a cat"]}, {"a": "it is a cat", "b": "dog"}, []),
@@ -320,7 +293,7 @@ class TestSpice:
         for name in SPICE_PARSER:
             (library / name).touch()
         monkeypatch.setattr(spice, "Spice", FakeSpice)
-        FakeJava(tmp_path, monkeypatch)
+        fake_java(tmp_path, monkeypatch)
         scores = Scores(REFERENCES, PREDICTIONS, tokenizer="simple")
         assert list(scores.missing) == ["METEOR"]
         assert scores.corpus["SPICE"] == 25
