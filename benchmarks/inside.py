@@ -20,7 +20,7 @@ from dehvf_ds.config import InsideConfig, ScienceqaConfig
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.distributed import World
-from dehvf_ds.evaluation.questions import open_questions
+from dehvf_ds.evaluation.dataset import open_questions
 from dehvf_ds.model.weights import find_trained
 from dehvf_ds.training.full_model import full_copy
 from dehvf_ds.training.planning.inside import inside_bytes

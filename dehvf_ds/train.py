@@ -17,7 +17,7 @@ if not __package__:
 
 from dehvf_ds.config import ignored_settings, parse_run_config
 from dehvf_ds.distributed import meet, on_main, read_world, run_entry
-from dehvf_ds.evaluation.inside import InsideEvaluation
+from dehvf_ds.evaluation.in_training import InTrainingEvaluation
 from dehvf_ds.training.dry_run import dry_run
 from dehvf_ds.training.planning.inside import check_inside
 from dehvf_ds.training.run import resolve
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     if world.is_main:
         for line in [*ignored_settings(config), *run.notes()]:
             print(f"note: {line}", file=sys.stderr, flush=True)
-    evaluation = InsideEvaluation.of_run(run)
+    evaluation = InTrainingEvaluation.of_run(run)
     if on_main(world, lambda: is_finished(config, run.num_steps)):
         if world.is_main:
             told = f"finished already, all {run.num_steps} steps; --overwrite true trains anew"

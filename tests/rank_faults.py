@@ -32,7 +32,7 @@ import dehvf_ds.train
 from dehvf_ds.config import UserError
 from dehvf_ds.data import samples
 from dehvf_ds.distributed import gather_to_main, meet, on_main, read_world, run_entry
-from dehvf_ds.evals import parts
+from dehvf_ds.evaluation import predict
 from dehvf_ds.model import ModelError
 from dehvf_ds.training import checkpoint, engine, trainer
 
@@ -98,13 +98,13 @@ def send(*numbers: signal.Signals) -> Callable[[], None]:
 
 def while_it_answers(act: Callable[[], Any]) -> None:
     """Has something happen when the first answers are to be written down."""
-    add = parts.AnswerParts.add
+    add = predict.PredictionCache.add
 
     def then(*args: Any, **kwargs: Any) -> Any:
         act()
         return add(*args, **kwargs)
 
-    parts.AnswerParts.add = then
+    predict.PredictionCache.add = then
 
 
 def travel(_: list[str]) -> int:
@@ -180,7 +180,7 @@ FAULTS = {
     ),
     "answers": Fault(
         lambda: setattr(
-            parts.AnswerParts, "add", failing(UserError("rank-00001.jsonl: No space left on device"))
+            predict.PredictionCache, "add", failing(UserError("rank-00001.jsonl: No space left on device"))
         ),
         evaluation,
     ),

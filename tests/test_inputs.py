@@ -23,8 +23,8 @@ from dehvf_ds.data.samples import read_sample
 from dehvf_ds.data.shards import ShardRow
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import ImageTransform
-from dehvf_ds.evaluation.questions import open_questions
-from dehvf_ds.generate import _read_sample
+from dehvf_ds.evaluation.dataset import open_questions
+from dehvf_ds.evaluation.generate import read_picture
 from dehvf_ds.model import DehvfProcessor
 from dehvf_ds.model.pictures import crop_thin, to_pixels, upright_rgb
 
@@ -161,7 +161,7 @@ def test_pictures_become_the_same_pixels_everywhere(pictures, tmp_path, kind) ->
         [
             sample
             for name in names
-            if isinstance(sample := _read_sample(str(pictures / name), {}, SIDE), Sample)
+            if isinstance(sample := read_picture(str(pictures / name), {}, SIDE), Sample)
         ]
     ).pixel_values
     DehvfProcessor(PROCESSORS[kind], tokenizer).save_pretrained(tmp_path / "processor")

@@ -1,1 +1,1 @@
-"""From shards to scores: what is asked, how it is scored, alone or in the middle of a run."""
+"""Answers of a trained model and their scores: after a run, in the middle of one, from the shell."""

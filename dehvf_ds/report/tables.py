@@ -8,8 +8,8 @@ from statistics import median
 from string import ascii_uppercase
 from xml.etree.ElementTree import Element
 
-from dehvf_ds.evals.coco import CAPTION_METRICS
-from dehvf_ds.evals.scienceqa import COLUMNS
+from dehvf_ds.evaluation.coco import CAPTION_METRICS
+from dehvf_ds.evaluation.scienceqa import COLUMNS
 from dehvf_ds.report.markup import Child, tag
 from dehvf_ds.report.runs import Evaluation, Run, differing, finite, shown
 from dehvf_ds.report.series import number, spread

@@ -197,15 +197,15 @@ def test_questions_are_decoded_by_the_evaluators_own_road(device, reference, fus
     from tiny_models import byte_tokenizer
 
     from dehvf_ds.batch import Batch
-    from dehvf_ds.evals.decode import Decoding, decode_counted, likeliest_options, summed_loss
+    from dehvf_ds.evaluation.decode import Decoding, decode, likeliest_options, summed_loss
 
     model = on_device(reference, device, "bf16")
     batch = Batch(**(inputs | prompts(inputs)))
-    ((first, *others),) = decode_counted(model, [batch], byte_tokenizer(), Decoding(max_new_tokens=4))
+    first, *others = decode(model, batch, byte_tokenizer(), Decoding(max_new_tokens=4))
     assert len(others) == 2
     assert 0 < first.num_tokens <= 4
-    ((option, *_),) = likeliest_options(model, [batch], [5, 6, 7], [3, 3, 3])
+    option, *_ = likeliest_options(model, batch, [5, 6, 7], [3, 3, 3])
     assert option in (0, 1, 2)
-    loss_sum, num_tokens = summed_loss(model, [batch])
+    loss_sum, num_tokens = summed_loss(model, batch)
     assert num_tokens == batch.num_supervised()
     assert 0 < loss_sum / num_tokens < 20

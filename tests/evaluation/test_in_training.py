@@ -23,13 +23,11 @@ from dehvf_ds.config import EvalConfig, InsideConfig, UserError, parse_run_confi
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.shards import DamagedSample, ShardRow
 from dehvf_ds.distributed import World
-from dehvf_ds.evals.coco import METRICS
-from dehvf_ds.evals.decode import Decoding
-from dehvf_ds.evaluation import inside
-from dehvf_ds.evaluation.inside import InsideEvaluation
-from dehvf_ds.evaluation.official import build_official, is_official
-from dehvf_ds.evaluation.questions import Questions
-from dehvf_ds.evaluation.scores import AnswerScorer, CaptionScorer
+from dehvf_ds.evaluation import in_training
+from dehvf_ds.evaluation.coco import METRICS, CaptionScorer
+from dehvf_ds.evaluation.dataset import Questions, is_published, published_shards
+from dehvf_ds.evaluation.decode import Decoding
+from dehvf_ds.evaluation.in_training import InTrainingEvaluation
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.metrics import Evaluated
 from dehvf_ds.training.planning.inside import check_inside
@@ -122,13 +120,13 @@ def test_a_killed_evaluation_goes_on_where_it_was(world: Path, asked_run, tmp_pa
 def test_published_layouts_become_the_shards_of_the_same_rows(world: Path, tmp_path: Path) -> None:
     def build(task: str, data: Path, **more: str) -> ShardIndex:
         config = EvalConfig(model="none", data=str(data), task=task, output=str(tmp_path), **more)
-        assert is_official(config.data)
-        return ShardIndex(build_official(config))
+        assert is_published(config.data)
+        return ShardIndex(published_shards(config, tmp_path / "shards"))
 
     def keys(index: ShardIndex) -> list[str]:
         return [index.read(row)["__key__"] for row in range(len(index))]
 
-    assert not is_official(str(world / "test"))
+    assert not is_published(str(world / "test"))
     annotations = world / "scenes/annotations/captions_test.json"
     found = build("coco", annotations, images=str(world / "scenes/images/test"))
     assert keys(found) == keys(ShardIndex(world / "test"))
@@ -156,8 +154,7 @@ def test_a_request_to_stop_ends_the_evaluation(monkeypatch, tmp_path: Path) -> N
     class Questions:
         task, num_rows, asked, letters = "coco", 5, 0, ()
 
-        def records(self) -> list[tuple[str, dict]]:
-            return [(str(row), {"captions": ["a dog"]}) for row in range(5)]
+        records = tuple((str(row), {"captions": ["a dog"]}) for row in range(5))
 
         def ask(self, model: object, rows: list[int]) -> list[str]:
             self.asked += len(rows)
@@ -165,8 +162,8 @@ def test_a_request_to_stop_ends_the_evaluation(monkeypatch, tmp_path: Path) -> N
             return ["a"] * len(rows)
 
     stop, questions = StopRequest(), Questions()
-    monkeypatch.setattr(inside, "full_model", lambda model, world: nullcontext(model))
-    evaluation = InsideEvaluation(
+    monkeypatch.setattr(in_training, "full_model", lambda model, world: nullcontext(model))
+    evaluation = InTrainingEvaluation(
         config=InsideConfig(every_steps=1, batch_size=1, tokenizer="simple"),
         questions=questions,
         world=ALONE,
@@ -194,19 +191,20 @@ class TestInside:
         return tmp_path / "data"
 
     def evaluate(self, data: Path, monkeypatch, **more) -> Evaluated | None:
-        monkeypatch.setattr(inside, "full_model", lambda model, world: nullcontext(model))
+        monkeypatch.setattr(in_training, "full_model", lambda model, world: nullcontext(model))
         monkeypatch.setattr(Questions, "_answer", lambda self, model, samples: ["a dog"] * len(samples))
         without_java = {names: score for names, score in METRICS.items() if names[0] != "METEOR"}
-        monkeypatch.setattr("dehvf_ds.evals.coco.METRICS", without_java)
+        monkeypatch.setattr("dehvf_ds.evaluation.coco.METRICS", without_java)
         questions = Questions(
             task="coco",
             index=ShardIndex(data),
             collator=SimpleNamespace(image_size=8),  # pyright: ignore[reportArgumentType]
+            targets=None,  # pyright: ignore[reportArgumentType]
             tokenizer=None,  # pyright: ignore[reportArgumentType]
             decoding=Decoding(max_new_tokens=2),
             **({"num_rows": 3} | more),
         )
-        evaluation = InsideEvaluation(
+        evaluation = InTrainingEvaluation(
             config=InsideConfig(every_steps=1, batch_size=2, tokenizer="simple"),
             questions=questions,
             world=ALONE,
@@ -247,10 +245,10 @@ class TestInside:
         assert "step 7: without CIDEr, which tells the best checkpoint" in capsys.readouterr().err
 
     def test_what_fails_after_decoding_leaves_the_run_alive(self, data, monkeypatch, capsys) -> None:
-        def fail(*_: object) -> None:
+        def fail(*_: object, **__: object) -> None:
             raise MemoryError("too large")
 
-        monkeypatch.setattr("dehvf_ds.evaluation.writing.draw_examples", fail)
+        monkeypatch.setattr("dehvf_ds.evaluation.evaluate.contact_sheet", fail)
         found = self.evaluate(data, monkeypatch)
         assert found is not None
         assert found.sheet is None
@@ -262,39 +260,9 @@ class TestInside:
 
     def test_a_record_without_a_word_is_named_before_the_first_step(self, data, monkeypatch) -> None:
         record = ("x", {"captions": ["..."]})
-        monkeypatch.setattr(Questions, "records", lambda self: [record])
+        monkeypatch.setattr(Questions, "records", [record])
         with pytest.raises(UserError, match="1 pictures have no reference caption with a word, x the first"):
             self.evaluate(data, monkeypatch)
-
-
-def test_rows_are_scored_against_an_annotation_files_captions() -> None:
-    records = [("a", {"captions": ["nothing"]}), ("b", {"captions": ["nothing"]})]
-    references = {"a": ["a red cat"], "b": ["two café dogs"], "c": ["x"]}
-    scorer = CaptionScorer(records, tokenizer="simple", references=references)
-    scored = scorer.score(["a red cat", ""])
-    assert scored.metrics["num_empty"] == 1
-    assert scored.lines[1]["references"] == ["two café dogs"]
-    assert scored.lines[0]["scores"]["ROUGE-L"] == pytest.approx(100)
-    with pytest.raises(UserError, match="lack 1 of 2 evaluated pictures, b the first"):
-        CaptionScorer(records, tokenizer="simple", references={"a": ["x"], "c": ["y"]})
-
-
-def test_a_curve_is_drawn_of_the_average_accuracy() -> None:
-    problem = {
-        "question": "?",
-        "choices": ["x", "y"],
-        "answer": 1,
-        "subject": "natural science",
-        "grade": "grade2",
-        "hint": "",
-    }
-    scorer = AnswerScorer([("1", problem), ("2", problem)], name="run")
-    scored = scorer.score(["The answer is B.", "no idea"])
-    assert scored.numbers == {"accuracy": 50.0, "parse_failure_rate": 50.0}
-    assert [line["choice"] for line in scored.lines] == [1, None]
-    # Columns without a problem have no accuracy.
-    assert scored.metrics["accuracy"]["NAT"] == 50
-    assert scored.metrics["accuracy"]["SOC"] is None
 
 
 def lines(path: Path) -> list[dict]:

@@ -7,18 +7,22 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from tiny_artifacts import build_bases, save, trained_model
+from tiny_shards import write_shards
 from transformers import LlamaForCausalLM
 
 from dehvf_ds.batch import Sample
-from dehvf_ds.config import UserError, parse_generate_config
+from dehvf_ds.config import UserError
 from dehvf_ds.data.chat import encode_chat_prompt
+from dehvf_ds.data.loader import read_sample
+from dehvf_ds.data.prompts import QCM_A
+from dehvf_ds.data.shards import ShardRow
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
-from dehvf_ds.evaluation.questions import build_collator
-from dehvf_ds.generate import ask_as_trained, main, parse_flags
+from dehvf_ds.evaluation.dataset import open_questions
+from dehvf_ds.evaluation.generate import ask_as_trained
+from dehvf_ds.generate import main, parse_flags
 from dehvf_ds.model import DehvfForConditionalGeneration
 from dehvf_ds.model.weights import find_trained
 
@@ -102,20 +106,8 @@ def test_a_broken_picture_does_not_lose_the_others(root, tmp_path, capsys) -> No
         ask(root, "--image", str(broken))
 
 
-ODD = [
-    "1.png",
-    "null.png",
-    "[a].png",
-    "a: b.png",
-    "#x.png",
-    "- x.png",
-    "a,b.png",
-    "ä 犬.png",
-    "a\tb\nc.png",
-    "~.png",
-    "UPPER.PNG",
-    "u\u2028v.png",
-]
+ODD = ["1.png", "null.png", "[a].png", "a: b.png", "#x.png", "- x.png", "a,b.png", "ä 犬.png", "a\tb\nc.png"]
+ODD += ["~.png", "UPPER.PNG", "u\u2028v.png"]
 NO_UTF8 = "x\udcff.png"
 
 
@@ -149,15 +141,9 @@ def test_choices_are_the_words_that_stand_there(root) -> None:
 def test_a_picture_is_not_written_over(root, tmp_path) -> None:
     path = tmp_path / "a.png"
     shutil.copy(names(root)[1], path)
+    again = str(tmp_path / "../" / tmp_path.name / "a.png")
     with pytest.raises(UserError, match="is one of the pictures"):
-        ask(
-            root,
-            "--image",
-            str(path),
-            "--output",
-            str(tmp_path / "../" / tmp_path.name / "a.png"),
-            "--overwrite",
-        )
+        ask(root, "--image", str(path), "--output", again, "--overwrite")
     assert path.read_bytes() == Path(names(root)[1]).read_bytes()
 
 
@@ -180,25 +166,22 @@ def prompt_ids(root: Path, task: str, *more: str) -> list[int]:
     return collator([Sample(key="", image=None, record=record)]).input_ids[0].tolist()
 
 
-def test_science_is_asked_as_it_is_evaluated(root) -> None:
+def test_science_is_asked_as_it_is_evaluated(root, tmp_path) -> None:
     found = prompt_ids(root, "scienceqa", "--prompt", "Which?", "--choices", "red", "blue", "--hint", "Sky.")
+    problem = {"question": "Which?", "choices": ["red", "blue"], "hint": "Sky.", "answer": 0}
+    problem |= {"subject": "natural science", "grade": "grade3"}
+    row = ShardRow(key="0", members={"json": json.dumps(problem).encode()})
+    write_shards([row], tmp_path / "data", name="x", samples_per_shard=1, builder={})
     trained = find_trained(root / "scienceqa")
-    collator = build_collator(
+    questions = open_questions(
+        str(tmp_path / "data"),
         "scienceqa",
         load_tokenizer(trained.tokenizer_source),
         build_image_transform(trained.processor_source, None),
         prompt=None,
-        scienceqa=generate_form(),
-        answer_prefix="The answer is",
+        scienceqa=QCM_A,
     )
-    record = {"question": "Which?", "choices": ["red", "blue"], "hint": "Sky.", "answer": 0}
-    assert found == collator([Sample(key="", image=None, record=record)]).input_ids[0].tolist()
-
-
-def generate_form():
-    from dehvf_ds.data.prompts import QCM_A
-
-    return QCM_A
+    assert found == questions.collator([read_sample(questions.index, 0)]).input_ids[0].tolist()
 
 
 def test_a_chat_is_asked_as_it_was_trained(root) -> None:
@@ -237,16 +220,19 @@ def test_the_tower_looks_once_and_nothing_of_it_is_cached(root, monkeypatch) -> 
         ("caption", [], "name pictures with --image, or ask with --prompt"),
         ("caption", ["--prompt", "a", "--choices", "x", "y"], "--choices and --hint are of ScienceQA"),
         ("caption", ["--prompt", "a", "--stream", "--num_beams", "2"], "beams have none"),
-        ("caption", ["--prompt", "a", "--output", "/"], "--output / is a folder; name a file in it"),
+        ("caption", ["--prompt", "a", "--output", "/"], "--output /: no such folder /, or a folder itself"),
         ("caption", ["--prompt", "a\udcff"], "--prompt: not UTF-8"),
         ("scienceqa", ["--prompt", "a", "--choices", "a", "\udcff"], "--choices: not UTF-8"),
         ("caption", ["--prompt", "a", "--output", "/nowhere/x.jsonl"], "no such folder /nowhere"),
         ("scienceqa", ["--prompt", "a"], "--choices: this model was trained on ScienceQA"),
         ("scienceqa", ["--prompt", "a", "--choices", "x"], "at least two"),
-        ("scienceqa", ["--prompt", "a", "--choices", *map(str, range(27))], "--choices: needs 2 to 26 texts"),
+        (
+            "scienceqa",
+            ["--prompt", "a", "--choices", *map(str, range(27))],
+            "--choices: .* give 2 to 26 texts",
+        ),
         ("scienceqa", ["--prompt", "a", "--choices", "x", " "], "none of them empty"),
         ("caption", ["--image", ""], "--image is ''"),
-        ("caption", ["--image", "https://x.org/a.jpg"], "an address, not a file"),
         ("chat", ["--image", "{picture}"], "a model of task chat needs a question"),
         ("nothing", ["--prompt", "a"], "nothing: no such directory"),
     ],
@@ -259,23 +245,6 @@ def test_mistakes_are_named(root, task, more, message) -> None:
 def test_an_empty_folder_is_named(root, tmp_path) -> None:
     with pytest.raises(UserError, match="no pictures in this folder"):
         ask(root, "--image", str(tmp_path))
-
-
-def test_real_tokens_are_counted(root) -> None:
-    from dehvf_ds.evals.decode import Decoding, decode_counted
-
-    trained = find_trained(root / "caption")
-    model, tokenizer = trained.load("fp32"), load_tokenizer(trained.tokenizer_source)
-    config = parse_generate_config(["--model", str(root / "caption"), "--prompt", "Say:"])
-    record, collator = ask_as_trained(config, trained)
-    batch = collator([Sample(key="", image=None, record=record)])
-
-    def ended(*_, **__):
-        return torch.tensor([[70, 71, 0, 0, 0], [70, 0, 0, 0, 0], [70, 71, 72, 73, 74]])
-
-    model.generate = ended  # pyright: ignore[reportAttributeAccessIssue]
-    (answers,) = decode_counted(model, [batch], tokenizer, Decoding(max_new_tokens=5))
-    assert [answer.num_tokens for answer in answers] == [3, 2, 5]
 
 
 @pytest.mark.parametrize("task", ["caption", "chat"])

@@ -1,18 +1,17 @@
-"""Answers and scores in the middle of a run, by a whole copy of the model on every rank."""
+"""Answers and scores in the middle of a run, by a full model on every rank."""
 
 from __future__ import annotations
 
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from dehvf_ds.config import InsideConfig, UserError
-from dehvf_ds.data.loader import read_sample
 from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, on_main
-from dehvf_ds.evaluation.questions import TASKS, Questions, open_questions
-from dehvf_ds.evaluation.scores import AnswerScorer, CaptionScorer, open_scorer
-from dehvf_ds.evaluation.writing import try_examples, write_lines
+from dehvf_ds.data.loader import read_sample
+from dehvf_ds.evaluation.dataset import TASKS, Prediction, Questions, open_questions
+from dehvf_ds.evaluation.evaluate import Scorer, lines_of, open_scorer, score, try_examples, write_lines
+from dehvf_ds.evaluation.predict import in_batches
 from dehvf_ds.model import DehvfForConditionalGeneration
 from dehvf_ds.training.full_model import full_model
 from dehvf_ds.training.metrics import Evaluated
@@ -23,15 +22,10 @@ SCORE = {"coco": "CIDEr", "scienceqa": "accuracy"}
 """The number that tells which checkpoint is the best, the higher the better."""
 
 
-class InsideEvaluation:
-    """Asks a fixed set of rows, scores the answers and draws examples.
+class InTrainingEvaluation:
+    """Asks a fixed set of rows, scores the answers and draws examples, all into the run's ``samples``.
 
-    Args:
-        config: sizes of the evaluation.
-        questions: what is asked.
-        world: this process's place.
-        run_dir: pictures and answers are written into its ``samples``.
-        data: where the rows lie, for messages.
+    ``data`` is where the rows lie, for messages.
     """
 
     def __init__(
@@ -39,15 +33,11 @@ class InsideEvaluation:
     ) -> None:
         self.config, self.questions, self.world = config, questions, world
         self.run_dir, self.data = run_dir, data
-        self.scorer: CaptionScorer | AnswerScorer | None = None
+        self.scorer: Scorer | None = None
 
     @classmethod
-    def of_run(cls, run: ResolvedRun) -> InsideEvaluation | None:
-        """Opens the rows that a run evaluates on; None where it evaluates nothing.
-
-        Raises:
-            UserError: they are of another task, or Java is missing.
-        """
+    def of_run(cls, run: ResolvedRun) -> InTrainingEvaluation | None:
+        """Opens the rows that a run evaluates on; None where it evaluates nothing."""
         config, settings = run.config, run.config.eval
         data = settings.data or config.data.val
         if not settings.every_steps or data is None:
@@ -68,11 +58,7 @@ class InsideEvaluation:
         return cls(settings, questions, run.world, Path(config.run_dir), data)
 
     def open(self) -> None:
-        """Looks at the rows' records before the first step. Every rank must call it.
-
-        Raises:
-            UserError: a row could not be scored.
-        """
+        """Looks at the rows' records before the first step. Every rank must call it."""
         on_main(self.world, self._open_scorer)
 
     def describe(self) -> str:
@@ -93,73 +79,62 @@ class InsideEvaluation:
     ) -> Evaluated | None:
         """Evaluates the weights as they are. Every rank must call it.
 
-        A picture that cannot be read counts as an empty answer. Scores that cannot be computed leave the run
-        alive; both are said.
-
-        Args:
-            model: the model inside the engine; it is copied and not changed.
-            step: names the files.
-            stop: a request to stop; all ranks end the evaluation together.
-
-        Returns:
-            The numbers; None where the evaluation was ended early or nothing could be scored.
+        The model is the one inside the engine; it is gathered and not changed. Rows and scores that fail leave
+        the run alive, with a warning. None where the evaluation was ended early or nothing could be scored.
         """
         started = time.perf_counter()
         try:
-            answered = self._answer(model, stop)
+            asked = self._predict(model, stop)
         except UserError as error:
             _warn(f"step {step} not evaluated: rank {self.world.rank}: {error}; the run goes on")
-            answered = None
-        if all_reduce_sum([float(answered is None)], self.world.device)[0]:
+            asked = None
+        if all_reduce_sum([float(asked is None)], self.world.device)[0]:
             return None
-        gathered = sorted(gather_to_main(answered or [], self.world), key=lambda pair: pair[0])
+        gathered = sorted(gather_to_main(asked or [], self.world), key=lambda pair: pair[0])
 
-        def score() -> Evaluated | None:
+        def finish() -> Evaluated | None:
             try:
-                return self._score(step, [answer for _, answer in gathered], started)
+                return self._finish(step, [prediction for _, prediction in gathered], started)
             # Whatever it is, the other ranks wait, and the training is worth more.
             except Exception as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 _warn(f"step {step} not evaluated: {reason}; the run goes on")
                 return None
 
-        return on_main(self.world, score)
+        return on_main(self.world, finish)
 
-    def _answer(
+    def _predict(
         self, model: DehvfForConditionalGeneration, stop: StopRequest
-    ) -> list[tuple[int, Any]] | None:
-        """This rank's rows with their answers; None after a request to stop."""
-        rows = list(range(self.world.rank, self.questions.num_rows, self.world.size))
-        answered: list[tuple[int, Any]] = []
+    ) -> list[tuple[int, Prediction]] | None:
+        """This rank's rows with their predictions; None after a request to stop."""
+        asked: list[tuple[int, Prediction]] = []
+        own = range(self.world.rank, self.questions.num_rows, self.world.size)
         with full_model(model, self.world) as whole:
-            for start in range(0, len(rows), self.config.batch_size):
+            for rows in in_batches(own, self.config.batch_size):
                 if stop.requested:
                     return None
-                group = rows[start : start + self.config.batch_size]
-                answered += zip(group, self.questions.ask(whole, group), strict=True)
-        return answered
+                asked += zip(rows, self.questions.ask(whole, rows), strict=True)
+        return asked
 
-    def _score(self, step: int, answers: list[Any], started: float) -> Evaluated:
-        questions, scorer = self.questions, self.scorer
-        assert scorer is not None
+    def _finish(self, step: int, predictions: list[Prediction], started: float) -> Evaluated:
+        assert self.scorer is not None
         sheet = self.run_dir / "samples" / f"step_{step:08d}.png"
-        # The answers first, which cost the most.
-        write_lines(sheet.with_suffix(".jsonl"), scorer.lines(answers))
-        scored = scorer.score(answers)
+        # The predictions first, which cost the most.
+        write_lines(sheet.with_suffix(".jsonl"), lines_of(self.scorer, predictions))
+        scored = score(self.scorer, predictions)
         write_lines(sheet.with_suffix(".jsonl"), scored.lines)
         for line in scored.summary:
             if line.startswith("warning: "):
                 _warn(f"step {step}: {line.removeprefix('warning: ')}")
-        best = SCORE[questions.task]
+        best = SCORE[self.questions.task]
         if reason := scored.metrics.get("missing", {}).get(best):
             _warn(f"step {step}: without {best}, which tells the best checkpoint: {reason}")
-        if reason := try_examples(questions.index, scored, sheet):
+        if reason := try_examples(self.questions.index, scored.lines, sheet):
             _warn(f"step {step}: without {sheet.name}: {reason}")
         numbers = {f"eval/{name}": value for name, value in scored.numbers.items()}
         numbers["eval/seconds"] = time.perf_counter() - started
-        return Evaluated(
-            score=scored.numbers.get(best), numbers=numbers, sheet=sheet if sheet.is_file() else None
-        )
+        shown = sheet if sheet.is_file() else None
+        return Evaluated(score=scored.numbers.get(best), numbers=numbers, sheet=shown)
 
 
 def _warn(line: str) -> None:

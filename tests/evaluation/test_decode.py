@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import build_model, byte_tokenizer
+from transformers import GenerationConfig
 
 from dehvf_ds.batch import IGNORE_INDEX, Batch
-from dehvf_ds.evals.decode import Decoding, decode_answers, end_ids, likeliest_options
+from dehvf_ds.evaluation.decode import Decoding, decode, end_ids, likeliest_options
 
 LENGTHS = (7, 3, 5, 4)
 HAS_IMAGE = (True, False, True, False)
@@ -41,8 +42,8 @@ def test_batched_decoding_equals_one_by_one(fusion: str, num_beams: int) -> None
     model = build_model(fusion=fusion, trained=True).eval()
     decoding = Decoding(max_new_tokens=6, min_new_tokens=2, num_beams=num_beams)
     tokenizer = byte_tokenizer()
-    (together,) = decode_answers(model, [rows([0, 1, 2, 3])], tokenizer, decoding)
-    alone = [text for (text,) in decode_answers(model, [rows([i]) for i in range(4)], tokenizer, decoding)]
+    together = decode(model, rows([0, 1, 2, 3]), tokenizer, decoding)
+    alone = [answer for i in range(4) for answer in decode(model, rows([i]), tokenizer, decoding)]
     assert together == alone
     assert len(set(together)) > 1
 
@@ -55,28 +56,35 @@ def test_a_picture_changes_the_beams(monkeypatch) -> None:
     batch = rows([0, 2])
     blind = Batch(**(batch.inputs() | {"has_image": torch.zeros(2, dtype=torch.bool)}))
     decoding = Decoding(max_new_tokens=8, num_beams=4)
-    seen, unseen = decode_answers(model, [batch, blind], byte_tokenizer(), decoding)
+    seen, unseen = (decode(model, each, byte_tokenizer(), decoding) for each in (batch, blind))
     assert seen != unseen
     # Once a batch, not once a step.
     assert len(encoded) == 2
 
 
 def test_an_answer_ends_at_the_decoders_own_end_too() -> None:
-    model, tokenizer = build_model(), byte_tokenizer()
-    model.language_model.generation_config.eos_token_id = [5, tokenizer.eos_token_id]
-    assert end_ids(model, tokenizer) == [tokenizer.eos_token_id, 5]
-    model.language_model.generation_config.eos_token_id = 7
-    assert end_ids(model, tokenizer) == [tokenizer.eos_token_id, 7]
-    model.language_model.generation_config.eos_token_id = None
-    assert end_ids(model, tokenizer) == [tokenizer.eos_token_id]
+    tokenizer = byte_tokenizer()
+    eos = tokenizer.eos_token_id
+    settings = [GenerationConfig(eos_token_id=ends) for ends in ([5, eos], 7, None)]
+    assert end_ids(tokenizer, *settings, None) == [eos, 5, 7]
+
+
+@pytest.mark.parametrize("place", ["decoder", "merged", "made up"])
+def test_tokens_up_to_the_end_are_counted(place: str) -> None:
+    model, tokenizer = build_model().eval(), byte_tokenizer()
+    model.language_model.generation_config.eos_token_id = 73 if place == "decoder" else None
+    model.generation_config.eos_token_id = None if place == "decoder" else 73
+    model.generation_config._from_model_config = place == "made up"
+    ids = torch.tensor([[70, 71, 0, 0, 0], [70, 0, 0, 0, 0], [70, 71, 72, 73, 74]])
+    model.generate = lambda *_, **__: ids  # pyright: ignore[reportAttributeAccessIssue]
+    answers = decode(model, rows([0]), tokenizer, Decoding(max_new_tokens=5))
+    assert [answer.num_tokens for answer in answers] == [3, 2, 5 if place == "made up" else 4]
 
 
 def test_the_likeliest_option_is_the_largest_next_logit_among_the_rows_own() -> None:
     model = build_model(trained=True).eval()
     options, counts = [10, 20, 30, 40], [2, 4, 3, 4]
-    (chosen,) = likeliest_options(model, [rows([0, 1, 2, 3])], options, counts)
-    batches = [rows([0, 1]), rows([2, 3])]
-    assert [c for part in likeliest_options(model, batches, options, counts) for c in part] == chosen
+    chosen = likeliest_options(model, rows([0, 1, 2, 3]), options, counts)
     for number, count in enumerate(counts):
         batch = rows([number])
         # Labels at the last position are predicted from the one before: append one to see the next.

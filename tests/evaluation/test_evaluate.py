@@ -16,10 +16,9 @@ from dehvf_ds import eval as program
 from dehvf_ds.config import UserError
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.shards import ShardRow
-from dehvf_ds.evals.coco import METRICS
-from dehvf_ds.evaluation.questions import Questions
-from dehvf_ds.evaluation.scores import CaptionScorer
-from dehvf_ds.evaluation.writing import write_results
+from dehvf_ds.evaluation.coco import METRICS, CaptionScorer
+from dehvf_ds.evaluation.dataset import Questions
+from dehvf_ds.evaluation.evaluate import finish
 from dehvf_ds.model import DehvfForConditionalGeneration
 
 PROBLEM = {"question": "Which?", "choices": ["red", "blue"], "answer": 1, "hint": ""}
@@ -67,6 +66,7 @@ def root(tmp_path_factory) -> Path:
     captions(root / "a/test", ["a red dog", "two blue cats"])
     captions(root / "b/test", ["a green cow", "one grey bird", "no horse"])
     problems(root / "sqa", [PROBLEM, PROBLEM | {"question": "Who?", "answer": 0}])
+    problems(root / "pictured", [PROBLEM | {"image": "image.png"}, PROBLEM])
     return root
 
 
@@ -74,9 +74,9 @@ def root(tmp_path_factory) -> Path:
 def alone(monkeypatch) -> None:
     """This process keeps its signal handlers, is no group, and starts no Java."""
     monkeypatch.setattr(program, "exit_on_request", lambda: None)
-    monkeypatch.setattr(program, "init_process_group", lambda world: None)
+    monkeypatch.setattr("dehvf_ds.evaluation.evaluate.init_process_group", lambda world: None)
     without_java = {names: score for names, score in METRICS.items() if names[0] not in ("METEOR", "SPICE")}
-    monkeypatch.setattr("dehvf_ds.evals.coco.METRICS", without_java)
+    monkeypatch.setattr("dehvf_ds.evaluation.coco.METRICS", without_java)
 
 
 @pytest.fixture
@@ -229,13 +229,6 @@ class TestPlaces:
         assert "results of an earlier model or earlier data are replaced" in capsys.readouterr().err
         assert not list(model.rglob(".answers-*"))
 
-    def test_a_loss_that_was_measured_is_kept(self, root, model) -> None:
-        evaluate(model, root / "a/test", "--loss", "true")
-        first = results(model)["coco-test"]
-        assert first["loss"] > 0
-        evaluate(model, root / "a/test")
-        assert results(model)["coco-test"] == first
-
 
 class TestUnreadable:
     def test_a_caption_counts_as_empty_and_is_told(self, root, model, tmp_path, capsys) -> None:
@@ -280,23 +273,23 @@ def test_damaged_text_does_not_end_an_evaluation(root, tmp_path) -> None:
     texts = ["half \ud83d a dog", "a cat ||| x\n\ty", "nul \x00 \x85 \u2028 a cow"]
     records = [(f"{i}\udcff", {"captions": [text]}) for i, text in enumerate(texts)]
     scorer = CaptionScorer(records, tokenizer="simple")
-    scored = scorer.score([text.upper() for text in texts])
-    assert scored.metrics["ROUGE-L"] == pytest.approx(100)
     report = {"protocol": {"prompt": "\ud83d"}, "model": {"path": "\udcff"}}
-    assert write_results(tmp_path, scored, report, ShardIndex(root / "b/test")) == []
+    finish(tmp_path, scorer, [text.upper() for text in texts], report, ShardIndex(root / "b/test"))
     text = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
     found = [json.loads(line) for line in text.splitlines()]
     assert [line["references"] for line in found] == [[text] for text in texts]
     assert [line["key"] for line in found] == [key for key, _ in records]
-    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["model"] == report["model"]
+    metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["model"] == report["model"]
+    assert metrics["ROUGE-L"] == pytest.approx(100)
     assert (tmp_path / "examples.png").stat().st_size > 1000
 
 
 def test_examples_that_cannot_be_drawn_fail_alone(root, model, monkeypatch, capsys) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise MemoryError("too large")
 
-    monkeypatch.setattr("dehvf_ds.evaluation.writing.draw_examples", fail)
+    monkeypatch.setattr("dehvf_ds.evaluation.evaluate.contact_sheet", fail)
     evaluate(model, root / "a/test")
     assert "without examples.png: MemoryError: too large" in capsys.readouterr().out
     assert len(lines(model)) == 2
@@ -304,25 +297,17 @@ def test_examples_that_cannot_be_drawn_fail_alone(root, model, monkeypatch, caps
 
 
 def test_scores_that_fail_lose_no_answer(root, model, monkeypatch, told) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dehvf_ds.evals.coco.METRICS", {("ROUGE-L",): fail})
+        patch.setattr("dehvf_ds.evaluation.coco.METRICS", {("ROUGE-L",): fail})
         with pytest.raises(UserError, match=r"metric could .*; no room; the answers are kept in"):
             evaluate(model, root / "a/test")
     assert len(lines(model)) == 2
     evaluate(model, root / "a/test")
     assert sorted(told.rows) == [0, 1]
     assert results(model)["coco-test"]["CIDEr"] is not None
-
-
-def test_one_picture_has_no_cider(root, model, capsys) -> None:
-    evaluate(model, root / "a/test", "--max_samples", "1")
-    metrics = results(model)["coco-test"]
-    assert metrics["CIDEr"] is None
-    assert "with one picture every word weighs nothing" in metrics["missing"]["CIDEr"]
-    assert "without CIDEr: with one picture" in capsys.readouterr().out
 
 
 def test_a_loss_of_nothing_is_no_number(root, model, capsys) -> None:
@@ -347,98 +332,46 @@ def test_rows_are_scored_against_a_file_by_their_pictures_names(root, model, tmp
         evaluate(model, root / "b/test", "--references", str(path))
 
 
-BAD_RECORDS = {
-    "choice": {"choices": ["a", None]},
-    "question": {"question": 3},
-    "grade": {"grade": "grade13"},
-    "hint": {"hint": 1.5},
-    "image_caption": {"image_caption": ["x"]},
-}
+SCIENCE = ["--task", "scienceqa"]
+MISTAKES = [
+    ("caption", "nowhere", [], "nowhere: no such directory"),
+    ("caption", "llm", [], r"manifest\.json: no such file; build shards"),
+    ("caption", "llm/config.json", [], "config.json: "),
+    ("caption", "a/test/x-000000.tar", [], r"a file that is no \.json; name the directory of the shards"),
+    ("caption", "sqa", [], "holds rows without captions, which .* need --task scienceqa"),
+    ("scienceqa", "a/test", SCIENCE, "holds captions, which .* need --task coco"),
+    ("scienceqa", "a/test", [], "trained for scienceqa, and --task coco .* pass --task scienceqa"),
+    ("caption", "sqa", SCIENCE, "trained for caption, and --task scienceqa .* pass --task coco"),
+    ("scienceqa", "sqa", [*SCIENCE, "--references", "x.json"], "--references is of captions"),
+    ("scienceqa", "pictured", [*SCIENCE, "--image_captions", "true"], "problems of .* have no captions"),
+    ("caption", "a/test", ["--references", "nowhere.json"], r"nowhere\.json: no such file"),
+    ("caption", "a/test", ["--reading", "likelihood"], "--reading likelihood is ScienceQA's"),
+    ("caption", "a/test", ["--image_captions", "true"], "--image_captions is of ScienceQA"),
+    ("caption", "a/test", ["--images", "x"], "--images is of annotation files"),
+    ("caption", "a/test", ["--max_new_tokens=null", "--min_new_tokens=50"], "the longest answer, 40 tokens"),
+    (
+        "caption",
+        "a/test",
+        ["--output", "{root}/llm/config.json"],
+        "config.json: (Not a directory|File exists)",
+    ),
+]
 
 
-@pytest.mark.parametrize("field", BAD_RECORDS)
-def test_a_record_that_cannot_be_scored_is_named_before_decoding(
-    root, tmp_path, told, field: str, monkeypatch
-) -> None:
-    with monkeypatch.context() as patch:
-        # Shards from before their scan looked at problems.
-        patch.setattr("dehvf_ds.data.records.problem_of", lambda *_: None)
-        data = problems(tmp_path / "test", [PROBLEM, PROBLEM | BAD_RECORDS[field]])
-    with pytest.raises(UserError, match=rf"sample 1: .*{field}"):
-        evaluate(root / "scienceqa", data, "--task", "scienceqa", "--output", str(tmp_path / "eval"))
-    assert told.rows == []
-
-
-@pytest.mark.parametrize(
-    ("model", "data", "more", "message"),
-    [
-        ("caption", "nowhere", [], "nowhere: no such directory"),
-        ("caption", "llm", [], r"manifest\.json: no such file; build shards"),
-        ("caption", "llm/config.json", [], "neither COCO's captions nor Karpathy's splits"),
-        ("caption", "a/test/x-000000.tar", [], r"a file that is no \.json; name the directory of the shards"),
-        ("caption", "sqa", [], "holds rows without captions, .* need --task scienceqa"),
-        ("scienceqa", "a/test", ["--task", "scienceqa"], "holds captions, not problems, .* need --task coco"),
-        ("scienceqa", "a/test", [], "trained for scienceqa, and --task coco .* pass --task scienceqa"),
-        (
-            "caption",
-            "sqa",
-            ["--task", "scienceqa"],
-            "trained for caption, and --task scienceqa .* pass --task coco",
-        ),
-        ("scienceqa", "sqa", ["--task", "scienceqa", "--image_captions", "true"], None),
-        (
-            "scienceqa",
-            "sqa",
-            ["--task", "scienceqa", "--references", "x.json"],
-            "--references is of captions",
-        ),
-        ("caption", "a/test", ["--references", "nowhere.json"], r"nowhere\.json: No such file"),
-        ("caption", "a/test", ["--reading", "likelihood"], "--reading likelihood is ScienceQA's"),
-        ("caption", "a/test", ["--image_captions", "true"], "--image_captions is of ScienceQA"),
-        ("caption", "a/test", ["--images", "x"], "--images is of annotation files"),
-        ("caption", "a/test", ["--min_new_tokens", "5"], "min_new_tokens is larger than max_new_tokens"),
-        (
-            "caption",
-            "a/test",
-            ["--output", "{root}/llm/config.json"],
-            "config.json: (Not a directory|File exists)",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("model", "data", "more", "message"), MISTAKES)
 def test_mistakes_are_named_before_decoding(root, told, tmp_path, model, data, more, message) -> None:
     more = [word.format(root=root) for word in more]
     given = [*([] if "--output" in more else ["--output", str(tmp_path)]), *more]
-    if message is None:
-        evaluate(root / model, root / data, *given)
-        return
     with pytest.raises(UserError, match=message) as error:
         evaluate(root / model, root / data, *given)
     assert "\n" not in str(error.value)
     assert told.rows == []
 
 
-def test_captions_of_pictures_that_are_not_there_are_not_put_into_the_context(root, tmp_path, told) -> None:
-    data = problems(tmp_path / "test", [PROBLEM | {"image": "image.png"}, PROBLEM])
-    with pytest.raises(UserError, match=r"--image_captions: the problems of .* have no captions"):
-        evaluate(
-            root / "scienceqa",
-            data,
-            *("--task", "scienceqa", "--image_captions", "true", "--output", str(tmp_path)),
-        )
-    assert told.rows == []
-
-
-def test_a_shortest_answer_beyond_the_default_length_is_refused(root, model) -> None:
-    given = ["--model", str(model), "--data", str(root / "a/test"), "--tokenizer", "simple"]
-    with pytest.raises(UserError, match="--min_new_tokens 50 is more than the longest answer, 40 tokens"):
-        program.main([*given, "--min_new_tokens", "50"])
-
-
-@pytest.mark.parametrize("model", ["chat", "scienceqa"])
-def test_a_question_in_an_unseen_form_is_asked_with_a_warning(root, tmp_path, capsys, model: str) -> None:
-    evaluate(root / model, root / "a/test", "--prompt", "Caption:", "--output", str(tmp_path / "eval"))
-    assert f"warning: the model was trained for {model}, and --task coco" in capsys.readouterr().err
-    assert results(tmp_path)["coco-test"]["model"]["task"] == model
+def test_a_question_in_an_unseen_form_is_asked_with_a_warning(root, tmp_path, capsys) -> None:
+    evaluate(root / "chat", root / "a/test", "--prompt", "Caption:", "--output", str(tmp_path / "eval"))
+    assert "warning: the model was trained for chat, and --task coco" in capsys.readouterr().err
+    assert results(tmp_path)["coco-test"]["model"]["task"] == "chat"
 
 
 def test_published_files_of_one_name_have_shards_each(root, model, tmp_path) -> None:
@@ -480,6 +413,6 @@ def test_no_answer_is_longer_than_the_decoder_has_positions_for(root, model, tmp
 
 
 def test_a_scorer_that_is_not_there_is_told_before_anything_is_decoded(root, model, monkeypatch) -> None:
-    monkeypatch.setattr("dehvf_ds.evals.coco.find_spec", lambda name: None)
+    monkeypatch.setattr("dehvf_ds.evaluation.coco.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pycocoevalcap, which is not there; pip install pycocoevalcap"):
         evaluate(model, root / "a/test")

@@ -1,1 +1,0 @@
-"""Decoding and scoring by the published protocols."""

@@ -1,0 +1,327 @@
+"""COCO Captions: the official tokenizer and metrics, by `pycocoevalcap`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import re
+import shutil
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from dehvf_ds.config import UserError
+from dehvf_ds.evaluation.dataset import NO_JAVA, match_references, require_java
+from dehvf_ds.evaluation.predict import Scored
+
+CAPTION_METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
+
+SPICE_PARSER = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+"""What SPICE parses with; `pycocoevalcap` comes without and would download it."""
+
+JAVA_MINUTES = 30.0
+JAVA_MINUTES_OF_A_TEXT = 0.002
+"""How long a scorer may take, and for each text more; COCO's 5,000 pictures take METEOR one or two."""
+
+PUNCTUATION = "'`\".?!,:;-()[]{}"
+"""The characters of the official list of punctuation, and those that PTB rewrites into entries of it."""
+
+# Numbers are written and read by the machine's language, where "0,31" is none; texts travel as UTF-8.
+_JAVA_OPTIONS = "-Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8 -Dstdout.encoding=UTF-8"
+# All at which the Java tokenizer ends a line: one of them inside a caption shifts all later captions.
+_LINE_ENDS = re.compile("[\n\v\f\r\u2028\u2029]")
+# Stands between the texts of a line of METEOR's; inside a caption it would make two of it.
+_BARS = re.compile(r"\|{3,}")
+_MAX_REASON_LENGTH = 240
+
+Tokens = dict[str, list[str]]
+"""Captions of each picture, tokens set apart by one space."""
+
+
+class CaptionScorer:
+    """Scores one caption a row; what can be wrong with the references is found when it is made."""
+
+    def __init__(
+        self,
+        records: Sequence[tuple[str, Mapping[str, Any]]],
+        *,
+        tokenizer: Literal["ptb", "simple"] = "ptb",
+        references: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """Tokenizes the records' own captions, or those of ``references``, by file name.
+
+        A reference without a word, such as "...", is left out: to ROUGE-L an empty answer would equal it.
+        The simple tokenizer needs no Java, and its scores compare with no published ones.
+        """
+        if find_spec("pycocoevalcap") is None:
+            raise UserError(
+                "captions are scored by pycocoevalcap, which is not there; pip install pycocoevalcap"
+            )
+        self.keys = [key for key, _ in records]
+        if references is None:
+            self._captions = {key: list(record.get("captions") or ()) for key, record in records}
+        else:
+            # Shards of other tools have no file names; their keys are made of them.
+            names = {key: str(record.get("file_name") or key) for key, record in records}
+            self._captions = match_references(references, names)
+        self._tokenizer = tokenizer
+        self._tokenize = ptb_tokens if tokenizer == "ptb" else simple_tokens
+        tokens = self._tokenize({key: self._captions[key] for key in sorted(self._captions)})
+        self._truth: Tokens = {key: [c for c in group if c] for key, group in tokens.items()}
+        self._num_wordless = sum(map(len, tokens.values())) - sum(map(len, self._truth.values()))
+        if bare := [key for key, group in self._truth.items() if not group]:
+            raise UserError(
+                f"{len(bare)} pictures have no reference caption with a word, {bare[0]} the first"
+            )
+
+    def lines(self, predictions: Sequence[str | int | None]) -> list[dict[str, Any]]:
+        """Of ``predictions.jsonl``, without scores."""
+        return [
+            {"key": key, "prediction": _text(prediction), "references": self._captions[key]}
+            for key, prediction in zip(self.keys, predictions, strict=True)
+        ]
+
+    def score(self, predictions: Sequence[str | int | None]) -> Scored:
+        """Scores one caption a row, None standing for an empty one; a metric that fails does so alone."""
+        texts = dict(zip(self.keys, map(_text, predictions), strict=True))
+        guess = self._tokenize({key: [texts[key]] for key in self._truth})
+        corpus, each, missing = _all_metrics(self._truth, guess)
+        comparable = self._tokenizer == "ptb"
+        summary = ["  ".join(f"{name} {value:.1f}" for name, value in corpus.items())]
+        summary += [f"without {name}: {reason}" for name, reason in missing.items()]
+        if not comparable:
+            summary.append("tokenizer simple: not comparable with published numbers")
+        metrics: dict[str, Any] = {
+            name: None if name in missing else round(corpus[name], 4)
+            for name in CAPTION_METRICS
+            if name in missing or name in corpus
+        }
+        metrics |= {
+            "missing": missing,
+            "comparable": comparable,
+            "num_empty": sum(not captions[0] for captions in guess.values()),
+            "num_wordless_references": self._num_wordless,
+            "tokenizer": self._tokenizer,
+        }
+        lines = [line | {"scores": each[line["key"]]} for line in self.lines(predictions)]
+        return Scored(metrics=metrics, numbers=corpus, lines=lines, summary=summary)
+
+
+def _text(prediction: str | int | None) -> str:
+    return "" if prediction is None else str(prediction)
+
+
+def _all_metrics(
+    truth: Tokens, guess: Tokens
+) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, str]]:
+    """Each metric over the corpus, x100; the same of each picture; why a metric has no value, in one line.
+
+    The corpus' BLEU is not the mean of the pictures'.
+    """
+    missing = _undefined(truth, guess)
+    corpus: dict[str, float] = {}
+    each: dict[str, dict[str, float]] = {key: {} for key in truth}
+    for names, compute in METRICS.items():
+        if all(name in missing for name in names):
+            continue
+        try:
+            # The package prints its progress to standard output.
+            with contextlib.redirect_stdout(io.StringIO()), bounded_java(6 * len(truth)):
+                totals, rows = compute(truth, guess)
+            if len(names) == 1:
+                totals, rows = [totals], [rows]
+            scores = [dict(zip(truth, map(float, row), strict=True)) for row in rows]
+            if not all(map(math.isfinite, (*totals, *(v for row in scores for v in row.values())))):
+                raise ValueError("the score is not a finite number")
+        except Exception as error:
+            words = " ".join(str(error).split())
+            kind = "" if type(error) is RuntimeError and words else f"{type(error).__name__}: "
+            missing |= dict.fromkeys(names, f"{kind}{words}"[:_MAX_REASON_LENGTH])
+            continue
+        for name, total, by_key in zip(names, totals, scores, strict=True):
+            if name not in missing:
+                corpus[name] = 100 * float(total)
+                for key, value in by_key.items():
+                    each[key][name] = 100 * value
+    if not corpus:
+        raise UserError(f"no caption metric could be computed; {'; '.join(dict.fromkeys(missing.values()))}")
+    return corpus, each, missing
+
+
+def _undefined(truth: Tokens, guess: Tokens) -> dict[str, str]:
+    """Metrics that have no value on these captions, though the package gives a number, and why."""
+    found = {}
+    longest = max(len(captions[0].split()) for captions in guess.values())
+    for length in range(longest + 1, 5):
+        # Its precision is that of no sequence at all; the package takes one millionth for it.
+        found[f"BLEU-{length}"] = f"no answer has {'a word' if length == 1 else f'{length} words'}"
+    pictures = Counter()
+    for captions in truth.values():
+        words = [caption.split() for caption in captions]
+        pictures.update(
+            {tuple(w[i : i + n]) for w in words for n in range(1, 5) for i in range(len(w) - n + 1)}
+        )
+    # Only sequences that are not every picture's count in CIDEr.
+    if min(pictures.values()) == len(truth):
+        reason = "with one picture" if len(truth) == 1 else "where all pictures have the same references"
+        found["CIDEr"] = f"{reason} every word weighs nothing; evaluate more pictures"
+    return found
+
+
+def _of_package(module: str, name: str, *arguments: int) -> Callable[[Tokens, Tokens], tuple[Any, Any]]:
+    def compute(truth: Tokens, guess: Tokens) -> tuple[Any, Any]:
+        scorer = getattr(import_module(f"pycocoevalcap.{module}"), name)
+        return scorer(*arguments).compute_score(truth, guess)
+
+    return compute
+
+
+def _meteor(truth: Tokens, guess: Tokens) -> tuple[Any, Any]:
+    _require_java_runtime()
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    truth, guess = (
+        {key: [" ".join(_BARS.sub(" ", text).split()) for text in group] for key, group in texts.items()}
+        for texts in (truth, guess)
+    )
+    scorer, failure = Meteor(), None
+    try:
+        return scorer.compute_score(truth, guess)
+    except (OSError, ValueError) as error:
+        failure = error
+    finally:
+        scorer.meteor_p.kill()
+        # Closes the pipes, also a standard input that still holds something.
+        stderr = scorer.meteor_p.communicate()[1]
+        # A failure leaves it locked, and the scorer's end would wait for it for ever.
+        scorer.lock = threading.Lock()
+    # What is read from a process that died is no number; its own words tell more.
+    raise RuntimeError(java_error(stderr) or f"Java ended: {failure}") from failure
+
+
+def _spice(truth: Tokens, guess: Tokens) -> tuple[Any, Any]:
+    from pycocoevalcap.spice import spice
+
+    folder = Path(spice.__file__).parent / "lib"
+    if not all((folder / name).is_file() for name in SPICE_PARSER):
+        raise RuntimeError("its parser is not installed; docs/evaluation.md tells how")
+    _require_java_runtime()
+    total, rows = spice.Spice().compute_score(truth, guess)
+    return total, [row["All"]["f"] for row in rows]
+
+
+METRICS: dict[tuple[str, ...], Callable[[Tokens, Tokens], tuple[Any, Any]]] = {
+    ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"): _of_package("bleu.bleu", "Bleu", 4),
+    ("METEOR",): _meteor,
+    ("ROUGE-L",): _of_package("rouge.rouge", "Rouge"),
+    ("CIDEr",): _of_package("cider.cider", "Cider"),
+    ("SPICE",): _spice,
+}
+"""What computes each metric: the score over the corpus and the pictures' own in order, or several of both."""
+
+
+def ptb_tokens(captions: Mapping[str, Sequence[str]]) -> Tokens:
+    """Tokenizes by the official tokenizer, in Java: lower case, punctuation left out.
+
+    Only its jar and its list of punctuation are used. The package's class around them writes into
+    site-packages, asks for no exit status, and drops or shifts captions when lines do not match.
+    """
+    require_java()
+    from pycocoevalcap.tokenizer import ptbtokenizer as official
+
+    lines = [_one_line(caption) for group in captions.values() for caption in group]
+    jar = Path(official.__file__).with_name(official.STANFORD_CORENLP_3_4_1_JAR)
+    tokenizer = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    try:
+        with bounded_java(len(lines)):
+            done = subprocess.run(
+                ["java", "-cp", str(jar), *tokenizer],
+                input="\n".join(lines).encode(),
+                capture_output=True,
+                check=True,
+            )
+    except RuntimeError as error:
+        raise UserError(f"PTB tokenization: {error}") from None
+    except subprocess.CalledProcessError as error:
+        told = java_error(error.stderr) or f"exit {error.returncode}"
+        raise UserError(f"PTB tokenization failed: {told}") from None
+    found = done.stdout.decode().split("\n")
+    if len(found) != len(lines):
+        raise UserError(f"PTB tokenization gave {len(found)} lines for {len(lines)} captions")
+    dropped = set(official.PUNCTUATIONS)
+    rest = (" ".join(word for word in line.rstrip().split(" ") if word not in dropped) for line in found)
+    return {key: [next(rest) for _ in group] for key, group in captions.items()}
+
+
+def simple_tokens(captions: Mapping[str, Sequence[str]]) -> Tokens:
+    """Tokenizes without Java; unlike PTB it does not part ``dog's``."""
+
+    def tokens(caption: str) -> str:
+        words = (word.strip(PUNCTUATION) for word in _one_line(caption).lower().split())
+        return " ".join(word for word in words if word)
+
+    return {key: [tokens(caption) for caption in group] for key, group in captions.items()}
+
+
+def _one_line(caption: str) -> str:
+    # JSON may hold half a surrogate pair, which has no bytes.
+    return _LINE_ENDS.sub(" ", caption).encode(errors="replace").decode()
+
+
+@contextlib.contextmanager
+def bounded_java(num_texts: int) -> Iterator[None]:
+    """Has Java that is started inside speak English and UTF-8, and kills it once its time is over.
+
+    Other ranks may wait for it.
+    """
+    minutes = JAVA_MINUTES + JAVA_MINUTES_OF_A_TEXT * num_texts
+    is_over = threading.Event()
+
+    def kill() -> None:
+        is_over.set()
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if child.name() == "java":
+                    child.kill()
+
+    timer = threading.Timer(60 * minutes, kill)
+    timer.daemon = True
+    # The second is read after the command line.
+    names = ("JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "LC_ALL")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    for name in names[:2]:
+        os.environ[name] = f"{before.get(name, '')} {_JAVA_OPTIONS}".strip()
+    os.environ["LC_ALL"] = "C.UTF-8"
+    timer.start()
+    try:
+        yield
+    except Exception as error:
+        if is_over.is_set():
+            raise RuntimeError(f"Java was not done after {minutes:.3g} minutes") from error
+        raise
+    finally:
+        timer.cancel()
+        for name in names:
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def _require_java_runtime() -> None:
+    if shutil.which("java") is None:
+        raise RuntimeError(f"needs a Java runtime and {NO_JAVA}")
+
+
+def java_error(stderr: bytes) -> str:
+    """What Java said of its end, in one line; empty if nothing."""
+    lines = (line.strip() for line in stderr.decode(errors="replace").splitlines())
+    told = [line for line in lines if line and not line.startswith(("at ", "Picked up "))]
+    return " ".join(told[:2])[:_MAX_REASON_LENGTH]

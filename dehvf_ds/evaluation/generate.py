@@ -1,0 +1,173 @@
+"""Captions of pictures, or answers about them, asked in the form that the model was trained with."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any, TextIO
+
+from PIL import Image
+from transformers import TextStreamer
+
+from dehvf_ds.batch import Sample
+from dehvf_ds.config import GenerateConfig, UserError
+from dehvf_ds.data.collate import Collator
+from dehvf_ds.data.images import FORMATS, decode_image
+from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX
+from dehvf_ds.data.text import is_text
+from dehvf_ds.data.tokenizer import load_tokenizer
+from dehvf_ds.data.transforms import build_image_transform
+from dehvf_ds.distributed import has_fast_bf16, read_world
+from dehvf_ds.evaluation.decode import MAX_NEW_TOKENS, Decoding, decode, require_positions
+from dehvf_ds.evaluation.evaluate import json_text
+from dehvf_ds.evaluation.predict import in_batches
+from dehvf_ds.model.weights import TrainedModel, find_trained
+
+_FIELD_ENDS = {ord(c): repr(c)[1:-1] for c in "\t\n\r\v\f\x85\u2028\u2029"}
+
+
+def generate(config: GenerateConfig) -> None:
+    """Prints or writes a line a picture; pictures that cannot be read are told and do not lose the others."""
+    for flag, texts in (("prompt", [config.prompt]), ("choices", config.choices), ("hint", [config.hint])):
+        # Bytes of the shell's that are no UTF-8, which no tokenizer takes.
+        if any(0xD800 <= ord(c) < 0xE000 for text in texts for c in text or ""):
+            raise UserError(f"--{flag}: not UTF-8")
+    paths: list[str | None] = [*list_pictures(config.image)] or [None]
+    _check_output(config, paths)
+    trained = find_trained(config.model, config.language_model, config.vision_tower)
+    record, collator = ask_as_trained(config, trained)
+    longest = config.max_new_tokens or MAX_NEW_TOKENS[trained.task or "caption"]
+    decoding = Decoding(max_new_tokens=longest, num_beams=config.num_beams)
+    prompt = collator([Sample(key="", image=None, record=record)]).input_ids
+    require_positions(prompt.shape[1], decoding, trained.config)
+    model = trained.load(config.dtype, fast_bf16=has_fast_bf16(), device=read_world().device)
+    tokenizer = load_tokenizer(trained.tokenizer_source)
+    streamer = None
+    if config.stream:
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
+    start = time.perf_counter()
+    try:
+        with _opened(config) as output:
+            num_tokens, unreadable = 0, 0
+            for shown in in_batches(paths, 1 if config.stream else config.batch_size):
+                read = [(path, read_picture(path, record, collator.image_size)) for path in shown]
+                good = [(path, sample) for path, sample in read if isinstance(sample, Sample)]
+                for path, reason in read:
+                    if isinstance(reason, str):
+                        unreadable += 1
+                        if len(paths) == 1:
+                            raise UserError(f"--image {path}: {reason}")
+                        print(f"warning: {path}: {reason}", file=sys.stderr, flush=True)
+                        _write(output, {"image": path, "prompt": config.prompt, "error": reason})
+                batch = collator([sample for _, sample in good]) if good else None
+                answers = decode(model, batch, tokenizer, decoding, streamer) if batch else []
+                for (path, _), (text, count) in zip(good, answers, strict=True):
+                    num_tokens += count
+                    _write(output, {"image": path, "prompt": config.prompt, "text": text, "tokens": count})
+                    if output is None and not config.stream:
+                        field = "" if len(paths) == 1 else f"{str(path).translate(_FIELD_ENDS)}\t"
+                        print(f"{field}{text}", flush=True)
+    except OSError as error:
+        if config.output is None:
+            raise
+        raise UserError(f"--output {config.output}: {error.strerror or error}") from None
+    seconds, done = time.perf_counter() - start, len(paths) - unreadable
+    print(
+        f"{done} answers, {num_tokens} tokens in {seconds:.1f} s "
+        f"({done / seconds:.1f} answers/s, {num_tokens / seconds:.1f} tokens/s)",
+        file=sys.stderr,
+    )
+    if unreadable:
+        raise UserError(f"{unreadable} of {len(paths)} pictures could not be read; the others are answered")
+
+
+def list_pictures(given: Sequence[str]) -> list[str]:
+    """Files as they are named; of a folder its pictures and its subfolders', by name. Each is taken once."""
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
+    paths = []
+    for name in given:
+        path = Path(name)
+        if not name.strip():
+            raise UserError("--image is empty; it must be a picture or a folder")
+        if path.is_dir():
+            # What macOS writes beside a file on other file systems has its name, and no picture.
+            inside = (p for p in path.rglob("*") if p.suffix.lower() in endings and p.name[:2] != "._")
+            found = sorted(str(p) for p in inside if p.is_file())
+            if not found:
+                raise UserError(f"--image {name}: no pictures in this folder")
+            paths += found
+        elif path.is_file():
+            paths.append(name)
+        else:
+            raise UserError(f"--image {name}: No such file or directory")
+    once = list({Path(path).absolute(): path for path in reversed(paths)}.values())[::-1]
+    if len(once) < len(paths):
+        repeated = len(paths) - len(once)
+        print(f"note: {repeated} pictures are named more than once and answered once", file=sys.stderr)
+    return once
+
+
+def ask_as_trained(config: GenerateConfig, trained: TrainedModel) -> tuple[dict[str, Any], Collator]:
+    """The question in the form that the model was trained with: a record, and what makes a prompt of it."""
+    task = trained.task or "caption"
+    record: dict[str, Any] = {}
+    if task != "caption" and config.prompt is None:
+        raise UserError(f"--prompt: a model of task {task} needs a question")
+    if task == "scienceqa":
+        if not 2 <= len(config.choices) <= len(ascii_uppercase) or not all(map(is_text, config.choices)):
+            raise UserError(
+                "--choices: this model was trained on ScienceQA and answers by a choice's letter; give 2 to "
+                f"{len(ascii_uppercase)} texts, none of them empty"
+            )
+        record = {"question": config.prompt, "choices": config.choices, "hint": config.hint or ""}
+    elif config.choices or config.hint:
+        raise UserError(f"--choices and --hint are of ScienceQA; this model was trained for {task}")
+    elif task == "chat":
+        record = {"conversations": [{"from": "human", "value": config.prompt}]}
+    collator = Collator(
+        load_tokenizer(trained.tokenizer_source),
+        build_image_transform(trained.processor_source, trained.config.image_size),
+        task=task,  # pyright: ignore[reportArgumentType]
+        max_tokens=512,
+        prompt=trained.config.prompt if config.prompt is None else config.prompt,
+        for_generation=True,
+        answer_prefix=SCIENCEQA_ANSWER_PREFIX if task == "scienceqa" else "",
+    )
+    return record, collator
+
+
+def read_picture(path: str | None, record: dict[str, Any], image_size: int) -> Sample | str:
+    """A row with its picture, if it is to have one; why not, where that cannot be read."""
+    try:
+        image = None if path is None else decode_image(Path(path).read_bytes(), shorter_side=image_size)
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return Sample(key=path or "", image=image, record=record)
+
+
+def _check_output(config: GenerateConfig, pictures: Sequence[str | None]) -> None:
+    if config.output in (None, "-"):
+        return
+    path = Path(str(config.output))
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--output {path}: no such folder {path.absolute().parent}, or a folder itself")
+    if path.exists() and any(name is not None and path.samefile(name) for name in pictures):
+        raise UserError(f"--output {path} is one of the pictures; name another file")
+    if path.exists() and not config.overwrite:
+        raise UserError(f"--output {path} is there already; name another, or pass --overwrite true")
+
+
+def _opened(config: GenerateConfig) -> AbstractContextManager[TextIO | None]:
+    if config.output in (None, "-"):
+        return nullcontext(sys.stdout if config.output else None)
+    return Path(config.output).open("w", encoding="utf-8")
+
+
+def _write(output: TextIO | None, line: dict[str, Any]) -> None:
+    if output is not None:
+        output.write(json_text(line) + "\n")
+        output.flush()

@@ -1,0 +1,253 @@
+"""Predictions of all rows: where they lie, kept as they come, taken up again, and the loss beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dehvf_ds.batch import Sample
+from dehvf_ds.config import UserError
+from dehvf_ds.data.damage import DamagedSample
+from dehvf_ds.data.loader import read_sample
+from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, on_main
+from dehvf_ds.evaluation.dataset import Prediction, Questions, digest_of
+from dehvf_ds.evaluation.decode import summed_loss
+from dehvf_ds.model import DehvfForConditionalGeneration
+
+METRICS_NAME = "metrics.json"
+CACHE = ".answers-{}"
+TERMS_NAME = "terms.json"
+
+PROGRESS_LINES = 20
+"""Lines of progress that rank 0 prints."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Scores of one prediction a row.
+
+    Attributes:
+        metrics: for ``metrics.json``.
+        numbers: of these what a curve is drawn of, x100: each caption metric, or ``accuracy``.
+        lines: of ``predictions.jsonl``, in the rows' order.
+        summary: lines for the console.
+    """
+
+    metrics: dict[str, Any]
+    numbers: dict[str, float]
+    lines: list[dict[str, Any]]
+    summary: list[str]
+
+
+def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """The items in groups of ``size``; the last may be smaller."""
+    iterator = iter(items)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def terms_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What two evaluations must share to be the same one, of what is in ``metrics.json``.
+
+    Not where model and data lie: a relative path, a link or a moved directory is no other evaluation.
+    """
+    terms = {name: report.get(name) for name in ("protocol", "decoding", "num_samples")}
+    return terms | {
+        name: report[name].get("sha256") if name in report else None for name in ("model", "data")
+    }
+
+
+class PredictionCache:
+    """The predictions of an evaluation that is not finished, by row; every rank appends to its own file.
+
+    The directory's name is a digest of all that a prediction depends on, so that those of other settings,
+    another model or other data are never taken up.
+    """
+
+    def __init__(self, output: Path, terms: Mapping[str, Any], rank: int):
+        """Opens or creates the directory inside ``output``."""
+        self.directory = output / CACHE.format(digest_of(terms))
+        self._path = self.directory / f"rank-{rank:05d}.jsonl"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{output}: {error.strerror or error}") from None
+
+    def read(self) -> dict[int, Prediction]:
+        """All ranks' predictions by row; the torn last line of a killed rank is passed over."""
+        found: dict[int, Prediction] = {}
+        for path in sorted(self.directory.glob("rank-*.jsonl")):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    row, prediction = json.loads(line)
+                except (ValueError, TypeError):
+                    continue
+                found[row] = prediction
+        return found
+
+    def add(self, rows: Sequence[int], predictions: Sequence[Prediction]) -> None:
+        """Appends this rank's predictions of some rows."""
+        lines = [json.dumps([row, said]) + "\n" for row, said in zip(rows, predictions, strict=True)]
+        try:
+            torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(("\n" if torn else "") + "".join(lines))
+        except OSError as error:
+            raise UserError(f"{self._path}: {error.strerror or error}") from None
+
+    def remove(self) -> None:
+        """Removes the files, once the predictions are written in one."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def claim_directory(parent: Path, name: str, report: Mapping[str, Any]) -> tuple[Path, list[str]]:
+    """The directory of an evaluation, created and marked as its own, and what the user should read.
+
+    It is ``parent/name``, unless an evaluation of other data, another model or other settings lies there,
+    finished or not: then a digest of the terms follows the name. What lies there stays, with one exception:
+    where model or data were made anew at the same place, the results of the earlier ones give way. ``report``
+    is what will be written into ``metrics.json``.
+    """
+    terms = terms_of(report)
+    # Without the model first: its results and those of a later one then find the same place.
+    names = (name, f"{name}-{digest_of({**terms, 'model': None})[:8]}", f"{name}-{digest_of(terms)}")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with (parent / ".claims").open("w") as lock:
+            # Two that start together must not both find a place free. Not all network file systems lock.
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            held = {place: _held(parent / place) for place in names}
+            same = [p for p in names if terms in map(terms_of, held[p].values())]
+            free = [p for p in names if all(_is_outdated(h, report) for h in held[p].values())]
+            # The last one is nobody else's.
+            place = [*same, *free, names[-1]][0]
+            outdated = [path for path, h in held[place].items() if _is_outdated(h, report)]
+            for path in outdated:
+                path.unlink()
+                if path.name == TERMS_NAME:
+                    shutil.rmtree(path.parent)
+            mark = parent / place / CACHE.format(digest_of(terms)) / TERMS_NAME
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text(json.dumps(report), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{error.filename or parent}: {error.strerror or error}") from None
+    notes = []
+    if outdated:
+        notes.append(f"{parent / place}: results of an earlier model or earlier data are replaced")
+    if place != name:
+        notes.append(f"{parent / name} is of other data or settings; this evaluation is written to {place}")
+    return parent / place, notes
+
+
+def _held(directory: Path) -> dict[Path, dict[str, Any]]:
+    """What tells of an evaluation here, finished or not, by its file; one that nobody can read says {}."""
+    found = {}
+    for path in (directory / METRICS_NAME, *directory.glob(CACHE.format("*") + f"/{TERMS_NAME}")):
+        # One that was cut off by what ended its writer tells nothing.
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+            described = isinstance(content, dict) and [content.get(name) for name in ("model", "data")]
+            found[path] = content if described and all(isinstance(d, dict) for d in described) else {}
+    return found
+
+
+def _is_outdated(held: Mapping[str, Any], report: Mapping[str, Any]) -> bool:
+    """Whether it is the same evaluation of a model or data that are no more what they were at their place."""
+    return terms_of(held) != terms_of(report) and _places_of(held) == _places_of(report)
+
+
+def _places_of(report: Mapping[str, Any]) -> list[Any]:
+    """As ``terms_of``, with paths for hashes."""
+    names = (("model", "path"), ("data", "path"), ("data", "images"))
+    paths = [report[of].get(name) if of in report else None for of, name in names]
+    terms = [report.get(name) for name in ("protocol", "decoding", "num_samples")]
+    return terms + [None if path is None else Path(path).resolve() for path in paths]
+
+
+def predict_rows(
+    lengths: Sequence[int],
+    ask: Callable[[Sequence[int]], Sequence[Prediction]],
+    cache: PredictionCache,
+    world: World,
+    batch_size: int,
+) -> list[Prediction]:
+    """Asks the rows that the cache has no prediction of. Every rank must call it.
+
+    The longest prompts come first, so that rows of a batch are of similar length and a batch that does not
+    fit into memory fails at the start. Returns the predictions in the rows' order on rank 0, else nothing.
+    """
+    # Rank 0 alone, before anybody writes.
+    done = on_main(world, cache.read)
+    left = sorted((row for row in range(len(lengths)) if row not in done), key=lambda row: -lengths[row])
+    own = left[world.rank :: world.size]
+    if done and world.is_main:
+        print(f"going on after {len(done)} of {len(lengths)} rows", flush=True)
+    asked: list[tuple[int, Prediction]] = []
+    for rows in in_batches(own, batch_size):
+        predictions = ask(rows)
+        cache.add(rows, predictions)
+        before = len(asked)
+        asked += zip(rows, predictions, strict=True)
+        if world.is_main and before * PROGRESS_LINES // len(own) < len(asked) * PROGRESS_LINES // len(own):
+            print(f"answered {len(asked)} of this rank's {len(own)} rows", flush=True)
+    gathered = gather_to_main(asked, world)
+    if not world.is_main:
+        return []
+    found = sorted([*done.items(), *gathered], key=lambda pair: pair[0])
+    if [row for row, _ in found] != list(range(len(lengths))):
+        raise UserError(
+            f"{cache.directory}: {len(found)} answers to {len({row for row, _ in found})} of {len(lengths)} "
+            "rows; remove it"
+        )
+    return [prediction for _, prediction in found]
+
+
+def measure_loss(
+    model: DehvfForConditionalGeneration, questions: Questions, batch_size: int, world: World
+) -> dict[str, Any]:
+    """The mean cross-entropy a supervised token, in nats, of every caption or answer. All ranks must call it.
+
+    For ``metrics.json``: ``loss``, ``loss_num_tokens``, and ``loss_num_left_out``, examples without a
+    supervised token (a prompt as long as the row), or with a picture or a text that cannot be read. The loss
+    is None where nothing is supervised or the sum is not finite, and ``loss_reason`` says so.
+    """
+    loss_sum, num_tokens, left_out = 0.0, 0, 0
+
+    def samples() -> Iterator[Sample]:
+        nonlocal left_out
+        for row in range(world.rank, questions.num_rows, world.size):
+            num_captions = int(questions.index.captions[row])
+            for caption in range(num_captions) if num_captions else (None,):
+                try:
+                    side = questions.targets.image_size
+                    sample = read_sample(questions.index, row, caption=caption, shorter_side=side)
+                    # Half a surrogate pair can be scored, but no tokenizer reads it.
+                    str(sample.record.get("caption", "")).encode()
+                except (DamagedSample, UnicodeEncodeError):
+                    left_out += 1
+                else:
+                    yield sample
+
+    for group in in_batches(samples(), batch_size):
+        batch = questions.targets(group)
+        left_out += batch.num_unsupervised_rows()
+        part, count = summed_loss(model, batch)
+        loss_sum, num_tokens = loss_sum + part, num_tokens + count
+    loss_sum, total, left_out = all_reduce_sum([loss_sum, float(num_tokens), float(left_out)], world.device)
+    found = {"loss": None, "loss_num_tokens": int(total), "loss_num_left_out": int(left_out)}
+    if not total:
+        return found | {"loss_reason": "no token of these rows is supervised; their prompts fill max_tokens"}
+    if not math.isfinite(loss_sum):
+        return found | {"loss_reason": f"its sum is {loss_sum}; try --dtype fp32"}
+    return found | {"loss": loss_sum / total}

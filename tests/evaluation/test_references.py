@@ -1,0 +1,128 @@
+"""Rows find their references by their pictures' names, in whatever file either was published."""
+
+from __future__ import annotations
+
+import json
+import random
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from dehvf_ds.config import UserError
+from dehvf_ds.evaluation.dataset import load_references, match_references
+
+STEMS = ["a", "a b", "a_b", "a%20b", "ä", "a\u0308", "Ä", "犬", "a.b", "1.5 mm", "x|y", "#1", "-", "a'b", "A"]
+FOLDERS = ["", "val2014/", "train2014/", "val 2014/", "ü/", "u\u0308/", "a/b/"]
+ENDINGS = [".jpg", ".JPG", ".jpeg", ".png", ".PNG"]
+
+
+def write(path: Path, names: list[str], *, karpathy: bool) -> Path:
+    """A published file with two captions a picture."""
+    captions = [[f" picture {i}\n", f"number {i}"] for i in range(len(names))]
+    images = [{"id": i, "file_name": name} for i, name in enumerate(names)]
+    content = {
+        "images": images,
+        "annotations": [
+            {"image_id": i, "caption": text} for i, texts in enumerate(captions) for text in texts
+        ],
+    }
+    if karpathy:
+        parts = [name.rpartition("/") for name in names]
+        content = {
+            "images": [
+                {
+                    "filename": last,
+                    **({"filepath": folder} if folder else {}),
+                    "split": "test" if i % 3 else "val",
+                    "cocoid": i,
+                    "sentences": [{"raw": text} for text in captions[i]],
+                }
+                for i, (folder, _, last) in enumerate(parts)
+            ]
+        }
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("karpathy", [False, True])
+def test_every_row_finds_its_own_references_whatever_its_pictures_name(
+    tmp_path: Path, seed: int, karpathy: bool
+) -> None:
+    draw = random.Random(seed)
+    # Karpathy's pictures may lie without their folders, so that their names are their own.
+    folders = FOLDERS[1:2] if karpathy else FOLDERS
+    names = draw.sample([f + s + e for f in folders for s in STEMS for e in ENDINGS], 60)
+    found = load_references(write(tmp_path / "x.json", names, karpathy=karpathy), "test+val")
+    assert list(found) == names
+    rows = draw.sample(names, 40)
+    matched = match_references(found, {f"key {name}": name for name in rows})
+    assert matched == {
+        f"key {name}": [f"picture {names.index(name)}", f"number {names.index(name)}"] for name in rows
+    }
+
+
+def test_splits_are_those_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.json", ["a.jpg", "b.jpg", "c.jpg", "d.jpg"], karpathy=True)
+    assert list(load_references(path, "test")) == ["b.jpg", "c.jpg"]
+    for split, message in (
+        ("dev", r"no split 'dev'; it has test \(2\), val \(2\)"),
+        (None, "name one with --split"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_references(path, split)
+
+
+def test_what_is_left_out_is_told(tmp_path: Path, capsys) -> None:
+    content = json.loads(write(tmp_path / "x.json", ["a.jpg", "b.jpg"], karpathy=False).read_text())
+    content["annotations"][0]["caption"] = None
+    content["annotations"].append({"image_id": 7, "caption": "of nothing"})
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    assert list(load_references(tmp_path / "x.json", None)) == ["b.jpg"]
+    told = capsys.readouterr().err
+    assert "a.jpg" in told
+    assert "annotation None names an unknown image_id" in told
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"images": 3}', '{"annotations": []}'])
+def test_files_that_cannot_be_read_are_named(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=r"x\.json"):
+        load_references(tmp_path / "x.json", "test")
+
+
+@pytest.mark.parametrize(
+    ("row", "reference"),
+    [
+        ("x.jpg", "val2014/x.jpg"),
+        ("val2014/x.jpg", "x.jpg"),
+        ("coco/val2014/x.jpg", "val2014/x.jpg"),
+        ("x.JPG", "x.jpg"),
+        ("x.jpg", "x.png"),
+        ("x", "x.jpg"),
+        ("ä 1.jpg", unicodedata.normalize("NFD", "ä 1.JPEG")),
+        ("ü/x.jpg", unicodedata.normalize("NFD", "ü/x.jpg")),
+    ],
+)
+def test_names_of_one_picture(row: str, reference: str) -> None:
+    others = {"val2014/y.jpg": ["no"], "x y.jpg": ["no"], "xx.jpg": ["no"]}
+    assert match_references({**others, reference: ["yes"]}, {"key": row}) == {"key": ["yes"]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "references", "message"),
+    [
+        (["val2014/x.jpg"], ["train2014/x.jpg"], "lack 1 of 1 evaluated pictures, val2014/x.jpg the first"),
+        (["1.5 mm.jpg"], ["1.jpg"], "lack 1 of 1"),
+        (["a%20b.jpg"], ["a b.jpg", "a_b.jpg"], "lack 1 of 1"),
+        (["x.jpg"], ["a/x.jpg", "b/x.jpg"], "x.jpg: .* have several such pictures: a/x.jpg, b/x.jpg"),
+        (["x.jpg"], ["x.png", "x.webp"], "several such pictures"),
+        (["a/x.jpg", "b/x.jpg"], ["x.jpg"], "a/x.jpg and b/x.jpg of the rows are both x.jpg"),
+        (["x.jpg", "y.jpg"], ["x.jpg"], "lack 1 of 2 evaluated pictures, y.jpg the first; .* another split"),
+    ],
+)
+def test_no_row_is_scored_against_anothers_references(rows, references, message) -> None:
+    with pytest.raises(UserError, match=message):
+        match_references({name: ["x"] for name in references}, {name: name for name in rows})

@@ -1,0 +1,264 @@
+"""ScienceQA: which letter an answer names, and the papers' columns, against counts by hand and by chance."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from dehvf_ds.config import UserError
+from dehvf_ds.data.building.sources import read_scienceqa
+from dehvf_ds.data.prompts import scienceqa_target
+from dehvf_ds.evaluation.predict import Scored
+from dehvf_ds.evaluation.scienceqa import COLUMNS, AnswerScorer, read_letter
+
+SCIENCEQA = Path(__file__).resolve().parents[3] / "shared" / "data" / "scienceqa"
+
+# Invented: answer, choices, subject, grade, whether it has a hint, whether a picture.
+ROWS = [
+    (0, 2, "natural science", 1, True, True),
+    (1, 2, "natural science", 6, True, False),
+    (2, 3, "natural science", 7, False, True),
+    (0, 3, "social science", 12, False, False),
+    (3, 4, "social science", 6, False, True),
+    (1, 2, "language science", 10, True, False),
+]
+SAID = ["A", "The answer is A.", " C.", "\u0410.", "The answer is D.", " B"]
+
+
+def record(answer: int, size: int, subject: str, grade: int, hint: bool, image: bool) -> dict[str, Any]:
+    return {
+        "question": "Which of these is a star?",
+        "choices": [f"choice {i}" for i in range(size)],
+        "answer": answer,
+        "subject": subject,
+        "grade": f"grade{grade}",
+        "hint": "Look." if hint else " \n",
+        "image": "image.png" if image else None,
+    }
+
+
+def scored(rows: list[tuple], said: list[Any], name: str = "run") -> Scored:
+    records = [(f"p{i}", record(*row)) for i, row in enumerate(rows, start=1)]
+    return AnswerScorer(records, name=name).score(said)
+
+
+LETTERS = {
+    "A": [" A", "A", "é 你好 The answer is A."],
+    "B": [" B.", " B. BECAUSE: an apple falls.", " B.\n\nQuestion: What?", "B. The answer is B."],
+    "C": ["\nC.\n", " The answer is C", "It is red. The answer is\nC.", "A dog barks. The answer is C."],
+    "D": ["D \n", "The answer is D. BECAUSE: The answer is D."],
+}
+NO_LETTERS = [
+    "",
+    " \n",
+    ".",
+    " Apple",
+    " A dog",
+    " A,",
+    " A)",
+    "(A)",
+    " (A) the wind",
+    "A.5",
+    "A..",
+    "A .",
+    "AB.",
+]
+NO_LETTERS += [
+    " a.",
+    "The Answer is A.",
+    "The answer is Apple.",
+    "The answer is (A).",
+    "The answer is A dog.",
+]
+NO_LETTERS += ["The answer isA.", "The answer: A.", "xThe answer is A.", "It is A.", "the wind A", "E.", "Z"]
+NO_LETTERS += [
+    "A. The answer is B.",
+    "The answer is A. The answer is B.",
+    "The answer is E.",
+    "\x00A",
+    "\ufeffA",
+]
+# Cyrillic, of full width, with an accent of its own.
+NO_LETTERS += ["\u0410.", "\uff21.", "A\u0301."]
+
+
+def test_letters_of_four_choices() -> None:
+    wanted = {text: "ABCD".index(letter) for letter, texts in LETTERS.items() for text in texts}
+    wanted |= dict.fromkeys(NO_LETTERS)
+    assert {text: read_letter(text, 4) for text in wanted} == wanted
+
+
+@pytest.mark.parametrize("num_choices", range(2, 27))
+def test_letters_beyond_the_choices_are_failures(num_choices: int) -> None:
+    choices = [str(number) for number in range(num_choices)]
+    for answer in range(26):
+        expected = answer if answer < num_choices else None
+        target = scienceqa_target({"choices": choices, "answer": answer})
+        assert read_letter(target, num_choices) == expected
+        # The prompt ends in the first three words, so the model writes the rest.
+        assert read_letter(target.removeprefix("The answer is"), num_choices) == expected
+
+
+def letter_by_words(text: str, num_choices: int) -> int | None:
+    """The docstring's rule once more, word by word."""
+    words = re.split(r"(\s+)", text.strip())
+    found = set()
+    for place in range(0, len(words), 2):
+        word = words[place]
+        last = place == len(words) - 1
+        if len(word) == 2 and word[1] == ".":
+            letter = word[0]
+        elif len(word) == 1 and last:
+            letter = word
+        else:
+            continue
+        led = "".join(words[max(0, place - 6) : place]).rstrip() == "The answer is" and place >= 6
+        if (place == 0 or led) and "A" <= letter <= "Z":
+            found.add(ord(letter) - ord("A"))
+    return found.pop() if len(found) == 1 and max(found) < num_choices else None
+
+
+PIECES = [
+    "The answer is ",
+    "The answer is",
+    " The answer is ",
+    "The",
+    "is",
+    "A",
+    "B",
+    "C",
+    "E",
+    ".",
+    "A.",
+    "a",
+]
+PIECES += ["Apple", "\u0410", " ", "\n"]
+
+
+@given(st.lists(st.sampled_from(PIECES)).map("".join) | st.text(), st.integers(2, 5))
+@example("The answer is A. The answer is B.", 3)
+def test_letters_follow_the_rule(text: str, num_choices: int) -> None:
+    assert read_letter(text, num_choices) == letter_by_words(text, num_choices)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"choices": "ABC"}, "choices is not a list of 2 to 26"),
+        ({"choices": ["one"], "answer": 0}, "choices is not a list of 2 to 26"),
+        ({"choices": ["x"] * 27}, "choices is not a list of 2 to 26"),
+        ({"answer": 3}, "answer 3 is no number of its 3 choices"),
+        ({"answer": True}, "answer True is no"),
+        ({"answer": None}, "answer None is no"),
+        ({"subject": "physics"}, "subject 'physics' is none of natural science, "),
+        ({"grade": "grade13"}, "grade 'grade13' is none of grade1 .. grade12"),
+        ({"grade": "grade1\n"}, "grade .* is none"),
+        ({"hint": 5}, "hint is int, not a text"),
+    ],
+)
+def test_a_record_that_is_no_problem_is_named(change, part: str) -> None:
+    problem = record(*ROWS[2])
+    with pytest.raises(UserError, match=f"^000007: {part}"):
+        AnswerScorer([("000007", problem | change)], name="run")
+    (field, *_) = change
+    with pytest.raises(UserError, match=f"000007: not a problem of ScienceQA: lacks {field}$"):
+        AnswerScorer([("000007", {k: v for k, v in problem.items() if k != field})], name="run")
+
+
+def test_columns_by_hand() -> None:
+    found = scored(ROWS, SAID)
+    third = pytest.approx(66.6667)
+    assert found.metrics["accuracy"] == dict(
+        zip(COLUMNS, [third, 50, 100, third, 100, 0, third, third, third], strict=True)
+    )
+    assert found.metrics["num_problems"] == dict(zip(COLUMNS, [3, 2, 1, 3, 3, 1, 3, 3, 6], strict=True))
+    assert found.numbers == {
+        "accuracy": pytest.approx(100 * 4 / 6),
+        "parse_failure_rate": pytest.approx(100 / 6),
+    }
+    assert found.metrics["num_parse_failures"] == 1
+    assert found.metrics["confusion"] == {
+        2: [[1, 0, 0], [1, 1, 0]],
+        3: [[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]],
+        4: [[0] * 5, [0] * 5, [0] * 5, [0, 0, 0, 1, 0]],
+    }
+    assert [line["choice"] for line in found.lines] == [0, 0, 2, None, 3, 1]
+    assert [line["answer"] for line in found.lines] == [row[0] for row in ROWS]
+    # The likeliest options, as numbers.
+    numbers = scored(ROWS, [0, 0, 2, None, 3, 1])
+    assert numbers.metrics == found.metrics
+
+
+def test_rows_as_the_papers_print_them() -> None:
+    found = scored(ROWS, SAID, name="DEHVF_7B |\n4")
+    cells = ["66.67", "50.00", "100.00", "66.67", "100.00", "0.00", "66.67", "66.67", "66.67"]
+    assert found.metrics["markdown"] == f"| DEHVF_7B \\| 4 | {' | '.join(cells)} |"
+    assert found.metrics["latex"] == rf"DEHVF\_7B | 4 & {' & '.join(cells)} \\"
+    assert found.summary[0].startswith(
+        "| Method | NAT | SOC | LAN | TXT | IMG | NO | G1-6 | G7-12 | Avg |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n| DEHVF_7B"
+    )
+    bare = scored(ROWS[:1], [0], name="a\\b")
+    assert bare.metrics["markdown"].endswith("| 100.00 | - | - | 100.00 | 100.00 | - | 100.00 | - | 100.00 |")
+    assert bare.metrics["latex"].startswith(r"a\textbackslash{}b & 100.00 & -- & --")
+    assert bare.metrics["accuracy"]["SOC"] is None
+
+
+NUMBERS = st.tuples(
+    st.integers(2, 5),
+    st.integers(0, 4),
+    st.none() | st.integers(0, 4),
+    st.sampled_from(["natural science", "social science", "language science"]),
+    st.integers(1, 12),
+    st.booleans(),
+    st.booleans(),
+)
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=30))
+def test_counts_add_up(numbers) -> None:
+    rows = [(answer % size, size, *facts) for size, answer, _, *facts in numbers]
+    said = [None if choice is None else choice % size for size, _, choice, *_ in numbers]
+    metrics = scored(rows, said).metrics
+    count, everyone = metrics["num_problems"], len(rows)
+    for group in (("NAT", "SOC", "LAN"), ("G1-6", "G7-12")):
+        assert sum(count[name] for name in group) == count["Avg"] == everyone
+    assert count["TXT"] + count["IMG"] + count["NO"] - sum(h and i for *_, h, i in rows) == everyone
+    matrices = metrics["confusion"].values()
+    assert sum(sum(map(sum, matrix)) for matrix in matrices) == everyone
+    right = sum(matrix[i][i] for matrix in matrices for i in range(len(matrix)))
+    assert right == sum(choice == row[0] for row, choice in zip(rows, said, strict=True))
+    assert metrics["accuracy"]["Avg"] == pytest.approx(100 * right / everyone, abs=1e-4)
+    assert sum(row[-1] for matrix in matrices for row in matrix) == metrics["num_parse_failures"]
+
+
+@pytest.mark.skipif(not SCIENCEQA.is_dir(), reason=f"ScienceQA's problems are not at {SCIENCEQA}")
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_real_problems(split: str) -> None:
+    rows = read_scienceqa(SCIENCEQA, split, allow_missing_images=True, note=lambda _: None)
+    scorer = AnswerScorer([(row.name, row.record) for row in rows], name="run")
+    draw, raws = random.Random(17), [row.record for row in rows]
+    said = [draw.choice([" A.", "B", "", " Apple", "The answer is C."]) for _ in rows]
+    meant = {" A.": 0, "B": 1, "The answer is C.": 2}
+    right = [meant.get(text) == raw["answer"] for text, raw in zip(said, raws, strict=True)]
+    metrics = scorer.score(said).metrics
+    # The papers' columns over the raw fields of problems.json.
+    belongs = {
+        "LAN": lambda raw: raw["subject"] == "language science",
+        "TXT": lambda raw: raw["hint"] != "",
+        "IMG": lambda raw: raw["image"] is not None,
+        "NO": lambda raw: raw["hint"] == "" and raw["image"] is None,
+        "G7-12": lambda raw: raw["grade"] in [f"grade{n}" for n in range(7, 13)],
+        "Avg": lambda raw: True,
+    }
+    for name, holds in belongs.items():
+        counted = [one for one, raw in zip(right, raws, strict=True) if holds(raw)]
+        assert metrics["num_problems"][name] == len(counted)
+        assert metrics["accuracy"][name] == pytest.approx(100 * sum(counted) / len(counted), abs=1e-4)
+    assert scorer.score([raw["answer"] for raw in raws]).numbers["accuracy"] == 100
