@@ -38,6 +38,7 @@ from dehvf_ds.distributed import (
 from dehvf_ds.evaluation.inside import InsideEvaluation
 from dehvf_ds.evaluation.questions import TASKS, Questions, open_questions
 from dehvf_ds.evaluation.scores import open_scorer
+from dehvf_ds.planning.memory import check_inside
 from dehvf_ds.training.checked import Checked, check
 from dehvf_ds.training.checkpoint import Checkpoints, complete_artifact, save_artifact
 from dehvf_ds.training.deepspeed_json import compute_dtype
@@ -45,7 +46,6 @@ from dehvf_ds.training.engine import build_engine
 from dehvf_ds.training.lease import Lease
 from dehvf_ds.training.loop import Actions, Job, fit
 from dehvf_ds.training.metrics import MetricsWriter
-from dehvf_ds.training.planning.inside import check_inside
 from dehvf_ds.training.progress import Progress
 from dehvf_ds.training.rehearsal import rehearse
 from dehvf_ds.training.resume import Checkpoint, choose_start, is_finished, open_run
