@@ -30,9 +30,9 @@ from dehvf_ds.evaluation.inside import InsideEvaluation
 from dehvf_ds.evaluation.official import build_official, is_official
 from dehvf_ds.evaluation.questions import Questions
 from dehvf_ds.evaluation.scores import AnswerScorer, CaptionScorer
+from dehvf_ds.planning.memory import check_inside
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.loop import Evaluated
-from dehvf_ds.training.planning.inside import check_inside
 from dehvf_ds.training.signals import StopRequest
 
 TRAIN = REPOSITORY / "dehvf_ds/train.py"

@@ -283,6 +283,27 @@ class Sharding:
     gpus_per_node: int
     element_bytes: int
 
+    @classmethod
+    def read(cls, ds_config: dict[str, Any], *, nodes: int, gpus_per_node: int) -> Sharding:
+        """Reads a DeepSpeed JSON, with DeepSpeed's own defaults; stages below 3 count as ZeRO-2."""
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
+        strategy: Strategy = "ZeRO-3"
+        if zero.stage < 3:
+            strategy = "ZeRO-2"
+        elif zero.offload_param is not None:
+            strategy = "ZeRO-3 + offload"
+        elif zero.zero_hpz_partition_size > 1:
+            strategy = "ZeRO-3 + hpZ"
+        return cls(
+            strategy=strategy,
+            zero=zero,
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            element_bytes=compute_dtype(ds_config).itemsize,
+        )
+
     @property
     def world(self) -> int:
         """GPUs of the job."""
@@ -325,18 +346,6 @@ class Sharding:
         return (held + (persistent if self.world > 1 else 0)) * self.element_bytes
 
 
-def read_zero(ds_config: dict[str, Any]) -> tuple[Strategy, DeepSpeedZeroConfig]:
-    """What a DeepSpeed JSON says of ZeRO, with DeepSpeed's defaults; stages below 3 count as ZeRO-2."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
-    if zero.stage < 3:
-        return "ZeRO-2", zero
-    if zero.offload_param is not None:
-        return "ZeRO-3 + offload", zero
-    return "ZeRO-3 + hpZ" if zero.zero_hpz_partition_size > 1 else "ZeRO-3", zero
-
-
 def resting_bytes(parameters: Parameters, sharding: Sharding) -> dict[str, int]:
     """What one GPU holds between steps. Gradient buckets are allocated whole."""
     p, size, share = parameters, sharding.element_bytes, math.ceil(parameters.trainable / sharding.world)
@@ -364,6 +373,18 @@ def passing_bytes(parameters: Parameters, sharding: Sharding) -> dict[str, int]:
         "gradients": p.trainable * size + share * 2 * FP32_BYTES,
         "gathered parameters": gathered * size if sharding.gathers else 0,
     }
+
+
+def step_bytes(
+    config: DehvfConfig, batch: Batch, ds_config: dict[str, Any], *, checkpointing: bool = False
+) -> dict[str, int]:
+    """What a job of one GPU holds at the peak of a step, by what it is; CUDA's own apart."""
+    sharding = Sharding.read(ds_config, nodes=1, gpus_per_node=1)
+    model = build_on_meta(config, compute_dtype(ds_config), checkpointing=checkpointing)
+    parameters = count_parameters(model, sharding.zero.param_persistence_threshold)
+    step = run_micro_step(model, batch, zero3=sharding.strategy != "ZeRO-2")
+    held = resting_bytes(parameters, sharding) | passing_bytes(parameters, sharding)
+    return held | {"activations": step.activation_bytes}
 
 
 def host_bytes(parameters: Parameters, sharding: Sharding) -> dict[str, int]:
@@ -419,17 +440,11 @@ def check_inside(config: RunConfig, ds_config: dict[str, Any], world: World) -> 
     """
     if not config.eval.every_steps:
         return
-    strategy, zero = read_zero(ds_config)
-    sharding = Sharding(
-        strategy=strategy,
-        zero=zero,
-        nodes=world.size // world.local_size,
-        gpus_per_node=world.local_size,
-        element_bytes=compute_dtype(ds_config).itemsize,
-    )
+    nodes = world.size // world.local_size
+    sharding = Sharding.read(ds_config, nodes=nodes, gpus_per_node=world.local_size)
     image_size = build_image_transform(config.model.vision_tower, config.model.image_size).image_size
     model_config = build_model_config(config.model, image_size=image_size)
-    parameters = count_parameters(build_on_meta(model_config), zero.param_persistence_threshold)
+    parameters = count_parameters(build_on_meta(model_config), sharding.zero.param_persistence_threshold)
     parts: dict[str, float] = {**evaluation_bytes(model_config, parameters, sharding, config.eval)}
     if world.device.type == "cuda":
         parts["CUDA"] = OVERHEAD_GIB * GIB

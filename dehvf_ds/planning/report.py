@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,6 @@ from dehvf_ds.planning.memory import (
     count_parameters,
     evaluation_bytes,
     full_batch,
-    read_zero,
     run_micro_step,
 )
 from dehvf_ds.planning.time import GB, LINK_SHARE, Estimate, PlanConfig, choose, estimate
@@ -207,30 +207,17 @@ def _read_shardings(
     dtype = torch.bfloat16 if bf16 is True or (bf16 == "auto" and on_gpu) else torch.float32
     if dtype == torch.float32 and on_gpu:
         notes.append(f"{config.deepspeed} computes in fp32, but the times are at the GPU's bf16 peak")
-    zeros = {
-        strategy: read_zero(_read_json(DEEPSPEED_DIR / name))[1] for strategy, name in JSON_NAMES.items()
-    }
-    own, zero = read_zero(given)
-    zeros[own] = zero
-    shardings = [
-        Sharding(
-            strategy=strategy,
-            zero=zero,
-            nodes=place.nodes,
-            gpus_per_node=place.gpus_per_node,
-            element_bytes=dtype.itemsize,
+    spread = partial(Sharding.read, nodes=place.nodes, gpus_per_node=place.gpus_per_node)
+    found = {name: spread(_read_json(DEEPSPEED_DIR / file)) for name, file in JSON_NAMES.items()}
+    own = spread(given)
+    found[own.strategy] = own
+    planned = own.gather_ranks if own.gather_ranks < place.world else 1
+    size = own.zero.zero_hpz_partition_size
+    if own.strategy == "ZeRO-3 + hpZ" and size != planned:
+        notes.append(
+            f"{config.deepspeed}: zero_hpz_partition_size {size} is planned as {planned}, auto's value here"
         )
-        for strategy, zero in zeros.items()
-    ]
-    if own == "ZeRO-3 + hpZ":
-        ranks = next(s.gather_ranks for s in shardings if s.strategy == own)
-        planned = ranks if ranks < place.world else 1
-        if zero.zero_hpz_partition_size != planned:
-            notes.append(
-                f"{config.deepspeed}: zero_hpz_partition_size {zero.zero_hpz_partition_size} is planned as "
-                f"{planned}, auto's value here"
-            )
-    return shardings, dtype
+    return [replace(s, strategy=name, element_bytes=dtype.itemsize) for name, s in found.items()], dtype
 
 
 def _read_json(path: Path) -> dict:

@@ -21,7 +21,7 @@ from dehvf_ds.config import (
     parse_run_config,
 )
 from dehvf_ds.config.kinds import settings_of
-from dehvf_ds.training.planning.place import PlanConfig
+from dehvf_ds.planning.time import PlanConfig
 
 NEEDED = {
     RunConfig: ["--config", "demo"],
