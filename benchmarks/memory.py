@@ -83,7 +83,6 @@ def in_fresh_process(args: argparse.Namespace, case: dict) -> dict:
 def run_case(args: argparse.Namespace, rows: int, checkpointing: bool) -> dict[str, int]:
     """Builds the engine, takes the steps, measures and predicts; bytes."""
     import deepspeed  # noqa: F401  counts as an import, not as the run's
-    import torch
 
     from dehvf_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
     from dehvf_ds.data.transforms import build_image_transform

@@ -41,7 +41,7 @@ GPUS: dict[str, tuple[float | None, float, float]] = {
     "cpu": (None, 10, 10),
 }
 PREFERENCE: tuple[Strategy, ...] = ("ZeRO-2", "ZeRO-3", "ZeRO-3 + hpZ", "ZeRO-3 + offload")
-"""Among equally fast ones, the first: it leans least on links and hosts being as fast as assumed."""
+"""Of equally fast ones the first, which relies least on assumed speeds of links and hosts, is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class Estimate:
 def estimate(
     parameters: Parameters, step: MicroStep, sharding: Sharding, place: PlanConfig, *, accumulation: int
 ) -> Estimate:
-    """Puts the numbers of one configuration together; ``accumulation`` is micro-steps of an optimizer step."""
+    """One configuration's numbers, ``accumulation`` micro-steps making an optimizer step."""
     micro_s = step.flops / (place.peak_flops * place.mfu)
     elements = gathered_elements(parameters, sharding, step.checkpointing)
     gathered = received(elements * sharding.element_bytes, sharding.gather_ranks)
