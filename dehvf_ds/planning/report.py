@@ -327,7 +327,7 @@ def _foot_lines(plan: Plan) -> list[str]:
         f"Assumed: MFU {place.mfu:g} of {place.peak_flops / 1e12:g} TFLOP/s; GB/s a GPU and direction:",
         f"  {within:g} within a node, {between:g} between nodes, {to_host:g} to the host;",
         f"  rings over all links at {LINK_SHARE:.0%} of their speed, gathers overlapping with arithmetic;",
-        f"  {place.overhead_bytes / GIB:g} GiB for CUDA, NCCL, workspaces; {USABLE_SHARE:.0%} of a GPU filled;",
+        f"  {place.overhead_bytes / GIB:g} GiB for CUDA, NCCL, workspaces; a GPU {USABLE_SHARE:.0%} full;",
         "  rows of full length, padded, every token supervised (upper bounds); SDPA attention without a",
         "  stored score matrix; under ZeRO-2 each rank's copy of the weights in host memory at once;",
         "  the loader's host memory not counted.",
