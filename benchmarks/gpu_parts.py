@@ -28,16 +28,18 @@ from dehvf_ds.batch import IGNORE_INDEX, Batch
 from dehvf_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from dehvf_ds.distributed import World, init_process_group, read_world
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
+from dehvf_ds.planning.memory import (
+    Parameters,
+    build_on_meta,
+    count_parameters,
+    run_micro_step,
+    step_bytes,
+)
+from dehvf_ds.planning.report import BACKBONES
 from dehvf_ds.training import engine as engine_module
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.metrics import model_flops, peak_flops, peak_memory_bytes
 from dehvf_ds.training.optim import parameter_groups
-from dehvf_ds.training.planning.backbones import SHAPES
-from dehvf_ds.training.planning.estimate import estimate
-from dehvf_ds.training.planning.flops import micro_step_flops
-from dehvf_ds.training.planning.place import PlanConfig
-from dehvf_ds.training.planning.shapes import Shapes, Work, count_shapes
-from dehvf_ds.training.planning.zero import Zero, strategy_of
 from dehvf_ds.training.step import train_step
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -73,8 +75,8 @@ class Sizes:
 
 
 REAL = Sizes(
-    texts={"7B": SHAPES["llama-7b"], "13B": SHAPES["llama-13b"]},  # pyright: ignore[reportArgumentType]
-    vision=SHAPES["clip-vit-large-patch14"],  # pyright: ignore[reportArgumentType]
+    texts={"7B": BACKBONES["llama-7b"], "13B": BACKBONES["llama-13b"]},  # pyright: ignore[reportArgumentType]
+    vision=BACKBONES["clip-vit-large-patch14"],  # pyright: ignore[reportArgumentType]
     rows=32,
     tokens=(24, 128),
     decode_batches=(1, 16),
@@ -272,7 +274,11 @@ def timed(session: Session, run: Callable[[], object]) -> list[float]:
 
 
 def measure_step(
-    session: Session, step: Callable[[Batch], object], config: DehvfConfig, shapes: Shapes, tokens: int
+    session: Session,
+    step: Callable[[Batch], object],
+    config: DehvfConfig,
+    parameters: Parameters,
+    tokens: int,
 ) -> dict[str, Any]:
     """Times a step; where its rows do not fit, half of them."""
     rows = session.sizes.rows
@@ -287,29 +293,25 @@ def measure_step(
                 raise
             rows //= 2
     median, text = statistics.median(seconds), batch.num_tokens()
+    arithmetic = run_micro_step(build_on_meta(config, DTYPE), batch, zero3=False).flops
     peak = peak_flops(session.device)
-    work = work_of(batch)
     return {
         "rows": rows,
         "tokens": tokens,
         "text_tokens": text,
-        "supervised": work.supervised,
+        "supervised": batch.num_supervised(),
         "step_s": median,
         "range_s": [min(seconds), max(seconds)],
         "num_steps": len(seconds),
         "tokens_per_s": text / median,
         "rows_per_s": rows / median,
-        "mfu": None if peak is None else model_flops(shapes.language + shapes.lora, text) / median / peak,
-        "utilisation": None if peak is None else micro_step_flops(shapes, work) / median / peak,
+        "mfu": None
+        if peak is None
+        else model_flops(parameters.language + parameters.lora, text) / median / peak,
+        "utilisation": None if peak is None else arithmetic / median / peak,
         "peak_bytes": peak_memory_bytes(session.device),
         "reserved_bytes": torch.cuda.max_memory_reserved() if session.device.type == "cuda" else None,
     }
-
-
-def work_of(batch: Batch) -> Work:
-    """A micro-step as the plan counts it."""
-    rows, tokens = batch.input_ids.shape
-    return Work(rows=rows, tokens=tokens, supervised=batch.num_supervised(), element_bytes=DTYPE.itemsize)
 
 
 def largest_rows(
@@ -370,9 +372,9 @@ def _plain_parts(
     def run(tokens: int) -> dict[str, Any]:
         if not built:
             model = build(session, size, fusion)
-            built["model"], built["shapes"] = model, count_shapes(model, 0)
+            built["model"], built["parameters"] = model, count_parameters(model)
             built["step"] = plain_step(session, model)
-        return measure_step(session, built["step"], built["model"].config, built["shapes"], tokens)
+        return measure_step(session, built["step"], built["model"].config, built["parameters"], tokens)
 
     for tokens in session.sizes.tokens:
         yield f"{size} {fusion}, plain torch", lambda tokens=tokens: run(tokens)
@@ -391,10 +393,11 @@ def zero_steps(name: str) -> Callable[[Session], None]:
 
         def steps(tokens: int) -> dict[str, Any]:
             start()
-            found = measure_step(session, built["step"], built["config"], built["shapes"], tokens)
+            found = measure_step(session, built["step"], built["config"], built["parameters"], tokens)
             batch = random_batch(session, built["config"], found["rows"], tokens)
             return found | {
-                "planned_bytes": planned_bytes(built["shapes"], work_of(batch), built["ds_config"])
+                # Without what CUDA takes beside PyTorch's allocator.
+                "planned_bytes": sum(step_bytes(built["config"], batch, built["ds_config"]).values())
             }
 
         def largest() -> dict[str, Any]:
@@ -426,8 +429,7 @@ def start_engine(session: Session, name: str) -> dict[str, Any]:
     ds_config = read_deepspeed_json(str(REPOSITORY / f"ds_configs/{name}.json"), config, 1)
     ds_config["bf16"] = {"enabled": True}
     model = build(session, "7B", "ffn")
-    threshold = Zero.from_json(ds_config).persistence_threshold
-    shapes, model_config = count_shapes(model, threshold), model.config
+    parameters, model_config = count_parameters(model), model.config
     if name == "zero3":
         # As loading partitioned backbones does: puts DeepSpeed's linear in place.
         with deepspeed.zero.Init(config_dict_or_path=ds_config):
@@ -439,21 +441,13 @@ def start_engine(session: Session, name: str) -> dict[str, Any]:
     def step(batch: Batch) -> None:
         train_step(engine, [batch], session.world, DTYPE, seed=0, step=next(numbers))
 
-    return {"step": step, "model": model, "config": model_config, "shapes": shapes, "ds_config": ds_config}
-
-
-def planned_bytes(shapes: Shapes, work: Work, ds_config: dict[str, Any]) -> float:
-    """The plan's memory of one rank, without what CUDA takes beside PyTorch's allocator."""
-    found = estimate(
-        shapes,
-        work,
-        Zero.from_json(ds_config),
-        strategy_of(ds_config),
-        PlanConfig(gpus_per_node=1).cluster,
-        accumulation=1,
-        overhead_bytes=0.0,
-    )
-    return found.total_bytes
+    return {
+        "step": step,
+        "model": model,
+        "config": model_config,
+        "parameters": parameters,
+        "ds_config": ds_config,
+    }
 
 
 def decoding_and_profile(session: Session) -> None:

@@ -22,10 +22,8 @@ from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.distributed import World
 from dehvf_ds.evaluation.dataset import open_questions
 from dehvf_ds.model.weights import find_trained
+from dehvf_ds.planning.memory import Sharding, count_parameters, evaluation_bytes
 from dehvf_ds.training.full_model import full_copy
-from dehvf_ds.training.planning.inside import inside_bytes
-from dehvf_ds.training.planning.shapes import count_shapes
-from dehvf_ds.training.planning.zero import Zero
 
 MIB = 2**20
 
@@ -55,20 +53,10 @@ def main() -> None:
     peak = Peak()
     questions.ask(copy, range(settings.batch_size))
     decoding = peak.end() - with_copy
-    planned = inside_bytes(
-        count_shapes(model, 0),
-        "ZeRO-2",
-        Zero.from_json({"zero_optimization": {"stage": 2}}),
-        settings,
-        nodes=1,
-        gpus_per_node=1,
-        element_bytes=4,
-        overhead_bytes=0.0,
-    )
-    print(f"copy: {(with_copy - before) / MIB:.0f} MiB measured, {planned.copy / MIB:.0f} planned")
-    print(
-        f"decoding: {decoding / MIB:.0f} MiB measured, {planned.decoding / MIB:.0f} planned (an upper bound)"
-    )
+    sharding = Sharding.read({"zero_optimization": {"stage": 3}}, nodes=1, gpus_per_node=1)
+    planned = list(evaluation_bytes(model.config, count_parameters(model), sharding, settings).values())
+    print(f"copy: {(with_copy - before) / MIB:.0f} MiB measured, {planned[1] / MIB:.0f} planned")
+    print(f"decoding: {decoding / MIB:.0f} MiB measured, {planned[2] / MIB:.0f} planned (an upper bound)")
 
 
 class Peak:

@@ -6,7 +6,7 @@
 Each case is a fresh process: one rank, the trainer's own engine (ZeRO-3, fp32) and its own training step on
 random captions, a few optimizer steps. Measured is the peak resident memory of the steps less what the
 process had after its imports and one step of an 8 x 8 map; loading is a peak of its own. Predicted is
-training/planning/, nothing fitted.
+planning/memory.py, nothing fitted.
 
 `--malloc returned` (default) makes glibc give every freed block of 64 KiB or more back to the system, so
 that resident memory is memory in use. `default` leaves glibc alone: it keeps freed blocks of up to 32 MB in
@@ -83,24 +83,13 @@ def in_fresh_process(args: argparse.Namespace, case: dict) -> dict:
 def run_case(args: argparse.Namespace, rows: int, checkpointing: bool) -> dict[str, int]:
     """Builds the engine, takes the steps, measures and predicts; bytes."""
     import deepspeed  # noqa: F401  counts as an import, not as the run's
-    import torch
 
     from dehvf_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
     from dehvf_ds.data.transforms import build_image_transform
     from dehvf_ds.distributed import init_process_group, read_world
-    from dehvf_ds.model import DehvfForConditionalGeneration
+    from dehvf_ds.planning.memory import FP32_BYTES, build_on_meta, step_bytes
     from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json
     from dehvf_ds.training.engine import build_engine, build_model_config
-    from dehvf_ds.training.planning.activations import activation_peak_bytes
-    from dehvf_ds.training.planning.memory import (
-        FP32_BYTES,
-        gradient_bytes,
-        optimizer_bytes,
-        parameter_bytes,
-        trainable_bytes,
-    )
-    from dehvf_ds.training.planning.shapes import Work, count_shapes
-    from dehvf_ds.training.planning.zero import Zero
     from dehvf_ds.training.step import train_step
 
     world = read_world()
@@ -123,9 +112,6 @@ def run_case(args: argparse.Namespace, rows: int, checkpointing: bool) -> dict[s
         path.write_text(json.dumps(given | {"bf16": {"enabled": False}}))
         ds_config = read_deepspeed_json(str(path), config, world.size)
     model_config = build_model_config(config.model, image_size=image_size)
-    # Counted before the engine: partitioned parameters have no elements.
-    with torch.device("meta"):
-        shapes = count_shapes(DehvfForConditionalGeneration(model_config), 0)
     warm_up(ds_config)
     baseline = resident_bytes("VmRSS")
     engine, _ = build_engine(config, model_config, ds_config, world)
@@ -133,28 +119,19 @@ def run_case(args: argparse.Namespace, rows: int, checkpointing: bool) -> dict[s
     rest = resident_bytes("VmRSS") - baseline
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     for step in range(1, args.steps + 1):
-        batch = random_batch(rows, args.tokens, shapes.vocab, image_size, args.fusion != "none", step)
+        batch = random_batch(
+            rows, args.tokens, model_config.text_config.vocab_size, image_size, args.fusion != "none", step
+        )
         train_step(engine, [batch], world, compute_dtype(ds_config), seed=0, step=step)
     measured = resident_bytes("VmHWM") - baseline
-    work = Work(
-        rows=rows,
-        tokens=args.tokens,
-        supervised=batch.num_supervised(),
-        element_bytes=torch.float32.itemsize,
-        checkpointing=checkpointing,
-    )
-    zero = Zero.from_json(ds_config)
-    fixed = (
-        parameter_bytes(shapes.frozen, 0, "ZeRO-3", 1, 1, FP32_BYTES)
-        + trainable_bytes(shapes, "ZeRO-3", 1, FP32_BYTES)
-        + optimizer_bytes(shapes, 1)
-        + gradient_bytes(shapes, 1, FP32_BYTES)
-        # Host memory counts once it is touched: of the bucket, as much as there are gradients.
-        + min(zero.reduce_bucket, shapes.trainable) * FP32_BYTES
-    )
+    held = step_bytes(model_config, batch, ds_config, checkpointing=checkpointing)
+    # Host memory counts once it is touched: of the bucket, as much as there are gradients.
+    trainable = sum(p.numel() for p in build_on_meta(model_config).trainable_parameters().values())
+    held["gradient buckets"] = min(held["gradient buckets"], trainable * FP32_BYTES)
+    activations = held.pop("activations")
     return {
-        "fixed_bytes": fixed,
-        "activation_bytes": activation_peak_bytes(shapes, work),
+        "fixed_bytes": sum(held.values()),
+        "activation_bytes": activations,
         "measured_bytes": measured,
         "rest_bytes": rest,
         "load_bytes": load,

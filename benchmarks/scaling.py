@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dehvf_ds.config import parse_run_config
-from dehvf_ds.training.planning.estimate import Estimate
-from dehvf_ds.training.planning.place import GPUS, LINK_SHARE, PlanConfig
-from dehvf_ds.training.planning.plan import Plan, build_plan
-from dehvf_ds.training.planning.zero import STRATEGIES, Strategy, gather_ranks
+from dehvf_ds.planning.memory import JSON_NAMES, Strategy
+from dehvf_ds.planning.report import Plan, build_plan
+from dehvf_ds.planning.time import GPUS, LINK_SHARE, Estimate, PlanConfig
 
 RECIPE = "coco_llama13b"
 ROWS = 16
@@ -56,6 +56,7 @@ class Point:
         return self.estimate.arithmetic_s / self.step_s
 
 
+@cache
 def plan_for(gpus: int, internode_gb_s: float) -> Plan:
     """The plan of so many GPUs with ``ROWS`` rows each and one micro-step."""
     rows = ("--train.micro_batch_size", str(ROWS), "--train.global_batch_size", str(ROWS * gpus))
@@ -69,18 +70,19 @@ def plan_for(gpus: int, internode_gb_s: float) -> Plan:
 
 def latency_s(plan: Plan, strategy: Strategy) -> float:
     """Latency of a step's gathers: one a decoder layer and direction, each around a ring of who gathers."""
-    ranks = gather_ranks(strategy, plan.place.nodes, plan.place.gpus_per_node)
+    within = strategy == "ZeRO-3 + hpZ" and plan.place.gpus_per_node > 1
+    ranks = plan.place.gpus_per_node if within else plan.place.world
     if strategy == "ZeRO-2" or ranks == 1:
         return 0.0
     nodes = max(1, ranks // plan.place.gpus_per_node)
     between = nodes if nodes > 1 else 0
     hops = (ranks - 1 - between) * HOP_S["within a node"] + between * HOP_S["between nodes"]
-    return 2 * plan.shapes.layers * hops
+    return 2 * plan.model_config.num_layers * hops
 
 
 def points(strategy: Strategy, internode_gb_s: float) -> list[Point]:
     """All sizes under one configuration."""
-    number = STRATEGIES.index(strategy)
+    number = list(JSON_NAMES).index(strategy)
     plans = {gpus: plan_for(gpus, internode_gb_s) for gpus in SIZES}
     return [Point(gpus, plan.estimates[number], latency_s(plan, strategy)) for gpus, plan in plans.items()]
 

@@ -8,8 +8,9 @@ import pytest
 from training.launch import REPOSITORY
 
 from dehvf_ds.config import RECIPES_DIR, parse_run_config
-from dehvf_ds.training.planning.place import PlanConfig
-from dehvf_ds.training.planning.plan import JSON_NAMES, build_plan
+from dehvf_ds.planning.memory import JSON_NAMES
+from dehvf_ds.planning.report import build_plan
+from dehvf_ds.planning.time import PlanConfig
 
 LLAMA = sorted(path.stem for path in RECIPES_DIR.glob("*_llama*.yaml"))
 
@@ -44,7 +45,7 @@ def test_a_job_script_starts_and_takes_what_the_plan_recommends(script: str) -> 
         gpus_per_node=int(found(r"^#SBATCH --gpus-per-node=(\d+)$")),
     )
     config = parse_run_config(["--config", found(r"RECIPE:-(\w+)}")])
-    config.train.accumulation(place.cluster.world)
+    config.train.accumulation(place.world)
     chosen = build_plan(config, place).chosen
     assert chosen is not None
     assert found(r"DS_CONFIG:-ds_configs/([\w.]+)}") == JSON_NAMES[chosen.strategy]

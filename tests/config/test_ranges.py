@@ -18,11 +18,13 @@ from dehvf_ds.config import (
     parse_config,
     settings_of,
 )
+from dehvf_ds.planning.time import PlanConfig
 
 NEEDED = {
     RunConfig: ["--run_dir=r", "--model.language_model=l", "--model.vision_tower=v", "--data.train=d"],
     EvalConfig: ["--model=m", "--data=d"],
     GenerateConfig: ["--model=m", "--prompt=p"],
+    PlanConfig: [],
 }
 NUMBERS = [
     (config_class, name)
@@ -32,7 +34,7 @@ NUMBERS = [
 ]
 ZERO_IS_A_VALUE = {
     *("data.augment.flip", "data.bucket_steps", "data.max_bad_share", "data.num_workers", "data.val_samples"),
-    *("eval.every_steps", "min_new_tokens", "model.lora.dropout", "model.lora.rank", "seed", "train.betas"),
+    *("eval.every_steps", "min_new_tokens", "model.lora.dropout", "model.lora.rank", "overhead_gib", "seed", "train.betas"),
     *("train.eval_every", "train.levels_every", "train.max_grad_norm", "train.min_lr_ratio"),
     *("train.save_every", "train.warmup_steps", "train.weight_decay"),
 }

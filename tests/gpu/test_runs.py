@@ -143,40 +143,20 @@ def test_evaluation_in_a_process_of_its_own(runs: Runs, device: str, fact) -> No
 
 
 def test_peak_memory_is_what_the_plan_says(runs: Runs, stage: str, fact) -> None:
-    from dehvf_ds.training.planning.backbones import build_on_meta
-    from dehvf_ds.training.planning.estimate import estimate
-    from dehvf_ds.training.planning.place import PlanConfig
-    from dehvf_ds.training.planning.shapes import Work, count_shapes
-    from dehvf_ds.training.planning.zero import Zero, strategy_of
+    from dehvf_ds.planning.memory import step_bytes
 
     # Half a billion parameters are no rehearsal: there it is the plan of the small run.
     name = f"{stage}-bulky" if runs.device == "cuda" else stage
     measured = runs.lines(name)[-1]["memory_bytes"]
     run = look_at(runs, name)
-    zero = Zero.from_json(run.ds_config)
-    shapes = count_shapes(build_on_meta(run.config.model, []), zero.persistence_threshold)
     batches = list(run.training_batches(0, run.num_steps))
     longest = max(batches, key=lambda batch: batch.input_ids.numel())
-    work = Work(
-        rows=run.config.train.micro_batch_size,
-        tokens=longest.input_ids.shape[1],
-        supervised=max(batch.num_supervised() for batch in batches),
-        element_bytes=2,
-    )
-    place = PlanConfig(gpus_per_node=1)
-    predicted = estimate(
-        shapes,
-        work,
-        zero,
-        strategy_of(run.ds_config),
-        place.cluster,
-        accumulation=run.config.train.accumulation(1),
-        # The allocator counts neither CUDA's context nor NCCL's buffers.
-        overhead_bytes=0.0,
-    ).total_bytes
+    rows, tokens = longest.input_ids.shape
+    # The allocator counts neither CUDA's context nor NCCL's buffers.
+    predicted = sum(step_bytes(run.model_config, longest, run.ds_config).values())
     fact(
         f"measured {measured / MIB:.0f} MiB, planned {predicted / MIB:.0f}, of these activations of "
-        f"{work.rows} x {work.tokens} tokens; planned / measured {predicted / measured:.2f}"
+        f"{rows} x {tokens} tokens; planned / measured {predicted / measured:.2f}"
     )
     assert predicted > 0
     if runs.device == "cuda":

@@ -9,18 +9,17 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from training.zero_worker import GLOBAL_BATCH, make_rows, run_config, take
 
 from dehvf_ds.distributed import init_process_group, read_world, run_entry
-from dehvf_ds.model import DehvfForConditionalGeneration
-from dehvf_ds.training.planning.shapes import count_shapes
-from dehvf_ds.training.planning.zero import Zero, gathered_parameters, live_parameters
+from dehvf_ds.planning.memory import Sharding, build_on_meta, count_parameters, passing_bytes
+from dehvf_ds.planning.time import gathered_elements
 
 
 def count_gathers(directory: Path, checkpointing: bool) -> None:
-    """One rank: counts a step's gathered elements, and those that are whole at once."""
+    """Counts a step's gathered elements, and those that are whole at once."""
     import deepspeed.runtime.zero.partition_parameters as partitioning
 
     from dehvf_ds.training.deepspeed_json import read_deepspeed_json
@@ -33,8 +32,7 @@ def count_gathers(directory: Path, checkpointing: bool) -> None:
     config = run_config(directory, case)
     ds_config = read_deepspeed_json(str(directory / "ds.json"), config, world.size)
     model_config = build_model_config(config.model)
-    with torch.device("meta"):
-        shapes = count_shapes(DehvfForConditionalGeneration(model_config), 0)
+    parameters = count_parameters(build_on_meta(model_config))
     engine, model = build_engine(config, model_config, ds_config, world)
     frozen: list[Any] = [p for p in model.parameters() if not p.requires_grad]
     gathered = live = 0
@@ -53,15 +51,14 @@ def count_gathers(directory: Path, checkpointing: bool) -> None:
         rows = take(make_rows(step, "plain"), world.rank * GLOBAL_BATCH // 2, GLOBAL_BATCH // 2)
         train_step(engine, [rows], world, torch.float32, seed=0, step=step)
     if world.is_main:
-        zero = Zero.from_json(ds_config)
+        sharding = Sharding.read(ds_config, nodes=1, gpus_per_node=world.size)
         numbers = {
             "gathered": gathered,
             "live": live,
-            "tower": shapes.tower,
+            "tower": parameters.tower,
             # Trainables are gathered too, each once, where none is small enough to stay.
-            "formula_gathered": shapes.trainable
-            + gathered_parameters(shapes, zero, "ZeRO-3", world.size, checkpointing),
-            "formula_live": live_parameters(shapes, zero, "ZeRO-3", world.size),
+            "planned": parameters.trainable + gathered_elements(parameters, sharding, checkpointing),
+            "planned_live": passing_bytes(parameters, sharding)["gathered parameters"] // 4,
         }
         (directory / "gathers.json").write_text(json.dumps(numbers))
 

@@ -1,0 +1,460 @@
+"""Memory of a run: weights and states in closed form, activations by running the model without values."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import set_checkpoint_early_stop
+from torch.utils.flop_counter import flop_registry
+
+from dehvf_ds.batch import Batch
+from dehvf_ds.config import InsideConfig, RunConfig, UserError
+from dehvf_ds.data.transforms import build_image_transform
+from dehvf_ds.distributed import World
+from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
+from dehvf_ds.training.deepspeed_json import compute_dtype
+from dehvf_ds.training.engine import build_model_config
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+GIB = 2**30
+FP32_BYTES = 4
+OVERHEAD_GIB = 3.0
+"""Assumed memory of CUDA's context, NCCL's buffers and the libraries' workspaces."""
+
+USABLE_SHARE = 0.92
+"""Share of a GPU's memory that may be planned for; the allocator's fragments take some of the rest."""
+
+LONGEST_ROW = 256
+"""Assumed tokens of a question with its answer."""
+
+Strategy = Literal["ZeRO-3", "ZeRO-3 + hpZ", "ZeRO-3 + offload", "ZeRO-2"]
+JSON_NAMES: dict[Strategy, str] = {
+    "ZeRO-3": "zero3.json",
+    "ZeRO-3 + hpZ": "zero3_hpz.json",
+    "ZeRO-3 + offload": "zero3_offload.json",
+    "ZeRO-2": "zero2.json",
+}
+
+# --- a micro-step without values ---
+
+
+def build_on_meta(
+    config: DehvfConfig, dtype: torch.dtype = torch.float32, *, checkpointing: bool = False
+) -> DehvfForConditionalGeneration:
+    """Builds the model without weights, ready to train as the engine sets it up."""
+    with torch.device("meta"):
+        model = DehvfForConditionalGeneration(config).train()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    if checkpointing:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroStep:
+    """Forward and backward of one micro-batch on one GPU.
+
+    Attributes:
+        rows: rows of the micro-batch.
+        checkpointing: whether decoder layers are recomputed in backward.
+        activation_bytes: peak of all tensors but parameters and buffers.
+        flops: of all matrix products.
+        tower_flops: of these, the frozen tower's.
+    """
+
+    rows: int
+    checkpointing: bool
+    activation_bytes: int
+    flops: int
+    tower_flops: int
+
+
+def full_batch(config: DehvfConfig, rows: int, tokens: int) -> Batch:
+    """A micro-batch of rows of equal length, every token supervised, with pictures where the model sees."""
+    ids = torch.ones(rows, tokens, dtype=torch.long)
+    side = config.image_size if config.fusion != "none" else 0
+    return Batch(
+        input_ids=ids,
+        attention_mask=ids,
+        labels=ids,
+        pixel_values=torch.empty(rows, 3, side, side, device="meta"),
+        has_image=torch.full((rows,), config.fusion != "none"),
+    )
+
+
+def run_micro_step(model: DehvfForConditionalGeneration, batch: Batch, *, zero3: bool) -> MicroStep:
+    """Runs a model of ``build_on_meta`` forward and backward: shapes are computed, and nothing else.
+
+    Args:
+        model: the model.
+        batch: the micro-batch; its rows count as padded, whatever its mask holds.
+        zero3: whether linear maps are ZeRO-3's, which also keep the inputs of frozen weights.
+
+    Raises:
+        UserError: the decoder's code needs values.
+    """
+    meter = _Meter([*model.parameters(), *model.buffers()])
+    inputs = batch.to("meta", next(model.parameters()).dtype).inputs()
+    for tensor in inputs.values():
+        meter.add(tensor)
+    tower, counts = getattr(model, "vision_tower", nn.Identity()), [0]
+    hook = tower.register_forward_hook(lambda *_: counts.append(meter.flops))
+    try:
+        # Stopping early ends a recomputation by an exception, whose traceback would hold its tensors.
+        with set_checkpoint_early_stop(False), _kernels(zero3=zero3), meter:
+            model(**inputs).loss_sum.backward()
+    except (RuntimeError, NotImplementedError) as error:
+        kind, reason = model.config.text_config.model_type, " ".join(str(error).split())
+        raise UserError(f"model: a step of a {kind} decoder cannot be planned: {reason:.200}") from None
+    finally:
+        hook.remove()
+        model.zero_grad()
+    return MicroStep(
+        rows=len(batch.input_ids),
+        checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
+        activation_bytes=meter.peak,
+        flops=meter.flops,
+        # Nothing is multiplied before it.
+        tower_flops=counts[-1],
+    )
+
+
+class _Meter(TorchDispatchMode):
+    """Counts FLOPs, and the bytes of tensors made under it for as long as anything refers to them."""
+
+    def __init__(self, outside: list[Tensor]) -> None:
+        super().__init__()
+        self.flops = self.peak = self._live = 0
+        self._outside = {tensor.untyped_storage()._cdata for tensor in outside}
+        self._watched: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0  # Code that asks whether a mask is all ones is told that it is not.
+        output = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=output)
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return output
+
+    def add(self, tensor: Tensor) -> None:
+        """Counts a tensor's storage once, until it is let go."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._outside or key in self._watched:
+            return
+
+        def released(_: object) -> None:
+            del self._watched[key]
+            self._live -= size
+
+        self._watched[key] = weakref.ref(storage, released)
+        self._live += size
+        self.peak = max(self.peak, self._live)
+
+
+@contextmanager
+def _kernels(*, zero3: bool) -> Iterator[None]:
+    """Attention by the kernel that a GPU takes for padded rows, and linear maps as under the ZeRO stage."""
+    own = F.linear, F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _attention
+    if zero3:
+        from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+        F.linear = zero3_linear_wrap
+    try:
+        yield
+    finally:
+        F.linear, F.scaled_dot_product_attention = own
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Without a score matrix, but with the mask in the compute dtype, a copy in every layer."""
+    if enable_gqa:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    bias = None
+    if attn_mask is not None:
+        rows, heads, length, width = *query.shape[:3], key.shape[2]
+        # The kernel wants rows of a multiple of 16 bytes.
+        bias = query.new_empty(rows, 1, length, 8 * math.ceil(width / 8))[..., :width]
+        bias = bias.expand(rows, heads, length, width)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
+    )[0]
+
+
+# --- weights and states under ZeRO ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Parameters of a model, in elements.
+
+    Attributes:
+        language: the frozen decoder's.
+        tower: the frozen vision tower's; 0 where the model has none.
+        trainable: all that train.
+        lora: of these, in the FFN adapters.
+        largest: in the largest frozen tensor.
+        persistent_language: the decoder's in tensors so small that ZeRO-3 keeps them whole.
+        persistent_tower: the tower's likewise.
+    """
+
+    language: int
+    tower: int
+    trainable: int
+    lora: int
+    largest: int
+    persistent_language: int
+    persistent_tower: int
+
+    @property
+    def frozen(self) -> int:
+        """Decoder and tower."""
+        return self.language + self.tower
+
+    @property
+    def partitioned(self) -> int:
+        """Frozen parameters that ZeRO-3 partitions."""
+        return self.frozen - self.persistent_language - self.persistent_tower
+
+
+def count_parameters(model: DehvfForConditionalGeneration, persistence_threshold: int = 0) -> Parameters:
+    """Counts a model on any device; ZeRO-3 keeps tensors of at most the threshold's elements whole."""
+    trainable = {name: p.numel() for name, p in model.trainable_parameters().items()}
+    frozen = {name: p.numel() for name, p in model.named_parameters() if name not in trainable}
+    language = [n for name, n in frozen.items() if name.startswith("language_model.")]
+    tower = [n for name, n in frozen.items() if not name.startswith("language_model.")]
+    return Parameters(
+        language=sum(language),
+        tower=sum(tower),
+        trainable=sum(trainable.values()),
+        lora=sum(n for name, n in trainable.items() if ".lora_" in name),
+        largest=max(frozen.values()),
+        persistent_language=sum(n for n in language if n <= persistence_threshold),
+        persistent_tower=sum(n for n in tower if n <= persistence_threshold),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """How a DeepSpeed configuration spreads a model over GPUs; read off DeepSpeed 0.19.8.
+
+    Attributes:
+        strategy: the configuration.
+        zero: its sizes, in elements.
+        nodes: machines.
+        gpus_per_node: GPUs of a machine.
+        element_bytes: bytes of a number in the compute dtype.
+    """
+
+    strategy: Strategy
+    zero: DeepSpeedZeroConfig
+    nodes: int
+    gpus_per_node: int
+    element_bytes: int
+
+    @classmethod
+    def read(cls, ds_config: dict[str, Any], *, nodes: int, gpus_per_node: int) -> Sharding:
+        """Reads a DeepSpeed JSON, with DeepSpeed's own defaults; stages below 3 count as ZeRO-2."""
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
+        strategy: Strategy = "ZeRO-3"
+        if zero.stage < 3:
+            strategy = "ZeRO-2"
+        elif zero.offload_param is not None:
+            strategy = "ZeRO-3 + offload"
+        elif zero.zero_hpz_partition_size > 1:
+            strategy = "ZeRO-3 + hpZ"
+        return cls(
+            strategy=strategy,
+            zero=zero,
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            element_bytes=compute_dtype(ds_config).itemsize,
+        )
+
+    @property
+    def world(self) -> int:
+        """GPUs of the job."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def gather_ranks(self) -> int:
+        """GPUs whose shards make a frozen parameter whole: with hpZ those of a node, otherwise all.
+
+        A node of one GPU has no second copy, as ``"auto"`` for ``zero_hpz_partition_size`` is filled.
+        """
+        within = self.strategy == "ZeRO-3 + hpZ" and self.gpus_per_node > 1
+        return self.gpus_per_node if within else self.world
+
+    @property
+    def gathers(self) -> bool:
+        """Whether frozen weights have to be gathered. One GPU that has all copies nothing."""
+        return self.strategy == "ZeRO-3 + offload" or (self.strategy != "ZeRO-2" and self.world > 1)
+
+    @property
+    def kept_at_turn(self) -> int:
+        """Gathered elements that stay from a forward's end into its backward, where they are needed next.
+
+        Half of the reuse distance, since it counts the layers above twice. With prefetching, all that may be
+        live: each module gathers a bucket more, so that this runs ahead of the forward until the limit is
+        reached, and what it finds gathered already is not released.
+        """
+        live = self.zero.max_live_parameters if self.zero.prefetch_bucket_size else 0
+        return max(live, self.zero.max_reuse_distance // 2)
+
+    def frozen_bytes(self, numel: int, persistent: int) -> int:
+        """Frozen parameters at rest on one GPU; ``persistent`` of them also whole under ZeRO-3."""
+        if self.strategy == "ZeRO-2":
+            return numel * self.element_bytes
+        # Of offloaded parameters only the persistent ones' shards stay on the GPU.
+        held = math.ceil((persistent if self.strategy == "ZeRO-3 + offload" else numel) / self.world)
+        if self.gather_ranks < self.world:
+            held += math.ceil(numel / self.gather_ranks)
+        # One rank's shard is the parameter itself.
+        return (held + (persistent if self.world > 1 else 0)) * self.element_bytes
+
+
+def resting_bytes(parameters: Parameters, sharding: Sharding) -> dict[str, int]:
+    """What one GPU holds between steps. Gradient buckets are allocated whole."""
+    p, size, share = parameters, sharding.element_bytes, math.ceil(parameters.trainable / sharding.world)
+    zero2 = sharding.strategy == "ZeRO-2"
+    buckets = 2 if zero2 and sharding.zero.overlap_comm else 1
+    return {
+        "frozen LLM": sharding.frozen_bytes(p.language, p.persistent_language),
+        "frozen tower": sharding.frozen_bytes(p.tower, p.persistent_tower),
+        "trainable, compute dtype": (p.trainable + (0 if zero2 else share)) * size,
+        "fp32 masters, Adam moments": share * 3 * FP32_BYTES,
+        "gradient buckets": buckets * sharding.zero.reduce_bucket_size * size,
+    }
+
+
+def passing_bytes(parameters: Parameters, sharding: Sharding) -> dict[str, int]:
+    """What one GPU holds besides in a step, activations apart.
+
+    Gradients are whole in the compute dtype; the shard's are summed in fp32 and copied at the step. Whole
+    tensors are gathered until the limit is passed; a bucket of them is there twice while it is unpacked.
+    """
+    p, size, share = parameters, sharding.element_bytes, math.ceil(parameters.trainable / sharding.world)
+    gathered = min(p.partitioned, sharding.kept_at_turn + p.largest)
+    gathered += min(p.partitioned, sharding.zero.prefetch_bucket_size)
+    return {
+        "gradients": p.trainable * size + share * 2 * FP32_BYTES,
+        "gathered parameters": gathered * size if sharding.gathers else 0,
+    }
+
+
+def step_bytes(
+    config: DehvfConfig, batch: Batch, ds_config: dict[str, Any], *, checkpointing: bool = False
+) -> dict[str, int]:
+    """What a job of one GPU holds at the peak of a step, by what it is; CUDA's own apart."""
+    sharding = Sharding.read(ds_config, nodes=1, gpus_per_node=1)
+    model = build_on_meta(config, compute_dtype(ds_config), checkpointing=checkpointing)
+    parameters = count_parameters(model, sharding.zero.param_persistence_threshold)
+    step = run_micro_step(model, batch, zero3=sharding.strategy != "ZeRO-2")
+    held = resting_bytes(parameters, sharding) | passing_bytes(parameters, sharding)
+    return held | {"activations": step.activation_bytes}
+
+
+def host_bytes(parameters: Parameters, sharding: Sharding) -> dict[str, int]:
+    """Host memory of a node: of the first while weights load, and pinned in training.
+
+    Under ZeRO-3 rank 0 merges the whole checkpoint once; under ZeRO-2 each weight goes to the GPU as it is
+    read, and the host holds pages of the mapped files alone.
+    """
+    size, offloads = sharding.element_bytes, sharding.strategy == "ZeRO-3 + offload"
+    return {
+        "loading": 0 if sharding.strategy == "ZeRO-2" else parameters.frozen * size,
+        "pinned": math.ceil(parameters.frozen / sharding.nodes) * size if offloads else 0,
+    }
+
+
+def checkpoint_bytes(parameters: Parameters) -> int:
+    """A checkpoint: fp32 masters, two moments, and the adapter in fp32."""
+    return parameters.trainable * 4 * FP32_BYTES
+
+
+# --- evaluation in the middle of training ---
+
+
+def evaluation_bytes(
+    config: DehvfConfig, parameters: Parameters, sharding: Sharding, settings: InsideConfig
+) -> dict[str, int]:
+    """What one GPU holds while it evaluates in the middle of a run, training's activations being gone.
+
+    ``decoding`` is an upper bound: logits, and keys and values as if every attention head had its own.
+    """
+    p, size, text = parameters, sharding.element_bytes, config.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    prefix = (config.prefix_tokens or config.patches_per_side**2) if config.fusion == "prefix" else 0
+    kept = 2 * config.num_layers * text.num_attention_heads * head_dim * (LONGEST_ROW + prefix) * size
+    rows = settings.batch_size * settings.num_beams
+    return {
+        "training at rest": sum(resting_bytes(p, sharding).values()),
+        "the copy": 0 if sharding.strategy == "ZeRO-2" else (p.frozen + p.trainable) * size,
+        f"decoding {settings.batch_size} rows": rows * (kept + text.vocab_size * (size + FP32_BYTES)),
+    }
+
+
+def check_inside(config: RunConfig, ds_config: dict[str, Any], world: World) -> None:
+    """Refuses an in-training evaluation that would not fit beside the run, before any weight is loaded.
+
+    Args:
+        config: the run.
+        ds_config: its completed DeepSpeed configuration.
+        world: this process's place; on a CPU the memory that is free now counts.
+
+    Raises:
+        UserError: names what it would take and what there is.
+    """
+    if not config.eval.every_steps:
+        return
+    nodes = world.size // world.local_size
+    sharding = Sharding.read(ds_config, nodes=nodes, gpus_per_node=world.local_size)
+    image_size = build_image_transform(config.model.vision_tower, config.model.image_size).image_size
+    model_config = build_model_config(config.model, image_size=image_size)
+    parameters = count_parameters(build_on_meta(model_config), sharding.zero.param_persistence_threshold)
+    parts: dict[str, float] = {**evaluation_bytes(model_config, parameters, sharding, config.eval)}
+    if world.device.type == "cuda":
+        parts["CUDA"] = OVERHEAD_GIB * GIB
+        limit = USABLE_SHARE * torch.cuda.get_device_properties(world.device).total_memory
+    else:
+        limit = psutil.virtual_memory().available / world.local_size
+    if sum(parts.values()) > limit:
+        told = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
+        raise UserError(
+            f"eval.every_steps: an evaluation does not fit beside the run: {told} make "
+            f"{sum(parts.values()) / GIB:.1f} GiB a rank, and {limit / GIB:.1f} GiB may be filled; lower "
+            "eval.batch_size, or leave it 0 and evaluate checkpoints with eval.py"
+        )

@@ -1,0 +1,225 @@
+"""Where a run is to go, and the time that arithmetic and traffic take there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from dehvf_ds.config.values import CHECKS, Positive, PositiveNumber
+from dehvf_ds.planning.memory import (
+    FP32_BYTES,
+    GIB,
+    OVERHEAD_GIB,
+    USABLE_SHARE,
+    MicroStep,
+    Parameters,
+    Sharding,
+    Strategy,
+    host_bytes,
+    passing_bytes,
+    resting_bytes,
+)
+from dehvf_ds.training.metrics import PEAK_FLOPS
+
+GB = 1e9
+LINK_SHARE = 0.8
+"""Share of a link's nominal speed that large messages are assumed to reach."""
+
+CPU_FLOPS = 1e11
+GpuName = Literal["H100-80G", "H200-141G", "A100-80G", "A100-40G", "B200-192G", "L40S-48G", "cpu"]
+
+# Memory in GiB as CUDA tells it (rounded), GPU to GPU and host to GPU in GB/s and direction (data sheets).
+GPUS: dict[str, tuple[float | None, float, float]] = {
+    "H100-80G": (79, 450, 64),
+    "H200-141G": (140, 450, 64),
+    "A100-80G": (79, 300, 32),
+    "A100-40G": (39, 300, 32),
+    "B200-192G": (178, 900, 64),
+    "L40S-48G": (44, 32, 32),
+    "cpu": (None, 10, 10),
+}
+PREFERENCE: tuple[Strategy, ...] = ("ZeRO-2", "ZeRO-3", "ZeRO-3 + hpZ", "ZeRO-3 + offload")
+"""Of equally fast ones the first, which relies least on assumed speeds of links and hosts, is taken."""
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
+class PlanConfig:
+    """Where the run is to go, and what is assumed of it."""
+
+    gpus_per_node: Annotated[int, Field(ge=1, le=1024)] = 8
+    """GPUs of a machine"""
+    nodes: Annotated[int, Field(ge=1, le=2**16)] = 1
+    """machines"""
+    gpu: GpuName = "H100-80G"
+    """kind of GPU"""
+    mfu: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """assumed share of the GPU's peak that arithmetic reaches"""
+    tokens: Positive | None = None
+    """text tokens of a row, padding included; None takes data.max_tokens"""
+    nvlink_gb_s: PositiveNumber | None = None
+    """between GPUs of a node, GB/s a GPU and direction; None takes the GPU's"""
+    internode_gb_s: PositiveNumber = 50.0
+    """between nodes, GB/s a GPU and direction; 50 is 400 Gb/s"""
+    host_gb_s: PositiveNumber | None = None
+    """between GPU and host, GB/s a GPU and direction; None takes the GPU's"""
+    overhead_gib: Annotated[float, Field(ge=0, le=10**4)] = OVERHEAD_GIB
+    """assumed memory of CUDA's context, NCCL's buffers and libraries' workspaces"""
+
+    @property
+    def world(self) -> int:
+        """GPUs of the job."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """Memory of one GPU; None for the CPU, which is not checked."""
+        gibibytes = GPUS[self.gpu][0]
+        return None if gibibytes is None else gibibytes * GIB
+
+    @property
+    def limit_bytes(self) -> float | None:
+        """Memory of one GPU that may be planned for."""
+        return None if self.memory_bytes is None else USABLE_SHARE * self.memory_bytes
+
+    @property
+    def overhead_bytes(self) -> float:
+        """Assumed overhead of a GPU; the CPU has none of it."""
+        return 0.0 if self.memory_bytes is None else self.overhead_gib * GIB
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense bf16 FLOP/s of a GPU."""
+        return next((v for k, v in PEAK_FLOPS.items() if self.gpu.startswith(k)), CPU_FLOPS)
+
+    @property
+    def links_gb_s(self) -> tuple[float, float, float]:
+        """GB/s a GPU and direction: within a node, between nodes, to the host."""
+        _, intra, host = GPUS[self.gpu]
+        return self.nvlink_gb_s or intra, self.internode_gb_s, self.host_gb_s or host
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """One DeepSpeed configuration: bytes on a GPU and a host, and times of an optimizer step.
+
+    Attributes:
+        strategy: the configuration.
+        checkpointing: whether decoder layers are recomputed.
+        memory: bytes of one GPU at its peak, by what they are.
+        host: bytes of a node's host, by when.
+        arithmetic_s: arithmetic.
+        gather_bytes: frozen weights that a GPU receives.
+        gather_s: time of these.
+        gradient_traffic_bytes: gradients and trainables that a GPU receives.
+        gradient_traffic_s: time of these.
+        hiding_rows: smallest micro-batch behind whose arithmetic the gathers disappear.
+    """
+
+    strategy: Strategy
+    checkpointing: bool
+    memory: dict[str, float]
+    host: dict[str, int]
+    arithmetic_s: float
+    gather_bytes: float
+    gather_s: float
+    gradient_traffic_bytes: float
+    gradient_traffic_s: float
+    hiding_rows: int
+
+    @property
+    def total_bytes(self) -> float:
+        """Memory of one GPU at its peak."""
+        return sum(self.memory.values())
+
+    @property
+    def step_s(self) -> float:
+        """Time of a step: gathers overlap with arithmetic, the trainables' traffic does not."""
+        return max(self.arithmetic_s, self.gather_s) + self.gradient_traffic_s
+
+
+def estimate(
+    parameters: Parameters, step: MicroStep, sharding: Sharding, place: PlanConfig, *, accumulation: int
+) -> Estimate:
+    """One configuration's numbers, ``accumulation`` micro-steps making an optimizer step."""
+    micro_s = step.flops / (place.peak_flops * place.mfu)
+    elements = gathered_elements(parameters, sharding, step.checkpointing)
+    gathered = received(elements * sharding.element_bytes, sharding.gather_ranks)
+    # With hpZ nothing frozen crosses a node's edge, since the second copy of a frozen weight never expires.
+    gather_s = ring_s(gathered, place, 1 if sharding.gather_ranks < sharding.world else place.nodes)
+    if sharding.strategy == "ZeRO-3 + offload":
+        # Shards come up from the host meanwhile.
+        share = elements * sharding.element_bytes / sharding.world
+        gather_s = max(gather_s, share / (LINK_SHARE * GB * place.links_gb_s[2]))
+    # In every micro-step gradients are scattered, in fp32 as the JSONs have it; weights are gathered once.
+    traffic = parameters.trainable * (accumulation * FP32_BYTES + sharding.element_bytes)
+    traffic = received(traffic, sharding.world)
+    return Estimate(
+        strategy=sharding.strategy,
+        checkpointing=step.checkpointing,
+        memory={
+            **resting_bytes(parameters, sharding),
+            **passing_bytes(parameters, sharding),
+            "activations": step.activation_bytes,
+            "CUDA, NCCL (assumed)": place.overhead_bytes,
+        },
+        host=host_bytes(parameters, sharding),
+        arithmetic_s=accumulation * micro_s,
+        gather_bytes=accumulation * gathered,
+        gather_s=accumulation * gather_s,
+        gradient_traffic_bytes=traffic,
+        gradient_traffic_s=ring_s(traffic, place, place.nodes),
+        hiding_rows=max(1, math.ceil(gather_s * step.rows / micro_s)),
+    )
+
+
+def gathered_elements(parameters: Parameters, sharding: Sharding, checkpointing: bool) -> int:
+    """Frozen elements that a micro-step gathers.
+
+    Tower and decoder in forward, the decoder in backward but for what was kept at the turn. Recomputation
+    gathers the decoder once more, since DeepSpeed lets a recomputed layer's weights go before its own
+    backward, whatever the window: with it a block travels three times, two where the decoder fits into what
+    is kept.
+    """
+    if not sharding.gathers:
+        return 0
+    language = parameters.language - parameters.persistent_language
+    backward = max(0, language - sharding.kept_at_turn)
+    return parameters.partitioned + backward + (language if checkpointing else 0)
+
+
+def received(total_bytes: float, ranks: int) -> float:
+    """Bytes that a GPU receives when ``ranks`` gather or scatter their shards of so many bytes."""
+    return total_bytes * (ranks - 1) / ranks
+
+
+def ring_s(received_bytes: float, place: PlanConfig, nodes: int) -> float:
+    """Time for every GPU to receive so many bytes around rings, at the slowest of its links.
+
+    Rings run through the links of all GPUs at once: a node's edge is crossed once, over the inter-node
+    links of all its GPUs together.
+    """
+    intra, inter, _ = (LINK_SHARE * GB * speed for speed in place.links_gb_s)
+    within = received_bytes / intra if place.gpus_per_node > 1 else 0.0
+    return max(within, received_bytes / (inter * place.gpus_per_node) if nodes > 1 else 0.0)
+
+
+def choose(estimates: Sequence[Estimate], limit_bytes: float | None, *, tie: float = 0.03) -> Estimate | None:
+    """The fastest configuration that fits; one that recomputes only where no other fits.
+
+    Args:
+        estimates: the configurations.
+        limit_bytes: memory that may be used; None for no limit.
+        tie: relative difference of step times that counts as none.
+    """
+    fitting = [e for e in estimates if limit_bytes is None or e.total_bytes <= limit_bytes]
+    plain = [e for e in fitting if not e.checkpointing] or fitting
+    if not plain:
+        return None
+    fastest = min(e.step_s for e in plain)
+    equal = (e for e in plain if e.step_s <= fastest * (1 + tie))
+    return min(equal, key=lambda e: PREFERENCE.index(e.strategy))
