@@ -1,7 +1,181 @@
-"""``python -m dehvf_ds.export``: see ``cli.py``."""
+"""Exports a run as a Hugging Face model that others load without the trainer.
 
+python tools/merge_adapters.py --checkpoint RUN_DIR|CHECKPOINT --output DIR [--dtype bf16] [--verify]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+
+from dehvf_ds.config import UserError, expand_flags, load_run_config
 from dehvf_ds.distributed import run_entry
-from dehvf_ds.export.cli import main
+from dehvf_ds.export.card import copy_licence_files, model_card
+from dehvf_ds.export.merge import MergedModel, write_model
+from dehvf_ds.export.verify import check_memory, read_prompts, verify_export
+from dehvf_ds.model import ModelError
+from dehvf_ds.model.artifact import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from dehvf_ds.model.artifact import MANIFEST_FILE, read_manifest
+from dehvf_ds.model.weights import EXPORT_FILE, TrainedModel, find_trained
+from dehvf_ds.training.durable import flush_to_disk
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exports one run; returns the exit code."""
+    args = _parse(argv)
+    try:
+        trained = find_trained(args.checkpoint, args.language_model, args.vision_tower)
+        _check_output(args, trained)
+        if args.adapter_only:
+            _export_adapter(trained, args)
+        else:
+            _export_model(trained, args)
+    except ModelError as error:
+        raise UserError(str(error)) from None
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Exports a run as a Hugging Face model.")
+    parser.add_argument("--checkpoint", required=True, help="run directory, checkpoint or adapter artifact")
+    parser.add_argument("--output", required=True, type=Path, help="directory to write")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the weights; default: the decoder's own")
+    parser.add_argument(
+        "--max-shard-size", type=_size, default="5GB", help="largest weight file, as 500MB; default: 5GB"
+    )
+    parser.add_argument("--no-fold", action="store_true", help="keep the FFN adapters apart, in fp32")
+    parser.add_argument("--adapter-only", action="store_true", help="only what was trained")
+    parser.add_argument("--verify", action="store_true", help="compare the export with the trained model")
+    parser.add_argument("--verify-data", help="shards to verify on; default: the run's validation shards")
+    parser.add_argument("--verify-rows", type=int, default=8, help="rows to verify on; default: 8")
+    parser.add_argument("--language-model", help="where the decoder lies now, if it was moved")
+    parser.add_argument("--vision-tower", help="where the tower lies now, if it was moved")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export")
+    args = parser.parse_args(argv)
+    expand_flags(args, "checkpoint", "verify_data", "language_model", "vision_tower")
+    if args.adapter_only and (args.dtype or args.no_fold or args.verify):
+        parser.error("--adapter-only copies what was trained; --dtype, --no-fold and --verify are of a model")
+    if args.verify_rows < 1:
+        parser.error("--verify-rows must be at least 1")
+    return args
+
+
+def _size(text: str) -> str:
+    split_torch_state_dict_into_shards({}, max_shard_size=text)  # ValueError, which argparse tells
+    return text
+
+
+def _check_output(args: argparse.Namespace, trained: TrainedModel) -> None:
+    """Refuses an output that would cover something: --force replaces an earlier export, and nothing else."""
+    output: Path = args.output
+    try:
+        place, exists = output.resolve(), output.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
+        raise UserError(f"--output {output}: {getattr(error, 'strerror', None) or error}") from None
+    needed = {
+        "--checkpoint": args.checkpoint,
+        "what is exported": trained.path,
+        "--verify-data": args.verify_data,
+        "the language model": trained.language_model,
+        "the vision tower": trained.vision_tower,
+        "the working directory": ".",
+        "the home directory": os.path.expanduser("~"),  # noqa: PTH111 - Path.home() fails if there is none
+    }
+    for name, path in needed.items():
+        if path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(place):
+            raise UserError(f"--output {output} is or holds {name} ({path}); name another")
+    if not exists or (output.is_dir() and not any(output.iterdir())):
+        return
+    # A model with its record, or an adapter with its card.
+    marks = ([EXPORT_FILE], [ADAPTER_CONFIG_FILE, "README.md"])
+    is_export = any(all((output / name).is_file() for name in names) for names in marks)
+    if not (args.force and is_export):
+        remedy = ", or pass --force to replace this export" if is_export else "; it holds no earlier export"
+        raise UserError(f"--output {output} is in use; name another{remedy}")
+
+
+@contextmanager
+def _finished_directory(output: Path, *, force: bool) -> Iterator[Path]:
+    """Yields a hidden directory beside ``output`` that gets its name when the block ends without an error.
+
+    With ``force``, what is there stays until the new one is whole.
+    """
+    output = output.resolve()  # a link stays one
+    part = output.with_name(f".{output.name}.part")
+    old = output.with_name(f".{output.name}.old")
+    try:
+        for leftover in (part, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        part.mkdir(parents=True)
+        yield part
+        for path in (part, *part.rglob("*")):
+            flush_to_disk(path)
+        if force and output.exists():
+            output.rename(old)
+        part.rename(output)
+        flush_to_disk(output.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"--output {output}: not written: {reason}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _export_adapter(trained: TrainedModel, args: argparse.Namespace) -> None:
+    card = model_card(trained, _run_dir(args.checkpoint), form="adapter", dtype=None)
+    with _finished_directory(args.output, force=args.force) as part:
+        for name in [*read_manifest(trained.path)["files"], MANIFEST_FILE]:
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(trained.path / name, part / name)
+        (part / "README.md").write_text(card, encoding="utf-8")
+    print(f"{args.output}: what was trained, fp32; goes onto the base models that it was trained on")
+
+
+def _export_model(trained: TrainedModel, args: argparse.Namespace) -> None:
+    run_dir, fold = _run_dir(args.checkpoint), not args.no_fold
+    merged = MergedModel(trained, dtype=DTYPES.get(args.dtype), fold=fold)
+    dtype, prompts = merged.dtype, []
+    if args.verify:
+        data = args.verify_data or _validation_shards(args.checkpoint, run_dir)
+        check_memory(merged.model, dtype)
+        prompts = read_prompts(trained, data, args.verify_rows)
+    card = model_card(trained, run_dir, form="merged" if fold else "unfolded", dtype=dtype)
+    with _finished_directory(args.output, force=args.force) as part:
+        (part / "README.md").write_text(card, encoding="utf-8")
+        for kind in ("language_model", "vision_tower"):
+            copy_licence_files(getattr(trained, kind), part / "licences" / kind)
+        write_model(part, trained, merged, args.max_shard_size)
+        del merged
+        if prompts:
+            verify_export(trained, part, prompts, dtype=dtype, fold=fold)
+    name = str(dtype).removeprefix("torch.")
+    print(f"{args.output}: {name}, loads with AutoModelForImageTextToText; see its README.md")
+
+
+def _validation_shards(checkpoint: str, run_dir: Path | None) -> str:
+    if run_dir is None:
+        raise UserError(f"--verify: {checkpoint} is in no run; name shards with --verify-data")
+    data = load_run_config(run_dir / "config.yaml").data
+    return data.val or data.train
+
+
+def _run_dir(checkpoint: str) -> Path | None:
+    """The run that a checkpoint or adapter lies in."""
+    directories = (Path(checkpoint), *Path(checkpoint).absolute().parents[:3])
+    return next((path for path in directories if (path / "config.yaml").is_file()), None)
+
 
 if __name__ == "__main__":
     run_entry(main)

@@ -1,4 +1,4 @@
-"""Loads an export with transformers alone, as on a machine without the trainer; prints what it found as JSON.
+"""Loads an export with transformers alone, as on a machine without the trainer; prints what it says as JSON.
 
 python load_alone.py DIRECTORY PICTURE
 """
@@ -18,15 +18,13 @@ class Hide:
         self._inner = inner
 
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in HIDDEN:
-            return None
-        return self._inner.find_spec(name, path, target)
+        return None if name.partition(".")[0] in HIDDEN else self._inner.find_spec(name, path, target)
 
     def __getattr__(self, name):
         return getattr(self._inner, name)
 
 
-def main() -> None:
+if __name__ == "__main__":
     sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
@@ -35,21 +33,9 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
     prompt = model.config.prompt
-    inputs = processor(images=Image.open(picture), text=prompt)
-    ids = model.generate(**inputs, max_new_tokens=8)
+    ids = model.generate(**processor(images=Image.open(picture), text=prompt), max_new_tokens=8)
     run = pipeline("image-text-to-text", model=directory, trust_remote_code=True)
     (said,) = run(images=picture, text=prompt, max_new_tokens=8, return_full_text=False)
-    print(
-        json.dumps(
-            {
-                "module": type(model).__module__.partition(".")[0],
-                "text": processor.batch_decode(ids, skip_special_tokens=True)[0],
-                "pipeline": said["generated_text"],
-                "hidden": sorted(HIDDEN & {name.partition(".")[0] for name in sys.modules}),
-            }
-        )
-    )
-
-
-if __name__ == "__main__":
-    main()
+    assert type(model).__module__.startswith("transformers_modules.")
+    assert not HIDDEN & {name.partition(".")[0] for name in sys.modules}
+    print(json.dumps([processor.batch_decode(ids, skip_special_tokens=True)[0], said["generated_text"]]))

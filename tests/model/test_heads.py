@@ -12,7 +12,7 @@ from tiny_artifacts import build_bases, save, trained_model
 from tiny_checkpoints import save_bin
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from dehvf_ds.export.cli import main as merge
+from dehvf_ds.export.__main__ import main as merge
 from dehvf_ds.model import ModelError
 from dehvf_ds.model.backbones import check_backbone, load_backbone_config, settle_head
 from dehvf_ds.model.weights import build_config, check_bases, find_trained, load_model
