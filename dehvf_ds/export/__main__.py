@@ -36,10 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         trained = find_trained(args.checkpoint, args.language_model, args.vision_tower)
         _check_output(args, trained)
-        if args.adapter_only:
-            _export_adapter(trained, args)
-        else:
-            _export_model(trained, args)
+        _export(trained, args)
     except ModelError as error:
         raise UserError(str(error)) from None
     return 0
@@ -78,10 +75,6 @@ def _size(text: str) -> str:
 def _check_output(args: argparse.Namespace, trained: TrainedModel) -> None:
     """Refuses an output that would cover something: --force replaces an earlier export, and nothing else."""
     output: Path = args.output
-    try:
-        place, exists = output.resolve(), output.exists()
-    except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
-        raise UserError(f"--output {output}: {getattr(error, 'strerror', None) or error}") from None
     needed = {
         "--checkpoint": args.checkpoint,
         "what is exported": trained.path,
@@ -92,9 +85,9 @@ def _check_output(args: argparse.Namespace, trained: TrainedModel) -> None:
         "the home directory": os.path.expanduser("~"),  # noqa: PTH111 - Path.home() fails if there is none
     }
     for name, path in needed.items():
-        if path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(place):
+        if path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(output.resolve()):
             raise UserError(f"--output {output} is or holds {name} ({path}); name another")
-    if not exists or (output.is_dir() and not any(output.iterdir())):
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     # A model with its record, or an adapter with its card.
     marks = ([EXPORT_FILE], [ADAPTER_CONFIG_FILE, "README.md"])
@@ -133,48 +126,38 @@ def _finished_directory(output: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _export_adapter(trained: TrainedModel, args: argparse.Namespace) -> None:
-    card = model_card(trained, _run_dir(args.checkpoint), form="adapter", dtype=None)
-    with _finished_directory(args.output, force=args.force) as part:
-        for name in [*read_manifest(trained.path)["files"], MANIFEST_FILE]:
-            (part / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(trained.path / name, part / name)
-        (part / "README.md").write_text(card, encoding="utf-8")
-    print(f"{args.output}: what was trained, fp32; goes onto the base models that it was trained on")
-
-
-def _export_model(trained: TrainedModel, args: argparse.Namespace) -> None:
-    run_dir, fold = _run_dir(args.checkpoint), not args.no_fold
-    merged = MergedModel(trained, dtype=DTYPES.get(args.dtype), fold=fold)
-    dtype, prompts = merged.dtype, []
-    if args.verify:
-        data = args.verify_data or _validation_shards(args.checkpoint, run_dir)
-        check_memory(merged.model, dtype)
-        prompts = read_prompts(trained, data, args.verify_rows)
-    card = model_card(trained, run_dir, form="merged" if fold else "unfolded", dtype=dtype)
-    with _finished_directory(args.output, force=args.force) as part:
-        (part / "README.md").write_text(card, encoding="utf-8")
-        for kind in ("language_model", "vision_tower"):
-            copy_licence_files(getattr(trained, kind), part / "licences" / kind)
-        write_model(part, trained, merged, args.max_shard_size)
-        del merged
-        if prompts:
-            verify_export(trained, part, prompts, dtype=dtype, fold=fold)
-    name = str(dtype).removeprefix("torch.")
-    print(f"{args.output}: {name}, loads with AutoModelForImageTextToText; see its README.md")
-
-
-def _validation_shards(checkpoint: str, run_dir: Path | None) -> str:
+def _validation_shards(run_dir: Path | None) -> str:
     if run_dir is None:
-        raise UserError(f"--verify: {checkpoint} is in no run; name shards with --verify-data")
+        raise UserError("--verify: the checkpoint is in no run; name shards with --verify-data")
     data = load_run_config(run_dir / "config.yaml").data
     return data.val or data.train
 
 
-def _run_dir(checkpoint: str) -> Path | None:
-    """The run that a checkpoint or adapter lies in."""
-    directories = (Path(checkpoint), *Path(checkpoint).absolute().parents[:3])
-    return next((path for path in directories if (path / "config.yaml").is_file()), None)
+def _export(trained: TrainedModel, args: argparse.Namespace) -> None:
+    directories = (Path(args.checkpoint), *Path(args.checkpoint).absolute().parents[:3])
+    run_dir = next((path for path in directories if (path / "config.yaml").is_file()), None)
+    merged, dtype, prompts = None, None, []
+    if not args.adapter_only:
+        merged = MergedModel(trained, dtype=DTYPES.get(args.dtype), fold=not args.no_fold)
+        dtype = merged.dtype
+    if merged and args.verify:
+        check_memory(merged.model, merged.dtype)
+        prompts = read_prompts(trained, args.verify_data or _validation_shards(run_dir), args.verify_rows)
+    form = "adapter" if args.adapter_only else "unfolded" if args.no_fold else "merged"
+    card = model_card(trained, run_dir, form=form, dtype=dtype)
+    with _finished_directory(args.output, force=args.force) as part:
+        (part / "README.md").write_text(card, encoding="utf-8")
+        if merged is None:
+            for name in [*read_manifest(trained.path)["files"], MANIFEST_FILE]:
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(trained.path / name, part / name)
+        else:
+            copy_licence_files(trained, part / "licences")
+            write_model(part, trained, merged, args.max_shard_size)
+            merged = None
+        if dtype and prompts:
+            verify_export(trained, part, prompts, dtype=dtype, fold=not args.no_fold)
+    print(f"{args.output}: {form}; its README.md says how to load it")
 
 
 if __name__ == "__main__":

@@ -98,13 +98,14 @@ def stated_licence(source: str) -> dict[str, str]:
     return {}
 
 
-def copy_licence_files(source: str, target: Path) -> None:
-    """Copies a base model's licence, notice and use policy, if it has any."""
-    directory = _directory(source)
-    for path in directory.iterdir() if directory is not None else ():
-        if path.is_file() and _LICENCE_FILE.match(path.name):
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / path.name)
+def copy_licence_files(trained: TrainedModel, target: Path) -> None:
+    """Copies the base models' licences, notices and use policies, those that there are."""
+    for kind in ("language_model", "vision_tower"):
+        directory = _directory(getattr(trained, kind))
+        for path in directory.iterdir() if directory is not None else ():
+            if path.is_file() and _LICENCE_FILE.match(path.name):
+                (target / kind).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target / kind / path.name)
 
 
 def _directory(source: str) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import signal
@@ -12,11 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from tiny_artifacts import build_bases, save, trained_model
-from tiny_entries import arguments
-from training.launch import REPOSITORY, run_ranks
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dehvf_ds.config import UserError
 from dehvf_ds.export import merge as merging
@@ -44,20 +41,15 @@ def left_by(root: Path) -> set[str]:
 
 
 def test_a_complete_directory(root) -> None:
-    for name in ("LICENSE", "Notice.txt", "USE_POLICY.md"):
-        (root / "llm" / name).write_text("terms")
-    assert merge(given(root, "--dtype", "fp16", "--max-shard-size", "50KB")) == 0
+    (root / "llm/LICENSE").write_text("terms")
+    shutil.copytree(root / "run", root / "run/checkpoints/step_00000007")
+    checkpoint = ["--checkpoint", str(root / "run/checkpoints/step_00000007")]
+    assert merge(given(root, *checkpoint, "--dtype", "fp16", "--max-shard-size", "50KB")) == 0
     model = root / "model"
     files = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
-    needed = {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors.index.json",
-        "processor_config.json",
-    }
-    needed |= {"tokenizer.json", "tokenizer_config.json", "README.md", "export.json", "modeling.py"}
-    needed |= {f"licences/language_model/{name}" for name in ("LICENSE", "Notice.txt", "USE_POLICY.md")}
-    assert needed <= files
+    needed = "config.json generation_config.json processor_config.json tokenizer.json tokenizer_config.json "
+    needed += "model.safetensors.index.json export.json README.md modeling.py licences/language_model/LICENSE"
+    assert set(needed.split()) <= files
     weights = {name for name in files if name.endswith(".safetensors")}
     record = json.loads((model / EXPORT_FILE).read_text())
     assert record["files"].keys() == weights
@@ -139,8 +131,7 @@ def test_an_output_in_use_is_left_alone(root) -> None:
 @pytest.mark.parametrize(
     "name", ["run/adapter", "run", "llm", "tower", ".", "..", "link/adapter", "home", "cwd/.."]
 )
-@pytest.mark.parametrize("more", [[], ["--adapter-only"]])
-def test_force_replaces_nothing_that_the_export_or_the_user_needs(root, monkeypatch, name, more) -> None:
+def test_force_replaces_nothing_that_the_export_or_the_user_needs(root, monkeypatch, name) -> None:
     (root / "link").symlink_to(root / "run")
     (root / "home").mkdir()
     (root / "cwd/deep").mkdir(parents=True)
@@ -151,7 +142,7 @@ def test_force_replaces_nothing_that_the_export_or_the_user_needs(root, monkeypa
     (root / "run/adapter/README.md").touch()
     before = {path: path.lstat().st_mtime_ns for path in root.rglob("*")}
     with pytest.raises(UserError, match=r"is or holds .*; name another"):
-        merge(given(root, "--force", *more, output=name))
+        merge(given(root, "--force", output=name))
     assert {path: path.lstat().st_mtime_ns for path in root.rglob("*")} == before
 
 
@@ -208,7 +199,8 @@ def test_a_disk_that_fills_up_and_a_killed_merge_leave_nothing_that_looks_finish
     assert "model: not written: " in killed.stdout
     assert killed.returncode == -signal.SIGXFSZ
     assert left_by(root) == {".model.part"}
-    assert not (root / ".model.part/config.json").exists()
+    with pytest.raises((OSError, ValueError, SafetensorError)):
+        AutoModelForImageTextToText.from_pretrained(root / ".model.part", local_files_only=True)
     assert merge(given(root)) == 0
     assert left_by(root) == {"model"}
 
@@ -217,74 +209,17 @@ def test_an_output_that_cannot_be_written(root, monkeypatch) -> None:
     (root / "run/file").write_text("")
     with pytest.raises(UserError, match="not written: Not a directory"):
         merge(given(root, output="run/file/model"))
-    with pytest.raises(UserError, match=r"--output .*: File name too long"):
-        merge(given(root, output="a" * 300))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match=r"--output needs 0\.0 GB, 0\.0 GB are free there"):
         merge(given(root))
     assert left_by(root) == set()
 
 
-def other_tensors(root: Path, change) -> None:
-    """Changes what was trained, and hashes it as if it were whole."""
-    path, file = root / "run/adapter/visual.safetensors", root / "run/adapter/manifest.json"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-    manifest = json.loads(file.read_text())
-    manifest["files"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    file.write_text(json.dumps(manifest))
-
-
-def other_decoder(root: Path) -> None:
-    tensors = load_file(root / "llm/model.safetensors")
-    tensors["model.norm.weight"] += 1
-    save_file(tensors, root / "llm/model.safetensors", metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda root: (root / "run/adapter/visual.safetensors").write_bytes(b""),
-            r"changed since it was written",
-        ),
-        (lambda root: other_tensors(root, lambda t: t.pop("reader.w_out")), r"do not fit .*'reader\.w_out'"),
-        (
-            lambda root: other_tensors(root, lambda t: t.update({"reader.w_out": torch.empty(0)})),
-            r"reader\.w_out has shape \[0\]",
-        ),
-        (other_decoder, r"differs from it in the weights of model\.norm"),
-        (lambda root: (root / "llm/model.safetensors").unlink(), r"llm: no weights found"),
-        (lambda root: (root / "tower/preprocessor_config.json").unlink(), r"no preprocessor_config\.json"),
-        (lambda root: (root / "llm/tokenizer.json").unlink(), r"no tokenizer at .*llm"),
-    ],
-)
-def test_what_is_missing_or_damaged_is_named(root, change, message) -> None:
-    change(root)
-    with pytest.raises(UserError, match=message):
+def test_what_is_missing_or_damaged_is_named(root) -> None:
+    (root / "tower/preprocessor_config.json").rename(root / "away")
+    with pytest.raises(UserError, match=r"tower: no preprocessor_config\.json"):
         merge(given(root))
-    assert left_by(root) == set()
-
-
-@pytest.mark.parametrize(
-    "more", [["--max-shard-size", "five"], ["--verify-rows", "0"], ["--adapter-only", "--dtype", "bf16"]]
-)
-def test_flags_that_make_no_sense(root, capsys, more) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        merge(given(root, *more))
-    assert f"{more[0]}" in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_two_ranks_in_the_middle_of_a_run(world, tmp_path) -> None:
-    """What two ranks hold in parts is exported whole; the run's last checkpoint is its adapter."""
-    run_ranks(REPOSITORY / "dehvf_ds/train.py", arguments(world, "export", "--train.save_every", "2"), 2)
-    states = []
-    for name in ("checkpoints/step_00000002", "checkpoints/step_00000004", ""):
-        output = tmp_path / str(len(states))
-        assert merge(["--checkpoint", str(world / "runs/export" / name), "--output", str(output)]) == 0
-        states.append(load_file(output / "model.safetensors"))
-    earlier, last, final = states
-    assert all(torch.equal(last[name], final[name]) for name in final)
-    assert any(not torch.equal(earlier[name], final[name]) for name in final)
+    (root / "run/adapter/visual.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"visual\.safetensors: changed since it was written"):
+        merge(given(root))
+    assert left_by(root) == {"away"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,39 +88,28 @@ def test_other_decoders_and_towers_from_the_command_line(tmp_path, text, vision)
     assert len(texts) == 1
 
 
-def test_without_a_picture_it_answers_otherwise(export) -> None:
-    processor, model = AutoProcessor.from_pretrained(export / "model"), load(export / "model")
-    both = processor(images=[Image.open(export / "picture.png"), None], text=[PROMPT, PROMPT])
-    assert both["has_image"].tolist() == [True, False]
-    seen, blind = model(**both).logits
-    torch.testing.assert_close(blind, model(**processor(text=PROMPT)).logits[0], rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(seen, blind, atol=1e-3)
+# No second device here: the disk stands for it, whose weights travel as another device's do.
+SPLIT = {f"language_model.model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
+SPLIT |= dict.fromkeys(("fuser", "reader", "vision_tower"), "disk") | {"projector": "cpu"}
+DECODER_ENDS = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+SPLIT |= {f"language_model.{name}": "cpu" for name in DECODER_ENDS}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(export, dtype) -> None:
-    model = load(export / "model", dtype=dtype)
-    assert {p.dtype for p in model.parameters()} == {dtype}
-    inputs = ask(export / "model", export)
+@pytest.mark.parametrize(
+    ("tolerance", "settings"),
+    [
+        (0.08, {"dtype": torch.float16}),
+        (0.08, {"dtype": torch.bfloat16}),
+        (1e-5, {"device_map": "auto"}),
+        (1e-5, {"device_map": SPLIT}),
+    ],
+)
+def test_in_other_dtypes_and_spread_over_devices(export, tmp_path, tolerance, settings) -> None:
+    model, inputs = load(export / "model", offload_folder=tmp_path, **settings), ask(export / "model", export)
     expected = load(export / "model")(**inputs).logits
-    assert (
-        model(**inputs.to(dtype=dtype)).logits.float() - expected
-    ).abs().max() < 0.08 * expected.abs().max()
-    assert model.generate(**inputs, max_new_tokens=4).shape[0] == 1
-
-
-@pytest.mark.parametrize("device_map", ["auto", "split"])
-def test_spread_over_devices(export, tmp_path, device_map) -> None:
-    inputs = ask(export / "model", export)
-    expected = load(export / "model")(**inputs).logits
-    if device_map == "split":
-        # No second device here: the disk stands for it, whose weights travel as another device's do.
-        device_map = {f"language_model.model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
-        rest = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
-        device_map |= {f"language_model.{name}": "cpu" for name in rest} | {"projector": "cpu"}
-        device_map |= dict.fromkeys(("fuser", "reader", "vision_tower"), "disk")
-    model = load(export / "model", device_map=device_map, offload_folder=tmp_path)
-    torch.testing.assert_close(model(**inputs).logits, expected)
+    found = model(**inputs.to(dtype=model.dtype)).logits
+    assert found.dtype == settings.get("dtype", torch.float32)
+    assert (found.float() - expected).abs().max() < tolerance * expected.abs().max()
     assert model.generate(**inputs, max_new_tokens=4).shape[0] == 1
 
 
@@ -133,10 +123,27 @@ def test_a_pipeline_of_pictures_texts_and_chats(export) -> None:
     assert [answer["generated_text"] for answer in (*several, chat)] == [said(export)] * 3
 
 
+ALONE = """
+import json, sys
+
+# As on a machine without the trainer and most of what it needs.
+sys.modules.update(dict.fromkeys(["dehvf_ds", "peft", "jaxtyping", "deepspeed", "webdataset"]))
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+directory, picture = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
+prompt = model.config.prompt
+ids = model.generate(**processor(images=picture, text=prompt), max_new_tokens=8)
+run = pipeline("image-text-to-text", model=directory, trust_remote_code=True)
+(said,) = run(images=picture, text=prompt, max_new_tokens=8, return_full_text=False)
+print(json.dumps([processor.batch_decode(ids, skip_special_tokens=True)[0], said["generated_text"]]))
+"""
+
+
 @pytest.mark.slow
 def test_it_loads_from_the_directory_alone(export) -> None:
-    script = Path(__file__).with_name("load_alone.py")
-    command = [sys.executable, str(script), str(export / "model"), str(export / "picture.png")]
+    command = [sys.executable, "-c", ALONE, str(export / "model"), str(export / "picture.png")]
     found = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=240, check=False)
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout.splitlines()[-1]) == [said(export)] * 2
@@ -153,10 +160,7 @@ def test_the_processor_asks_as_the_trainer_does(export) -> None:
     assert torch.equal(inputs["pixel_values"], batch.pixel_values)
 
 
-OWN = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<a>{% endif %}"
-)
+OWN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<a>' if add_generation_prompt }}"
 
 
 @pytest.mark.parametrize("own", [None, OWN])
@@ -183,40 +187,32 @@ def test_a_chat_is_written_as_in_training(tmp_path, own) -> None:
     assert encode_chat_prompt(load_tokenizer(str(tmp_path / "model")), plain) == wanted
 
 
-# What is not whole does not load.
-
 MLP = "language_model.model.layers.1.mlp"
 
 
 def changed(export: Path, tmp_path: Path, change) -> Path:
     """A copy with other tensors and without the record of the files' sizes, as after somebody's own edits."""
-    for path in export.iterdir():
-        if path.is_file() and path.name != "export.json":
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(tmp_path / "model.safetensors")
+    shutil.copytree(export, tmp_path / "copy")
+    (tmp_path / "copy/export.json").unlink()
+    tensors = load_file(export / "model.safetensors")
     change(tensors)
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    return tmp_path
+    save_file(tensors, tmp_path / "copy/model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "copy"
 
 
-@pytest.mark.parametrize(
-    ("form", "end"),
-    [
-        *[("one", name) for name in ("projector.bias", "fuser.w_key", "reader.w_out", f"{MLP}.gain_in")],
-        *[("one", name) for name in (f"{MLP}.ffn.up_proj.weight", "lm_head.weight", "model.norm.weight")],
-        # Named as hubs name them.
-        *[("one", name) for name in ("class_embedding", "layers.1.self_attn.v_proj.bias")],
-        *[
-            ("apart", f"{MLP}.ffn.{name}.weight")
-            for name in ("gate_proj.lora_A.default", "gate_proj.base_layer")
-        ],
-    ],
-)
-def test_a_missing_tensor_of_any_kind_is_named(export, tmp_path, form, end) -> None:
+OF_EVERY_KIND = [
+    *("projector.bias", "fuser.w_key", "reader.w_out", "mlp.gain_in", "ffn.up_proj.weight"),
+    *("lm_head.weight", "model.norm.weight", "class_embedding", "self_attn.v_proj.bias"),
+    *("gate_proj.lora_A.default.weight", "gate_proj.base_layer.weight"),  # of an unfolded export
+]
+
+
+@pytest.mark.parametrize("end", OF_EVERY_KIND)
+def test_a_missing_tensor_is_named(export, tmp_path, end) -> None:
     def drop(tensors) -> None:
-        (name,) = (name for name in tensors if name.endswith(end))
-        del tensors[name]
+        del tensors[next(name for name in tensors if name.endswith(end))]
 
+    form = "apart" if end.startswith("gate_proj") else "one"
     with pytest.raises(ModelError, match=rf"lacks 1 weights, .*{end}"):
         load(changed(export / form, tmp_path, drop))
 
@@ -224,19 +220,10 @@ def test_a_missing_tensor_of_any_kind_is_named(export, tmp_path, form, end) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda t: t.update({"fuser.w_kee": t["fuser.w_key"].clone()}),
-            r"holds 1 weights, fuser\.w_kee among",
-        ),
-        (
-            lambda t: t.update({"reader.w_out": t["reader.w_out"][:3].clone()}),
-            r"reader\.w_out has shape .3, ",
-        ),
-        (
-            lambda t: t[f"{MLP}.gain_in"].view(-1)[5:6].fill_(float("inf")),
-            r"gain_in holds values .* not finite",
-        ),
-        (lambda t: t["reader.w_out"].view(-1)[5:6].fill_(float("nan")), r"w_out holds values .* not finite"),
+        (lambda t: t.update({"fuser.w_kee": torch.ones(2)}), r"holds 1 weights, fuser\.w_kee among"),
+        (lambda t: t.update({"reader.w_out": torch.ones(2)}), r"reader\.w_out has shape .2., not"),
+        (lambda t: t[f"{MLP}.gain_in"].view(-1)[5:].fill_(torch.inf), r"gain_in holds values .* not finite"),
+        (lambda t: t["reader.w_out"].view(-1)[5:].fill_(torch.nan), r"w_out holds values .* not finite"),
     ],
 )
 def test_what_does_not_belong_is_named(export, tmp_path, change, message) -> None:
@@ -265,8 +252,8 @@ def test_it_is_refused_whichever_way_it_is_loaded(export, tmp_path) -> None:
 
 
 def test_an_export_cut_short_is_named_before_it_loads(export, tmp_path) -> None:
-    for path in filter(Path.is_file, (export / "one").iterdir()):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "model.safetensors").write_bytes((export / "one/model.safetensors").read_bytes()[:-5])
-    with pytest.raises(ModelError, match=r"model\.safetensors: \d+ bytes, not \d+; copy it again"):
-        find_trained(tmp_path).load()
+    shutil.copytree(export / "one", tmp_path / "copy")
+    with (tmp_path / "copy/model.safetensors").open("rb+") as file:
+        file.truncate(1000)
+    with pytest.raises(ModelError, match=r"model\.safetensors: 1000 bytes, not \d+; copy it again"):
+        find_trained(tmp_path / "copy").load()
