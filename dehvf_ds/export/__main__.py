@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 
+from dehvf_ds.atomic import atomic_directory
 from dehvf_ds.config import UserError, expand_flags, load_run_config
 from dehvf_ds.distributed import run_entry
 from dehvf_ds.export.card import copy_licence_files, model_card
@@ -25,7 +26,6 @@ from dehvf_ds.model import ModelError
 from dehvf_ds.model.artifact import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from dehvf_ds.model.artifact import MANIFEST_FILE, read_manifest
 from dehvf_ds.model.weights import EXPORT_FILE, TrainedModel, find_trained
-from dehvf_ds.training.durable import flush_to_disk
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -98,32 +98,14 @@ def _check_output(args: argparse.Namespace, trained: TrainedModel) -> None:
 
 
 @contextmanager
-def _finished_directory(output: Path, *, force: bool) -> Iterator[Path]:
-    """Yields a hidden directory beside ``output`` that gets its name when the block ends without an error.
-
-    With ``force``, what is there stays until the new one is whole.
-    """
-    output = output.resolve()  # a link stays one
-    part = output.with_name(f".{output.name}.part")
-    old = output.with_name(f".{output.name}.old")
+def _written(output: Path) -> Iterator[Path]:
+    """Yields a hidden directory that becomes ``output`` once it is whole; till then an earlier one stays."""
     try:
-        for leftover in (part, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        part.mkdir(parents=True)
-        yield part
-        for path in (part, *part.rglob("*")):
-            flush_to_disk(path)
-        if force and output.exists():
-            output.rename(old)
-        part.rename(output)
-        flush_to_disk(output.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with atomic_directory(output.resolve()) as part:  # a link stays one
+            yield part
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"--output {output}: not written: {reason}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _validation_shards(run_dir: Path | None) -> str:
@@ -145,7 +127,7 @@ def _export(trained: TrainedModel, args: argparse.Namespace) -> None:
         prompts = read_prompts(trained, args.verify_data or _validation_shards(run_dir), args.verify_rows)
     form = "adapter" if args.adapter_only else "unfolded" if args.no_fold else "merged"
     card = model_card(trained, run_dir, form=form, dtype=dtype)
-    with _finished_directory(args.output, force=args.force) as part:
+    with _written(args.output) as part:
         (part / "README.md").write_text(card, encoding="utf-8")
         if merged is None:
             for name in [*read_manifest(trained.path)["files"], MANIFEST_FILE]:
