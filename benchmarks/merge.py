@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -23,8 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dehvf_ds.export.pieces import Piece
-from dehvf_ds.export.shards import write_shards
+from dehvf_ds.export.merge import TensorSpec, write_shards
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
 from dehvf_ds.model.artifact import save_adapter
 
@@ -46,24 +46,19 @@ def build(root: Path, num_layers: int) -> None:
     (root / "llm").mkdir(parents=True)
     text.save_pretrained(root / "llm")
 
-    def draw(shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
+    def draw(like: torch.Tensor) -> torch.Tensor:
+        return torch.empty(like.shape, dtype=like.dtype).normal_(std=0.02)
 
-    pieces = [
-        Piece(name, tuple(p.shape), torch.bfloat16, partial(draw, tuple(p.shape)))
-        for name, p in decoder.named_parameters()
-    ]
-    write_shards(root / "llm", pieces, "10GB")
+    named = [(name, parameter.detach().bfloat16()) for name, parameter in decoder.named_parameters()]
+    tensors = [TensorSpec(name, like, partial(draw, like)) for name, like in named]
+    write_shards(root / "llm", tensors, "10GB")
     vision = CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
     )
     tower = AutoModel.from_config(vision)
     tower.save_pretrained(root / "tower")
     CLIPImageProcessorPil().save_pretrained(root / "tower")
-    from tokenizers import Tokenizer, models
-
-    words = Tokenizer(models.WordLevel({"</s>": 0}, unk_token="</s>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(root / "llm")
+    save_byte_tokenizer(root / "llm")
     model = DehvfForConditionalGeneration(
         DehvfConfig(text_config=text, vision_config=vision, rank=128, lora=LORA, task="caption"),
         decoder,
@@ -72,6 +67,16 @@ def build(root: Path, num_layers: int) -> None:
     tensors = {n: torch.randn(p.shape) * 0.02 for n, p in model.trainable_parameters().items()}
     bases = {"language_model": str(root / "llm"), "vision_tower": str(root / "tower")}
     save_adapter(root / "adapter", tensors, model, **bases, dtype=torch.bfloat16)
+
+
+def save_byte_tokenizer(directory: Path) -> None:
+    """Writes a tokenizer of one token a byte, with an end of text."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["</s>", *letters])}
+    core = Tokenizer(models.BPE(vocabulary, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(directory)
 
 
 def main() -> int:

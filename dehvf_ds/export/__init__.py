@@ -1,1 +1,1 @@
-"""What ``tools/merge_adapters.py`` writes: tensors in shards, the directory, its card; their proof."""
+"""A trained run as a Hugging Face model: ``tools/merge_adapters.py`` or ``python -m dehvf_ds.export``."""

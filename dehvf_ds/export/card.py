@@ -1,204 +1,127 @@
-"""The model card of an export: what it is made of, how it was trained and scored, how it is loaded."""
+"""The model card of an export, from ``card.md.j2``: bases and licences, training, scores, how to load it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jinja2
 import torch
 import yaml
+from huggingface_hub import ModelCardData, metadata_load
+from safetensors.torch import load_file
+from transformers.utils import cached_file
 
 from dehvf_ds.config import UserError, load_run_config
 from dehvf_ds.data.prompts import CAPTION_PROMPT
-from dehvf_ds.export import snippets
-from dehvf_ds.export.licences import stated_licence
-from dehvf_ds.model import DehvfConfig
 from dehvf_ds.model.artifact import read_manifest
-from dehvf_ds.model.stored import StoredFile
 from dehvf_ds.model.weights import TrainedModel
 
 Form = Literal["merged", "unfolded", "adapter"]
 """Adapters folded into the weights, beside them, or without the base models' weights."""
 
-PAPER = "https://arxiv.org/abs/2508.17638"
-
+_TEMPLATE = Path(__file__).with_name("card.md.j2")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_METHODS = {
-    "ffn": (
-        "DEHVF: features from several depths of the tower, weighed for each layer of the language model, are "
-        "key/value memory in that layer's FFN. No visual token enters the sequence."
-    ),
-    "prefix": "Projected patches of the picture stand before the text (the baseline `prefix`).",
-    "none": "It sees no picture (the baseline `none`): pictures are accepted and change nothing.",
-}
-_FORMS = {
-    "merged": "The FFN adapters are folded into the weights.",
-    "unfolded": "The FFN adapters are kept apart from the weights, in fp32.",
-    "adapter": "It holds what was trained alone, and goes onto the base models that it was trained on.",
-}
+_LICENCE_FILE = re.compile(r"(licen[cs]e|notice|copying|use_policy)", re.IGNORECASE)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What a card is written of.
+def model_card(trained: TrainedModel, run_dir: Path | None, *, form: Form, dtype: torch.dtype | None) -> str:
+    """The card: Markdown with the front matter that model hubs read.
 
-    Attributes:
-        form: how the export holds the adapters.
-        dtype: of the weights, as ``bfloat16``; None for an adapter.
-        bases: names of the language model and the vision tower, without the paths of a machine.
-        licences: what each base states, in the same order.
-        config: the model's configuration.
-        task: what it was trained for.
-        num_trained: parameters that were trained.
-        training: more of the training, by name.
-        evaluations: content of each ``metrics.json``, by ``TASK-SPLIT``.
-    """
-
-    form: Form
-    dtype: str | None
-    bases: tuple[str, str]
-    licences: tuple[Mapping[str, str], Mapping[str, str]]
-    config: DehvfConfig
-    task: str
-    num_trained: int
-    training: Mapping[str, Any] = field(default_factory=dict)
-    evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-
-def collect_facts(
-    trained: TrainedModel, run_dir: Path | None, *, dtype: torch.dtype | None, form: Form
-) -> Facts:
-    """Reads what is known of a trained model.
+    It names no path of this machine. Scores stay out of the front matter, which would rank them beside those
+    of the real COCO: rows in its layout need not be its own.
 
     Args:
         trained: an adapter artifact with its base models.
-        run_dir: the run that it lies in, for settings and scores; None where it lies in none.
-        dtype: of the exported weights; None for an adapter.
+        run_dir: the run that it lies in, if any, for settings and scores.
         form: of the export.
+        dtype: of the exported weights; None for an adapter.
     """
-    manifest = read_manifest(trained.path)
-    sources = [str(trained.language_model), str(trained.vision_tower)]
-    names = [manifest["bases"][kind]["path"] for kind in ("language_model", "vision_tower")]
+    manifest, task = read_manifest(trained.path), trained.task or "caption"
+    names = [_public_name(manifest["bases"][kind]["path"]) for kind in ("language_model", "vision_tower")]
+    licences = [stated_licence(str(source)) for source in (trained.language_model, trained.vision_tower)]
+    on_hub = [name for name in names if _HUB_ID.fullmatch(name)]
+    # The language model's licence decides: nearly all of the weights are its own.
+    stated = licences[0] or {"license": "other", "license_name": "of-the-base-models"}
+    data = ModelCardData(
+        library_name="dehvf_ds" if form == "adapter" else "transformers",
+        pipeline_tag="image-text-to-text",
+        license=stated["license"],
+        license_name=stated.get("license_name"),
+        license_link=stated.get("license_link"),
+        base_model=on_hub or None,
+        base_model_relation=("adapter" if form == "adapter" else "finetune") if on_hub else None,
+        tags=["dehvf", "vision-language", task],
+    )
+    usual_prompt = CAPTION_PROMPT if task == "caption" else "Your question"
+    weights = [trained.path / name for name in manifest["files"] if name.endswith(".safetensors")]
     training = {name: manifest[name] for name in ("step", "samples") if name in manifest}
-    if run_dir is not None:
-        training |= _settings(run_dir)
-    return Facts(
-        form=form,
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        bases=(_public_name(names[0]), _public_name(names[1])),
-        licences=(stated_licence(sources[0]), stated_licence(sources[1])),
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"line": _line, "score": _score, "repr": repr}
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        front_matter=data.to_yaml(),
+        bases=names,
+        licences=licences,
         config=trained.config,
-        task=trained.task or "caption",
-        num_trained=_count_trained(trained.path),
-        training=training,
-        evaluations={} if run_dir is None else _evaluations(run_dir),
+        form=form,
+        dtype=str(dtype).removeprefix("torch."),
+        task=task,
+        num_trained=sum(tensor.numel() for path in weights for tensor in load_file(path).values()),
+        training=training | (_settings(run_dir) if run_dir else {}),
+        evaluations=_evaluations(run_dir) if run_dir else [],
+        prompt=usual_prompt if trained.config.prompt is None else trained.config.prompt,
     )
 
 
-def model_card(facts: Facts) -> str:
-    """The card, Markdown with YAML front matter as model hubs read it."""
-    config = facts.config
-    prompt = CAPTION_PROMPT if config.prompt is None and facts.task == "caption" else config.prompt
-    what = [_METHODS[config.fusion], _FORMS[facts.form]]
-    if facts.dtype is not None:
-        what.append(f"Weights: {facts.dtype}.")
-    sections = [
-        f"---\n{yaml.safe_dump(_front_matter(facts), sort_keys=False)}---",
-        f"# {facts.bases[0].rpartition('/')[2]} that sees through {facts.bases[1].rpartition('/')[2]}",
-        f"{' '.join(what)} Trained with dehvf_ds after [DEHVF]({PAPER}).",
-        _bases_section(facts),
-        "## Training\n\n" + _bullets(_training_lines(facts)),
-        "## Evaluation\n\n" + _evaluation_section(facts.evaluations),
-        "## How to load it\n\n" + snippets.loading(facts.form, prompt, facts.bases),
-        "## Limits\n\nOne picture a prompt, or none. It was tuned for the task above and on the data above; "
-        "what it says of other pictures was not measured unless a table here says so.",
-    ]
-    return "\n\n".join(sections) + "\n"
+def stated_licence(source: str) -> dict[str, str]:
+    """``license``, and if given ``license_name`` and ``license_link``, that a base states; empty if none is.
+
+    They stand in the front matter of its model card, or in ``source.json`` of ``prepare_backbones.py``.
+    """
+    directory = _directory(source)
+    if directory is None:
+        return {}
+    for name, read in (("README.md", metadata_load), ("source.json", _read_json)):
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # people write these by hand
+            found: Any = read(directory / name)
+            if isinstance(found, dict) and isinstance(found.get("license"), str):
+                names = ("license", "license_name", "license_link")
+                stated = {name: found[name] for name in names if isinstance(found.get(name), str)}
+                return stated | {"license": stated["license"].lower()}  # as hubs name licences
+    return {}
 
 
-def _front_matter(facts: Facts) -> dict[str, Any]:
-    on_hub = [name for name in facts.bases if _HUB_ID.fullmatch(name)]
-    # The language model's decides: it is nearly all of the weights.
-    stated = dict(facts.licences[0])
-    if not stated:
-        stated = {"license": "other", "license_name": "of-the-base-models"}
-    matter: dict[str, Any] = {"library_name": "dehvf_ds" if facts.form == "adapter" else "transformers"}
-    matter |= {"pipeline_tag": "image-text-to-text", **stated}
-    if on_hub:
-        relation = "adapter" if facts.form == "adapter" else "finetune"
-        matter |= {"base_model": on_hub, "base_model_relation": relation}
-    return matter | {"tags": ["dehvf", "vision-language", facts.task]}
+def copy_licence_files(trained: TrainedModel, target: Path) -> None:
+    """Copies the base models' licences, notices and use policies, those that there are."""
+    for kind in ("language_model", "vision_tower"):
+        directory = _directory(getattr(trained, kind))
+        for path in directory.iterdir() if directory is not None else ():
+            if path.is_file() and _LICENCE_FILE.match(path.name):
+                (target / kind).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target / kind / path.name)
 
 
-def _bases_section(facts: Facts) -> str:
-    lines = []
-    for kind, name, stated in zip(
-        ("language model", "vision tower"), facts.bases, facts.licences, strict=True
-    ):
-        licence = stated.get("license_name") or stated.get("license") or "not stated in its directory"
-        link = f" ({stated['license_link']})" if "license_link" in stated else ""
-        lines.append(f"{kind}: {name}; licence: {licence}{link}")
-    held = (
-        "It changes them and does not hold them; whoever uses both keeps to the licences of both."
-        if facts.form == "adapter"
-        else "Their weights are in this directory, so their licences hold for it. Texts that came with them "
-        "are in `licences/`."
-    )
-    return "## Base models\n\n" + _bullets(lines) + f"\n\n{held}"
+def _directory(source: str) -> Path | None:
+    """Where a base's files lie on this machine; of a hub id, in the local cache."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        found = cached_file(source, "config.json", local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found).parent
 
 
-def _training_lines(facts: Facts) -> list[str]:
-    config = facts.config
-    lines = [f"task: {facts.task}", f"trained parameters: {facts.num_trained:,}; all others are frozen"]
-    if config.fusion == "ffn":
-        lines.append(f"router `{config.router}` over levels {config.levels}, rank {config.rank}")
-    if config.lora is not None:
-        targets = ", ".join(config.lora["targets"])
-        lines.append(
-            f"FFN adapters: LoRA of rank {config.lora['rank']}, alpha {config.lora['alpha']:g}, on {targets}"
-        )
-    return lines + [f"{name}: {value}" for name, value in facts.training.items()]
-
-
-def _evaluation_section(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
-    if not evaluations:
-        return "None came with the checkpoint."
-    return "\n\n".join(_evaluation(name, metrics) for name, metrics in evaluations.items())
-
-
-def _evaluation(name: str, metrics: Mapping[str, Any]) -> str:
-    scores = metrics.get("accuracy")
-    if not isinstance(scores, Mapping):
-        scores = {n: v for n, v in metrics.items() if isinstance(v, float) and n[:1].isupper()}
-    protocol = metrics.get("protocol")
-    terms = {**protocol} if isinstance(protocol, Mapping) else {}
-    if isinstance(metrics.get("decoding"), Mapping):
-        terms |= metrics["decoding"]
-    said = [f"{_cell(n)} {_cell(v)}" for n, v in terms.items() if isinstance(v, str | int | float | bool)]
-    lines = [
-        f"**{_cell(name)}**, {metrics.get('num_samples', 'unknown')} samples",
-        _table(list(scores), [f"{v:.2f}" if isinstance(v, float) else _cell(v) for v in scores.values()]),
-    ]
-    if said:
-        lines.append(f"Protocol: {'; '.join(said)}.")
-    return "\n\n".join(lines)
-
-
-def _table(head: Sequence[str], row: Sequence[str]) -> str:
-    lines = [head, ["---"] * len(head), row]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {' '.join(str(line).split())}" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    return " ".join(str(value).split()).replace("|", r"\|")
+def _public_name(source: str) -> str:
+    """A hub id as it is, of a directory its last component: a card goes where its path means nothing."""
+    return source if _HUB_ID.fullmatch(source) and not Path(source).exists() else Path(source).name
 
 
 def _settings(run_dir: Path) -> dict[str, Any]:
@@ -214,26 +137,37 @@ def _settings(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def _evaluations(run_dir: Path) -> dict[str, Mapping[str, Any]]:
-    found = {}
+def _evaluations(run_dir: Path) -> list[dict[str, Any]]:
+    """Name, scores and protocol of each evaluation of a run; damaged ones are left out."""
+    found = []
     for path in sorted(run_dir.glob("eval/*/metrics.json")):
-        try:
-            metrics = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        metrics = None
+        with contextlib.suppress(OSError, ValueError):
+            metrics = _read_json(path)
+        if not isinstance(metrics, dict):
             continue
-        if isinstance(metrics, dict):
-            found[path.parent.name] = metrics
-    return found
+        scores = metrics.get("accuracy")
+        if not isinstance(scores, Mapping):
+            scores = {name: v for name, v in metrics.items() if isinstance(v, float) and name[:1].isupper()}
+        parts = [part for part in map(metrics.get, ("protocol", "decoding")) if isinstance(part, Mapping)]
+        terms = {
+            name: v for part in parts for name, v in part.items() if not isinstance(v, Mapping | list | None)
+        }
+        num_samples = metrics.get("num_samples", "unknown")
+        found.append(
+            {"name": path.parent.name, "num_samples": num_samples, "scores": scores, "protocol": terms}
+        )
+    return [evaluation for evaluation in found if evaluation["scores"]]
 
 
-def _public_name(source: str) -> str:
-    """A hub id as it is, of a directory its last component: a card goes where its path means nothing."""
-    return source if _HUB_ID.fullmatch(source) and not Path(source).exists() else Path(source).name
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _count_trained(directory: Path) -> int:
-    total = 0
-    for path in directory.rglob("*.safetensors"):
-        with StoredFile(path) as file:
-            total += sum(stored.num_elements for stored in file.tensors.values())
-    return total
+def _line(value: Any) -> str:
+    """On one line, and in one cell of a table."""
+    return " ".join(str(value).split()).replace("|", r"\|")
+
+
+def _score(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else _line(value)

@@ -1,13 +1,14 @@
-"""The proof of an export: that folding changed nothing, that the files hold it, what the dtype changes."""
+"""What an export proves: the processor asks as in training, folding changed nothing, the files hold it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
@@ -15,122 +16,116 @@ from dehvf_ds.batch import Batch
 from dehvf_ds.config import UserError
 from dehvf_ds.data.collate import Collator
 from dehvf_ds.data.index import ShardIndex
+from dehvf_ds.data.prompts import CAPTION_PROMPT, Task
 from dehvf_ds.data.samples import read_sample
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
-from dehvf_ds.model import DehvfForConditionalGeneration
+from dehvf_ds.model import DehvfForConditionalGeneration, DehvfProcessor
 from dehvf_ds.model.adapters import fold_lora
 from dehvf_ds.model.weights import TrainedModel
 
 FOLD_TOLERANCE = 1e-5
 """What folding in fp32 may change in a logit, as a share of the largest."""
 
-MAX_NEW_TOKENS = 40
+_COMPARED_TOKENS = 40
+"""Longest answer that is compared, whatever the task."""
+
+
+Answer = tuple[Tensor, Tensor]
+"""Ids of prompt and greedy answer, ``[1, tokens]``; fp32 logits."""
 
 
 def read_prompts(trained: TrainedModel, data: str, num_rows: int) -> list[Batch]:
-    """Prompts of rows that are spread evenly over shards, a batch each.
-
-    Args:
-        trained: gives task, prompt, tokenizer and image processor.
-        data: directory of shards.
-        num_rows: how many.
-
-    Raises:
-        UserError: there are no such shards, or their rows are of another task.
-    """
-    index = ShardIndex(data)
-    task = trained.task or "caption"
-    captioned = len(index) - index.num_without_captions
-    if captioned if task != "caption" else index.num_without_captions:
-        raise UserError(f"{data}: its rows are of another task than the model's, {task}")
+    """Prompts as ``trained`` was trained with, a batch each, of rows spread evenly over the shards."""
+    index, task = ShardIndex(data), cast(Task, trained.task or "caption")
     collator = Collator(
         load_tokenizer(trained.tokenizer_source),
         build_image_transform(trained.processor_source, trained.config.image_size),
-        task=task,  # pyright: ignore[reportArgumentType]
+        task=task,
         max_tokens=512,
         prompt=trained.config.prompt,
         for_generation=True,
     )
     num_rows, side = min(num_rows, len(index)), collator.image_size
-    chosen = (len(index) * i // num_rows for i in range(num_rows))
-    return [collator([read_sample(index, row, shorter_side=side)]) for row in chosen]
+    rows = (len(index) * i // num_rows for i in range(num_rows))
+    return [collator([read_sample(index, row, shorter_side=side, task=task)]) for row in rows]
+
+
+def check_memory(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Refuses to verify a model that does not fit in memory, in fp32 and beside it in ``dtype``."""
+    needed = sum(p.numel() for p in model.parameters()) * (4 + dtype.itemsize)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"--verify holds the model in fp32 and its export beside it, {needed / 1e9:.0f} GB; "
+            f"{free / 1e9:.0f} GB are free. Export without it, or on a larger machine"
+        )
 
 
 def verify_export(
     trained: TrainedModel, directory: Path, prompts: Sequence[Batch], *, dtype: torch.dtype, fold: bool
-) -> Iterator[str]:
-    """Compares an export with the model that it was made of; yields what was found, a line each.
-
-    The trained model is held in fp32 on the CPU, and beside it the exported one in its dtype: 4 bytes a
-    parameter and 2 or 4 more.
-
-    Args:
-        trained: the model before.
-        directory: the export.
-        prompts: what both are asked.
-        dtype: of the export.
-        fold: whether the adapters were folded.
-
-    Raises:
-        UserError: there is too little memory, folding changes the logits by more than ``FOLD_TOLERANCE``, or
-            the files hold something else.
-    """
+) -> None:
+    """Compares an export with the model that it was made of, on the CPU; prints what it finds."""
     model = trained.load("fp32")
     before = _ask(model, prompts)
     known = [ids for ids, _ in before]
     if fold:
         fold_lora(model)
-        after = _ask(model, prompts, known)
-        share = _largest_difference(before, after) / _largest(before)
-        yield (
-            f"fp32 fold: logits differ by at most {share:.1e} of the largest ({FOLD_TOLERANCE:g} allowed); "
-            f"{same_answers(before, after)}"
-        )
+        share, text = _compare(before, _ask(model, prompts, known))
+        print(f"fp32 fold: {text}; {FOLD_TOLERANCE:g} of the largest logit allowed", flush=True)
         if not share <= FOLD_TOLERANCE:
             raise UserError(f"not exported: folding changes the logits by {share:.1e} of the largest")
     exported: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype).eval()
-    wrong = _differing_tensors(model, exported, dtype)
+    wanted, found = model.state_dict(), exported.state_dict()
+    wrong = wanted.keys() ^ found.keys()
+    wrong |= {name for name in wanted.keys() & found.keys() if not _equal(wanted[name], found[name], dtype)}
     if wrong:
-        raise UserError(f"not exported: {len(wrong)} tensors are not the trained ones, {wrong[0]} among them")
-    name = str(dtype).removeprefix("torch.")
-    kind = "fold" if fold else "model"
-    yield f"files: all {len(exported.state_dict())} tensors equal the fp32 {kind}, rounded to {name}"
-    if dtype == torch.float32:
-        return
-    del model
-    rounded = _ask(exported, prompts, known)
-    share = _largest_difference(before, rounded) / _largest(before)
-    yield (
-        f"{name}: logits differ by at most {share:.1e} of the largest; {_same_choices(before, rounded)}; "
-        f"{same_answers(before, rounded)}"
-    )
-
-
-def check_memory(trained: TrainedModel, num_parameters: int, dtype: torch.dtype) -> None:
-    """Refuses to verify a model that the memory does not hold.
-
-    Raises:
-        UserError: it does not.
-    """
-    needed = num_parameters * (4 + dtype.itemsize)
-    free = psutil.virtual_memory().available
-    if needed > free:
         raise UserError(
-            f"--verify holds {trained.path} in fp32 and its export beside it, {needed / 1e9:.0f} GB; "
-            f"{free / 1e9:.0f} GB are free. Export without it, or on a larger machine"
+            f"not exported: {len(wrong)} tensors are not the trained ones, {min(wrong)} among them"
         )
+    name, kind = str(dtype).removeprefix("torch."), "fold" if fold else "model"
+    print(f"files: all {len(found)} tensors equal the fp32 {kind}, rounded to {name}", flush=True)
+    if dtype != torch.float32:
+        print(f"{name}: {_compare(before, _ask(exported, prompts, known))[1]}", flush=True)
 
 
-Answer = tuple[Tensor, Tensor]
-"""Ids of prompt and greedy answer; logits of the asked ids, fp32."""
+def check_processor(processor: DehvfProcessor, directory: Path, prompt: str | None) -> None:
+    """Refuses a processor that, saved and loaded again, makes other ids or pixels than in training."""
+    loaded = DehvfProcessor.from_pretrained(directory)
+    eos = processor.tokenizer.eos_token
+    for text in (prompt or CAPTION_PROMPT, "", "What is it?\n", f"Options: (A) a (B) b {eos} Response:", eos):
+        ids, found = (each(text=text)["input_ids"].tolist() for each in (processor, loaded))
+        if ids != found:
+            raise UserError(
+                f"not exported: the tokenizer, saved and loaded again, makes other ids of {text!r}: "
+                f"{found[0][:8]}, not {ids[0][:8]}"
+            )
+    for size in ((40, 30), (30, 400)):
+        picture = Image.radial_gradient("L").resize(size).convert("RGBA")
+        pixels, found = (each(images=picture)["pixel_values"] for each in (processor, loaded))
+        if not torch.equal(pixels, found):
+            raise UserError("not exported: the image processor, saved and loaded again, makes other pixels")
+
+
+def _compare(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[float, str]:
+    """The largest difference of two models' logits, as a share of the largest, and what to say of them."""
+    pairs = [(a, b) for (_, a), (_, b) in zip(before, after, strict=True)]
+    # A maximum of tensors, so that one NaN makes it NaN.
+    difference = torch.stack([(a - b).abs().max() for a, b in pairs]).max()
+    share = float(difference / torch.stack([a.abs().max() for a, _ in pairs]).max())
+    likeliest = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in pairs])
+    same = sum(torch.equal(ids, other) for (ids, _), (other, _) in zip(before, after, strict=True))
+    return share, (
+        f"logits differ by at most {share:.1e} of the largest; the likeliest token is the same at "
+        f"{int(likeliest.sum())} of {len(likeliest)} positions, the answer for {same} of {len(pairs)} rows"
+    )
 
 
 @torch.inference_mode()
 def _ask(
     model: DehvfForConditionalGeneration, prompts: Sequence[Batch], known: Sequence[Tensor] | None = None
 ) -> list[Answer]:
-    """Answers every prompt; the logits are those of ``known`` ids where given, so that models compare."""
+    """Answers every prompt; the logits are of ``known`` ids, so that models compare, or of its own answer."""
     answers = []
     for number, prompt in enumerate(prompts):
         given = prompt.to(model.device, model.dtype)
@@ -140,7 +135,7 @@ def _ask(
             given.has_image,
             attention_mask=given.attention_mask,
             do_sample=False,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=_COMPARED_TOKENS,
         )
         ids = torch.cat([given.input_ids, new_ids], dim=1)
         asked = known[number] if known is not None else ids
@@ -149,58 +144,5 @@ def _ask(
     return answers
 
 
-def _largest_difference(before: Sequence[Answer], after: Sequence[Answer]) -> float:
-    return max(float((a - b).abs().max()) for (_, a), (_, b) in zip(before, after, strict=True))
-
-
-def _largest(answers: Sequence[Answer]) -> float:
-    return max(float(logits.abs().max()) for _, logits in answers)
-
-
-def _same_choices(before: Sequence[Answer], after: Sequence[Answer]) -> str:
-    pairs = [(a.argmax(-1) == b.argmax(-1)) for (_, a), (_, b) in zip(before, after, strict=True)]
-    same, every = sum(int(p.sum()) for p in pairs), sum(p.numel() for p in pairs)
-    return f"the likeliest token is the same at {same} of {every} positions"
-
-
-def same_answers(before: Sequence[Answer], after: Sequence[Answer]) -> str:
-    """How many answers agree, and how many of the others part at a near-tie.
-
-    There the first model prefers its own token to the second's by at most twice the largest difference of
-    their logits: rounding alone decides.
-    """
-    noise = 2 * _largest_difference(before, after)
-    differing = [
-        margin_where_they_part(a, b)
-        for a, b in zip(before, after, strict=True)
-        if not torch.equal(a[0], b[0])
-    ]
-    text = f"{len(before) - len(differing)} of {len(before)} greedy answers are the same"
-    near_ties = sum(margin <= noise for margin in differing)
-    return f"{text} ({near_ties} near-ties among the others)" if differing else text
-
-
-def margin_where_they_part(before: Answer, after: Answer) -> float:
-    """By how much the first model prefers its token to the second's, in logits, at the first other token."""
-    (ids, logits), (other_ids, _) = before, after
-    length = min(ids.shape[1], other_ids.shape[1])
-    parts = (ids[0, :length] != other_ids[0, :length]).nonzero()
-    if not len(parts):
-        return float("inf")  # one ended where the other went on
-    position = int(parts[0])
-    chosen, other = logits[0, position - 1, [int(ids[0, position]), int(other_ids[0, position])]]
-    return float(chosen - other)
-
-
-def _differing_tensors(
-    model: DehvfForConditionalGeneration, exported: DehvfForConditionalGeneration, dtype: torch.dtype
-) -> list[str]:
-    """Names of the tensors that are not the model's own rounded to the dtype."""
-    wanted, found = model.state_dict(), exported.state_dict()
-    wrong = wanted.keys() ^ found.keys()
-    for name in wanted.keys() & found.keys():
-        tensor = wanted[name]
-        rounded = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        if not torch.equal(rounded, found[name]):
-            wrong.add(name)
-    return sorted(wrong)
+def _equal(trained: Tensor, exported: Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(trained.to(dtype) if trained.is_floating_point() else trained, exported)

@@ -98,7 +98,7 @@ def test_merged_in_bf16_says_what_the_run_says(runs: Runs, stage: str, tmp_path:
     from transformers import AutoModelForImageTextToText
 
     from dehvf_ds.evaluation.dataset import TASKS, open_questions
-    from dehvf_ds.export.cli import main as merge
+    from dehvf_ds.export.__main__ import main as merge
 
     run_dir, run = runs.finished(stage), look_at(runs, stage)
     merged_dir = tmp_path / "merged"
