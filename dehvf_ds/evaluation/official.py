@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from dehvf_ds.config import EvalConfig, UserError
-from dehvf_ds.data.building.left_out import BadRows
-from dehvf_ds.data.building.plan import BuildSettings, describe_file
-from dehvf_ds.data.building.sources import SourceRow, read_coco, read_karpathy, read_scienceqa
-from dehvf_ds.data.building.write import build_shards
+from dehvf_ds.data.building.sources import (
+    BadRows,
+    SourceRow,
+    describe_file,
+    read_coco,
+    read_karpathy,
+    read_scienceqa,
+)
+from dehvf_ds.data.building.writer import BuildSettings, build_shards
 from dehvf_ds.evals.coco_files import is_karpathy
 from dehvf_ds.evaluation.place import shards_directory
 
@@ -47,9 +51,8 @@ def build_official(config: EvalConfig) -> Path:
         settings=BuildSettings(),
         facts=facts,
         num_workers=1,
-        progress=_Silent(),
-        note=_note,
         bad=bad,
+        progress=False,
     )
     return shards
 
@@ -58,7 +61,7 @@ def _read(config: EvalConfig, bad: BadRows) -> tuple[list[SourceRow], dict[str, 
     data = Path(config.data)
     if data.is_dir():
         files = {name: describe_file(data / f"{name}.json") for name in ("problems", "pid_splits")}
-        rows = read_scienceqa(data, _split(config), allow_missing_images=True, note=_note, bad=bad)
+        rows = read_scienceqa(data, _split(config), allow_missing_images=True, bad=bad)
         named = [row for row in rows if row.image is not None or row.record.get("image_missing")]
         if named and all(row.image is None for row in named):
             raise UserError(
@@ -77,13 +80,13 @@ def _read(config: EvalConfig, bad: BadRows) -> tuple[list[SourceRow], dict[str, 
     images = data.parent if config.images is None else Path(config.images)
     if is_karpathy(data):
         facts = {"source": "karpathy", "split": config.split, "dataset": describe_file(data)}
-        return _scored(read_karpathy(data, images, _split(config), note=_note, bad=unscored), unscored), facts
+        return _scored(read_karpathy(data, images, _split(config), bad=unscored), unscored), facts
     facts = {"source": "coco", "annotations": describe_file(data)}
-    return _scored(read_coco(data, images, note=_note, bad=unscored), unscored), facts
+    return _scored(read_coco(data, images, bad=unscored), unscored), facts
 
 
 def _scored(rows: list[SourceRow], unscored: BadRows) -> list[SourceRow]:
-    unscored.tell(_note, len(rows) + sum(unscored.counts.values()))
+    unscored.tell(len(rows) + sum(unscored.counts.values()))
     return rows
 
 
@@ -91,15 +94,3 @@ def _split(config: EvalConfig) -> str:
     if config.split is None:
         raise UserError(f"{config.data} holds several splits; name one with --split")
     return config.split
-
-
-def _note(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr, flush=True)
-
-
-class _Silent:
-    """Progress that nobody is told of."""
-
-    def start(self, total: int) -> None: ...
-
-    def advance(self, count: int) -> None: ...

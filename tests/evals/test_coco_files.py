@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.building.left_out import BadRows
-from dehvf_ds.data.building.plan import BuildSettings, plan_shards
-from dehvf_ds.data.building.sources import SourceRow, read_coco, read_karpathy
-from dehvf_ds.data.building.tables import read_csv
+from dehvf_ds.data.building.sources import BadRows, SourceRow, read_coco, read_csv, read_karpathy
+from dehvf_ds.data.building.writer import BuildSettings, plan_shards
 from dehvf_ds.evals.coco_files import load_references, match_references
 
 OFFICIAL = {
@@ -50,7 +48,11 @@ def planned(rows: list[SourceRow]) -> dict[str, dict]:
         assert row.image is not None
         row.image.parent.mkdir(parents=True, exist_ok=True)
         row.image.write_bytes(b"x")
-    return {row.key: json.loads(row.record) for shard in plan_shards(rows, BuildSettings()) for row in shard}
+    return {
+        row.key: json.loads(row.record)
+        for shard in plan_shards(rows, BuildSettings(), BadRows(skip=False))
+        for row in shard
+    }
 
 
 def names_of(records: dict[str, dict]) -> dict[str, str]:
@@ -64,7 +66,7 @@ def test_official_file(tmp_path) -> None:
         "COCO_val2014_000000000042.jpg": ["Ein Vögelchen."],
         "COCO_val2014_000000000007.jpg": ["A dog. ", "A brown dog."],
     }
-    records = planned(read_coco(path, tmp_path, note=print))
+    records = planned(read_coco(path, tmp_path, bad=BadRows(skip=False)))
     assert list(match_references(references, names_of(records))) == list(records)
     # Another tool's shards have keys alone.
     stem = "COCO_val2014_000000000007"
@@ -78,7 +80,7 @@ def test_karpathys_splits(tmp_path) -> None:
         "COCO_val2014_000000000002.jpg": ["2."],
     }
     both = load_references(path, "val+restval")
-    records = planned(read_karpathy(path, tmp_path, "val+restval", note=print))
+    records = planned(read_karpathy(path, tmp_path, "val+restval", bad=BadRows(skip=False)))
     assert list(match_references(both, names_of(records))) == list(records)
 
 
@@ -126,9 +128,11 @@ def test_every_row_finds_its_own_references_whatever_its_pictures_name(tmp_path,
     (tmp_path / "karpathy.json").write_text(json.dumps(karpathy))
     path, images = write(tmp_path, official), tmp_path / "images"
     built = {
-        "coco": planned(read_coco(path, images, note=print)),
-        "karpathy": planned(read_karpathy(tmp_path / "karpathy.json", images, "test", note=print)),
-        "csv": planned(read_csv(tmp_path / "table.csv", images, note=print)),
+        "coco": planned(read_coco(path, images, bad=BadRows(skip=False))),
+        "karpathy": planned(
+            read_karpathy(tmp_path / "karpathy.json", images, "test", bad=BadRows(skip=False))
+        ),
+        "csv": planned(read_csv(tmp_path / "table.csv", images, bad=BadRows(skip=False))),
     }
     read = [load_references(path), load_references(tmp_path / "karpathy.json", "test+val")]
     for records in built.values():
@@ -202,7 +206,7 @@ def test_pictures_without_a_caption_are_left_out_as_the_builder_does(tmp_path) -
     content["annotations"][1]["caption"] = " "
     content["annotations"].append({"id": 99, "image_id": 7, "caption": "nan"})
     path, bad = write(tmp_path, content), BadRows(skip=True)
-    rows = planned(read_coco(path, tmp_path, note=print, bad=bad))
+    rows = planned(read_coco(path, tmp_path, bad=bad))
     assert list(load_references(path)) == ["COCO_val2014_000000000007.jpg"]
     assert list(rows) == ["COCO_val2014_000000000007"]
     references = load_references(path)["COCO_val2014_000000000007.jpg"]

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.building.sources import read_scienceqa
+from dehvf_ds.data.building.sources import BadRows, read_scienceqa
 from dehvf_ds.data.prompts import scienceqa_target
 from dehvf_ds.evals.scienceqa import (
     COLUMNS,
@@ -413,7 +413,7 @@ def raw_choice(predictor: str, place: int, text: str, raw: dict) -> int | None:
 
 
 def real_problems(split: str) -> list[Problem]:
-    rows = read_scienceqa(SCIENCEQA, split, allow_missing_images=True, note=lambda _: None)
+    rows = read_scienceqa(SCIENCEQA, split, allow_missing_images=True, bad=BadRows(skip=False))
     return [problem_of(row.record, row.name, bool(row.record["image"])) for row in rows]
 
 
