@@ -242,7 +242,7 @@ def run_tasks(
     with bar, contextlib.ExitStack() as stack:
         run = map
         if min(num_workers, len(tasks)) > 1:
-            run = stack.enter_context(_worker_pool(num_workers, function.__module__)).map
+            run = stack.enter_context(_worker_pool(num_workers)).map
         results = []
         for result in run(function, tasks):
             results.append(result)
@@ -449,10 +449,10 @@ def _sha256_now(task: _ShardTask) -> str | None:
 
 
 @contextlib.contextmanager
-def _worker_pool(num_workers: int, module: str) -> Iterator[ProcessPoolExecutor]:
+def _worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
     # Workers come from a small server process: this one may hold threads, which a fork does not survive.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", module])
+    context.set_forkserver_preload(["__main__", __name__])
     others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(num_workers, context, initializer=_end_with_parent)
     # The server and, from it, its workers inherit the block: they never see Ctrl-C, and this process does.

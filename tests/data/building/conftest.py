@@ -19,6 +19,8 @@ def run(capsys) -> Callable[..., tuple[int, str, str]]:
     """Calls the tool in this process: exit code, stdout and stderr."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
+        if "--num-workers" not in arguments:
+            arguments = (*arguments, "--num-workers", 1)
         try:
             code, error = main([str(argument) for argument in arguments]), ""
         except UserError as raised:
@@ -57,7 +59,7 @@ def table(tmp_path, images) -> list[object]:
     """A build of the four good pictures, by three in a shard; it lacks --output alone."""
     path = tmp_path / "t.csv"
     path.write_text("image,caption\n" + "".join(f"{name}.jpg,Text {name}.\n" for name in "abcd"))
-    return ["csv", "--captions", path, "--images", images, "--samples-per-shard", 3, "--num-workers", 1]
+    return ["csv", "--captions", path, "--images", images, "--samples-per-shard", 3]
 
 
 @pytest.fixture

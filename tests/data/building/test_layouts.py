@@ -124,7 +124,7 @@ LAYOUTS = [coco, karpathy, csv, llava, scienceqa]
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_skip_bad_leaves_out_every_kind_and_counts_it(run, tmp_path, images, layout):
     arguments, reasons = layout(tmp_path, images)
-    arguments += ["--output", tmp_path / "out", "--skip-bad", "--num-workers", 1]
+    arguments += ["--output", tmp_path / "out", "--skip-bad"]
     code, _, err = run(*arguments)
     assert code == 0, err
     index = ShardIndex(tmp_path / "out")
@@ -137,7 +137,7 @@ def test_skip_bad_leaves_out_every_kind_and_counts_it(run, tmp_path, images, lay
     assert f"note: left out {left_out} of {left_out + 2}: " in err
     assert all(f"{count} {reason}" in err for reason, count in reasons.items())
     assert ("turn of the assistant before a question dropped" in err) == (layout is llava)
-    assert run("verify", tmp_path / "out", "--num-workers", 1)[0] == 0
+    assert run("verify", tmp_path / "out")[0] == 0
     # Training reads the picture of the source, and the record that evaluation reads.
     pictures = ["images/train/a/image.png", None] if layout is scienceqa else ["images/a.jpg", "images/b.jpg"]
     for row, path in enumerate(pictures):
@@ -158,7 +158,7 @@ def test_skip_bad_leaves_out_every_kind_and_counts_it(run, tmp_path, images, lay
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_without_it_the_first_is_one_line(run, tmp_path, images, layout):
     arguments, _ = layout(tmp_path, images)
-    code, _, err = run(*arguments, "--output", tmp_path / "out", "--num-workers", 1)
+    code, _, err = run(*arguments, "--output", tmp_path / "out")
     errors = [line for line in err.splitlines() if not line.startswith("note: ")]
     assert (code, len(errors)) == (2, 1)
     assert errors[0].startswith(f"error: {tmp_path}")
