@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.building.cli import main as build_shards
+from dehvf_ds.data.building.__main__ import main as build_shards
 from dehvf_ds.data.index import ShardIndex
 
 

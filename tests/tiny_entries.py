@@ -15,7 +15,7 @@ from tiny_models import byte_tokenizer, vision_config
 from training.launch import REPOSITORY, USER_ENVIRONMENT
 from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil, GPT2Config, LlamaConfig
 
-from dehvf_ds.data.building.cli import main as build_shards
+from dehvf_ds.data.building.__main__ import main as build_shards
 from dehvf_ds.demo.make_scenes import main as make_scenes
 
 

@@ -1,4 +1,4 @@
-"""Builds, indexes and verifies shards; the flags and formats are in ``dehvf_ds/data/building/cli.py``.
+"""Builds, indexes and verifies shards; the flags are told in ``dehvf_ds/data/building/__main__.py``.
 
     python tools/build_shards.py coco --annotations captions_train2017.json --images train2017 --output DIR
 
@@ -12,7 +12,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dehvf_ds.data.building.cli import main
+from dehvf_ds.data.building.__main__ import main
 from dehvf_ds.distributed import run_entry
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dehvf_ds.doctor import run
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """Tiny backbones, a shard of scenes and a recipe that names them."""
-    from dehvf_ds.data.building.cli import main as build_shards
+    from dehvf_ds.data.building.__main__ import main as build_shards
     from dehvf_ds.demo.make_scenes import main as make_scenes
 
     root = tmp_path_factory.mktemp("doctor")

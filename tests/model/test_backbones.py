@@ -23,7 +23,7 @@ from transformers import (
     SiglipTextConfig,
 )
 
-from dehvf_ds.export.cli import main as merge
+from dehvf_ds.export.__main__ import main as merge
 from dehvf_ds.model import ModelError
 from dehvf_ds.model.adapter import find_trained
 from dehvf_ds.model.backbones import (

@@ -1,27 +1,49 @@
-"""Published layouts of data sets, read into rows: COCO, Karpathy's splits, ScienceQA, LLaVA.
+"""Published annotation files, read into rows: COCO, Karpathy's splits, tables, ScienceQA, LLaVA.
 
-Tables are read in ``tables.py``. Only annotations are read here; ``plan.py`` looks at the pictures. What is
-wrong with a file is a ``UserError`` that names the file; what is wrong with a row goes to ``BadRows``.
+Only annotations are read here; the writer looks at the pictures. A mistake in a file as a whole is a
+``UserError`` that names the file; a mistake in one row goes to ``BadRows``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import hashlib
+import io
 import os
+import re
 import shlex
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.building.left_out import BadRows, Note
 from dehvf_ds.data.chat import TURN_FORM
-from dehvf_ds.data.damage import BAD_NAME, KEY_TWICE, NO_CAPTION, DamagedSample
+from dehvf_ds.data.damage import BAD_NAME, BAD_RECORD, KEY_TWICE, NO_CAPTION, DamagedSample, counted, one_line
 from dehvf_ds.data.records import check_record, pictures_named
 from dehvf_ds.data.text import decode_text, is_text, parse_json
+
+MAX_NAMED = 20
+"""Most rows that are named as left out."""
+
+PICTURE_COLUMNS = (
+    *("image", "image_name", "image_path", "image_file", "filepath", "file_path", "filename", "file_name"),
+    *("file", "path", "img", "img_path", "picture", "photo"),
+)
+"""Names that a table's column of pictures may have, in any case; the first that is there is taken."""
+
+CAPTION_COLUMNS = (
+    *("caption", "captions", "comment", "title", "text", "description", "sentence", "raw", "alt_text"),
+)
+"""Names that a table's column of captions may have."""
+
+# A field that pandas quoted in a table of bars: it holds a quote, doubled.
+_QUOTED = re.compile(r'\s*"((?:[^"]|"")*""(?:[^"]|"")*)"\s*')
+# Excel's line that names the separator.
+_SEPARATOR = re.compile(r"\s*\"?sep=.\"?\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -33,71 +55,109 @@ class SourceRow:
     record: dict[str, Any]
 
 
-def read_coco(annotations: Path, images: Path, *, note: Note, bad: BadRows | None = None) -> list[SourceRow]:
-    """Reads COCO's official annotations: pictures in the file's order, their captions in the file's order.
+def note(line: str) -> None:
+    """Prints a line that the user should read."""
+    print(f"note: {line}", file=sys.stderr, flush=True)
 
-    Args:
-        annotations: ``captions_*.json``.
-        images: directory of the pictures.
-        note: told of empty captions beside others, which are left out.
-        bad: takes rows that cannot be used; by default the first is an error.
 
-    Raises:
-        UserError: the file is not of this kind, an annotation names an unknown picture, an id stands twice.
+class BadRows:
+    """Rows that cannot be used: the first ends the build, or all are left out and counted by reason.
+
+    Attributes:
+        skip: whether such rows are left out.
+        counts: rows that were left out, by reason.
+        notes: what was put right in rows that stay, with how often.
     """
-    content = _read_object(annotations, ("images", "annotations"), "COCO captions")
-    bad = bad or BadRows(skip=False)
-    pictures: dict[Any, str] = {}
-    captions: dict[Any, list[Any]] = {}
+
+    def __init__(self, *, skip: bool, remedy: str = "repair it, or leave such rows out with --skip-bad"):
+        """Begins without any; ``remedy`` ends the error's line."""
+        self.skip = skip
+        self.counts: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
+        self._remedy = remedy
+        self._first: list[tuple[str, str]] = []
+
+    def add(self, name: str, line: str, reason: str) -> None:
+        """Leaves a row out, or raises a ``UserError`` where that was not asked for.
+
+        Args:
+            name: the row, without this machine's paths; the manifest keeps it.
+            line: what is wrong, with file and row.
+            reason: a word to count it by.
+        """
+        if not self.skip:
+            raise UserError(f"{line}; {self._remedy}")
+        self.counts[reason] += 1
+        if len(self._first) < MAX_NAMED:
+            self._first.append((name, line))
+
+    @contextlib.contextmanager
+    def row(self, name: str, where: str) -> Iterator[None]:
+        """Leaves the row out that is read inside, for any mistake in its annotation."""
+        try:
+            yield
+        except DamagedSample as error:
+            self.add(name, f"{where}: {error}", error.reason)
+        except (UserError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            line = f"{where}: cannot be read: {type(error).__name__} {one_line(error)}"
+            self.add(name, line, BAD_RECORD)
+
+    def tell(self, num_rows: int) -> None:
+        """Says what was left out of ``num_rows`` rows, and what was put right in the others."""
+        for _, line in self._first:
+            note(f"left out {line}")
+        if total := sum(self.counts.values()):
+            note(f"left out {total} of {num_rows}: {counted(self.counts).partition(': ')[2]}")
+        for what, count in sorted(self.notes.items()):
+            note(f"{count} times: {what}")
+
+    def fields(self) -> dict[str, Any]:
+        """What a manifest says of the rows that are not in the shards."""
+        return {
+            "left_out": sum(self.counts.values()),
+            "left_out_reasons": dict(sorted(self.counts.items())),
+            "left_out_first": [name for name, _ in self._first],
+        }
+
+
+def read_coco(annotations: Path, images: Path, *, bad: BadRows) -> list[SourceRow]:
+    """Reads COCO's official ``captions_*.json``: pictures and their captions in the file's order."""
+    content = _read_object(annotations, "COCO captions", "images", "annotations")
+    pictures: dict[Any, tuple[str, list[Any]]] = {}
     seen = set()
-    with _entries_of(annotations):
-        for number, image in enumerate(content["images"]):
-            with bad.row(f"images[{number}]", f"{annotations}: images[{number}]"):
-                if image["id"] in pictures:
-                    raise DamagedSample(f"image id {image['id']} is given to two pictures", KEY_TWICE)
-                pictures[image["id"]], captions[image["id"]] = image["file_name"], []
-        for number, annotation in enumerate(content["annotations"]):
-            with bad.row(f"annotations[{number}]", f"{annotations}: annotations[{number}]"):
-                if annotation["image_id"] not in captions:
-                    raise DamagedSample(f"annotation {annotation.get('id')} names an unknown image_id")
-                same = tuple(annotation.get(name) for name in ("id", "image_id", "caption"))
-                if same[0] is not None and same in seen:
-                    raise DamagedSample(f"annotation {same[0]} stands twice", KEY_TWICE)
-                seen.add(same)
-                captions[annotation["image_id"]].append(annotation.get("caption"))
-    rows = CaptionRows(images, bad)
-    for image_id, name in pictures.items():
+    for number, image in enumerate(content["images"]):
+        with bad.row(f"images[{number}]", f"{annotations}: images[{number}]"):
+            if image["id"] in pictures:
+                raise DamagedSample(f"image id {image['id']} is given to two pictures", KEY_TWICE)
+            pictures[image["id"]] = image["file_name"], []
+    for number, annotation in enumerate(content["annotations"]):
+        with bad.row(f"annotations[{number}]", f"{annotations}: annotations[{number}]"):
+            if annotation["image_id"] not in pictures:
+                raise DamagedSample(f"annotation {annotation.get('id')} names an unknown image_id")
+            same = tuple(annotation.get(name) for name in ("id", "image_id", "caption"))
+            if same[0] is not None and same in seen:
+                raise DamagedSample(f"annotation {same[0]} stands twice", KEY_TWICE)
+            seen.add(same)
+            pictures[annotation["image_id"]][1].append(annotation.get("caption"))
+    rows = _CaptionRows(images, bad)
+    for image_id, (name, captions) in pictures.items():
         with bad.row(f"image {image_id}", f"{annotations}: image id {image_id}"):
-            rows.add(image_id, name, captions[image_id], name)
-    return rows.finish(note)
+            rows.add(image_id, name, captions, name)
+    return rows.rows
 
 
-def read_karpathy(
-    dataset: Path, images: Path, split: str, *, note: Note, bad: BadRows | None = None
-) -> list[SourceRow]:
-    """Reads a Karpathy split; pictures lie at IMAGES/filepath/filename or IMAGES/filename.
+def read_karpathy(dataset: Path, images: Path, split: str, *, bad: BadRows) -> list[SourceRow]:
+    """Reads a split of Karpathy's ``dataset_*.json``, or several as ``train+restval``.
 
-    Args:
-        dataset: ``dataset_*.json``.
-        images: directory of the pictures.
-        split: a split's name, or several as ``train+restval``.
-        note: as for ``read_coco``.
-        bad: as for ``read_coco``.
-
-    Raises:
-        UserError: the file is not of this kind, or has no such split.
+    Pictures lie at IMAGES/filepath/filename or IMAGES/filename.
     """
-    content = _read_object(dataset, ("images",), "Karpathy's split")
-    bad = bad or BadRows(skip=False)
-    with _entries_of(dataset):
-        entries = list(content["images"])
+    entries = _read_object(dataset, "Karpathy's split", "images")["images"]
     names = (entry.get("split") for entry in entries if isinstance(entry, dict))
     counts = Counter(name for name in names if isinstance(name, str))
     wanted = split.split("+")
     if unknown := [name for name in wanted if name not in counts]:
-        found = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
-        raise UserError(f"--split {split}: {dataset} has no split {unknown[0]!r}; it has {found}")
-    rows = CaptionRows(images, bad)
+        raise UserError(f"--split {split}: {dataset} has no split {unknown[0]!r}; it has {_listed(counts)}")
+    rows = _CaptionRows(images, bad)
     for number, entry in enumerate(entries):
         with bad.row(f"images[{number}]", f"{dataset}: images[{number}]"):
             if entry["split"] not in wanted:
@@ -108,19 +168,41 @@ def read_karpathy(
             # With the folder: two of them may have pictures of one name.
             file_name = str(PurePosixPath(folder, name))
             rows.add(image_id, file_name, [sentence["raw"] for sentence in entry["sentences"]], *parts)
-    return rows.finish(note)
+    return rows.rows
+
+
+def read_csv(captions: Path, images: Path, *, bad: BadRows) -> list[SourceRow]:
+    """Reads a table with a header that names a column of pictures and one of captions; others are ignored.
+
+    The header shows whether commas, tabs, semicolons or bars separate. Rows of one picture are joined; blank
+    lines and Excel's ``sep=;`` are skipped.
+    """
+    texts: dict[str, list[str]] = {}
+    lines_of: dict[str, int] = {}
+    splits: Counter[str] = Counter()
+    for line, fields, picture, caption in _table_rows(captions):
+        if fields.pop(None, None) or None in fields.values():
+            where = f"{captions}, line {line}: not as many fields as the header's {len(fields)}"
+            bad.add(f"line {line}", f"{where}; quote texts that hold the separator", BAD_RECORD)
+            continue
+        splits[fields.get("split", "").strip()] += 1
+        name = fields[picture].strip()
+        texts.setdefault(name, []).append(fields[caption].strip())
+        lines_of.setdefault(name, line)
+    if len(splits) > 1:
+        found = f"has a column split ({_listed(splits)}), which is not looked at"
+        note(f"{captions}: {found}: all rows are taken")
+    rows = _CaptionRows(images, bad)
+    for name, found in texts.items():
+        with bad.row(f"line {lines_of[name]} ({name})", f"{captions}, line {lines_of[name]}"):
+            rows.add(Path(name).stem, name, found, name)
+    return rows.rows
 
 
 def read_scienceqa(
-    root: Path,
-    split: str,
-    *,
-    captions: Path | None = None,
-    allow_missing_images: bool = False,
-    note: Note,
-    bad: BadRows | None = None,
+    root: Path, split: str, *, captions: Path | None = None, allow_missing_images: bool = False, bad: BadRows
 ) -> list[SourceRow]:
-    """Reads a ScienceQA split. A record is the problem's own fields and its ``pid``.
+    """Reads a split of ScienceQA. A record is the problem's own fields and its ``pid``.
 
     Args:
         root: holds ``problems.json``, ``pid_splits.json`` and the pictures as ``images/SPLIT/PID/NAME``,
@@ -130,227 +212,202 @@ def read_scienceqa(
             have a picture.
         allow_missing_images: a problem whose picture is not there becomes text only, with
             ``image_missing``: true.
-        note: told how many pictures and captions are missing.
-        bad: takes problems that could not be trained on or scored; by default the first is an error.
-
-    Raises:
-        UserError: the files are not of this kind, or there is no such split.
+        bad: takes problems that could not be trained on or scored.
     """
-    problems_file, splits_file = root / "problems.json", root / "pid_splits.json"
-    problems = _read_object(problems_file, (), "ScienceQA")
-    splits = _read_object(splits_file, (), "ScienceQA")
-    bad = bad or BadRows(skip=False)
-    if split not in splits:
-        raise UserError(f"--split {split}: not in {splits_file}; it has {', '.join(splits)}")
-    texts = None if captions is None else _read_image_captions(captions)
-    if not isinstance(splits[split], list):
-        raise UserError(f"{splits_file}: {split} is {type(splits[split]).__name__}, not a list of problems")
-    rows, missing, bare, pictures = [], 0, 0, 0
-    seen: set[str] = set()
-    for given in splits[split]:
+    file = root / "problems.json"
+    problems = _read_object(file, "ScienceQA")
+    pids = _read_object(root / "pid_splits.json", f"splits of ScienceQA with --split {split}", split)[split]
+    texts = None if captions is None else _read_object(captions, "captions of ScienceQA").get("captions")
+    if captions and not (isinstance(texts, dict) and all(isinstance(text, str) for text in texts.values())):
+        raise UserError(f"{captions}: not captions of ScienceQA: needs {{'captions': {{pid: text}}}}")
+    rows: dict[str, SourceRow | None] = {}
+    counts: Counter[str] = Counter()
+    for given in pids:
         pid = str(given) if type(given) is int else given
-        with bad.row(f"problem {pid}", f"{problems_file}: problem {pid}"):
+        with bad.row(f"problem {pid}", f"{file}: problem {pid}"):
             if pid not in problems:
                 raise DamagedSample("it is not there, but pid_splits.json names it")
-            if pid in seen:
+            if pid in rows:
                 raise DamagedSample("pid_splits.json names it twice", KEY_TWICE)
-            seen.add(pid)
-            record = {**problems[pid], "pid": pid}
-            image = None
+            rows[pid] = None
+            record, image = {**problems[pid], "pid": pid}, None
             if names := pictures_named(record):
-                pictures += 1
+                counts["pictures"] += 1
                 image = inside(root / "images", record["split"], pid, names[0])
                 if allow_missing_images and not image.is_file():
-                    image, missing = None, missing + 1
-                    record["image_missing"] = True
+                    image, record["image_missing"] = None, True
+                    counts["missing"] += 1
                 if texts is not None and pid in texts:
                     record["image_caption"] = texts[pid]
-                elif texts is not None:
-                    bare += 1
+                else:
+                    counts["bare"] += 1
             checked = check_record(record, has_picture=image is not None)
             bad.notes.update(checked.notes)
-            rows.append(SourceRow(f"{int(pid):06d}" if pid.isdecimal() else pid, image, checked.record))
-    if missing:
-        note(f"{missing} of {pictures} pictures are missing; their problems are text only")
-    if bare:
-        note(f"{bare} of {pictures} pictures have no caption in {captions}")
-    return rows
+            rows[pid] = SourceRow(f"{int(pid):06d}" if pid.isdecimal() else pid, image, checked.record)
+    if counts["missing"]:
+        note(
+            f"{counts['missing']} of {counts['pictures']} pictures are missing; their problems are text only"
+        )
+    if texts is not None and counts["bare"]:
+        note(f"{counts['bare']} of {counts['pictures']} pictures have no caption in {captions}")
+    return [row for row in rows.values() if row is not None]
 
 
-def read_llava(annotations: Path, images: Path, *, bad: BadRows | None = None) -> list[SourceRow]:
-    """Reads conversations as LLaVA and ShareGPT publish them, in the file's order; records stay as they are.
+def read_llava(annotations: Path, images: Path, *, bad: BadRows) -> list[SourceRow]:
+    """Reads conversations as LLaVA and ShareGPT publish them, in the file's order.
 
     Args:
         annotations: a ``.json`` list, or a ``.jsonl`` with one on each line, of
             ``{"id": .., "image": NAME or absent, "conversations": [{"from": .., "value": ..}, ..]}``.
         images: directory of the pictures.
-        bad: takes rows that cannot be used; by default the first is an error.
-
-    Raises:
-        UserError: the file is not of this kind.
+        bad: takes rows that cannot be used.
     """
-    bad = bad or BadRows(skip=False)
-    rows = []
-    for number, (place, parse) in enumerate(_read_list(annotations), start=1):
+    in_lines = annotations.suffix.lower() in (".jsonl", ".ndjson")
+    entries: Any = read_text(annotations).split("\n") if in_lines else _read_json(annotations)
+    if not isinstance(entries, list):
+        raise UserError(f"{annotations}: needs a list of rows; a file of one row a line is .jsonl")
+    rows, count = [], 0
+    for number, entry in enumerate(entries, start=1):
+        if in_lines and not entry.strip():
+            continue
+        place, count = f"{'line' if in_lines else 'row'} {number}", count + 1
         with bad.row(place, f"{annotations}, {place}"):
-            record = parse()
-            if not isinstance(record, dict):
-                raise DamagedSample("is no object")
+            record = parse_json(entry) if in_lines else entry
             given = record.get("id")
-            with _named(f"id {given!r}"):
-                if "conversations" not in record:
-                    held = ", ".join(map(str, list(record)[:8]))
-                    raise DamagedSample(
-                        f"has no conversations, a list of {TURN_FORM} (its fields are {held})",
-                        NO_CAPTION,
-                    )
-                names = pictures_named(record)
-                path = inside(images, names[0]) if names else None
-                checked = check_record(record, has_picture=path is not None)
+            if "conversations" not in record:
+                held = f"(its fields are {', '.join(list(record)[:8])})"
+                raise DamagedSample(f"has no conversations, a list of {TURN_FORM} {held}", NO_CAPTION)
+            names = pictures_named(record)
+            path = inside(images, names[0]) if names else None
+            checked = check_record(record, has_picture=path is not None, where=f"id {given!r}")
             bad.notes.update(checked.notes)
-            rows.append(SourceRow(f"{number:09d}" if given is None else str(given), path, checked.record))
+            rows.append(SourceRow(f"{count:09d}" if given is None else str(given), path, checked.record))
     return rows
 
 
-class CaptionRows:
-    """Gathers pictures and their captions from any annotation file."""
-
-    def __init__(self, images: Path, bad: BadRows):
-        """Begins without a row."""
-        self._images = images
-        self._bad = bad
-        self._rows: list[SourceRow] = []
-        self._notes: Counter[str] = Counter()
-        self._seen: set[Path] = set()
-
-    def add(self, image_id: Any, file_name: str, captions: Sequence[Any], *parts: str) -> None:
-        """Adds a picture at IMAGES/PARTS; its captions lose the space around them.
-
-        Raises:
-            DamagedSample: it has no caption, or one that is no text, or was added before.
-        """
-        path = inside(self._images, *parts)
-        with _named(file_name):
-            if path in self._seen:
-                # It would be learnt twice as often, and scored twice.
-                raise DamagedSample("the picture stands twice; put its captions together", KEY_TWICE)
-            self._seen.add(path)
-            if not captions:
-                raise DamagedSample("has no caption", NO_CAPTION)
-            record = {"image_id": image_id, "file_name": file_name, "captions": list(captions)}
-            checked = check_record(record, has_picture=True)
-        record["captions"] = [caption.strip() for caption in checked.record["captions"]]
-        self._notes.update(checked.notes)
-        self._rows.append(SourceRow(Path(file_name).stem, path, record))
-
-    def finish(self, note: Note) -> list[SourceRow]:
-        """All rows; ``note`` is told what was put right in them."""
-        for what, count in sorted(self._notes.items()):
-            note(f"{count} times: {what}")
-        return self._rows
-
-
 def inside(directory: Path, *parts: str) -> Path:
-    """A path below ``directory``; what an annotation names must not lead anywhere else.
-
-    Raises:
-        DamagedSample: a part is no text, empty at the end, or leads out of it.
-    """
+    """A path below ``directory``; a ``DamagedSample`` where an annotation's names lead anywhere else."""
     for part in parts:
         if not isinstance(part, str):
             raise DamagedSample(f"the picture's name {part!r} is not a text", BAD_NAME)
-        plain = PurePosixPath(part)
-        if plain.is_absolute() and "\0" not in part:
+        leaves = "\0" in part or ".." in PurePosixPath(part).parts
+        if part.startswith("/") and "\0" not in part:
             # As it is named, or by where its folders and links lead.
-            for way in (os.path.abspath, os.path.realpath):
-                if Path(way(part)).is_relative_to(way(directory)):
-                    plain = Path(way(part)).relative_to(way(directory))
-                    break
-        if plain.is_absolute() or ".." in plain.parts or "\0" in part:
+            ways = (os.path.abspath, os.path.realpath)
+            leaves = not any(Path(way(part)).is_relative_to(way(directory)) for way in ways)
+        if leaves:
             raise DamagedSample(f"the picture's path {part!r} leaves the directory of the pictures", BAD_NAME)
     if not is_text(parts[-1]):
         raise DamagedSample("a picture's name is empty", BAD_NAME)
     return directory.joinpath(*parts)
 
 
-def _read_image_captions(path: Path) -> dict[str, str]:
-    captions = _read_object(path, ("captions",), "captions of ScienceQA")["captions"]
-    if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
-        raise UserError(f"{path}: not captions of ScienceQA: needs {{'captions': {{pid: text}}}}")
-    return captions
-
-
-def _read_list(path: Path) -> list[tuple[str, Callable[[], Any]]]:
-    """Where each row stands, and what parses it; of a .jsonl the lines that are not blank."""
-    text = read_text(path)
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        lines = enumerate(text.split("\n"), start=1)
-        return [(f"line {number}", partial(_parse_line, line)) for number, line in lines if line.strip()]
-    content = _parse_json(text, path)
-    if not isinstance(content, list):
-        raise UserError(
-            f"{path}: not conversations: needs a list of rows; a file of one row a line is .jsonl"
-        )
-    return [(f"row {number}", partial(_itself, row)) for number, row in enumerate(content, start=1)]
-
-
-def _itself(row: Any) -> Any:
-    return row
-
-
-def _parse_line(line: str) -> Any:
-    try:
-        return parse_json(line)
-    except (ValueError, RecursionError) as error:
-        raise DamagedSample(f"not JSON: {error}") from None
-
-
-def _read_object(path: Path, fields: Sequence[str], kind: str) -> dict[str, Any]:
-    content = _parse_json(read_text(path), path)
-    if not isinstance(content, dict) or any(field not in content for field in fields):
-        raise UserError(f"{path}: not {kind}: needs an object with {' and '.join(fields) or 'problems'}")
-    return content
+def describe_file(path: Path) -> dict[str, str]:
+    """A file's name and hash: what a manifest says of it, the same on every machine."""
+    with path.open("rb") as file:
+        return {"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def read_text(path: Path) -> str:
-    """An annotation file's text.
-
-    Raises:
-        UserError: there is no such file, or it is not UTF-8.
-    """
-    _require_file(path)
+    """An annotation file's text; a ``UserError`` where it is not there or not in UTF-8."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     try:
         return decode_text(path.read_bytes(), command=shlex.quote(str(path)))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _parse_json(text: str, where: Path | str) -> Any:
+class _CaptionRows:
+    """Gathers pictures and their captions from any annotation file."""
+
+    def __init__(self, images: Path, bad: BadRows):
+        self.rows: list[SourceRow] = []
+        self._images = images
+        self._notes = bad.notes
+        self._seen: set[Path] = set()
+
+    def add(self, image_id: Any, file_name: str, captions: Sequence[Any], *parts: str) -> None:
+        """Adds a picture at IMAGES/PARTS; its captions lose the space around them."""
+        path = inside(self._images, *parts)
+        if path in self._seen:
+            # It would be learnt twice as often, and scored twice.
+            raise DamagedSample(
+                f"{file_name}: the picture stands twice; put its captions together", KEY_TWICE
+            )
+        self._seen.add(path)
+        if not captions:
+            raise DamagedSample(f"{file_name}: has no caption", NO_CAPTION)
+        record = {"image_id": image_id, "file_name": file_name, "captions": list(captions)}
+        checked = check_record(record, has_picture=True, where=file_name)
+        record["captions"] = [caption.strip() for caption in checked.record["captions"]]
+        self._notes.update(checked.notes)
+        self.rows.append(SourceRow(Path(file_name).stem, path, record))
+
+
+def _table_rows(path: Path) -> Iterator[tuple[int, dict[Any, Any], str, str]]:
+    """Yields the number of a line, its fields by column, and which columns hold picture and caption.
+
+    As ``csv.DictReader`` has it: fields that a line lacks are None, those beyond the header a list at None.
+    """
+    # Line ends of any program; a field may hold them, too.
+    file = io.StringIO(read_text(path), newline="")
+    header, before = "", 0
+    while (not header.strip() or _SEPARATOR.fullmatch(header)) and (header := file.readline()):
+        before += 1
+    delimiter, names, picture, caption = _read_header(path, header.strip("\r\n"))
+    # Tables with bars are written with quotes (pandas) and without (Flickr30k). strict: without it a quote
+    # that is never closed swallows the rest of the file as one caption.
+    bare = delimiter == "|" and not header.lstrip().startswith('"')
+    quoting = csv.QUOTE_NONE if bare else csv.QUOTE_MINIMAL
+    reader = csv.DictReader(
+        file, names, delimiter=delimiter, quoting=quoting, strict=True, skipinitialspace=True
+    )
     try:
-        return parse_json(text)
+        for fields in reader:
+            if not "".join(fields.get(None, ())).strip():
+                # Separators at a line's end.
+                fields.pop(None, None)
+            if bare and (quoted := _QUOTED.fullmatch(fields[caption] or "")):
+                fields[caption] = quoted[1].replace('""', '"')
+            if None in fields or any(field and field.strip() for field in fields.values()):
+                yield before + reader.line_num, fields, picture, caption
+    except csv.Error as error:
+        where = f"{path}, line {before + reader.reader.line_num}"
+        raise UserError(f"{where}: not csv: {error}; look at its quotes") from None
+
+
+def _read_header(path: Path, line: str) -> tuple[str, list[str], str, str]:
+    """The separator, the columns' names, and those of picture and caption."""
+    for delimiter in (",", "\t", ";", "|"):
+        names = [re.sub("[ -]", "_", name.strip("\"' \t").lower()) for name in line.split(delimiter)]
+        own = [next((n for n in known if n in names), "") for known in (PICTURE_COLUMNS, CAPTION_COLUMNS)]
+        if all(own):
+            if twice := [name for name in own if names.count(name) > 1]:
+                raise UserError(f"{path}: its header names {twice[0]} twice; write a row for each caption")
+            return delimiter, names, own[0], own[1]
+    raise UserError(
+        f"{path}: its first line is {line[:120]!r}, not a header with a column of pictures (image, filepath, "
+        "..) and one of captions (caption, comment, title, text, ..), as image,caption"
+    )
+
+
+def _read_object(path: Path, kind: str, *lists: str) -> dict[str, Any]:
+    content = _read_json(path)
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in lists):
+        held = f"it holds {', '.join(list(content)[:8])}" if isinstance(content, dict) else "it is none"
+        needed = f"with lists {' and '.join(lists)} " if lists else ""
+        raise UserError(f"{path}: not {kind}: needs an object {needed}({held})")
+    return content
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return parse_json(read_text(path))
     except (ValueError, RecursionError) as error:
         hint = "; a file of one row a line is .jsonl" if "Extra data" in str(error) else ""
-        raise UserError(f"{where}: not JSON: {error}{hint}") from None
+        raise UserError(f"{path}: not JSON: {error}{hint}") from None
 
 
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-
-
-@contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Puts a row's name before what is wrong with it."""
-    try:
-        yield
-    except DamagedSample as error:
-        raise DamagedSample(f"{name}: {error}", error.reason) from None
-
-
-@contextlib.contextmanager
-def _entries_of(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__} {error}"
-        raise UserError(f"{path}: an entry lacks a field or has another type: {reason}") from error
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))

@@ -1,0 +1,509 @@
+"""Shards written from rows, by several processes; and a directory of shards kept by one call at a time.
+
+Which row goes into which shard, under which key, is planned before a picture is read. One shard is one task,
+and the plan alone decides its bytes. A shard has its name only when it is whole, so a second call after
+whatever ended the first keeps the finished ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing import forkserver
+from pathlib import Path
+from tarfile import BLOCKSIZE
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import PIL
+from PIL import Image
+from tqdm import tqdm
+
+from dehvf_ds import __version__
+from dehvf_ds.config import UserError
+from dehvf_ds.data.building.sources import BadRows, SourceRow, note
+from dehvf_ds.data.damage import BAD_RECORD, NO_PICTURE, UNDECODABLE, DamagedSample, one_line
+from dehvf_ds.data.images import decode_image
+from dehvf_ds.data.manifest import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    PLAIN_FILE_NAME,
+    read_manifest,
+    shard_name,
+    write_index,
+)
+from dehvf_ds.data.members import IMAGE_MEMBERS
+from dehvf_ds.data.shards import (
+    ShardRow,
+    ShardTable,
+    check_picture,
+    hash_keys,
+    publish,
+    scan_shard,
+    temporary_name,
+    write_shard,
+)
+
+PLAN_NAME = ".build.json"
+"""Arguments of a build that is not finished; the manifest takes them over."""
+
+LINE_EVERY_S = 30.0
+"""How often progress is told where there is no terminal; a shorter build says nothing."""
+
+MAX_KEY_LENGTH = 80
+STAT_THREADS = 16
+_MEMBER_OF_SUFFIX = {f".{kind}": kind for kind in IMAGE_MEMBERS} | {".jpeg": "jpg"}
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings:
+    """How rows become shards.
+
+    Attributes:
+        samples_per_shard: samples of a shard; None where ``bytes_per_shard`` says when one is full.
+        bytes_per_shard: largest sum of the source files' sizes in a shard (a single larger row is one, too).
+        shorter_side: pictures with a longer one are resized to this shorter side and stored as JPEG.
+        jpeg_quality: quality of those, 1 to 100.
+        skip_bad: leave out rows that cannot be used.
+        decode: decode every picture, to find those that are not whole.
+    """
+
+    samples_per_shard: int | None = 1000
+    bytes_per_shard: int | None = None
+    shorter_side: int | None = None
+    jpeg_quality: int = 90
+    skip_bad: bool = False
+    decode: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_shard", "bytes_per_shard", "shorter_side", "jpeg_quality"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
+class PlannedRow(NamedTuple):
+    """One sample of the plan: its key, its record as it is stored, its picture and that file's size."""
+
+    key: str
+    record: bytes
+    image: Path | None
+    image_bytes: int
+
+    def stored_bytes(self) -> int:
+        """Size in the shard when the picture is copied: a header block and whole blocks a member."""
+        sizes = [len(self.record), *([] if self.image is None else [self.image_bytes])]
+        return sum(BLOCKSIZE * (1 + -(-size // BLOCKSIZE)) for size in sizes)
+
+
+def build_shards(
+    rows: Sequence[SourceRow],
+    output: Path,
+    *,
+    name: str,
+    settings: BuildSettings,
+    facts: dict[str, Any],
+    num_workers: int,
+    bad: BadRows,
+    progress: bool = True,
+) -> tuple[dict[str, Any], bool]:
+    """Builds a shard directory, or goes on with one that the same arguments began.
+
+    A finished one is left alone where its pictures are as they were: those whose size is another, or which
+    were touched since, are read and compared.
+
+    Args:
+        rows: the samples, in the order in which they are stored.
+        output: the directory; created.
+        name: the shards' name before ``-%06d.tar``.
+        settings: how rows become shards.
+        facts: what the rows were read from, without this machine's paths; kept in the manifest.
+        num_workers: processes.
+        bad: takes rows that cannot be used, after those that were left out in reading the annotations.
+        progress: show a bar.
+
+    Returns:
+        The manifest, and whether it was there already.
+    """
+    num_rows = len(rows) + sum(bad.counts.values())
+    if not PLAIN_FILE_NAME.fullmatch(name):
+        raise UserError(f"--name {name!r}: letters, digits, _ and - only")
+    if not rows:
+        bad.tell(num_rows)
+        raise UserError("there is no sample to write; look at the arguments")
+    builder = _describe(rows, name, settings, facts)
+    output.mkdir(parents=True, exist_ok=True)
+    with alone_in(output):
+        finished = _require_same_build(output, builder)
+        images = [row.image for row in rows if row.image is not None]
+        if finished and images and not any(image.is_file() for image in images):
+            note("the pictures are no longer there; they were not compared with the shards")
+            return finished, True
+        plan = plan_shards(rows, settings, bad)
+        tasks = [
+            _ShardTask(output / shard_name(name, number), tuple(shard), settings)
+            for number, shard in enumerate(plan)
+        ]
+        if finished:
+            _check_unchanged(output, finished, tasks)
+            return finished, True
+        plan_file = output / PLAN_NAME
+        temporary_name(plan_file).write_text(json.dumps(builder, indent=2) + "\n", encoding="utf-8")
+        publish(plan_file)
+        title = "Writing shards" if progress else None
+        built = run_tasks(_build_shard, tasks, num_workers=num_workers, title=title)
+        for shard in built:
+            for key, line in shard.left_out:
+                bad.add(key, line, UNDECODABLE)
+        bad.tell(num_rows)
+        names, tables = [], []
+        for task, shard in zip(tasks, built, strict=True):
+            if len(shard.table.rows):
+                names.append(task.path.name)
+                tables.append(shard.table)
+            else:
+                task.path.unlink()
+        manifest = write_index(output, names, tables, {**builder, **bad.fields()})
+        plan_file.unlink()
+    return manifest, False
+
+
+def plan_shards(rows: Sequence[SourceRow], settings: BuildSettings, bad: BadRows) -> list[list[PlannedRow]]:
+    """Gives every row its key and its shard; looks at every picture's size and at no picture's bytes.
+
+    ``bad`` takes rows whose picture is missing, of an unknown kind or empty, or whose record cannot be
+    stored. Keys do not depend on which rows are left out.
+    """
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        sizes = list(pool.map(_picture_bytes, rows))
+    missing = sum(size is None for size in sizes)
+    shards, filled = [[]], 0
+    for row, key, size in zip(rows, _unique_keys(row.name for row in rows), sizes, strict=True):
+        try:
+            record = json.dumps(row.record, ensure_ascii=False, sort_keys=True).encode()
+        except ValueError as error:
+            bad.add(key, f"sample {key}: its record is not fit for UTF-8: {one_line(error)}", BAD_RECORD)
+            continue
+        if size is None:
+            absent = f"no such picture ({missing} of {len(rows)} are missing)"
+            bad.add(key, f"{row.image}: {absent}; look at --images or --root", NO_PICTURE)
+            continue
+        if row.image is not None and (not size or row.image.suffix.lower() not in _MEMBER_OF_SUFFIX):
+            kinds = "a picture's name ends in one of .jpg, .png, .webp, .gif, .bmp, .tif, .avif, .jp2, .."
+            problem = f"{kinds}; convert it" if size else "a picture of 0 bytes; copy it again"
+            bad.add(key, f"{row.image}: {problem}", UNDECODABLE)
+            continue
+        full = len(shards[-1]) == settings.samples_per_shard
+        if settings.bytes_per_shard is not None:
+            full = bool(shards[-1]) and filled + size + len(record) > settings.bytes_per_shard
+        if full:
+            shards.append([])
+            filled = 0
+        shards[-1].append(PlannedRow(key, record, row.image, size))
+        filled += size + len(record)
+    return shards
+
+
+def run_tasks(
+    function: Callable[[Task], Result], tasks: Sequence[Task], *, num_workers: int, title: str | None
+) -> list[Result]:
+    """Results of ``function(task)`` in the tasks' order, under a bar with this title (None: no bar).
+
+    With one worker, or one task, in this process. An error ends everything; among several it is that of the
+    earliest task, whatever the number of workers. No process outlives the call, however it ends.
+    """
+    if num_workers < 1:
+        raise UserError(f"--num-workers {num_workers}: must be at least 1")
+    every = 0.1 if sys.stderr.isatty() else LINE_EVERY_S
+    bar = tqdm(
+        total=len(tasks),
+        desc=title,
+        unit=" shards",
+        disable=title is None,
+        mininterval=every,
+        maxinterval=max(every, 10.0),
+        delay=every,
+    )
+    with bar, contextlib.ExitStack() as stack:
+        run = map
+        if min(num_workers, len(tasks)) > 1:
+            run = stack.enter_context(_worker_pool(num_workers)).map
+        results = []
+        for result in run(function, tasks):
+            results.append(result)
+            bar.update()
+    return results
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Keeps a second writer out of a directory while this one lives; removes half-written files."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{directory}: another call is writing here; wait for it") from None
+        except OSError:
+            # A file system without locks.
+            pass
+        try:
+            yield
+        finally:
+            for path in filter(_is_part, directory.iterdir()):
+                path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class _ShardTask:
+    """A shard to write: its file, its samples, and how their pictures are stored."""
+
+    path: Path
+    rows: tuple[PlannedRow, ...]
+    settings: BuildSettings
+
+    def has_sizes(self, rows: Sequence[PlannedRow], sizes: np.ndarray) -> bool:
+        """Whether samples of these sizes may be these rows; sizes of smaller pictures are not known."""
+        if self.settings.shorter_side is not None:
+            return len(rows) == len(sizes)
+        return sizes.tolist() == [row.stored_bytes() for row in rows]
+
+    def touched_since(self) -> bool:
+        """Whether a picture was written or replaced after the shard."""
+        written = self.path.stat().st_mtime
+        states = (row.image.stat() for row in self.rows if row.image is not None)
+        # ctime: a picture that was replaced by an older file keeps that one's mtime.
+        return any(max(state.st_mtime, state.st_ctime) > written for state in states)
+
+    def read(self, left_out: list[tuple[str, str]]) -> Iterator[ShardRow]:
+        """Yields the samples; where they may, those of a bad picture go to ``left_out`` (key and line)."""
+        for row in self.rows:
+            members = {"json": row.record}
+            try:
+                if row.image is not None:
+                    member, data = _read_picture(row.image, self.settings)
+                    members[member] = data
+            except DamagedSample as error:
+                if not self.settings.skip_bad:
+                    remedy = "repair it, or leave such rows out with --skip-bad"
+                    raise UserError(f"{error}; {remedy}") from None
+                left_out.append((row.key, str(error)))
+            else:
+                yield ShardRow(key=row.key, members=members)
+
+
+class _BuiltShard(NamedTuple):
+    """A shard's scan, and the rows whose picture cannot be decoded (key and line)."""
+
+    table: ShardTable
+    left_out: list[tuple[str, str]]
+
+
+def _build_shard(task: _ShardTask) -> _BuiltShard:
+    if task.path.exists():
+        try:
+            table = scan_shard(task.path)
+            keys = hash_keys(row.key for row in task.rows)
+            there = np.isin(keys, table.key_hashes)
+            kept = [row for row, is_there in zip(task.rows, there, strict=True) if is_there]
+            gone = [row for row, is_there in zip(task.rows, there, strict=True) if not is_there]
+            if (
+                np.array_equal(keys[there], table.key_hashes)
+                and (task.settings.skip_bad or not gone)
+                and task.has_sizes(kept, table.rows[:, 1])
+                and not task.touched_since()
+            ):
+                return _BuiltShard(table, [(row.key, f"{row.image}: not a readable picture") for row in gone])
+            reason = "its samples are not the planned ones, or a picture is newer than it"
+        except (UserError, OSError) as error:
+            reason = one_line(error)
+        note(f"{task.path}: built again ({reason})")
+    left_out: list[tuple[str, str]] = []
+    return _BuiltShard(write_shard(task.read(left_out), task.path), left_out)
+
+
+def _read_picture(path: Path, settings: BuildSettings) -> tuple[str, bytes]:
+    """Member name and bytes of a picture: the file's own, or of a smaller JPEG."""
+    data, member = path.read_bytes(), _MEMBER_OF_SUFFIX[path.suffix.lower()]
+    side = settings.shorter_side
+    if not data:
+        raise DamagedSample(f"{path}: a picture of 0 bytes")
+    if side is None:
+        if settings.decode:
+            check_picture(data, str(path))
+        return member, data
+    try:
+        image = decode_image(data, shorter_side=side)
+        if min(image.size) <= side:
+            return member, data
+        width, height = (max(1, round(length * side / min(image.size))) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        # A comment of the source would be written along, however long.
+        image.info = {}
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=settings.jpeg_quality)
+    except (ValueError, OSError) as error:
+        raise DamagedSample(f"{path}: {one_line(error)}") from error
+    return "jpg", file.getvalue()
+
+
+def _require_same_build(output: Path, builder: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a finished build of these arguments, or None for one that is begun or not yet.
+
+    A directory that holds anything else is refused.
+    """
+    begun = output / PLAN_NAME
+    manifest = read_manifest(output) if (output / MANIFEST_NAME).is_file() else None
+    if manifest is not None:
+        before = manifest.get("builder", {})
+        begun.unlink(missing_ok=True)
+    elif begun.is_file():
+        before = json.loads(begun.read_text(encoding="utf-8"))
+    elif all(map(_is_part, output.iterdir())):
+        return None
+    else:
+        raise UserError(f"{output}: not empty; give another --output")
+    names = [name for name in {**builder, **before} if not name.startswith("left_out")]
+    differing = [
+        f"{name} ({_shown(before.get(name))} there, {_shown(builder.get(name))} now)"
+        for name in names
+        if before.get(name) != builder.get(name)
+    ]
+    if differing:
+        what = "holds shards" if manifest else "holds a build that is not finished"
+        listed = f"{what} of other arguments: {', '.join(differing)}"
+        raise UserError(f"{output}: {listed}; give another --output, or remove it")
+    return manifest
+
+
+def _shown(value: Any) -> str:
+    return f"{value['name']} {value['sha256'][:12]}" if isinstance(value, dict) else str(value)
+
+
+def _describe(
+    rows: Sequence[SourceRow], name: str, settings: BuildSettings, facts: dict[str, Any]
+) -> dict[str, Any]:
+    described = asdict(settings)
+    if settings.shorter_side is None:
+        del described["jpeg_quality"]
+    else:
+        # Another version may resize and encode to other bytes.
+        described["pillow"] = PIL.__version__
+    if not settings.skip_bad:
+        # It then changes no byte: either every picture is whole, or there are no shards.
+        del described["decode"]
+    counts = {"rows": len(rows), "pictures": sum(row.image is not None for row in rows)}
+    return {**facts, "name": name, **described, **counts, "version": __version__}
+
+
+def _check_unchanged(output: Path, manifest: dict[str, Any], tasks: Sequence[_ShardTask]) -> None:
+    """Refuses a finished build whose pictures are others now.
+
+    A shard whose rows have their old sizes, and whose pictures were not touched since, is as it was; any
+    other is made again beside it, and compared.
+    """
+    sizes, end = np.load(output / INDEX_NAME, mmap_mode="r")[:, 1], 0
+    planned = {task.path.name: task for task in tasks}
+    changed = []
+    for shard in manifest["shards"]:
+        begin, end = end, end + shard["samples"]
+        task = planned.pop(shard["name"], None)
+        if task and task.has_sizes(task.rows, sizes[begin:end]) and not task.touched_since():
+            continue
+        if task is None or _sha256_now(task) != shard["sha256"]:
+            changed.append(shard["name"])
+            break
+    changed += [name for name, task in planned.items() if not changed and _sha256_now(task)]
+    if changed:
+        raise UserError(
+            f"{output}: holds shards of other pictures: of {changed[0]} one at least was changed, added or "
+            "removed since; give another --output, or remove it"
+        )
+
+
+def _sha256_now(task: _ShardTask) -> str | None:
+    """The hash that the shard would have if it were made now; None for one without a sample."""
+    path = task.path.with_name(f".{task.path.name}.now.part")
+    try:
+        table = write_shard(task.read([]), path)
+        return table.sha256 if len(table.rows) else None
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
+    # Workers come from a small server process: this one may hold threads, which a fork does not survive.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_end_with_parent)
+    # The server and, from it, its workers inherit the block: they never see Ctrl-C, and this process does.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        remedy = "is there enough memory? Call again, with a smaller --num-workers"
+        raise UserError(f"a worker process was killed; {remedy}") from None
+    finally:
+        for worker in set(multiprocessing.active_children()).difference(others):
+            worker.terminate()
+            worker.join()
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the process that started it is gone, however that ended."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _is_part(path: Path) -> bool:
+    """Whether a file is one that was being written."""
+    return path.name.startswith(".") and path.name.endswith(".part")
+
+
+def _picture_bytes(row: SourceRow) -> int | None:
+    """Size of a row's picture; 0 for a row without one, None where there is no such file."""
+    if row.image is None:
+        return 0
+    return row.image.stat().st_size if row.image.is_file() else None
+
+
+def _unique_keys(names: Iterable[str]) -> Iterator[str]:
+    """Keys of plain characters; a number sets names apart that become equal."""
+    used: set[str] = set()
+    last: dict[str, int] = {}
+    for name in names:
+        stem = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:MAX_KEY_LENGTH] or "sample"
+        key = stem
+        while key in used:
+            last[stem] = last.get(stem, 1) + 1
+            key = f"{stem}-{last[stem]}"
+        used.add(key)
+        yield key
