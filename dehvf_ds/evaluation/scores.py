@@ -17,8 +17,8 @@ from dehvf_ds.data.shards import DamagedSample
 from dehvf_ds.evals import scienceqa
 from dehvf_ds.evals.coco import CAPTION_METRICS, References, unique_predictions
 from dehvf_ds.evals.coco_files import is_karpathy, load_references, match_references
+from dehvf_ds.evaluation.contact_sheet import contact_sheet
 from dehvf_ds.evaluation.questions import UNREADABLE, Questions, Reading, Record
-from dehvf_ds.insight.pictures import contact_sheet
 
 NUM_EXAMPLES = 8
 MAX_NAMED = 3
