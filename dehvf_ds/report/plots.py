@@ -102,8 +102,7 @@ def layer_map(
     with style.context(STYLE):
         figure = Figure(figsize=(6.8, 0.8 + 0.32 * len(blocks)))
         axes = figure.add_subplot(xlabel="step", title="feature layer (block of the vision tower)")
-        shape = {"aspect": "auto", "origin": "lower", "interpolation": "none"}
-        axes.imshow(weights, cmap="cividis", vmin=low, vmax=high, **shape)
+        axes.imshow(weights, vmin=low, vmax=high)
         # As many steps as have room, always with the last.
         labelled = range(len(steps) - 1, -1, -math.ceil(len(steps) / 8))
         axes.set_xticks(labelled, [str(steps[i]) for i in labelled])

@@ -119,15 +119,16 @@ class Run:
 
     def family(self, name: str) -> tuple[list[int], list[int], np.ndarray]:
         """Numbers and steps of what was recorded as ``NAME/NUMBER``, and the values: [numbers, steps]."""
-        finite_rows = [{key: finite(value) for key, value in row.items()} for row in self.rows.values()]
-        keys = {key for row in finite_rows for key, value in row.items() if math.isfinite(value)}
-        named = [(key, key.removeprefix(f"{name}/")) for key in keys if key.startswith(f"{name}/")]
-        numbers = sorted((int(number), key) for key, number in named if number.isdecimal())
-        grid = np.array([[row.get(key, math.nan) for _, key in numbers] for row in finite_rows])
-        grid = grid.reshape(len(finite_rows), len(numbers))
-        recorded = np.isfinite(grid).any(axis=1)
-        steps = [step for step, kept in zip(self.rows, recorded, strict=True) if kept]
-        return [number for number, _ in numbers], steps, grid[recorded].T
+        prefix = f"{name}/"
+        recorded: dict[int, dict[int, float]] = {}
+        for step, row in self.rows.items():
+            named = {key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)}
+            found = {int(number): finite(value) for number, value in named.items() if number.isdecimal()}
+            if any(map(math.isfinite, found.values())):
+                recorded[step] = found
+        numbers = sorted({number for values in recorded.values() for number in values})
+        grid = [[values.get(number, math.nan) for values in recorded.values()] for number in numbers]
+        return numbers, list(recorded), np.array(grid).reshape(len(numbers), len(recorded))
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
