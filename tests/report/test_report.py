@@ -143,6 +143,7 @@ def test_charts_break_where_a_loss_is_not_finite_and_keep_every_spike(page):
     assert titles < page.titles
     assert not page.titles & {"Accuracy in training", "Feature layers of bare"}
     assert "global L2 norm, log scale" in page.text
+    assert "Without validation: bare." in " ".join(page.text.split())
     steps = np.arange(5000.0)
     values = np.sin(steps) / 10
     values[501], values[1000], values[1002] = 9, math.nan, math.nan
