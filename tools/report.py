@@ -13,7 +13,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from dehvf_ds.distributed import run_entry
-from dehvf_ds.report.cli import main
+from dehvf_ds.report.__main__ import main
 
 if __name__ == "__main__":
     run_entry(main)

@@ -29,7 +29,7 @@ from dehvf_ds.evaluation.coco import CaptionScorer
 from dehvf_ds.evaluation.dataset import TASKS, EvalTask, Prediction, Questions
 from dehvf_ds.evaluation.predict import METRICS_NAME, Scored
 from dehvf_ds.evaluation.scienceqa import AnswerScorer
-from dehvf_ds.insight.pictures import contact_sheet
+from dehvf_ds.evaluation.contact_sheet import contact_sheet
 from dehvf_ds.model.weights import TrainedModel, find_trained
 
 PREDICTIONS_NAME = "predictions.jsonl"

@@ -1,37 +1,58 @@
-"""Puts the page together: one HTML file that asks nobody for anything."""
+"""Puts the page together: one HTML file that asks nobody for anything. ``page.html.j2`` is its layout."""
 
 from __future__ import annotations
 
+import io
 import math
 from base64 import b64encode
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from xml.etree.ElementTree import Element
+from string import ascii_uppercase
 
-from dehvf_ds.report import heatmap, tables
-from dehvf_ds.report.charts import Line, line_chart
-from dehvf_ds.report.markup import Child, document, tag
-from dehvf_ds.report.runs import Evaluation, Points, Run
-from dehvf_ds.report.series import smooth
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
 
-STYLE = Path(__file__).with_name("page.css")
+from dehvf_ds.data.index import ShardIndex
+from dehvf_ds.data.loader import read_sample
+from dehvf_ds.data.shards import DamagedSample
+from dehvf_ds.evals.coco import CAPTION_METRICS
+from dehvf_ds.evals.scienceqa import COLUMNS
+from dehvf_ds.report.plots import COLORS, LINE_STYLES, Axis, layer_map, line_chart
+from dehvf_ds.report.runs import Evaluation, Json, Run, finite, shown
 
-# The browser itself refuses whatever is not in the file.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+NONE = "—"
+NUM_EXAMPLES = 8
+PICTURE_SIDE = 160
+MIN_RANGE = 0.02
+"""Smaller differences of layer weights are noise and must not fill the whole scale."""
 
 TASKS = {"coco": "Captions", "scienceqa": "ScienceQA"}
+SCORES = (*CAPTION_METRICS, *COLUMNS, "parse failures (%)", "loss")
 
-# Name in metrics.jsonl, title, axis label, and whether the axis begins at zero.
-# A gradient norm alone may have spikes of a thousand times its median.
-PLAIN_CURVES = (
-    ("val/loss", "Validation loss", "loss (nats a token)", False),
-    ("eval/CIDEr", "CIDEr inside the run", "CIDEr (x100)", False),
-    ("eval/accuracy", "Accuracy inside the run", "accuracy (%)", False),
-    ("lr", "Learning rate", "learning rate", True),
-    ("samples_per_s", "Speed", "samples / s", True),
-    ("train/grad_norm", "Gradient norm before clipping", "global L2 norm", True),
+# Of rows that count but say little: number in metrics.json, and what it counts.
+WEAK_ROWS = {
+    "num_empty": "empty captions, which are scored",
+    "num_image_missing": "pictures missing",
+    "num_unreadable": "pictures that could not be read, which count as empty answers",
+}
+
+CURVES: tuple[tuple[str, str, str, Axis], ...] = (
+    ("train/loss", "Training loss", "loss (nats a token)", "fitted"),
+    ("val/loss", "Validation loss", "loss (nats a token)", "fitted"),
+    ("eval/CIDEr", "CIDEr in training", "CIDEr (x100)", "fitted"),
+    ("eval/accuracy", "Accuracy in training", "accuracy (%)", "fitted"),
+    ("lr", "Learning rate", "learning rate", "from zero"),
+    ("samples_per_s", "Speed", "samples / s", "from zero"),
+    ("train/grad_norm", "Gradient norm before clipping", "global L2 norm", "spiky"),
 )
+"""Name in metrics.jsonl, title, and label and kind of the value axis."""
+
+LAYERS: tuple[tuple[str, str, str], ...] = (
+    ("levels/entropy", "Entropy of the feature layers' weights", "entropy (nats)"),
+    ("visual/gain", "Scale of the visual branch", "Frobenius norm"),
+)
+"""As ``CURVES``: what is recorded for each layer of the language model, from zero."""
 
 
 def build_page(runs: Sequence[Run]) -> str:
@@ -40,151 +61,175 @@ def build_page(runs: Sequence[Run]) -> str:
     Args:
         runs: at least one, in the order of the tables and of the colours.
     """
-    title = "Runs: " + ", ".join(run.name for run in runs)
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", title),
-        tag("style", STYLE.read_text(encoding="utf-8")),
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    main = tag(
-        "main",
-        tag("h1", "Report of 1 run" if len(runs) == 1 else f"Report of {len(runs)} runs"),
-        _section("Runs", tables.overview(runs)),
-        _section("Settings that differ" if len(runs) > 1 else "Settings", tables.settings_that_differ(runs)),
-        _section("Scores", *_scores(runs)),
-        _section("Curves", *_curves(runs)),
-        _section("Vision levels", *_levels(runs)),
-        _section("Examples", *_examples(runs)),
-    )
-    return document(tag("html", head, tag("body", main), lang="en"))
-
-
-def _section(title: str, *content: Child) -> Element:
-    return tag("section", tag("h2", title), *content)
-
-
-def _grid(figures: Sequence[Element | None], otherwise: str) -> Element:
-    present = [figure for figure in figures if figure is not None]
-    return tag("div", *present, class_="grid") if present else tag("p", otherwise)
-
-
-def _scores(runs: Sequence[Run]) -> list[Child]:
-    tasks = dict.fromkeys(e.task for run in runs for e in run.evaluations)
-    if not tasks:
-        return [tag("p", "No run was evaluated.")]
-    found: list[Child] = []
-    for task in tasks:
-        found += [tag("h3", f"{TASKS.get(task, task)} (x100, higher is better)"), tables.scores(runs, task)]
-    return found
-
-
-def _curves(runs: Sequence[Run]) -> list[Child]:
-    figures = [_train_loss(runs)]
-    for name, title, label, from_zero in PLAIN_CURVES:
-        lines = _lines(runs, lambda run, name=name: run.curve(name))
-        spikes = name == "train/grad_norm"
-        chart = line_chart(title, lines, x_label="step", y_label=label, from_zero=from_zero, spikes=spikes)
-        figures.append(chart)
-    without = [run.name for run in runs if not run.curve("val/loss")]
-    note = f"Without validation: {', '.join(without)}." if without else None
-    return [_grid(figures, "No step was recorded."), tag("p", note, class_="note") if note else None]
-
-
-def _train_loss(runs: Sequence[Run]) -> Element | None:
+    environment.filters |= {"answer": _answer, "rounded": _rounded, "data_uri": _data_uri}
     span = max(5, max(len(run.rows) for run in runs) // 25)
-    raw = _lines(runs, lambda run: run.curve("train/loss"), faint=True)
-    smoothed = _lines(runs, lambda run: smooth(run.curve("train/loss"), span))
-    return line_chart(
-        "Training loss",
-        raw + smoothed,
-        x_label="step",
-        y_label="loss (nats a token)",
-        note=f"Pale: each step. Full: exponential mean over about {span} steps.",
-    )
-
-
-def _lines(runs: Sequence[Run], points: Callable[[Run], Points], faint: bool = False) -> list[Line]:
-    return [Line(label=run.name, points=points(run), place=i, faint=faint) for i, run in enumerate(runs)]
-
-
-def _levels(runs: Sequence[Run]) -> list[Child]:
-    recorded = {run.name: run.family("levels/mean") for run in runs}
-    maps = {name: found for name, found in recorded.items() if found}
-    found: list[Child] = []
-    if maps:
-        low, high = heatmap.shared_range(list(maps.values()))
-        found.append(heatmap.color_bar(low, high))
-        found.append(_grid([heatmap.level_map(name, m, low, high) for name, m in maps.items()], ""))
-    else:
-        found.append(tag("p", "No run recorded its level weights."))
-    counts = sorted({len(m[-1][1]) for m in maps.values()})
-    uniform = [(math.log(count), f"uniform over {count} levels: {math.log(count):.2f}") for count in counts]
-    charts = (
-        ("levels/entropy", "Entropy of the level weights", "entropy (nats)", uniform),
-        ("visual/gain", "Gain of the visual branch", "Frobenius norm", []),
-    )
-    figures = []
-    for prefix, title, label, levels in charts:
-        last = {run.name: run.family(prefix)[-1:] for run in runs}
-        lines = _lines(runs, lambda run, last=last: [p for _, row in last[run.name] for p in row.items()])
-        steps = ", ".join(f"{name}: step {row[0][0]}" for name, row in last.items() if row)
-        figures.append(
-            line_chart(
-                title,
-                lines,
-                x_label="LLM layer",
-                y_label=label,
-                note=f"As last recorded. {steps}.",
-                levels=levels,
-                from_zero=True,
-            )
+    spans = {"train/loss": span}
+    curves = {
+        title: line_chart(
+            title, [run.curve(name) for run in runs], "step", label, axis, smooth_over=spans.get(name, 1)
         )
-    if any(figure is not None for figure in figures):
-        found.append(_grid(figures, ""))
-    return found
+        for name, title, label, axis in CURVES
+    }
+    layers = {}
+    for name, title, label in LAYERS:
+        families = [run.family(name) for run in runs]
+        last = [(np.array(numbers), grid[:, -1:].ravel()) for numbers, _, grid in families]
+        layers[title] = line_chart(title, last, "LLM layer", label, "from zero")
+    weights = {run.name: found for run in runs if (found := run.family("levels/mean"))[1]}
+    every = np.concatenate([grid.ravel() for _, _, grid in weights.values()] or [np.zeros(1)])
+    low, high = np.nanmin(every), max(np.nanmax(every), np.nanmin(every) + MIN_RANGE)
+    return environment.get_template("page.html.j2").render(
+        runs=runs,
+        names=[run.name for run in runs],
+        looks=[(i % len(COLORS), LINE_STYLES[i // len(COLORS) % len(LINE_STYLES)]) for i in range(len(runs))],
+        overview=[_overview(run) for run in runs],
+        settings=_compare([run.settings for run in runs]),
+        scores=[
+            _scores(runs, task) for task in dict.fromkeys(e.task for run in runs for e in run.evaluations)
+        ],
+        span=span,
+        curves={title: chart for title, chart in curves.items() if chart},
+        scale=(low, high),
+        maps={
+            name: layer_map(f"Feature layers of {name}", *found, low, high) for name, found in weights.items()
+        },
+        uniform={len(blocks): math.log(len(blocks)) for blocks, _, _ in weights.values()},
+        layers={title: chart for title, chart in layers.items() if chart},
+        examples=_examples(runs),
+    )
 
 
-def _examples(runs: Sequence[Run]) -> list[Child]:
-    found: list[Child] = []
-    groups: dict[tuple[str, str, str], list[tuple[Run, Evaluation]]] = {}
+def _overview(run: Run) -> list[str]:
+    """The run's row of the first table."""
+    losses, speeds = (run.curve(name)[1] for name in ("train/loss", "samples_per_s"))
+    known = losses[np.isfinite(losses)]
+    steps, values = run.curve("val/loss")
+    validated = [(value, step) for value, step in zip(values, steps, strict=True) if np.isfinite(value)]
+    step, last = next(reversed(run.rows.items()), (0, {}))
+    remarks = list(run.notes)
+    if len(known) < len(losses):
+        remarks.append(f"{len(losses) - len(known)} steps with a loss that is not finite")
+    if finite(last.get("skipped")) > 0:
+        remarks.append(f"{last['skipped']} steps skipped")
+    return [
+        run.name,
+        str(step),
+        shown(last.get("samples", NONE)),
+        _rounded(known[-1] if known.size else None, 4),
+        "{:.4f} (step {:.0f})".format(*min(validated)) if validated else NONE,
+        f"{np.nanmedian(speeds):.3g}" if np.isfinite(speeds).any() else NONE,
+        "; ".join(remarks) or NONE,
+    ]
+
+
+def _compare(columns: Sequence[dict[str, str]]) -> tuple[list[list[str]], list[list[str]]]:
+    """Rows of what differs, with each column's value, and of what is the same, with its value."""
+    differing, same = [], []
+    for name in dict.fromkeys(name for column in columns for name in column):
+        values = [column.get(name, NONE) for column in columns]
+        if len(set(values)) == 1:
+            same.append([name, values[0]])
+        else:
+            # Of a hash the head is enough.
+            differing.append([name, *(v[:12] + "…" if len(v) == 64 and " " not in v else v for v in values)])
+    return differing, same
+
+
+def _scores(runs: Sequence[Run], task: str) -> dict[str, object]:
+    """A row an evaluation of ``task``, and what keeps the rows from being compared."""
+    found = [(run.name, e) for run in runs for e in run.evaluations if e.task == task]
+    columns = [name for name in SCORES if any(math.isfinite(e.score(name)) for _, e in found)]
+    rows, notes = [], []
+    for name, e in found:
+        mark = "" if e.metrics.get("comparable", True) else " †"
+        scores = [_rounded(e.score(column), 4 if column == "loss" else 2) for column in columns]
+        rows.append([name + mark, e.label, *scores, shown(e.metrics.get("num_samples", NONE))])
+        counts = {text: finite(e.metrics.get(key)) for key, text in WEAK_ROWS.items()}
+        reasons = [f"{text}: {count:.0f}" for text, count in counts.items() if count > 0]
+        reasons += [f"without {metric}: {reason}" for metric, reason in e.part("missing").items()]
+        notes += [f"{name}, {e.label}: {reason}" for reason in reasons]
+    return {
+        "title": f"{TASKS.get(task, task)} (x100, higher is better)",
+        "columns": columns,
+        "rows": rows,
+        "notes": notes,
+        "labels": [f"{name}, {e.label}" for name, e in found],
+        "differing": _compare([e.terms() for _, e in found])[0],
+    }
+
+
+def _examples(runs: Sequence[Run]) -> list[dict[str, object]]:
+    """A group for each data set: keys of other data may be the same, and are other rows."""
+    groups: dict[tuple[str, str], list[tuple[str, Evaluation]]] = {}
     for run in runs:
-        for evaluation in run.evaluations:
-            groups.setdefault((evaluation.task, evaluation.split, evaluation.data), []).append(
-                (run, evaluation)
-            )
-    titles = Counter((task, split) for task, split, _ in groups)
-    for (task, split, _), evaluations in groups.items():
-        parts: list[Child] = [tables.examples(evaluations, task), *_sheets(evaluations)]
-        if any(part is not None for part in parts):
-            # Data of one name are told apart by the evaluation's directory.
-            name = split if titles[task, split] == 1 else evaluations[0][1].label
-            found += [tag("h3", f"{TASKS.get(task, task)}, {name}"), *parts]
-    if inside := [sheet for run in runs if (sheet := _sheet_inside(run)) is not None]:
-        found += [tag("h3", "Inside the runs"), *inside]
-    return found or [tag("p", "No run has examples.")]
-
-
-def _sheets(evaluations: Sequence[tuple[Run, Evaluation]]) -> list[Element]:
-    """The contact sheets, folded after the first: they show the same pictures."""
+        for e in run.evaluations:
+            if e.predictions:
+                groups.setdefault((e.task, e.data), []).append((run.name, e))
     found = []
-    for run, evaluation in evaluations:
-        if evaluation.sheet:
-            title = f"Pictures with the captions of {run.name}; references in grey"
-            found.append(_folded(title, evaluation.sheet, is_open=not found))
+    for (task, _), evaluations in groups.items():
+        label = evaluations[0][1].label
+        named = [(name if e.label == label else f"{name}, {e.label}", e) for name, e in evaluations]
+        shards = next(filter(None, (e.find_shards() for _, e in evaluations)), None)
+        found.append(
+            {
+                "title": f"{TASKS.get(task, task)}, {label}",
+                "truth": "references" if task == "coco" else "right",
+                "rows": _example_rows(named, shards),
+                "has_pictures": shards is not None,
+                # They show the same rows.
+                "sheets": [] if shards else [(name, sheet) for name, e in named if (sheet := e.load_sheet())],
+            }
+        )
     return found
 
 
-def _sheet_inside(run: Run) -> Element | None:
-    if run.sample is None:
+def _example_rows(
+    evaluations: Sequence[tuple[str, Evaluation]], shards: ShardIndex | None
+) -> list[tuple[str, Image.Image | None, list[tuple[str, Json]]]]:
+    """Rows spread evenly over the first evaluation's: key, picture, and each evaluation's line."""
+    numbers = list(evaluations[0][1].predictions)
+    count = min(NUM_EXAMPLES, len(numbers))
+    found = []
+    for number in (numbers[i * len(numbers) // count] for i in range(count)):
+        lines = [(name, e.predictions[number]) for name, e in evaluations if number in e.predictions]
+        key = shown(lines[0][1]["key"])
+        same = [(name, line) for name, line in lines if shown(line["key"]) == key]
+        found.append((key, _picture(shards, number, key) if shards else None, same))
+    return found
+
+
+def _picture(shards: ShardIndex, number: int, key: str) -> Image.Image | None:
+    """A row's picture, small; None where the row has none that can be read."""
+    try:
+        sample = read_sample(shards, number, shorter_side=PICTURE_SIDE)
+    except (DamagedSample, IndexError):
         return None
-    step, sheet = run.sample
-    return _folded(f"What {run.name} said at step {step}", sheet)
+    if sample.image is None or sample.key != key:
+        return None
+    sample.image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    return sample.image
 
 
-def _folded(title: str, png: bytes, is_open: bool = False) -> Element:
-    source = "data:image/png;base64," + b64encode(png).decode("ascii")
-    picture = tag("img", src=source, alt=title)
-    return tag("details", tag("summary", title), picture, open="open" if is_open else None)
+def _data_uri(picture: Image.Image) -> str:
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + b64encode(content.getvalue()).decode("ascii")
+
+
+def _answer(value: object) -> str:
+    """An answer as text; the letter of a choice, as the problem shows it, from its number."""
+    if isinstance(value, int) and 0 <= value < len(ascii_uppercase):
+        return ascii_uppercase[value]
+    return NONE if value in (None, "") else shown(value)
+
+
+def _rounded(value: object, decimals: int) -> str:
+    number = finite(value)
+    return f"{number:.{decimals}f}" if math.isfinite(number) else NONE

@@ -1,65 +1,94 @@
-"""Reads run directories, also of runs that were killed, were never validated or never evaluated."""
+"""Reads run directories, also those of runs that were killed, never validated or never evaluated."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import yaml
+from PIL import Image
 
 from dehvf_ds.config import UserError
-
-PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+from dehvf_ds.data.images import decode_image
+from dehvf_ds.data.index import ShardIndex
 
 MAX_SHOWN = 1e100
-"""Largest number that is one; a range of numbers beyond has no ticks."""
+"""Largest number that is taken for one; no axis can show a range beyond."""
 
-Points = list[tuple[float, float | None]]
+OWN_SETTINGS = ("run_dir", "overwrite")
+"""Settings that name a run rather than describe it."""
+
+Json = dict[str, object]
+Curve = tuple[np.ndarray, np.ndarray]
+"""Places on the x axis (steps or layers) and values; NaN where there is no finite number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What lies in one ``eval/TASK-SPLIT``.
+    """A finished evaluation: what lies in one ``eval/TASK-LABEL``; the label is mostly the split.
 
     Attributes:
-        task: ``coco`` or ``scienceqa``.
-        split: as the evaluation named it.
-        label: the split; of one that shares it with another of its run, the directory's name.
-        data: hash of what was evaluated; the directory's name where nothing says so.
+        directory: where it lies.
         metrics: content of ``metrics.json``.
-        predictions: lines of ``predictions.jsonl``, in their order.
-        sheet: bytes of ``examples.png``; None where there is none.
+        predictions: objects of ``predictions.jsonl`` by line number, which is the row's number in the shards.
     """
 
-    task: str
-    split: str
-    label: str
-    data: str
-    metrics: dict[str, Any]
-    predictions: list[dict[str, Any]]
-    sheet: bytes | None
+    directory: Path
+    metrics: Json
+    predictions: dict[int, Json]
+
+    @property
+    def task(self) -> str:
+        """``coco`` or ``scienceqa``."""
+        return self.directory.name.partition("-")[0]
+
+    @property
+    def label(self) -> str:
+        """No other evaluation of the run's task has the same."""
+        return self.directory.name.partition("-")[2]
+
+    @property
+    def data(self) -> str:
+        """Hash of the evaluated shards; the directory's name in old evaluations, which lack it."""
+        return str(self.part("data").get("sha256") or self.directory.name)
+
+    def part(self, name: str) -> Json:
+        """The object of that name in the metrics; an empty one where there is none."""
+        return _mapping(self.metrics.get(name))
+
+    def score(self, name: str) -> float:
+        """A metric, a column of ScienceQA, ``parse failures (%)`` or ``loss``; NaN where there is none."""
+        others = {"parse failures (%)": self.metrics.get("parse_failure_rate")}
+        return finite((self.metrics | self.part("accuracy") | others).get(name))
 
     def terms(self) -> dict[str, str]:
         """What must be equal in two evaluations for their scores to compare, by dotted name."""
-        protocol = self.metrics.get("protocol")
-        found = flatten(protocol) if isinstance(protocol, dict) else {}
-        # Old evaluations say it in the protocol.
-        if isinstance(decoding := self.metrics.get("decoding"), dict):
-            found |= flatten(decoding, "decoding.")
-        # Old evaluations name no split in the protocol.
-        found |= {"task": self.task, "split": self.split}
-        data = self.metrics.get("data")
-        if isinstance(data, dict):
-            found["data.sha256"] = shown(data.get("sha256"))
-        found |= {k: shown(self.metrics[k]) for k in ("num_samples", "tokenizer") if k in self.metrics}
-        # It changes rounding, not the protocol.
-        found.pop("decoding.dtype", None)
-        return found
+        # The dtype changes rounding, not the protocol.
+        decoding = {name: value for name, value in self.part("decoding").items() if name != "dtype"}
+        named = {"split": self.label, **self.part("protocol"), "data": self.data, "decoding": decoding}
+        return flatten(named | {name: self.metrics.get(name) for name in ("num_samples", "tokenizer")})
+
+    def find_shards(self) -> ShardIndex | None:
+        """The shards that were evaluated; None where they are gone, or others lie in their place."""
+        path = self.part("data").get("path")
+        # Shards made from a published layout lie beside the evaluations.
+        for place in (path, *self.directory.parent.glob("shards/*")):
+            try:
+                index = ShardIndex(str(place))
+            except (UserError, OSError):
+                continue
+            if index.digest == self.data:
+                return index
+        return None
+
+    def load_sheet(self) -> Image.Image | None:
+        """The contact sheet of some rows; None where there is none."""
+        return _load_picture(self.directory / "examples.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,107 +96,58 @@ class Run:
     """What lies in one run directory.
 
     Attributes:
-        name: short, and no other run's on the page.
-        path: as the user gave it.
-        settings: of ``config.yaml``, by dotted name.
-        rows: of ``metrics.jsonl``, one a step, by rising step.
-        evaluations: in the order of their directories' names.
-        sample: step and PNG of the last contact sheet that an evaluation inside the run drew.
+        name: the directory's name, with as much of its path as tells it from the other runs.
+        settings: of ``config.yaml``, by dotted name, without ``OWN_SETTINGS``.
+        rows: of ``metrics.jsonl``, by rising step.
+        evaluations: finished ones, in the order of their directories' names.
+        sample: file name and content of the last contact sheet of the in-training evaluations.
         notes: what could not be read, a line each.
     """
 
     name: str
-    path: Path
     settings: dict[str, str]
-    rows: list[dict[str, Any]]
+    rows: dict[int, Json]
     evaluations: list[Evaluation]
-    sample: tuple[int, bytes] | None
+    sample: tuple[str, Image.Image] | None
     notes: list[str]
 
-    def curve(self, name: str) -> Points:
-        """(step, value) of each step that holds ``name``; the value is None where it is no finite number."""
-        return [(row["step"], finite(row[name])) for row in self.rows if name in row]
+    def curve(self, name: str) -> Curve:
+        """The steps that hold ``name``, and their values."""
+        found = [(float(step), finite(row[name])) for step, row in self.rows.items() if name in row]
+        steps, values = np.array(found).reshape(-1, 2).T
+        return steps, values
 
-    def family(self, prefix: str) -> list[tuple[int, dict[int, float]]]:
-        """(step, values by number) of each step that recorded ``prefix/NUMBER``, numbers rising."""
-        found = []
-        for row in self.rows:
-            named = {k.removeprefix(prefix + "/"): v for k, v in row.items() if k.startswith(prefix + "/")}
-            values = {int(k): finite(v) for k, v in named.items() if k.isdecimal()}
-            if kept := {k: v for k, v in sorted(values.items()) if v is not None}:
-                found.append((row["step"], kept))
-        return found
+    def family(self, name: str) -> tuple[list[int], list[int], np.ndarray]:
+        """Numbers and steps of what was recorded as ``NAME/NUMBER``, and the values: [numbers, steps]."""
+        prefix = f"{name}/"
+        recorded: dict[int, dict[int, float]] = {}
+        for step, row in self.rows.items():
+            named = {key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)}
+            found = {int(number): finite(value) for number, value in named.items() if number.isdecimal()}
+            if any(map(math.isfinite, found.values())):
+                recorded[step] = found
+        numbers = sorted({number for values in recorded.values() for number in values})
+        grid = [[values.get(number, math.nan) for values in recorded.values()] for number in numbers]
+        return numbers, list(recorded), np.array(grid).reshape(len(numbers), len(recorded))
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Reads each directory once, in the order given.
-
-    Raises:
-        UserError: one of them is no run, or a file in it cannot be read.
-    """
+    """Reads each directory once, in the order given; a ``UserError`` names one that is no run."""
     unique: dict[Path, Path] = {}
     for path in paths:
         unique.setdefault(path.resolve(), path)
     found = []
     for resolved, path in unique.items():
+        alike = [other.parent for other in unique if other.name == resolved.name]
+        name = resolved.relative_to(os.path.commonpath(alike)).as_posix()
         try:
-            found.append(load_run(path, _short_name(resolved, list(unique))))
-        except OSError as error:
+            found.append(_load_run(path, name))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"{path}: {error}") from None
     return found
 
 
-def load_run(path: Path, name: str) -> Run:
-    """Reads one run directory.
-
-    Raises:
-        UserError: it is no run, or its configuration cannot be read.
-    """
-    config, metrics = path / "config.yaml", path / "metrics.jsonl"
-    if not config.is_file() and not metrics.is_file():
-        raise UserError(f"{path}: no run directory: neither config.yaml nor metrics.jsonl lies there")
-    notes: list[str] = []
-    settings: dict[str, str] = {}
-    rows: dict[int, dict[str, Any]] = {}
-    if config.is_file():
-        settings = _load_settings(config)
-    else:
-        notes.append("no config.yaml")
-    if metrics.is_file():
-        for row in _load_lines(metrics, "step", notes):
-            # A later line of the same step is the one that counts: the run had gone back.
-            if isinstance(row["step"], int) and finite(row["step"]) is not None:
-                rows[row["step"]] = row
-    else:
-        notes.append("no metrics.jsonl: no step was taken")
-    evaluations = [
-        found
-        for directory in sorted((path / "eval").glob("*"))
-        if directory.is_dir() and (found := _load_evaluation(directory, notes))
-    ]
-    counts = Counter((found.task, found.split) for found in evaluations)
-    evaluations = [
-        replace(found, label=found.split) if counts[found.task, found.split] == 1 else found
-        for found in evaluations
-    ]
-    return Run(
-        name=name,
-        path=path,
-        settings=settings,
-        rows=[rows[step] for step in sorted(rows)],
-        evaluations=evaluations,
-        sample=_load_sample(path / "samples"),
-        notes=notes,
-    )
-
-
-def _short_name(path: Path, others: Sequence[Path]) -> str:
-    """The directory's name; where others have the same, as much of the path as tells them apart."""
-    alike = [other.parent for other in others if other.name == path.name]
-    return path.relative_to(os.path.commonpath(alike)).as_posix()
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     """Nested settings by dotted name, each value as text."""
     found: dict[str, str] = {}
     for key, value in values.items():
@@ -178,101 +158,90 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def differing(columns: Sequence[dict[str, str]]) -> list[str]:
-    """Names whose values are not the same in all ``columns``, in their first order."""
-    names = dict.fromkeys(name for column in columns for name in column)
-    return [name for name in names if len({column.get(name) for column in columns}) > 1]
-
-
-def shown(value: Any) -> str:
-    """A setting as text: texts as they are, the rest as JSON."""
+def shown(value: object) -> str:
+    """A value as text: texts as they are, the rest as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def finite(value: Any) -> float | None:
-    """The value as a float; None where it is no finite number."""
+def finite(value: object) -> float:
+    """The value as a float; NaN where it is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    # A whole number may be larger than any float.
+    return float(value) if abs(value) <= MAX_SHOWN else math.nan
+
+
+def _load_run(path: Path, name: str) -> Run:
+    files = config, metrics = path / "config.yaml", path / "metrics.jsonl"
+    notes = [f"no {file.name}" for file in files if not file.is_file()]
+    if len(notes) == len(files):
+        raise UserError(f"{path}: no run directory: neither config.yaml nor metrics.jsonl lies there")
+    settings: Json = {}
+    if config.is_file():
+        with config.open(encoding="utf-8") as file:
+            settings = _mapping(yaml.safe_load(file))
+    # A later line of the same step is the one that counts: the run had gone back.
+    rows = {
+        step: row
+        for row in _load_lines(metrics, "step", notes).values()
+        if isinstance(step := row["step"], int) and math.isfinite(finite(step))
+    }
+    directories = sorted(path for path in (path / "eval").glob("*") if path.is_dir())
+    # By step, which the names hold with leading zeros.
+    sheets = sorted((path / "samples").glob("step_*.png"), reverse=True)
+    pictures = ((sheet.name, _load_picture(sheet)) for sheet in sheets)
+    return Run(
+        name=name,
+        settings=flatten({key: value for key, value in settings.items() if key not in OWN_SETTINGS}),
+        rows=dict(sorted(rows.items())),
+        evaluations=[found for directory in directories if (found := _load_evaluation(directory, notes))],
+        sample=next(((name, picture) for name, picture in pictures if picture), None),
+        notes=notes,
+    )
+
+
+def _load_evaluation(directory: Path, notes: list[str]) -> Evaluation | None:
+    """None where it is not finished: its metrics are written last."""
+    path, predictions = directory / "metrics.json", directory / "predictions.jsonl"
+    if not path.is_file():
+        # Shards made from a published layout lie there, too.
+        if any(directory.glob(".answers-*")) or predictions.is_file():
+            notes.append(f"eval/{directory.name}: not finished")
         return None
-    # A whole number may be larger than any float; the rest cannot be drawn.
-    return float(value) if abs(value) <= MAX_SHOWN else None
+    metrics = _parse(path.read_text(encoding="utf-8", errors="replace"))
+    if not metrics:
+        notes.append(f"eval/{directory.name}: metrics.json is unreadable")
+        return None
+    lines = _load_lines(predictions, "key", notes)
+    return Evaluation(directory=directory, metrics=metrics, predictions=lines)
 
 
-def _load_settings(path: Path) -> dict[str, str]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no settings")
-    return flatten(content)
-
-
-def _load_lines(path: Path, needs: str, notes: list[str]) -> Iterable[dict[str, Any]]:
-    """JSON objects that have the key ``needs``; how many lines are none goes into ``notes``."""
-    rows, broken = [], 0
+def _load_lines(path: Path, needs: str, notes: list[str]) -> dict[int, Json]:
+    """JSON objects that have the key ``needs``, by line number; unreadable lines are counted in ``notes``."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     # By "\n" alone: a caption may hold U+2028, at which splitlines() would cut.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and needs in row:
-            rows.append(row)
-        else:
-            broken += 1
-    if broken:
+    lines = [_parse(line) for line in text.split("\n") if line.strip()]
+    rows = {number: row for number, row in enumerate(lines) if needs in row}
+    if broken := len(lines) - len(rows):
         notes.append(f"{path.name}: {broken} unreadable line{'s' if broken > 1 else ''} left out")
     return rows
 
 
-def _load_evaluation(directory: Path, notes: list[str]) -> Evaluation | None:
-    """None where it is not finished: its metrics are written last but for the pictures."""
-    path = directory / "metrics.json"
-    if not path.is_file():
-        # Shards made of a published file lie there, too.
-        if any(directory.glob(".answers-*")) or (directory / "predictions.jsonl").is_file():
-            notes.append(f"eval/{directory.name}: not finished")
-        return None
+def _load_picture(path: Path) -> Image.Image | None:
+    """None where there is none, or half of one, as a killed run may leave it."""
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        return decode_image(path.read_bytes()) if path.is_file() else None
     except ValueError:
-        metrics = None
-    if not isinstance(metrics, dict):
-        notes.append(f"eval/{directory.name}: metrics.json is unreadable")
         return None
-    protocol = metrics.get("protocol")
-    protocol = protocol if isinstance(protocol, dict) else {}
-    task, _, split = directory.name.partition("-")
-    data = metrics.get("data")
-    digest = data.get("sha256") if isinstance(data, dict) else None
-    predictions, sheet = directory / "predictions.jsonl", directory / "examples.png"
-    return Evaluation(
-        task=str(protocol.get("task", task)),
-        split=str(protocol.get("split", split)),
-        label=split,
-        data=str(digest or directory.name),
-        metrics=metrics,
-        predictions=list(_load_lines(predictions, "key", notes)) if predictions.is_file() else [],
-        sheet=_load_picture(sheet),
-    )
 
 
-def _load_sample(directory: Path) -> tuple[int, bytes] | None:
-    steps = {
-        int(number): path
-        for path in directory.glob("step_*.png")
-        if (number := path.stem.removeprefix("step_")).isdecimal()
-    }
-    # A run that was killed may leave the last one half written.
-    for step in sorted(steps, reverse=True):
-        if picture := _load_picture(steps[step]):
-            return step, picture
-    return None
+def _parse(text: str) -> Json:
+    """A JSON object; an empty one where the text is none."""
+    try:
+        return _mapping(json.loads(text))
+    except ValueError:
+        return {}
 
 
-def _load_picture(path: Path) -> bytes | None:
-    """A whole PNG, or None."""
-    content = path.read_bytes() if path.is_file() else b""
-    return content if content.startswith(PNG_START) and content.endswith(PNG_END) else None
+def _mapping(value: object) -> Json:
+    return value if isinstance(value, dict) else {}

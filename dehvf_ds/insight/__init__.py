@@ -1,1 +1,0 @@
-"""Pictures that show what a model learned."""
