@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
+from timing import random_batch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from dehvf_ds.batch import Batch
 from dehvf_ds.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from dehvf_ds.distributed import init_process_group, read_world
 from dehvf_ds.training.checkpoint import Checkpoints, Progress, checkpoints_dir
@@ -59,14 +55,7 @@ def measure(config: RunConfig, run_dir: Path) -> None:
     init_process_group(world)
     engine, model = build_engine(config, build_model_config(config.model, image_size=224), ds_config, world)
     dtype = compute_dtype(ds_config)
-    ids = torch.randint(10, 1000, (2, 16))
-    batch = Batch(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        labels=ids,
-        pixel_values=torch.randn(2, 3, 224, 224),
-        has_image=torch.ones(2, dtype=torch.bool),
-    )
+    batch = random_batch(2, 16)
     result = train_step(engine, [batch], world, dtype, seed=0, step=1)
     checkpoints = Checkpoints(config, world, model, engine, dtype, "digest")
     seconds = []

@@ -10,11 +10,9 @@ vocabulary of 1,000, so that nothing but the layers takes time. Prints tokens/s 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from timing import median_and_range, seconds_in_turn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig
 
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
@@ -60,22 +58,20 @@ def main() -> None:
     def run_bare() -> None:
         bare.generate(ids, **given)
 
-    for run in (run_bare, run_merged):
-        run()
     if args.profile:
+        run_merged()
         with torch.profiler.profile() as profile:
             run_merged()
         print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
     num_tokens = args.batch * args.new_tokens
     ratios = []
-    for number in range(args.pairs):
-        # Each goes first in every other pair.
-        order = (run_bare, run_merged) if number % 2 == 0 else (run_merged, run_bare)
-        seconds = {run: timed(run) for run in order}
-        speeds = [num_tokens / seconds[run] for run in (run_merged, run_bare)]
-        ratios.append(speeds[0] / speeds[1])
-        print(f"merged {speeds[0]:.2f}   bare {speeds[1]:.2f} tokens/s   {ratios[-1]:.3f}", flush=True)
-    print(f"merged / bare: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
+    for seconds in seconds_in_turn({"bare": run_bare, "merged": run_merged}, args.pairs):
+        speed = {name: num_tokens / value for name, value in seconds.items()}
+        ratios.append(speed["merged"] / speed["bare"])
+        print(
+            f"merged {speed['merged']:.2f}   bare {speed['bare']:.2f} tokens/s   {ratios[-1]:.3f}", flush=True
+        )
+    print(f"merged / bare: {median_and_range(ratios)}")
 
 
 def build_13b_layers(num_layers: int, dtype: torch.dtype) -> DehvfForConditionalGeneration:
@@ -120,15 +116,6 @@ def without_pictures(merged: DehvfForConditionalGeneration) -> torch.nn.Module:
     bare.get_decoder().rotary_emb = merged.get_decoder().rotary_emb
     bare.tie_weights()
     return bare.eval()
-
-
-def timed(function: Callable[[], None]) -> float:
-    """Seconds of a call."""
-    started = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from gpu import append
+from timing import seconds_in_turn
 from torch.autograd import DeviceType
 from transformers import CLIPVisionConfig, LlamaConfig
 
@@ -260,16 +261,11 @@ def plain_step(session: Session, model: DehvfForConditionalGeneration) -> Callab
 
 def timed(session: Session, run: Callable[[], object]) -> list[float]:
     """Seconds of each call, after two that are not counted."""
-    run()
-    run()
-    session.sync()
-    seconds: list[float] = []
-    at_least = 1 if session.rehearsal else 3
-    while len(seconds) < at_least or (sum(seconds) < session.sizes.timed_s and len(seconds) < 20):
-        started = time.perf_counter()
-        run()
-        session.sync()
-        seconds.append(time.perf_counter() - started)
+    at_least, seconds = 1 if session.rehearsal else 3, []
+    for found in seconds_in_turn({"run": run}, 20, warm_ups=2):
+        seconds.append(found["run"])
+        if len(seconds) >= at_least and sum(seconds) >= session.sizes.timed_s:
+            break
     return seconds
 
 
@@ -485,16 +481,8 @@ def decode(
         "merged": lambda: merged.generate(ids, pixels, **given),
         "bare": lambda: bare.generate(ids, **given),  # pyright: ignore[reportCallIssue]
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in range(1 if session.rehearsal else 3):
-        for name, run in runs.items():
-            session.sync()
-            started = time.perf_counter()
-            run()
-            session.sync()
-            seconds[name].append(time.perf_counter() - started)
+    rounds = list(seconds_in_turn(runs, 1 if session.rehearsal else 3))
+    seconds = {name: [found[name] for found in rounds] for name in runs}
     speed = {name: batch * new_tokens / statistics.median(values) for name, values in seconds.items()}
     return {
         "batch": batch,

@@ -9,15 +9,11 @@ Plain torch, no DeepSpeed and no loader. Prints the seconds of each pair and the
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
-import time
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from timing import median_and_range, random_batch, seconds_in_turn
 
 from dehvf_ds.batch import Batch
 from dehvf_ds.model import DehvfForConditionalGeneration
@@ -40,19 +36,17 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where variant a spends its time")
     args = parser.parse_args()
 
-    variants = [build_variant(args, settings) for settings in (args.a, args.b)]
-    for variant in variants:
-        run_step(*variant)
+    runs = {name: partial(run_step, *build_variant(args, getattr(args, name))) for name in "ab"}
     if args.profile:
+        runs["a"]()
         with torch.profiler.profile() as profile:
-            run_step(*variants[0])
+            runs["a"]()
         print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
     ratios = []
-    for _ in range(args.pairs):
-        seconds = [timed(run_step, *variant) for variant in variants]
-        ratios.append(seconds[1] / seconds[0])
-        print(f"a {seconds[0]:.3f} s   b {seconds[1]:.3f} s   b / a {ratios[-1]:.2f}", flush=True)
-    print(f"b / a: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
+    for seconds in seconds_in_turn(runs, args.pairs):
+        ratios.append(seconds["b"] / seconds["a"])
+        print(f"a {seconds['a']:.3f} s   b {seconds['b']:.3f} s   b / a {ratios[-1]:.2f}", flush=True)
+    print(f"b / a: {median_and_range(ratios)}")
 
 
 def build_variant(args: argparse.Namespace, settings: str) -> tuple[DehvfForConditionalGeneration, Batch]:
@@ -70,30 +64,14 @@ def build_variant(args: argparse.Namespace, settings: str) -> tuple[DehvfForCond
         **given,
     )
     model = load_model(config, args.language_model, args.vision_tower, dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, 1000, (args.batch, args.tokens), generator=generator)
-    side = args.image_size
-    batch = Batch(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        labels=ids,
-        pixel_values=torch.randn(args.batch, 3, side, side, generator=generator).to(dtype),
-        has_image=torch.ones(args.batch, dtype=torch.bool),
-    )
-    return model, batch
+    batch = random_batch(args.batch, args.tokens, image_size=args.image_size)
+    return model, batch.to(torch.device("cpu"), dtype)
 
 
 def run_step(model: DehvfForConditionalGeneration, batch: Batch) -> None:
     """One forward and backward."""
     model.zero_grad()
     model(**batch.inputs()).loss_sum.backward()
-
-
-def timed(function, *args) -> float:
-    """Seconds of a call."""
-    started = time.perf_counter()
-    function(*args)
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -8,16 +8,11 @@ Every rank holds all three. Prints the seconds of each round on rank 0 and the r
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from timing import median_and_range, random_batch, seconds_in_turn
 from torch.nn.parallel import DistributedDataParallel
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dehvf_ds.batch import Batch
 from dehvf_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -36,7 +31,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--vision-tower", default="demo_data/backbones/dinov2-small")
     parser.add_argument("--rows", type=int, default=4, help="of a micro-batch; two of them make a step")
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=6, help="the first is not counted")
+    parser.add_argument("--rounds", type=int, default=5, help="one more before them is not counted")
     args = parser.parse_args(argv)
     world = read_world()
     config = RunConfig(
@@ -46,35 +41,19 @@ def main(argv: list[str]) -> None:
         train=TrainConfig(global_batch_size=2 * args.rows * world.size, micro_batch_size=args.rows),
     )
     init_process_group(world)
-    generator = torch.Generator().manual_seed(world.rank)
-    batches = [make_batch(args, generator) for _ in range(2)]
+    batches = [random_batch(args.rows, args.tokens, seed=2 * world.rank + number) for number in range(2)]
     variants = {"ddp": ddp_step(config, world, batches)}
     for name in ("zero2", "zero3"):
         variants[name] = engine_step(config, world, batches, f"ds_configs/{name}.json")
     ratios: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(args.rounds):
-        seconds = {name: timed(step) for name, step in variants.items()}
+    for seconds in seconds_in_turn(variants, args.rounds, wait=barrier):
         if world.is_main:
-            print(f"round {number}  " + "  ".join(f"{k} {v:.3f} s" for k, v in seconds.items()), flush=True)
-        if number:
-            for name, value in seconds.items():
-                ratios[name].append(value / seconds["ddp"])
+            print("  ".join(f"{name} {value:.3f} s" for name, value in seconds.items()), flush=True)
+        for name, value in seconds.items():
+            ratios[name].append(value / seconds["ddp"])
     if world.is_main:
         for name, values in ratios.items():
-            spread = f"from {min(values):.2f} to {max(values):.2f}"
-            print(f"{name} / ddp: median {statistics.median(values):.2f}, {spread}", flush=True)
-
-
-def make_batch(args: argparse.Namespace, generator: torch.Generator) -> Batch:
-    """Random captions of random pictures."""
-    ids = torch.randint(10, 1000, (args.rows, args.tokens), generator=generator)
-    return Batch(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        labels=ids,
-        pixel_values=torch.randn(args.rows, 3, 224, 224, generator=generator),
-        has_image=torch.ones(args.rows, dtype=torch.bool),
-    )
+            print(f"{name} / ddp: {median_and_range(values)}", flush=True)
 
 
 def engine_step(config: RunConfig, world: World, batches: list[Batch], path: str) -> Callable[[], object]:
@@ -105,15 +84,6 @@ def ddp_step(config: RunConfig, world: World, batches: list[Batch]) -> Callable[
         optimizer.zero_grad()
 
     return step
-
-
-def timed(step: Callable[[], object]) -> float:
-    """Seconds of a step, all ranks together."""
-    barrier()
-    started = time.perf_counter()
-    step()
-    barrier()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -1,1 +1,0 @@
-"""The two backbones of the demo, read from PyPI packages by ``prepare_backbones.py``."""
