@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dehvf_ds.config import parse_run_config
 from dehvf_ds.distributed import read_world
-from dehvf_ds.model.artifact import load_adapter
-from dehvf_ds.model.weights import load_model
+from dehvf_ds.model.adapter import load_adapter
+from dehvf_ds.model.backbones import load_model
 from dehvf_ds.training.run import resolve
 
 ROWS = 8

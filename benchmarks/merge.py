@@ -26,7 +26,7 @@ from transformers import (
 
 from dehvf_ds.export.merge import TensorSpec, write_shards
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
-from dehvf_ds.model.artifact import save_adapter
+from dehvf_ds.model.adapter import save_adapter
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["down_proj"]}
 

@@ -34,8 +34,8 @@ from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.demo.outcome import score_words
 from dehvf_ds.model import DehvfForConditionalGeneration, visual_ffn
-from dehvf_ds.model.levels import visual_levels
-from dehvf_ds.model.weights import build_config, load_model
+from dehvf_ds.model.backbones import build_config, load_model
+from dehvf_ds.model.features import visual_features as visual_levels
 from dehvf_ds.training.optim import learning_rate, parameter_groups
 
 CAPTIONS_A_PICTURE = 5

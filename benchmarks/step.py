@@ -17,7 +17,7 @@ from timing import median_and_range, random_batch, seconds_in_turn
 
 from dehvf_ds.batch import Batch
 from dehvf_ds.model import DehvfForConditionalGeneration
-from dehvf_ds.model.weights import build_config, load_model
+from dehvf_ds.model.backbones import build_config, load_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

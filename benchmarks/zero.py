@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dehvf_ds.batch import Batch
 from dehvf_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from dehvf_ds.distributed import World, barrier, init_process_group, read_world, run_entry
-from dehvf_ds.model.weights import load_model
+from dehvf_ds.model.backbones import load_model
 from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json
 from dehvf_ds.training.engine import build_engine, build_model_config
 from dehvf_ds.training.optim import parameter_groups

@@ -10,8 +10,8 @@ from tiny_models import byte_tokenizer, text_config, vision_config
 from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil
 
 from dehvf_ds.model import DehvfForConditionalGeneration
-from dehvf_ds.model.artifact import save_adapter
-from dehvf_ds.model.weights import build_config, load_model
+from dehvf_ds.model.adapter import save_adapter
+from dehvf_ds.model.backbones import build_config, load_model
 
 # As many ids as the tokenizer knows, which has its end of text at 0.
 DECODER = {"vocab_size": 260, "bos_token_id": None, "eos_token_id": 0}

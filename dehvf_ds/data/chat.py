@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dehvf_ds.batch import IGNORE_INDEX
 from dehvf_ds.config import UserError
 from dehvf_ds.data.text import is_text
-from dehvf_ds.model.texts import bos_ids, text_ids, tokenizer_name
+from dehvf_ds.model.processing import bos_ids, text_ids, tokenizer_name
 
 Messages = Sequence[Mapping[str, str]]
 """Turns in order, each with ``role`` (``system``, ``user`` or ``assistant``) and ``content``."""

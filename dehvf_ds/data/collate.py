@@ -16,8 +16,8 @@ from dehvf_ds.config import ScienceqaConfig, UserError
 from dehvf_ds.data.chat import encode_chat, encode_chat_prompt, parse_conversation
 from dehvf_ds.data.prompts import QCM_A, SCIENCEQA_ANSWER_PREFIX, Task, build_prompt, build_target
 from dehvf_ds.data.transforms import ImageTransform
-from dehvf_ds.model import ModelError, texts
-from dehvf_ds.model.texts import TokenizerTraits, tokenizer_name
+from dehvf_ds.model import ModelError, processing
+from dehvf_ds.model.processing import TokenizerTraits, prompt_ids, target_ids, tokenizer_name
 
 
 def tokenizer_traits(tokenizer: PreTrainedTokenizerBase) -> TokenizerTraits:
@@ -27,7 +27,7 @@ def tokenizer_traits(tokenizer: PreTrainedTokenizerBase) -> TokenizerTraits:
         UserError: the tokenizer has no end-of-text token, or no seam makes prompt and target one text.
     """
     try:
-        return texts.tokenizer_traits(tokenizer)
+        return processing.tokenizer_traits(tokenizer)
     except ModelError as error:
         raise UserError(str(error)) from None
 
@@ -51,8 +51,8 @@ def encode(
         ids and labels, equally long; ``IGNORE_INDEX`` at positions that are not supervised.
     """
     traits = tokenizer_traits(tokenizer)
-    head = texts.prompt_ids(tokenizer, prompt)
-    tail = [*texts.target_ids(tokenizer, prompt, target), traits.eos_id]
+    head = prompt_ids(tokenizer, prompt)
+    tail = [*target_ids(tokenizer, prompt, target), traits.eos_id]
     ids = (head + tail)[:max_tokens]
     return ids, ([IGNORE_INDEX] * len(head) + tail)[:max_tokens]
 
@@ -63,7 +63,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, answer_prefix
     Never cut: a prompt without its end asks another question.
     """
     tokenizer_traits(tokenizer)
-    return texts.prompt_ids(tokenizer, prompt) + texts.target_ids(tokenizer, prompt, answer_prefix)
+    return prompt_ids(tokenizer, prompt) + target_ids(tokenizer, prompt, answer_prefix)
 
 
 def letter_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dehvf_ds.config import UserError
-from dehvf_ds.model.stored import POINTER, is_pointer
+from dehvf_ds.model.fingerprint import POINTER, is_pointer
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:

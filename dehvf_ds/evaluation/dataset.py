@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import shutil
-import sys
 import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,15 @@ from transformers import PreTrainedTokenizerBase
 
 from dehvf_ds.batch import Sample
 from dehvf_ds.config import EvalConfig, ScienceqaConfig, UserError
-from dehvf_ds.data.building.left_out import BadRows
-from dehvf_ds.data.building.plan import BuildSettings, describe_file
-from dehvf_ds.data.building.sources import SourceRow, read_coco, read_karpathy, read_scienceqa
-from dehvf_ds.data.building.write import build_shards
+from dehvf_ds.data.building.sources import (
+    BadRows,
+    SourceRow,
+    describe_file,
+    read_coco,
+    read_karpathy,
+    read_scienceqa,
+)
+from dehvf_ds.data.building.writer import BuildSettings, build_shards
 from dehvf_ds.data.collate import Collator, letter_ids
 from dehvf_ds.data.damage import DamagedSample
 from dehvf_ds.data.index import ShardIndex
@@ -225,14 +229,14 @@ def published_shards(config: EvalConfig, output: Path) -> Path:
             facts = {"source": "karpathy", "split": config.split, "dataset": described[0]}
     # No row is left out: scores would be of other rows than the published ones.
     bad = BadRows(skip=False, remedy="correct it")
-    build = {"name": config.task, "settings": BuildSettings(), "num_workers": 1, "progress": _Silent()}
-    build_shards(rows, shards, facts=facts, note=_note, bad=bad, **build)
+    build = {"name": config.task, "settings": BuildSettings(), "num_workers": 1, "progress": False}
+    build_shards(rows, shards, facts=facts, bad=bad, **build)
     return shards
 
 
 def _problem_rows(root: Path, split: str) -> list[SourceRow]:
     bad = BadRows(skip=False, remedy="correct it")
-    rows = read_scienceqa(root, split, allow_missing_images=True, note=_note, bad=bad)
+    rows = read_scienceqa(root, split, allow_missing_images=True, bad=bad)
     missing = sum(bool(row.record.get("image_missing")) for row in rows)
     if missing and all(row.image is None for row in rows):
         raise UserError(
@@ -247,10 +251,10 @@ def _caption_rows(path: Path, images: Path, split: str | None) -> list[SourceRow
     # A picture without a caption cannot be scored.
     bad = BadRows(skip=True)
     if _is_karpathy(path):
-        rows = read_karpathy(path, images, _required_split(path, split), note=_note, bad=bad)
+        rows = read_karpathy(path, images, _required_split(path, split), bad=bad)
     else:
-        rows = read_coco(path, images, note=_note, bad=bad)
-    bad.tell(_note, len(rows) + sum(bad.counts.values()))
+        rows = read_coco(path, images, bad=bad)
+    bad.tell(len(rows) + sum(bad.counts.values()))
     return rows
 
 
@@ -276,18 +280,6 @@ def _required_split(data: Path, split: str | None) -> str:
     if split is None:
         raise UserError(f"{data} holds several splits; name one with --split")
     return split
-
-
-def _note(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr, flush=True)
-
-
-class _Silent:
-    """Progress that nobody is told of."""
-
-    def start(self, total: int) -> None: ...
-
-    def advance(self, count: int) -> None: ...
 
 
 def digest_of(terms: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from dehvf_ds.config import EvalConfig, ScienceqaConfig, UserError, load_run_config, to_plain
-from dehvf_ds.data.building.plan import describe_file
+from dehvf_ds.data.building.sources import describe_file
 from dehvf_ds.data.damage import DamagedSample
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.loader import read_sample
@@ -26,11 +26,11 @@ from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.distributed import World, has_fast_bf16, init_process_group, meet, on_main, read_world
 from dehvf_ds.evaluation import dataset, predict
 from dehvf_ds.evaluation.coco import CaptionScorer
+from dehvf_ds.evaluation.contact_sheet import contact_sheet
 from dehvf_ds.evaluation.dataset import TASKS, EvalTask, Prediction, Questions
 from dehvf_ds.evaluation.predict import METRICS_NAME, Scored
 from dehvf_ds.evaluation.scienceqa import AnswerScorer
-from dehvf_ds.evaluation.contact_sheet import contact_sheet
-from dehvf_ds.model.weights import TrainedModel, find_trained
+from dehvf_ds.model.adapter import TrainedModel, find_trained
 
 PREDICTIONS_NAME = "predictions.jsonl"
 NUM_EXAMPLES = 8

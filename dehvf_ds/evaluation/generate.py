@@ -25,7 +25,7 @@ from dehvf_ds.distributed import has_fast_bf16, read_world
 from dehvf_ds.evaluation.decode import MAX_NEW_TOKENS, Decoding, decode, require_positions
 from dehvf_ds.evaluation.evaluate import json_text
 from dehvf_ds.evaluation.predict import in_batches
-from dehvf_ds.model.weights import TrainedModel, find_trained
+from dehvf_ds.model.adapter import TrainedModel, find_trained
 
 _FIELD_ENDS = {ord(c): repr(c)[1:-1] for c in "\t\n\r\v\f\x85\u2028\u2029"}
 

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from dehvf_ds.config import InsideConfig, UserError
-from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, on_main
 from dehvf_ds.data.loader import read_sample
+from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, on_main
 from dehvf_ds.evaluation.dataset import TASKS, Prediction, Questions, open_questions
 from dehvf_ds.evaluation.evaluate import Scorer, lines_of, open_scorer, score, try_examples, write_lines
 from dehvf_ds.evaluation.predict import in_batches
@@ -79,8 +79,9 @@ class InTrainingEvaluation:
     ) -> Evaluated | None:
         """Evaluates the weights as they are. Every rank must call it.
 
-        The model is the one inside the engine; it is gathered and not changed. Rows and scores that fail leave
-        the run alive, with a warning. None where the evaluation was ended early or nothing could be scored.
+        The model is the one inside the engine; it is gathered and not changed. Rows and scores that fail
+        leave the run alive, with a warning. None where the evaluation was ended early or nothing could be
+        scored.
         """
         started = time.perf_counter()
         try:

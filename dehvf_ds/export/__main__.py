@@ -23,9 +23,8 @@ from dehvf_ds.export.card import copy_licence_files, model_card
 from dehvf_ds.export.merge import MergedModel, write_model
 from dehvf_ds.export.verify import check_memory, read_prompts, verify_export
 from dehvf_ds.model import ModelError
-from dehvf_ds.model.artifact import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from dehvf_ds.model.artifact import MANIFEST_FILE, read_manifest
-from dehvf_ds.model.weights import EXPORT_FILE, TrainedModel, find_trained
+from dehvf_ds.model.adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from dehvf_ds.model.adapter import EXPORT_FILE, MANIFEST_FILE, TrainedModel, find_trained, read_manifest
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -19,8 +19,7 @@ from transformers.utils import cached_file
 
 from dehvf_ds.config import UserError, load_run_config
 from dehvf_ds.data.prompts import CAPTION_PROMPT
-from dehvf_ds.model.artifact import read_manifest
-from dehvf_ds.model.weights import TrainedModel
+from dehvf_ds.model.adapter import TrainedModel, read_manifest
 
 Form = Literal["merged", "unfolded", "adapter"]
 """Adapters folded into the weights, beside them, or without the base models' weights."""

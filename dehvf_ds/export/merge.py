@@ -23,6 +23,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from dehvf_ds import __version__
@@ -30,20 +31,16 @@ from dehvf_ds.config import UserError
 from dehvf_ds.data.chat import PLAIN_CHAT_TEMPLATE
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
+from dehvf_ds.evaluation.decode import MAX_NEW_TOKENS, end_ids
 from dehvf_ds.export.verify import check_processor
 from dehvf_ds.model import DehvfForConditionalGeneration, DehvfProcessor, ModelError
-from dehvf_ds.model.adapters import decoder_layers, folded_weight, lora_scaling
-from dehvf_ds.model.artifact import LORA_FILE, decoder_name, load_adapter, peft_name
+from dehvf_ds.model.adapter import EXPORT_FILE, LORA_FILE, TrainedModel, decoder_name, load_adapter, peft_name
 from dehvf_ds.model.backbones import load_backbone, loaded_name
-from dehvf_ds.model.sketch import bare_name
-from dehvf_ds.model.stored import SAFETENSORS_DTYPES, StoredFile, stored_tensors
-from dehvf_ds.model.texts import bos_ids
-from dehvf_ds.model.weights import EXPORT_FILE, TrainedModel, settle_head_of
+from dehvf_ds.model.fingerprint import StoredFile, bare_name, stored_tensors
+from dehvf_ds.model.lora import decoder_layers, folded_weight, lora_scaling
+from dehvf_ds.model.processing import bos_ids
 
-MAX_NEW_TOKENS = {"caption": 40, "scienceqa": 8, "chat": 256}
-"""Longest answer by task, unless the caller of ``generate`` sets one."""
-
-_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
 
 # Clients send messages as texts or as lists of text and image parts; decoders' own templates expect texts.
 _MESSAGES_AS_TEXT = (
@@ -136,7 +133,7 @@ class MergedModel:
         if trained.language_model is None or trained.vision_tower is None:
             raise ModelError(f"{trained.path} is merged already")
         config = copy.deepcopy(trained.config)
-        settle_head_of(config, trained.language_model)
+        settle_head(config, trained.language_model)
         with torch.device("meta"):
             decoder = AutoModelForCausalLM.from_config(config.text_config)
         self.files = DecoderFiles(trained.language_model, decoder)
@@ -309,11 +306,10 @@ def _saved_tensors(directory: Path) -> Iterator[list[TensorSpec]]:
 
 def _generation_config(trained: TrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """Greedy, as models are evaluated; ends at the tokenizer's end of text and at the decoder's own ends."""
-    ends: list[Any] = [tokenizer.eos_token_id]
+    own = None
     with contextlib.suppress(OSError):
-        own: Any = GenerationConfig.from_pretrained(trained.tokenizer_source).eos_token_id
-        ends += own if isinstance(own, list) else [own]
-    ends = list(dict.fromkeys(end for end in ends if end is not None))
+        own = GenerationConfig.from_pretrained(trained.tokenizer_source)
+    ends = end_ids(tokenizer, own)
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=MAX_NEW_TOKENS[trained.task or "caption"],

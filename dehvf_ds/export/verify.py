@@ -21,8 +21,8 @@ from dehvf_ds.data.samples import read_sample
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.model import DehvfForConditionalGeneration, DehvfProcessor
-from dehvf_ds.model.adapters import fold_lora
-from dehvf_ds.model.weights import TrainedModel
+from dehvf_ds.model.adapter import TrainedModel
+from dehvf_ds.model.lora import fold_lora
 
 FOLD_TOLERANCE = 1e-5
 """What folding in fp32 may change in a logit, as a share of the largest."""

@@ -16,8 +16,8 @@ from PIL import Image
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.loader import read_sample
 from dehvf_ds.data.shards import DamagedSample
-from dehvf_ds.evals.coco import CAPTION_METRICS
-from dehvf_ds.evals.scienceqa import COLUMNS
+from dehvf_ds.evaluation.coco import CAPTION_METRICS
+from dehvf_ds.evaluation.scienceqa import COLUMNS
 from dehvf_ds.report.plots import COLORS, LINE_STYLES, Axis, layer_map, line_chart
 from dehvf_ds.report.runs import Evaluation, Json, Run, finite, shown
 

@@ -30,7 +30,7 @@ from dehvf_ds.atomic import atomic_directory, atomic_file, part_of, sha256_of
 from dehvf_ds.config import RunConfig, UserError, to_plain
 from dehvf_ds.distributed import World, on_main
 from dehvf_ds.model import DehvfForConditionalGeneration, ModelError
-from dehvf_ds.model.artifact import read_manifest, replace_artifact, save_adapter
+from dehvf_ds.model.adapter import read_manifest, replace_artifact, save_adapter
 from dehvf_ds.training.optimizer_state import MASTER, gather_state, gather_trainables, load_state
 from dehvf_ds.training.step import StepResult
 

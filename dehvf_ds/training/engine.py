@@ -9,8 +9,8 @@ import torch
 from dehvf_ds.config import ModelConfig, RunConfig, UserError, to_plain
 from dehvf_ds.distributed import World
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration, ModelError
-from dehvf_ds.model.artifact import load_adapter
-from dehvf_ds.model.weights import build_config, find_adapter, load_model
+from dehvf_ds.model.adapter import find_adapter, load_adapter
+from dehvf_ds.model.backbones import build_config, load_model
 from dehvf_ds.training.deepspeed_json import compute_dtype
 from dehvf_ds.training.optim import parameter_groups
 

@@ -17,8 +17,7 @@ from dehvf_ds.data.transforms import ImageTransform, build_image_transform
 from dehvf_ds.data.workers import TrainingLoader
 from dehvf_ds.distributed import World
 from dehvf_ds.model import DehvfConfig, ModelError
-from dehvf_ds.model.backbones import load_backbone_config
-from dehvf_ds.model.weights import check_bases
+from dehvf_ds.model.backbones import check_bases, load_backbone_config
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.engine import build_model_config
 from dehvf_ds.training.trackers import check_trackers

@@ -10,9 +10,7 @@ from typing import Any
 
 from dehvf_ds.config import ModelConfig, RunConfig, UserError, load_run_config, save_run_config, to_plain
 from dehvf_ds.model import DehvfConfig, ModelError
-from dehvf_ds.model.artifact import CONFIG_FILE, read_manifest
-from dehvf_ds.model.identity import check_base
-from dehvf_ds.model.weights import find_adapter
+from dehvf_ds.model.adapter import CONFIG_FILE, check_base, find_adapter, read_manifest
 from dehvf_ds.training.checkpoint import Checkpoint, checkpoints_dir, find_checkpoint, step_dirs
 from dehvf_ds.training.engine import build_model_config
 from dehvf_ds.training.run_lock import RunLock

@@ -401,7 +401,7 @@ def test_published_files_of_one_name_have_shards_each(root, model, tmp_path) -> 
 
 
 def test_no_answer_is_longer_than_the_decoder_has_positions_for(root, model, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("dehvf_ds.model.weights.TrainedModel.load", None)  # before weights load
+    monkeypatch.setattr("dehvf_ds.model.adapter.TrainedModel.load", None)  # before weights load
     given = ["--max_new_tokens", "100000"]
     with pytest.raises(UserError, match=r"max_new_tokens 100000 behind a prompt of 4 is more than the 1000"):
         evaluate(model, root / "a/test", *given)

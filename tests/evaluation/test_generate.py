@@ -24,7 +24,7 @@ from dehvf_ds.evaluation.dataset import open_questions
 from dehvf_ds.evaluation.generate import ask_as_trained
 from dehvf_ds.generate import main, parse_flags
 from dehvf_ds.model import DehvfForConditionalGeneration
-from dehvf_ds.model.weights import find_trained
+from dehvf_ds.model.adapter import find_trained
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_an_empty_folder_is_named(root, tmp_path) -> None:
 
 @pytest.mark.parametrize("task", ["caption", "chat"])
 def test_no_answer_is_longer_than_the_decoder_has_positions_for(root, monkeypatch, task) -> None:
-    monkeypatch.setattr("dehvf_ds.model.weights.TrainedModel.load", None)  # before weights load
+    monkeypatch.setattr("dehvf_ds.model.adapter.TrainedModel.load", None)  # before weights load
     given = ["--image", names(root)[0], "--prompt", "What?", "--max_new_tokens", "124"]
     with pytest.raises(UserError, match=r"max_new_tokens 124 behind a prompt of \d+ .* the 128 tokens that"):
         ask(root, *given, task=task)

@@ -28,9 +28,9 @@ from dehvf_ds.evaluation.coco import METRICS, CaptionScorer
 from dehvf_ds.evaluation.dataset import Questions, is_published, published_shards
 from dehvf_ds.evaluation.decode import Decoding
 from dehvf_ds.evaluation.in_training import InTrainingEvaluation
+from dehvf_ds.planning.memory import check_inside
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.metrics import Evaluated
-from dehvf_ds.planning.memory import check_inside
 from dehvf_ds.training.stop import StopRequest
 
 TRAIN = REPOSITORY / "dehvf_ds/train.py"

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from tiny_artifacts import build_bases, save, trained_model
 
 from dehvf_ds.export.card import Form, model_card, stated_licence
-from dehvf_ds.model.weights import find_trained
+from dehvf_ds.model.adapter import find_trained
 
 COCO = {"BLEU-4": 31.25, "CIDEr": 101.5, "loss": 2.5, "num_samples": 80, "decoding": {"num_beams": 3}}
 COCO |= {"protocol": {"tokenizer": "PTB", "references": {"sha256": "0"}}}

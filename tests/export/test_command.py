@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from dehvf_ds.config import UserError
 from dehvf_ds.export import merge as merging
 from dehvf_ds.export.__main__ import main as merge
-from dehvf_ds.model.weights import EXPORT_FILE, find_trained
+from dehvf_ds.model.adapter import EXPORT_FILE, find_trained
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_it_proves_what_it_writes(root, world, capsys) -> None:
     ("where", "message"),
     [
         ("dehvf_ds.export.merge.folded_weight", r"8 tensors are not the trained ones, .*mlp\.ffn\."),
-        ("dehvf_ds.model.adapters.folded_weight", r"folding changes the logits by .* of the largest"),
+        ("dehvf_ds.model.lora.folded_weight", r"folding changes the logits by .* of the largest"),
     ],
 )
 def test_a_wrong_fold_is_found_and_not_exported(root, world, monkeypatch, where, message) -> None:

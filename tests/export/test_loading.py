@@ -24,7 +24,7 @@ from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.export.__main__ import main as merge
 from dehvf_ds.generate import main as generate
 from dehvf_ds.model import DehvfForConditionalGeneration, ModelError
-from dehvf_ds.model.weights import find_trained
+from dehvf_ds.model.adapter import find_trained
 
 PROMPT = "Caption of the picture:"
 

@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from dehvf_ds.export.__main__ import main as merge
 from dehvf_ds.export.merge import MergedModel, TensorSpec, write_shards
 from dehvf_ds.model import DehvfForConditionalGeneration, ModelError
-from dehvf_ds.model.adapters import fold_lora
+from dehvf_ds.model.adapter import find_trained
+from dehvf_ds.model.lora import fold_lora
 from dehvf_ds.model.trial import scaled_down
-from dehvf_ds.model.weights import find_trained
 
 BACKBONES = [("llama", "clip"), ("mistral", "siglip"), ("qwen3", "dinov2")]
 

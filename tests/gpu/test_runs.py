@@ -15,7 +15,8 @@ from tiny_entries import read_metrics
 from dehvf_ds.config import parse_run_config
 from dehvf_ds.data.loader import read_sample
 from dehvf_ds.distributed import World
-from dehvf_ds.model.weights import find_trained, load_model
+from dehvf_ds.model.adapter import find_trained
+from dehvf_ds.model.backbones import load_model
 from dehvf_ds.training.optim import learning_rate, parameter_groups, set_learning_rate
 from dehvf_ds.training.run import ResolvedRun, resolve
 

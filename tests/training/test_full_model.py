@@ -12,7 +12,7 @@ from training.launch import run_ranks
 from transformers import AutoModel, AutoModelForCausalLM
 
 from dehvf_ds.distributed import World
-from dehvf_ds.model.weights import build_config, load_model
+from dehvf_ds.model.backbones import build_config, load_model
 from dehvf_ds.training.full_model import full_copy, full_copy_bytes
 
 WORKER = Path(__file__).parent / "full_model_worker.py"

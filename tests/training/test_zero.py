@@ -12,7 +12,7 @@ from training.launch import run_ranks
 from training.zero_worker import make_rows, run_config
 from transformers import AutoModel, AutoModelForCausalLM
 
-from dehvf_ds.model.weights import load_model
+from dehvf_ds.model.backbones import load_model
 from dehvf_ds.training.engine import build_model_config
 from dehvf_ds.training.optim import learning_rate, parameter_groups, set_learning_rate
 
