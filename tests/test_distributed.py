@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from training.launch import USER_ENVIRONMENT, start_ranks
+from processes import USER_ENVIRONMENT, start_ranks
 
 from dehvf_ds.config import UserError
 from dehvf_ds.distributed import first_host, has_fast_bf16, read_world

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from documented import Command, documented
-from training.launch import REPOSITORY, USER_ENVIRONMENT
+from processes import REPOSITORY, run_python
 
 from dehvf_ds.config import (
     find_deepspeed_json,
@@ -211,13 +209,9 @@ def jobs(elsewhere: Path) -> list[dict]:
 @pytest.mark.slow
 def test_every_program_starts_as_typed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
-    command = [sys.executable, str(Path(__file__).with_name("forked_starts.py")), str(tmp_path / "results")]
-    given = json.dumps(jobs(tmp_path / "elsewhere"))
-    done = subprocess.run(
-        command, input=given, env=USER_ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    for result in json.loads((tmp_path / "results").read_text()):
+    for job in jobs(tmp_path / "elsewhere"):
+        done = run_python([*job["program"], *job["args"]], cwd=job["cwd"])
+        result = job | {"code": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
         program, said = result["program"][-1], (result["program"], result["args"], result["stderr"])
         assert "Traceback" not in result["stderr"], said
         if "--help" in result["args"]:

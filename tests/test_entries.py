@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import REPOSITORY, USER_ENVIRONMENT, run_ranks
 from tiny_entries import arguments, losses, overflowing_tower, read_metrics, start
-from training.launch import REPOSITORY, USER_ENVIRONMENT, run_ranks
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,

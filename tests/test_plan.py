@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import REPOSITORY
 from tiny_models import text_config, vision_config
-from training.launch import REPOSITORY
 from transformers import CLIPImageProcessorPil
 
 from dehvf_ds.config import UserError

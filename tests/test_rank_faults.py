@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import USER_ENVIRONMENT
 from tiny_entries import build_world
-from training.launch import USER_ENVIRONMENT
 
 EXPECTED = {
     "configuration": (2, "error (rank 1): --config run.yaml: no such file"),

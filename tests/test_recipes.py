@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from training.launch import REPOSITORY
+from processes import REPOSITORY
 
 from dehvf_ds.config import RECIPES_DIR, parse_run_config
 from dehvf_ds.planning.memory import JSON_NAMES

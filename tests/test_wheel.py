@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import sysconfig
@@ -11,8 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from processes import REPOSITORY, USER_ENVIRONMENT, Server
 from tiny_entries import arguments
-from training.launch import REPOSITORY, USER_ENVIRONMENT
 
 PROGRAMS = ("train", "eval", "generate", "plan", "doctor", "export", "data.building", "report")
 TRAVELS = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "dehvf_ds", "ds_configs")
@@ -78,12 +77,13 @@ def test_every_program_starts_without_a_clone(python: Path, world: Path, tmp_pat
         ["dehvf_ds.train", *arguments(world, "wheel"), *shipped, "--dry-run"],
         ["dehvf_ds.data.building", "verify", str(world / "test")],
     ]
-    given = [{"program": ["-m", job[0]], "args": job[1:], "cwd": str(tmp_path)} for job in jobs]
-    results = tmp_path.with_name("results.json")
-    run(python, Path(__file__).with_name("forked_starts.py"), results, input=json.dumps(given), cwd=tmp_path)
-    for result in json.loads(results.read_text()):
-        said = (result["program"], result["args"], result["stdout"], result["stderr"])
-        assert result["code"] == 0, said
-        assert str(REPOSITORY) not in result["stderr"], said
-    assert "nothing is wrong, and nothing was written" in json.loads(results.read_text())[-2]["stdout"]
+    server = Server(python)
+    for job in jobs:
+        done = server.start(["-m", *job], cwd=tmp_path)
+        out, err = done.communicate(240)
+        assert done.returncode == 0, (job, out, err)
+        assert str(REPOSITORY) not in err, (job, err)
+        if "--dry-run" in job:
+            assert "nothing is wrong, and nothing was written" in out
+    server.close()
     assert list(tmp_path.iterdir()) == []

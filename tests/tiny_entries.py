@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from processes import REPOSITORY, USER_ENVIRONMENT, run_python
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer, vision_config
-from training.launch import REPOSITORY, USER_ENVIRONMENT
 from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil, GPT2Config, LlamaConfig
 
 from dehvf_ds.data.building.__main__ import main as build_shards
@@ -87,15 +86,8 @@ def arguments(world: Path, run: str, *more: str) -> list[str]:
 
 def start(entry: str, args: list[str], *, home: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs an entry by its path in a process of its own, from another folder, as a user of ``home`` may."""
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / entry), *args],
-        env=USER_ENVIRONMENT if home is None else USER_ENVIRONMENT | {"HOME": str(home)},
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    env = USER_ENVIRONMENT if home is None else USER_ENVIRONMENT | {"HOME": str(home)}
+    return run_python([REPOSITORY / entry, *args], env=env)
 
 
 def steps(world: Path, run: str) -> list[dict[str, Any]]:

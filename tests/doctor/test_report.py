@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from training.launch import REPOSITORY
+from processes import REPOSITORY
 
 from dehvf_ds.doctor import __main__ as entry
 from dehvf_ds.doctor import packages

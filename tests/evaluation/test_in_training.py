@@ -14,10 +14,10 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from processes import REPOSITORY, run_ranks, start_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_entries import arguments, read_metrics, start, steps
 from tiny_shards import write_shards
-from training.launch import REPOSITORY, run_ranks, start_ranks
 
 from dehvf_ds.config import EvalConfig, InsideConfig, UserError, parse_run_config
 from dehvf_ds.data.index import ShardIndex

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training.launch import REPOSITORY
+from processes import REPOSITORY
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 STEPS = 6

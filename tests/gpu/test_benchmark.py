@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training.launch import REPOSITORY
+from processes import REPOSITORY
 
 
 def test_every_part_of_the_benchmark_is_rehearsed(tmp_path: Path) -> None:

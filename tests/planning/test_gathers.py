@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from processes import run_ranks
 from tiny_models import text_config, vision_config
-from training.launch import run_ranks
 from transformers import AutoModel, AutoModelForCausalLM
 
 WORKER = Path(__file__).parent / "gathers_worker.py"

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from processes import REPOSITORY
 from slurm.cluster import PATIENCE, Cluster, missing, running, wait_for
 from tiny_entries import arguments, overflowing_tower, read_metrics, start
-from training.launch import REPOSITORY
 
 pytestmark = [
     pytest.mark.slurm,

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training.launch import REPOSITORY, run_ranks, start_ranks
+from processes import REPOSITORY, run_ranks, start_ranks
 from training.resume_world import build_world, recipe
 
 from dehvf_ds.training.checkpoint import find_checkpoint

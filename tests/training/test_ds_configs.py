@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from processes import REPOSITORY, run_ranks
 from tiny_models import text_config, vision_config
-from training.launch import REPOSITORY, run_ranks
 from training.zero_worker import run_config
 from transformers import AutoModel, AutoModelForCausalLM
 

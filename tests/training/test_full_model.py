@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 from tiny_models import LORA, text_config, vision_config
-from training.launch import run_ranks
 from transformers import AutoModel, AutoModelForCausalLM
 
 from dehvf_ds.distributed import World

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import REPOSITORY, run_ranks, start_ranks
 from safetensors.torch import load_file, save_file
 from tiny_artifacts import save, trained_model
 from torch import Tensor
-from training.launch import REPOSITORY, run_ranks, start_ranks
 from training.resume_world import build_world, recipe
 
 from dehvf_ds.batch import Batch

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 from tiny_models import text_config, vision_config
-from training.launch import run_ranks
 from training.zero_worker import make_rows, run_config
 from transformers import AutoModel, AutoModelForCausalLM
 
