@@ -62,16 +62,11 @@ class World:
 
 
 def read_world(environ: dict[str, str] | None = None) -> World:
-    """Finds out the process's place, whoever launched it.
+    """Finds out the process's place, whoever launched it; touches no device.
 
-    ``deepspeed`` and ``torchrun`` set RANK and friends; ``srun`` sets SLURM_*, which is mapped to them
-    in the environment, since DeepSpeed reads them there; alone means one process. Touches no device.
-
-    Args:
-        environ: the environment to read and complete; None means the process's own.
-
-    Raises:
-        UserError: a variable is missing or not a number.
+    ``deepspeed`` and ``torchrun`` set RANK and friends; ``srun`` sets SLURM_*, which is mapped to them in the
+    environment (``environ``, None for the process's own), since DeepSpeed reads them there; alone means one
+    process.
     """
     env = os.environ if environ is None else environ
     if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
@@ -125,13 +120,8 @@ _store: RankStore | None = None
 def meet(world: World, timeout_minutes: float = 30.0) -> None:
     """Lets the ranks hear of each other's failures from here on; no device and no backend is needed.
 
-    Args:
-        world: this process's place.
-        timeout_minutes: how long rank 0 may take to come.
-
-    Raises:
-        UserError: nothing says where the ranks meet, or another program listens there.
-        JobError: rank 0 did not come.
+    Waits ``timeout_minutes`` for rank 0 (then JobError); UserError if nothing says where the ranks meet, or
+    if another program listens there.
     """
     global _store
     if world.size == 1 or _store is not None:
@@ -157,14 +147,7 @@ def meet(world: World, timeout_minutes: float = 30.0) -> None:
 
 
 def wait_for_ranks(timeout_minutes: float = 30.0) -> None:
-    """Waits until all have met.
-
-    Args:
-        timeout_minutes: how long.
-
-    Raises:
-        JobError: ranks did not come; names them.
-    """
+    """Waits until all have met; JobError names those that did not come."""
     if _store is not None:
         _store.wait_for_all(timeout_minutes)
 
@@ -178,13 +161,8 @@ def before_end(cleanup: Callable[[], object]) -> None:
 def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
     """Starts communication: NCCL on CUDA, gloo on the CPU, where threads are shared out among the ranks.
 
-    Args:
-        world: this process's place.
-        timeout_minutes: how long a rank waits for the others before it fails.
-
-    Raises:
-        UserError: as ``meet`` does, where the ranks have not met yet.
-        JobError: ranks did not come; names them.
+    ``timeout_minutes`` is how long a rank waits for the others before it fails. Ranks that have not met do so
+    first.
     """
     meet(world, timeout_minutes)
     wait_for_ranks(timeout_minutes)
@@ -268,16 +246,9 @@ def gather_to_main(items: list[Any], world: World) -> list[Any]:
 
 
 def on_main(world: World, function: Callable[[], Result]) -> Result:
-    """Runs a function on rank 0 and gives its result to all, which wait as long as that takes.
+    """Runs a function on rank 0 and gives its result to all, however long that takes. All must call it.
 
-    Every rank must call it.
-
-    Args:
-        world: this process's place.
-        function: what rank 0 runs; its result must pickle.
-
-    Raises:
-        UserError: the one that the function raised, on every rank.
+    The result must pickle. A UserError of the function is raised on every rank.
     """
     if _store is None:
         return function()
@@ -312,12 +283,10 @@ def barrier() -> None:
 def run_entry(main: Callable[[list[str]], int | None], *, meets: bool = False) -> None:
     """Runs an entry's ``main(argv)`` and exits; a user's mistake is one line and code 2.
 
-    Args:
-        main: the entry.
-        meets: whether its ranks ``meet``; a failure before that is then told to the others all the same.
+    ``meets``: its ranks ``meet``, so that a failure before that is told to the others all the same.
 
     On SIGUSR2 the process tells where each of its threads is, in the file that DEHVF_STACKS names or on
-    stderr, and goes on: also where it hangs in a collective, so that nothing of Python runs.
+    stderr, and continues: also where it hangs in a collective, so that nothing of Python runs.
     """
     for stream in (sys.stdout, sys.stderr):
         # A file's name or a caption may hold what the console's encoding lacks; that must end nothing.

@@ -109,11 +109,7 @@ class RankStore:
         threading.Thread(target=self._guard, name="rank store's guard", daemon=True).start()
 
     def wait_for_all(self, timeout_minutes: float) -> None:
-        """Waits until every rank is there.
-
-        Raises:
-            JobError: names those that did not come.
-        """
+        """Waits until every rank is there; JobError names those that did not come."""
         end = time.monotonic() + 60 * timeout_minutes
         while not self._have_met(self._client):
             if time.monotonic() > end:
@@ -128,11 +124,7 @@ class RankStore:
         return client.add("met", 0) >= self._size
 
     def broadcast(self, value: Callable[[], Any]) -> Any:
-        """Gives what rank 0 computes to all, which wait as long as that takes. Every rank must call it.
-
-        Args:
-            value: called on rank 0 alone; its result must pickle.
-        """
+        """Gives what rank 0 computes (it must pickle) to all, however long that takes. All must call it."""
         key = self._next_key()
         if self._rank == 0:
             result = value()
@@ -174,13 +166,8 @@ class RankStore:
     def fail(self, line: str, code: int, *, details: Callable[[], object] | None = None) -> int:
         """Tells the others why this rank ends, and whoever reads rank 0's console why all do.
 
-        Args:
-            line: what happened.
-            code: the exit code that this rank would end with.
-            details: prints more, where the failure is this rank's own.
-
-        Returns:
-            The code to end with: that of the first rank that failed.
+        ``details`` prints more, if the failure is this rank's own. Returns the code to end with: that of the
+        first rank that failed.
         """
         if not self._ending.acquire(blocking=False):
             # The watch is about to end this process.

@@ -103,18 +103,7 @@ class Checkpoint:
 
 @dataclass
 class Checkpoints:
-    """Writes a run's checkpoints and its adapter, and puts a checkpoint back into the engine.
-
-    Every rank must call its methods.
-
-    Attributes:
-        config: the run.
-        world: this process's place.
-        model: the model inside the engine.
-        engine: the DeepSpeed engine.
-        dtype: compute dtype of the run.
-        data_digest: what tells the training shards from others.
-    """
+    """Writes checkpoints and the adapter, and loads them into the engine. Every rank calls its methods."""
 
     config: RunConfig
     world: World
@@ -164,11 +153,7 @@ class Checkpoints:
         on_main(self.world, write)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Puts a checkpoint's state into the engine.
-
-        Raises:
-            UserError: it is of another model.
-        """
+        """Puts a checkpoint's state into the engine."""
         try:
             tensors = load_file(checkpoint.path / STATE_FILE)
             load_state(self.engine, self.model.trainable_parameters(), tensors, checkpoint.optimizer_steps)
@@ -224,12 +209,8 @@ class Checkpoints:
 def find_checkpoint(run_dir: str | Path, resume: str) -> Checkpoint | None:
     """Finds the checkpoint to continue from, and verifies it.
 
-    Args:
-        run_dir: the run.
-        resume: ``never``, ``auto`` (the newest that is whole, or none) or a checkpoint's path.
-
-    Raises:
-        UserError: the path is no checkpoint, or is damaged.
+    ``resume`` is ``never``, ``auto`` (the newest that is whole, or none) or a checkpoint's path, which must
+    be whole.
     """
     if resume == "never":
         return None
@@ -246,11 +227,7 @@ def find_checkpoint(run_dir: str | Path, resume: str) -> Checkpoint | None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads where a checkpoint stands, and compares its files with their sizes and hashes.
-
-    Raises:
-        UserError: it is not there, not whole, or of another format.
-    """
+    """Reads where a checkpoint stands, and compares its files with their sizes and hashes."""
     try:
         content = json.loads((path / INFO_FILE).read_text(encoding="utf-8"))
         if content["format_version"] != FORMAT_VERSION:
@@ -277,11 +254,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def restore_adapter(directory: Path, checkpoint: Checkpoint) -> bool:
     """Puts the last checkpoint's adapter in the place of one that is missing, damaged or older. Rank 0 alone.
 
-    Returns:
-        Whether it was written; False where the right one was there.
-
-    Raises:
-        UserError: the checkpoint's own is damaged, or nothing can be written.
+    Returns whether that was necessary.
     """
     try:
         if read_manifest(directory).get("step") == checkpoint.progress.step:

@@ -39,16 +39,8 @@ NOISY_KEYS = ("flops_profiler", "comms_logger", "dump_state", "memory_breakdown"
 def dry_run(run: ResolvedRun, describe_evaluation: Callable[[], str] | None) -> int:
     """Does all that a run does up to its first step, and that with a scaled-down copy; writes nothing.
 
-    Args:
-        run: the resolved run.
-        describe_evaluation: opens the in-training evaluation, and says in one line what it asks; called on
-            rank 0 alone.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        UserError: what would have ended the run.
+    ``describe_evaluation`` opens the in-training evaluation, and says in one line what it asks; rank 0 alone
+    calls it.
     """
     config, world = run.config, run.world
     checkpoint = on_main(world, lambda: _look_at_run_dir(run))
@@ -150,16 +142,7 @@ def step_of_copy(
 ) -> CopyStep:
     """Takes a step with a scaled-down copy and measures a validation batch. Every rank must call it.
 
-    Args:
-        config: the run.
-        model_config: its model.
-        ds_config: its completed DeepSpeed configuration.
-        world: this process's place.
-        micro_batches: this rank's share of one step.
-        validation_batch: this rank's first validation micro-batch.
-
-    Raises:
-        UserError: no copy of such a model can be built.
+    The batches are this rank's share of the run's first step, and its first validation micro-batch.
     """
     dtype = compute_dtype(ds_config)
     ds_config = {key: value for key, value in ds_config.items() if key not in NOISY_KEYS}
@@ -212,19 +195,10 @@ def _save(model: PreTrainedModel, directory: Path) -> None:
 
 
 def check_supervised(batches: Sequence[Batch], world: World, *, data: str, max_tokens: int) -> str | None:
-    """Refuses data of which too little can be learnt. Every rank must call it.
+    """Refuses data of which too little can be learnt; warns of less. Every rank must call it.
 
-    Args:
-        batches: this rank's first micro-batches.
-        world: this process's place.
-        data: where the rows lie, for the message.
-        max_tokens: the limit of a row, for the message.
-
-    Returns:
-        A warning of rows without a token to learn; None where there are none.
-
-    Raises:
-        UnsupervisedError: a micro-batch, or more than ``MAX_UNSUPERVISED_SHARE`` of all rows, has none.
+    ``batches`` are this rank's first; ``data`` and ``max_tokens`` are for the message. Refused are a
+    micro-batch without any token to learn, and more than ``MAX_UNSUPERVISED_SHARE`` of all rows.
     """
     counts = (
         sum(len(batch.labels) for batch in batches),

@@ -24,14 +24,8 @@ def build_model_config(
 ) -> DehvfConfig:
     """The model's configuration over the run's backbones, checked; reads their configuration files alone.
 
-    Args:
-        config: the run's model settings.
-        image_size: side of the pictures that the tower's processor makes; None takes the tower's own.
-        task: what the run trains for.
-        prompt: instruction that the run trains with; both are kept for those who generate.
-
-    Raises:
-        UserError: a backbone cannot be read or a size does not fit it.
+    ``image_size`` is the side of the pictures that the tower's processor makes, None the tower's own;
+    ``task`` and ``prompt`` are kept for those who generate.
     """
     try:
         built = build_config(
@@ -66,14 +60,7 @@ def build_model_config(
 def build_engine(
     config: RunConfig, model_config: DehvfConfig, ds_config: dict[str, Any], world: World
 ) -> tuple[Any, DehvfForConditionalGeneration]:
-    """Loads the frozen backbones, partitioned under ZeRO-3, and starts the engine.
-
-    Returns:
-        The DeepSpeed engine and the model inside it.
-
-    Raises:
-        UserError: a backbone's checkpoint does not fit.
-    """
+    """Loads the frozen backbones, partitioned under ZeRO-3, and starts the engine around the model."""
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 

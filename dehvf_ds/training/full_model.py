@@ -52,12 +52,8 @@ def full_model(model: DehvfForConditionalGeneration, world: World) -> Iterator[D
 def full_copy(model: DehvfForConditionalGeneration, world: World) -> DehvfForConditionalGeneration:
     """Copies the weights as they are now into a model without partitions. Every rank must call it.
 
-    Args:
-        model: the model inside the engine, under any ZeRO stage; it is not changed.
-        world: this process's place; the copy lies on its device.
-
-    Returns:
-        A model in evaluation mode, of the engine's dtypes.
+    ``model`` is the one inside the engine, under any ZeRO stage; it is not changed. The copy is in evaluation
+    mode, on this rank's device and in the engine's dtypes.
     """
     with torch.device("meta"):
         copy = DehvfForConditionalGeneration(model.config)

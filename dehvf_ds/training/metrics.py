@@ -96,14 +96,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 def step_speed(
     result: StepResult, seconds: float, batch_size: int, num_parameters: int, world: World
 ) -> Metrics:
-    """Rows and text tokens per second, model FLOPs utilisation where the device's peak is known, peak memory.
+    """Rows and text tokens per second, model FLOPs utilisation if the device's peak is known, peak memory.
 
-    Args:
-        result: the step.
-        seconds: its wall time.
-        batch_size: its rows over all ranks.
-        num_parameters: of the decoder.
-        world: this process's place.
+    ``batch_size`` is over all ranks; ``num_parameters`` are the decoder's.
     """
     peak = peak_flops(world.device)
     flops = model_flops(num_parameters, result.num_tokens) / seconds / world.size
@@ -122,11 +117,8 @@ def router_metrics(
 
     ``levels/mean/BLOCK``: mean weight of a feature layer over the decoder's layers; ``levels/entropy/LAYER``:
     in nats, from 0 (one feature layer alone) to log of their number; ``visual/gain/LAYER``: Frobenius norm of
-    diag(b_l) W_o, zero at the start. Ours.
-
-    Args:
-        model: the model inside the engine.
-        weights: the router's weights, averaged over some pictures; None leaves theirs out.
+    diag(b_l) W_o, zero at the start. Ours. ``weights`` are averaged over some pictures; None leaves theirs
+    out.
     """
     found = {}
     if weights is not None:
@@ -172,14 +164,9 @@ class SubstitutionLog:
 
 
 class MetricsWriter:
-    """Writes a run's numbers. Only rank 0 has one.
+    """Writes a run's numbers to ``metrics.jsonl``, the trackers and the console. Only rank 0 has one.
 
-    Args:
-        run_dir: ``metrics.jsonl`` is written there.
-        num_steps: steps of the run, for the progress bar.
-        log_every: steps between plain lines when the console is not a terminal.
-        start_step: steps that an earlier start of the run has done; what it wrote of later ones is removed.
-        trackers: also get every number.
+    ``start_step`` is how many steps an earlier start of the run has done; lines of later ones are removed.
     """
 
     def __init__(

@@ -11,13 +11,7 @@ from dehvf_ds.config import TrainConfig
 
 
 def learning_rate(step: int, config: TrainConfig, num_steps: int) -> float:
-    """Learning rate of an optimizer step: linear warm-up, then a cosine to ``min_lr_ratio``.
-
-    Args:
-        step: the step about to be taken, 0 the first.
-        config: peak, warm-up and end.
-        num_steps: steps of the whole run.
-    """
+    """Learning rate of a step (0 is the first): linear warm-up, then a cosine to ``min_lr_ratio``."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
@@ -26,12 +20,7 @@ def learning_rate(step: int, config: TrainConfig, num_steps: int) -> float:
 
 
 def parameter_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict]:
-    """AdamW's groups: weight decay on matrices, none on biases, gains and other vectors.
-
-    Args:
-        parameters: trainables by name, before ZeRO partitions them.
-        weight_decay: decay of the matrices.
-    """
+    """AdamW's groups, made before ZeRO partitions: decay on matrices, none on biases, scales and vectors."""
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     vectors = [p for p in parameters.values() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -47,11 +36,8 @@ def set_learning_rate(groups: Iterable[dict], lr: float) -> None:
 class GradientWatch:
     """Notes which trainables' gradient hooks fire, to find those that no loss reaches.
 
-    Under ZeRO a trainable without a gradient is stepped with its previous one, silently. A gradient of
-    zero is fine; an absent one is a bug in the model.
-
-    Args:
-        parameters: trainables by name.
+    Under ZeRO a trainable without a gradient is stepped with its previous one, silently. A gradient of zero
+    is fine; an absent one is a bug in the model.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -21,13 +21,8 @@ MASTER = "master"
 
 
 def gather_trainables(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Gathers the fp32 master values of all trainables. Every rank must call it.
-
-    Args:
-        parameters: trainables of a model inside a DeepSpeed engine, by name.
-
-    Returns:
-        Whole fp32 tensors on the CPU, on every rank.
+    """Gathers the fp32 master values of an engine's trainables, by name, on every rank's CPU. Every rank must
+    call it.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -41,13 +36,8 @@ def gather_trainables(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tenso
 def gather_state(engine: Any, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], int]:
     """Gathers master values and moments of all trainables. Every rank must call it.
 
-    Args:
-        engine: DeepSpeed engine.
-        parameters: its model's trainables, by name.
-
-    Returns:
-        Whole fp32 tensors on the CPU, by ``master/NAME``, ``exp_avg/NAME`` and ``exp_avg_sq/NAME`` (no
-        moments before the first step), and the number of steps that the optimizer has taken.
+    Returns whole fp32 tensors on the CPU, by ``master/NAME``, ``exp_avg/NAME`` and ``exp_avg_sq/NAME`` (no
+    moments before the first step), and the number of steps that the optimizer has taken.
     """
     state = {f"{MASTER}/{name}": value for name, value in gather_trainables(parameters).items()}
     optimizer = _base_optimizer(engine)
@@ -62,16 +52,9 @@ def gather_state(engine: Any, parameters: Mapping[str, nn.Parameter]) -> tuple[d
 def load_state(
     engine: Any, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], steps: int
 ) -> None:
-    """Puts a gathered state back: each rank takes its own part. Every rank must call it.
+    """Puts a state as ``gather_state`` gives it back: each rank takes its own part. Every rank must call it.
 
-    Args:
-        engine: DeepSpeed engine that has taken no step yet.
-        parameters: its model's trainables, by name.
-        state: whole tensors as ``gather_state`` gives them.
-        steps: optimizer steps taken.
-
-    Raises:
-        UserError: the state is of other parameters, or the engine's ZeRO stage keeps none that can be set.
+    The engine must have taken no step yet. UserError if the state is of other parameters.
     """
     _check_names(parameters, state, steps)
     zero, optimizer = engine.optimizer, _base_optimizer(engine)

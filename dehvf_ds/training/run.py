@@ -84,11 +84,7 @@ class ResolvedRun:
 
 
 def resolve(config: RunConfig, world: World) -> ResolvedRun:
-    """Finds everything that can be wrong with a run before ranks meet and weights load.
-
-    Raises:
-        UserError: what is.
-    """
+    """Finds everything that can be wrong with a run before ranks meet and weights load."""
     ds_config = read_deepspeed_json(config.deepspeed, config, world.size, world.local_size)
     check_trackers(config.train.trackers)
     model, data = config.model, config.data
@@ -140,14 +136,8 @@ def resolve(config: RunConfig, world: World) -> ResolvedRun:
 
 
 def planned_steps(config: RunConfig, num_samples: int) -> int:
-    """Optimizer steps of the run: ``train.steps``, or full batches in ``train.epochs`` passes.
-
-    Args:
-        config: the run.
-        num_samples: samples that an epoch consumes.
-
-    Raises:
-        UserError: the data do not fill one batch.
+    """Optimizer steps of the run: ``train.steps``, or the full batches in ``train.epochs`` passes over
+    ``num_samples``.
     """
     if config.train.steps is not None:
         return config.train.steps

@@ -39,11 +39,7 @@ WEIGHT_KEYS = (
 
 
 def open_run_dir(config: RunConfig, data_digest: str) -> tuple[RunLock, Checkpoint | None]:
-    """Takes the run directory for this job, and finds what to continue from. Rank 0 alone.
-
-    Raises:
-        UserError: the directory is in use, or holds another run.
-    """
+    """Takes the run directory for this job, and finds what to continue from. Rank 0 alone."""
     run_dir = Path(config.run_dir)
     lock = RunLock(run_dir)
     try:
@@ -60,13 +56,9 @@ def open_run_dir(config: RunConfig, data_digest: str) -> tuple[RunLock, Checkpoi
 
 
 def choose_start(config: RunConfig, data_digest: str) -> Checkpoint | None:
-    """Finds what a run continues from; changes nothing.
+    """Finds the checkpoint that a run continues from; None for a run that begins. Changes nothing.
 
-    Returns:
-        The checkpoint; None for a run that begins.
-
-    Raises:
-        UserError: the run directory holds another run, or the weights to start from do not fit.
+    UserError if the directory holds another run, or the weights to start from do not fit.
     """
     run_dir = Path(config.run_dir)
     if config.overwrite:

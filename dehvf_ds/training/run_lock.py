@@ -35,11 +35,7 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """Takes the lock; waits for another host's job to go stale.
-
-        Raises:
-            UserError: another live job has it, or the directory cannot be written.
-        """
+        """Takes the lock once another host's job has gone stale; UserError if a live job has it."""
         self._run_dir, self._holder = run_dir, run_dir / HOLDER_FILE
         self._token = uuid.uuid4().hex
         self._last_beat = time.monotonic()
@@ -53,11 +49,7 @@ class RunLock:
             raise UserError(f"run_dir {run_dir}: {error.strerror or error}") from None
 
     def check(self) -> None:
-        """Makes sure that the directory is still this job's; to be called before anything is written.
-
-        Raises:
-            UserError: another job has taken it over, or the holder's file was removed.
-        """
+        """Makes sure, before each write, that the directory is still this job's; UserError if not."""
         try:
             found = json.loads(self._holder.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):

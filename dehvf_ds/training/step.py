@@ -58,17 +58,17 @@ def train_step(
 ) -> StepResult:
     """Forward and backward over one accumulation window, then the optimizer. Every rank must call it.
 
-    Every supervised token of the global batch counts the same, wherever it stands: the loss is the sum over
-    all tokens divided by their number over all ranks. DeepSpeed averages gradients over ranks, hence the
-    factor ``world.size``.
+    Every supervised token of the global batch counts the same, wherever it is: the loss is the sum over all
+    tokens divided by their number over all ranks. DeepSpeed averages gradients over ranks, hence the factor
+    ``world.size``.
 
     Args:
         engine: the engine around the model.
         micro_batches: this rank's share of the window, on any device.
         world: this process's place.
         dtype: compute dtype, for the pictures.
-        seed: the run's seed, for dropout.
-        step: number of this optimizer step, for dropout.
+        seed: the run's seed; with ``step`` it decides dropout.
+        step: number of this optimizer step.
         stopping: whether this rank was asked to stop; the step is taken all the same.
 
     Raises:
@@ -120,15 +120,8 @@ def validation_loss(
 ) -> float | None:
     """Mean cross-entropy per supervised token over all ranks' rows, in nats. Every rank must call it.
 
-    Args:
-        engine: the engine around the model; left in training mode.
-        batches: this rank's micro-batches, as many as every other rank's.
-        world: this process's place.
-        dtype: compute dtype, for the pictures.
-        stop: a request to stop; all ranks end the validation together.
-
-    Returns:
-        The loss, or None where the validation was ended early.
+    Every rank has equally many ``batches``. After a request to ``stop`` all ranks end together, and the
+    result is None. The engine is left in training mode.
 
     Raises:
         UnsupervisedError: no row has a token to learn.

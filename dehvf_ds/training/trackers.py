@@ -38,13 +38,9 @@ def check_trackers(names: Sequence[str]) -> None:
 class Trackers:
     """The trackers of one run. One that fails is reported and left out from then on; the run continues.
 
-    TensorBoard, wandb, swanlab and mlflow continue a restarted run; others begin a new one each time.
-
-    Args:
-        names: as accelerate calls them.
-        run_dir: their ids are kept there, and TensorBoard's files.
-        settings: the run's settings by dotted name.
-        start_step: steps that an earlier start of the run has done.
+    TensorBoard, wandb, swanlab and mlflow continue a restarted run (their ids are kept in the run directory);
+    others begin a new one each time. ``names`` are accelerate's; ``settings`` are the run's by dotted name;
+    ``start_step`` counts the steps that an earlier start of the run has done.
     """
 
     def __init__(

@@ -50,9 +50,7 @@ MAX_UNSUPERVISED_SHARE = 0.01
 class Trainer:
     """One rank of a training run: ``fit`` runs it from its newest checkpoint to its last step.
 
-    Args:
-        run: the resolved run.
-        evaluation: called every ``eval.every_steps`` steps and after the last.
+    ``evaluation`` is called every ``eval.every_steps`` steps and after the last.
     """
 
     def __init__(self, run: ResolvedRun, evaluation: Evaluation | None = None) -> None:
@@ -69,13 +67,7 @@ class Trainer:
         self.warned_of_unsupervised = False
 
     def fit(self) -> int:
-        """Runs the whole; returns the exit code: 0 finished, 85 stopped on request and to be started again.
-
-        Raises:
-            UserError: the directory is another run's, weights do not fit, or a sample cannot be used.
-            TrainingError: no gradient reached a trainable, or too much was not finite or damaged.
-            SavingError: too many checkpoints in a row could not be written.
-        """
+        """Runs it; returns the exit code: 0 finished, 85 stopped on request and to be started again."""
         # A directory is not taken by a job that never begins.
         wait_for_ranks(self.config.train.start_timeout_minutes)
         checkpoint = on_main(self.world, self._take_directory)
