@@ -19,8 +19,6 @@ FUNCTION_VERSION = 2
 """What the model computes from its weights. Version 1 did not normalise the visual FFN's queries; weights
 trained under another version would load and compute something else."""
 
-FUSIONS = ("ffn", "prefix", "none")
-ROUTERS = ("layer", "static", "last")
 _SIZES = ("hidden_size", "num_hidden_layers")
 
 
@@ -29,10 +27,7 @@ class ModelError(ValueError):
 
 
 def spaced_levels(num_blocks: int, num_levels: int) -> list[int]:
-    """Chooses feature layers of a tower: evenly spaced block numbers, the last block included.
-
-    Block 1 is the first; 0 would be the patch embeddings.
-    """
+    """Chooses feature layers of a tower: evenly spaced block numbers, from 1, the last block included."""
     if not 1 <= num_levels <= num_blocks:
         raise ModelError(f"{num_levels} vision levels asked of a tower with {num_blocks} blocks")
     return [round(num_blocks * (i + 1) / num_levels) for i in range(num_levels)]
@@ -58,18 +53,17 @@ class DehvfConfig(PreTrainedConfig):
     """Configuration of ``DehvfForConditionalGeneration``; values out of range raise ``ModelError``.
 
     Args:
-        text_config: configuration of the HF decoder.
-        vision_config: configuration of the HF vision tower.
+        text_config: of the HF decoder.
+        vision_config: of the HF vision tower.
         fusion: ``ffn`` (DEHVF), ``prefix`` (projected patches before the text) or ``none``.
         router: how an LLM layer weighs the feature layers: ``layer``, ``static`` or ``last``.
-        levels: feature layers of the tower by block number, rising; None takes six, evenly spaced.
-            ``router: last`` keeps the deepest alone.
+        levels: feature layers of the tower by block number, rising; None takes six, evenly spaced. ``last``
+            keeps the deepest alone.
         rank: width r of the visual memory.
         router_dim: width k of the router's queries and keys.
         image_size: side of the square input picture in pixels; None takes the tower's own.
         prefix_tokens: visual tokens of ``prefix``, a square number; None keeps every patch.
-        lora: ``{"rank", "alpha", "dropout", "targets"}`` of the FFN adapters, or None without any
-            (ablated, or folded into the weights).
+        lora: ``{"rank", "alpha", "dropout", "targets"}`` of the FFN adapters; None without any, or folded.
         task: what it was trained for: ``caption``, ``scienceqa`` or ``chat``.
         prompt: the instruction that captions were trained with; the best one to give ``generate``.
         version: ``FUNCTION_VERSION`` of the program that trained the weights.
@@ -95,7 +89,10 @@ class DehvfConfig(PreTrainedConfig):
         version: int = FUNCTION_VERSION,
         **kwargs: Any,
     ) -> None:
-        for name, value, known in (("fusion", fusion, FUSIONS), ("router", router, ROUTERS)):
+        for name, value, known in (
+            ("fusion", fusion, ("ffn", "prefix", "none")),
+            ("router", router, ("layer", "static", "last")),
+        ):
             if value not in known:
                 raise ModelError(f"{name} {value!r} is not one of {', '.join(known)}")
         self.version = version
@@ -136,7 +133,7 @@ class DehvfConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; weights of another version's function are refused."""
+        """Refuses weights of another version's function."""
         check_version(config_dict.get("version", 1), "the model")
         return super().from_dict(config_dict, **kwargs)
 

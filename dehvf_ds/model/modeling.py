@@ -16,42 +16,37 @@ from transformers.modeling_outputs import ModelOutput
 
 from .configuration import Bool, DehvfConfig, Float, Int, ModelError
 from .features import PrefixProjector, Projector, visual_features
+from .ffn import MemoryReader, VisualFFN, add_lora, decoder_layers, lora_parameters
 from .fuser import HierarchicalFuser
-from .lora import add_lora, decoder_layers, lora_parameters
-from .visual_ffn import MemoryReader, VisualFFN
 
 IGNORE_INDEX = -100
 
 
 @dataclass
 class DehvfOutput(ModelOutput):
-    """What a forward returns: losses where labels are given, else logits and what the decoder adds to them.
-
-    Attributes:
-        loss: mean cross-entropy over the supervised tokens; 0 without any.
-        loss_sum: its sum, fp32; what the trainer weighs over ranks and micro-steps.
-        num_tokens: supervised tokens, an int64 scalar.
-        level_weights: the fuser's ``[batch, layers, levels]``, when pictures were encoded.
-    """
+    """What a forward returns: losses where labels are given, else logits and what the decoder adds."""
 
     loss: Tensor | None = None
+    """mean cross-entropy over the supervised tokens; 0 without any"""
     loss_sum: Tensor | None = None
+    """its sum, fp32, which the trainer weighs over ranks and micro-steps"""
     num_tokens: Tensor | None = None
+    """supervised tokens, an int64 scalar"""
     logits: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     level_weights: Tensor | None = None
+    """the fuser's ``[batch, layers, levels]``, when pictures were encoded"""
 
 
 class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """DEHVF over any HF decoder with an ``mlp`` a layer and any HF vision tower with hidden states.
 
-    ``fusion`` of the configuration selects the method: ``ffn`` embeds the pictures in every FFN and
-    adds no token; ``prefix`` puts projected patches before the text; ``none`` sees no picture. LoRA
-    adapters in the FFNs are on in all of them unless ``config.lora`` is None. At initial values
-    ``ffn`` and ``none`` compute exactly what the language model computes.
-    A backbone that is not given has random weights.
+    ``config.fusion`` selects the method: ``ffn`` embeds the pictures in every FFN and adds no token;
+    ``prefix`` puts projected patches before the text; ``none`` sees no picture. LoRA adapters in the FFNs are
+    on in all of them unless ``config.lora`` is None. At initial values ``ffn`` and ``none`` compute exactly
+    what the language model computes. A backbone that is not given has random weights.
     """
 
     config_class = DehvfConfig
@@ -96,32 +91,20 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Backbones may do without some weights that their own classes can do without; an export holds all.
         self._keys_to_ignore_on_load_missing = set()
         self._keys_to_ignore_on_load_unexpected = set()
-        self.freeze_backbones()
+        self.requires_grad_(False)
+        for parameter in self.trainable_parameters().values():
+            parameter.requires_grad_(True)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: modules of ours hold their start values from their constructors."""
 
-    def visual_modules(self) -> dict[str, nn.Module]:
-        """The branch's trainable modules by their names in the model, each FFN's scales included."""
-        own = {"projector", "fuser", "reader", "prefix_projector"}
-        return {
-            name: module
-            for name, module in self.named_modules()
-            if name in own or isinstance(module, VisualFFN)
-        }
-
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The exact set that trains, by name: projector, fuser, reader, scales and FFN adapters."""
         chosen = {id(p) for p in lora_parameters(self.language_model)}
-        for module in self.visual_modules().values():
-            chosen |= {id(p) for p in module.parameters(recurse=False)}
+        for name, module in self.named_modules():
+            if name in ("projector", "fuser", "reader", "prefix_projector") or isinstance(module, VisualFFN):
+                chosen |= {id(p) for p in module.parameters(recurse=False)}
         return {name: p for name, p in self.named_parameters() if id(p) in chosen}
-
-    def freeze_backbones(self) -> None:
-        """Freezes everything, then frees the trainable set."""
-        self.requires_grad_(False)
-        for parameter in self.trainable_parameters().values():
-            parameter.requires_grad_(True)
 
     def train(self, mode: bool = True) -> DehvfForConditionalGeneration:
         """Sets training mode; the frozen tower stays in evaluation mode, without dropout."""
@@ -141,14 +124,6 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         refuse_incomplete(model, info, info["unexpected_keys"], str(source))
         return (model, info) if wants_info else model
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The decoder's token embedding."""
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the decoder's token embedding."""
-        self.language_model.set_input_embeddings(value)
-
     def get_output_embeddings(self) -> Any:
         """The decoder's LM head."""
         return self.language_model.get_output_embeddings()
@@ -160,23 +135,13 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def encode_images(
         self, pixel_values: Float[Tensor, "batch 3 height width"], has_image: Bool[Tensor, " batch"] | None
     ) -> tuple[Float[Tensor, "batch layers slots rank"], Float[Tensor, "batch layers levels"]]:
-        """Computes the visual memory of every LLM layer, once per picture (``fusion: ffn``).
+        """The visual memory of every LLM layer, zero on rows without a picture, and the fuser's weights.
 
-        Returns:
-            The memory, zero on rows without a picture (no ``has_image``: all have one), and the fuser's
-            weights of the feature layers.
+        Of ``fusion: ffn``, once per picture. Without ``has_image`` all rows have one.
         """
         features = visual_features(self.vision_tower, pixel_values, self.config.levels)
         has_image = _presence(pixel_values, has_image)
         return self.fuser(features[:, :, 0], self.projector(features), has_image)
-
-    def encode_prefix(
-        self, pixel_values: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch prefix dim"]:
-        """Computes the prefix tokens from the patches of the block before the last (``fusion: prefix``)."""
-        block = max(1, self.config.vision_config.num_hidden_layers - 1)
-        features = visual_features(self.vision_tower, pixel_values, [block])
-        return self.prefix_projector(features[:, 0, 1:])
 
     def prepare_memory(
         self, memory: Float[Tensor, "batch layers *slots rank"]
@@ -224,8 +189,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ``visual_memory``, prepared or not, takes the place of pictures that are encoded already. Without
         either, rows are text-only. Without ``has_image`` every row's picture counts.
         """
-        level_weights = None
-        wanted = None
+        level_weights = wanted = None
         if labels is not None:
             if supervised is None:
                 supervised = F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten().nonzero()[:, 0]
@@ -327,10 +291,15 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor,
         has_image: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Puts the prefix before the text; rows without a picture mask it and multiply it by 0."""
+        """Puts the patches of the block before the last, projected, before the text.
+
+        Rows without a picture mask them and multiply them by 0.
+        """
         has_image = _presence(pixel_values, has_image)
         _require_a_picture_a_row(pixel_values, inputs_embeds)
-        prefix = self.encode_prefix(pixel_values) * has_image.to(inputs_embeds.dtype)[:, None, None]
+        block = max(1, self.config.vision_config.num_hidden_layers - 1)
+        patches = visual_features(self.vision_tower, pixel_values, [block])[:, 0, 1:]
+        prefix = self.prefix_projector(patches) * has_image.to(inputs_embeds.dtype)[:, None, None]
         batch, count = prefix.shape[:2]
         if attention_mask is None:
             attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
@@ -390,14 +359,9 @@ def refuse_incomplete(
 ) -> None:
     """Refuses a loaded model whose weights are not exactly those of its files: transformers only warns.
 
-    Weights may be missing, unexpected, of another shape, or not finite. Those that lie on the meta device
-    or on another rank are not looked at for their values.
-
-    Args:
-        model: as loaded.
-        info: what ``from_pretrained`` reports with ``output_loading_info``.
-        unexpected: stored weights that the model has no place for and must not do without.
-        source: directory or hub id, for the message.
+    Weights may be missing or of another shape by the ``info`` of ``from_pretrained``, ``unexpected`` (stored
+    ones that the model must not do without), or not finite. Those on the meta device or on another rank are
+    not looked at for their values.
     """
     missing = set(info["missing_keys"]) - set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     if missing:

@@ -5,17 +5,13 @@ from functools import partial
 import pytest
 import torch
 from tiny_models import LORA, build_model, text_config, vision_config
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig, GPT2Config, LlamaConfig
+from transformers import AutoModelForImageTextToText, GPT2Config
 
 from dehvf_ds.batch import IGNORE_INDEX
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration, ModelError, modeling
 
 BACKBONES = [("llama", "clip"), ("mistral", "dino")]
 FUSIONS = ["ffn", "prefix", "none"]
-
-
-def test_the_ignored_label_is_one_number() -> None:
-    assert modeling.IGNORE_INDEX == IGNORE_INDEX
 
 
 @pytest.mark.parametrize(("text", "vision"), BACKBONES)
@@ -54,38 +50,8 @@ def test_the_trainable_set_is_exactly_the_branch_and_the_adapters() -> None:
     expected = {*lora, *gains, *fuser, *reader, "projector.w_down", "projector.bias"}
     assert set(model.trainable_parameters()) == expected
     assert {n for n, p in model.named_parameters() if p.requires_grad} == expected
-    count = (
-        4 * 2 * (48 + 32) + 4 * 2 * 8 + (4 * 4 + 2 * 16 + 24 * 4) + (2 * 32 * 8 + 2 * 17 * 8) + (24 * 8 + 8)
-    )
+    count = 4 * 2 * (48 + 32) + 4 * 2 * 8 + (4 * 4 + 2 * 16 + 24 * 4) + (2 * 32 * 8 + 2 * 17 * 8) + 25 * 8
     assert sum(p.numel() for p in model.trainable_parameters().values()) == count
-
-
-def sizes(width: int, inner: int, layers: int, heads: int) -> dict[str, int]:
-    return {
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-    }
-
-
-LLAMA = {"7B": sizes(4096, 11008, 32, 32), "13B": sizes(5120, 13824, 40, 40)}
-CLIP_L = sizes(1024, 4096, 24, 16) | {"image_size": 224, "patch_size": 14}
-
-
-@pytest.mark.parametrize(("size", "lora_rank", "expected"), [("7B", 8, 5_156_224), ("13B", 4, 4_585_088)])
-def test_trainable_counts_at_full_size(size: str, lora_rank: int, expected: int) -> None:
-    config = DehvfConfig(
-        text_config=LlamaConfig(**LLAMA[size]),
-        vision_config=CLIPVisionConfig(**CLIP_L),
-        rank=128,
-        lora=LORA | {"rank": lora_rank},
-    )
-    with torch.device("meta"):
-        model = DehvfForConditionalGeneration(config)
-    count = sum(p.numel() for p in model.trainable_parameters().values())
-    assert 4e6 <= count <= 6e6
-    assert count == expected
 
 
 @pytest.mark.parametrize("fusion", ["ffn", "prefix"])
@@ -101,6 +67,7 @@ def test_a_row_without_picture_does_not_see_its_pixels_and_others_do(fusion: str
 
 @pytest.mark.parametrize("fusion", ["ffn", "prefix"])
 def test_rows_without_any_picture_still_reach_every_trainable(fusion: str, inputs) -> None:
+    assert modeling.IGNORE_INDEX == IGNORE_INDEX
     model = build_model(fusion=fusion, trained=True)
     inputs["has_image"][:] = False
     model(**inputs).loss.backward()

@@ -132,23 +132,19 @@ def scaled_logits(self, **kwargs):
     return output
 
 
-def embeds_of(self, kwargs):
-    embeds = kwargs.get("inputs_embeds")
-    return self.get_input_embeddings()(kwargs["input_ids"]) if embeds is None else embeds
-
-
 def of_other_states(self, **kwargs):
     """Takes its logits of the embeddings."""
     output = REAL(self, **kwargs)
-    output.logits = self.lm_head(embeds_of(self, kwargs))
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    output.logits = self.lm_head(self.get_input_embeddings()(ids) if embeds is None else embeds)
     return output
 
 
 def without_its_decoder(self, **kwargs):
     """Goes round the hooks of its decoder."""
+    given = {name: kwargs.get(name) for name in ("input_ids", "inputs_embeds")}
     output = REAL(self, **kwargs)
-    hidden = self.model.forward(inputs_embeds=embeds_of(self, kwargs)).last_hidden_state
-    output.logits = self.lm_head(hidden)
+    output.logits = self.lm_head(self.model.forward(**given).last_hidden_state)
     return output
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dehvf_ds.model.visual_ffn import MemoryReader, VisualFFN
+from dehvf_ds.model.ffn import MemoryReader, VisualFFN
 
 BATCH, TOKENS, DIM, SLOTS, RANK = 2, 5, 24, 7, 6
 
