@@ -36,7 +36,7 @@ from dehvf_ds.export.verify import check_processor
 from dehvf_ds.model import DehvfForConditionalGeneration, DehvfProcessor, ModelError
 from dehvf_ds.model.adapter import EXPORT_FILE, LORA_FILE, TrainedModel, decoder_name, load_adapter, peft_name
 from dehvf_ds.model.backbones import load_backbone, names_in_files, settle_head
-from dehvf_ds.model.ffn import decoder_layers, folded_weight, lora_scaling
+from dehvf_ds.model.ffn import decoder_layers, folded_weight
 from dehvf_ds.model.fingerprint import StoredFile, bare_name, stored_tensors
 from dehvf_ds.model.processing import bos_ids
 
@@ -122,7 +122,10 @@ class MergedModel:
         load_adapter(self.model, trained.path)
         self._lora, self._scaling = {}, 0.0
         if config.lora is not None:
-            self._lora, self._scaling = load_file(trained.path / LORA_FILE), lora_scaling(config.lora)
+            self._lora, self._scaling = (
+                load_file(trained.path / LORA_FILE),
+                config.lora["alpha"] / config.lora["rank"],
+            )
         if fold:
             config.lora = None
             for parameter in self.model.trainable_parameters().values():

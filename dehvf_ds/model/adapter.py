@@ -44,8 +44,7 @@ _LOOSE_FIELDS = {
 def base_fingerprint(source: str, *, vision: bool, weights: bool = True) -> dict[str, Any]:
     """What tells one base model (directory or hub id) from another, as JSON values.
 
-    ``path``; ``config``, the fields that shape the weights; and with ``weights`` in use ``sketch``, see
-    ``weights_fingerprint``.
+    ``path``; ``config``, fields that shape the weights; ``sketch``, its ``weights_fingerprint``, if in use.
     """
     found: dict[str, Any] = {"path": source, "config": _config_fields(source, vision=vision)}
     return found | ({"sketch": weights_fingerprint(source, vision=vision)} if weights else {})
@@ -200,8 +199,6 @@ class TrainedModel:
     @property
     def task(self) -> str | None:
         """What it was trained for: ``caption``, ``scienceqa`` or ``chat``; None where nothing says so."""
-        if self.config.task is None and self.language_model is not None:
-            return read_manifest(self.path).get("task")  # artifacts from before the configuration knew
         return self.config.task
 
     @property

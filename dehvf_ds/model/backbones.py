@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from .configuration import DehvfConfig, ModelError, spaced_levels, square_side
-from .fingerprint import LANGUAGE_PARTS, StoredFile, bare_name, gguf_hint, is_weight, stored_tensors
+from .fingerprint import LANGUAGE_PARTS, StoredFile, bare_name, is_weight, stored_tensors
 from .modeling import DehvfForConditionalGeneration, refuse_incomplete
 from .trial import MISFITS, try_backbones
 
@@ -55,9 +55,7 @@ def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
         with _quiet():
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except MISFITS as error:
-        hint = gguf_hint(source)
-        if not directory.is_dir():
-            hint = f" (nor is there a directory {directory.absolute()})"
+        hint = "" if directory.is_dir() else f" (nor is there a directory {directory.absolute()})"
         raise ModelError(f"{kind} {source}: {_first_line(error)}{hint}") from None
     _check_json(directory / GENERATION_CONFIG_NAME)
     quantisation = getattr(config, "quantization_config", None)

@@ -89,22 +89,18 @@ class DehvfConfig(PreTrainedConfig):
         version: int = FUNCTION_VERSION,
         **kwargs: Any,
     ) -> None:
-        for name, value, known in (
-            ("fusion", fusion, ("ffn", "prefix", "none")),
-            ("router", router, ("layer", "static", "last")),
-        ):
-            if value not in known:
-                raise ModelError(f"{name} {value!r} is not one of {', '.join(known)}")
+        known = {"fusion": ("ffn", "prefix", "none"), "router": ("layer", "static", "last")}
+        for name, value in (("fusion", fusion), ("router", router)):
+            if value not in known[name]:
+                raise ModelError(f"{name} {value!r} is not one of {', '.join(known[name])}")
         self.version = version
         self.text_config = _sub_config(text_config, "llama")
         self.vision_config = _sub_config(vision_config, "clip_vision_model")
         for config, kind in ((self.text_config, "decoder"), (self.vision_config, "tower of one width")):
             if not all(isinstance(getattr(config, name, None), int) for name in _SIZES):
                 raise ModelError(f"a {config.model_type} model is no {kind}: it lacks {' or '.join(_SIZES)}")
-        self.fusion = fusion
-        self.router = router
-        self.rank = rank
-        self.router_dim = router_dim
+        self.fusion, self.router = fusion, router
+        self.rank, self.router_dim = rank, router_dim
         num_blocks = self.vision_config.num_hidden_layers
         self.levels = list(levels) if levels else spaced_levels(num_blocks, min(6, num_blocks))
         if max(self.levels) > num_blocks:
@@ -119,14 +115,13 @@ class DehvfConfig(PreTrainedConfig):
         self.image_size: int = side
         self.prefix_tokens = prefix_tokens
         self.lora = dict(lora) if lora else None
-        self.task = task
-        self.prompt = prompt
+        self.task, self.prompt = task, prompt
         if fusion == "prefix" and prefix_tokens is not None:
             side = int(prefix_tokens**0.5)
             if side * side != prefix_tokens or self.patches_per_side % side:
+                grid = f"{self.patches_per_side}x{self.patches_per_side}"
                 raise ModelError(
-                    f"prefix_tokens {prefix_tokens} does not pool {self.patches_per_side}x"
-                    f"{self.patches_per_side} patches into equal squares"
+                    f"prefix_tokens {prefix_tokens} does not pool {grid} patches into equal squares"
                 )
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)

@@ -45,9 +45,6 @@ def decoder_layers(language_model: PreTrainedModel) -> list[Any]:
     return layers
 
 
-# --- the picture, read in rank space ---
-
-
 class MemoryReader(nn.Module):
     """The reader's parameters that all LLM layers share: query and output maps, position memory.
 
@@ -90,10 +87,7 @@ class MemoryReader(nn.Module):
         return (read * gain_out) @ self.w_out
 
     def prepare(
-        self,
-        memory: Float[Tensor, "batch slots rank"],
-        gain_in: Float[Tensor, " rank"],
-        gain_out: Float[Tensor, " rank"],
+        self, memory: Float[Tensor, "batch slots rank"], gain_in: Tensor, gain_out: Tensor
     ) -> Float[Tensor, "batch 2 slots rank"]:
         """Keys (S + P_k) * a / sqrt(r) and values (S + P_v) * b, which decoding reads for every token."""
         to = memory.device
@@ -123,9 +117,6 @@ class VisualFFN(nn.Module):
             raise RuntimeError("no visual memory is set; call the DEHVF model, not its language model")
         visual = self._reader[0](x, self.memory, self.gain_in, self.gain_out)
         return self.ffn(x) + visual.to(x.device)
-
-
-# --- LoRA ---
 
 
 def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]) -> None:
@@ -164,14 +155,8 @@ def _linear_map(ffn: nn.Module, target: str) -> nn.Linear:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The adapters' own parameters, not their frozen base layers'; found by type."""
-    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
-    return [parameter for layer in layers for parameter in _lora_pair(layer)]
-
-
-def lora_scaling(lora: dict[str, Any]) -> float:
-    """What PEFT multiplies B A by: alpha / rank."""
-    return lora["alpha"] / lora["rank"]
+    """The adapters' own parameters, not their frozen base layers'."""
+    return [parameter for layer in _lora_layers(model).values() for parameter in _lora_pair(layer)]
 
 
 def folded_weight(
@@ -186,8 +171,8 @@ def folded_weight(
 
 def fold_lora(model: nn.Module) -> None:
     """Puts folded linear maps in the place of all adapters; sums are rounded once, to the weight's dtype."""
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
-        base: Any = layer.get_base_layer()
+    for name, layer in _lora_layers(model).items():
+        base = layer.get_base_layer()
         lora_a, lora_b = (parameter.data for parameter in _lora_pair(layer))
         folded = folded_weight(base.weight.data, lora_a, lora_b, layer.scaling[ADAPTER_NAME])
         if not folded.isfinite().all():
@@ -195,6 +180,10 @@ def fold_lora(model: nn.Module) -> None:
         base.weight.data = folded.to(base.weight.dtype)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)
+
+
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def _lora_pair(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:

@@ -166,9 +166,7 @@ def _checkpoint_files(source: str) -> dict[Path, set[str]]:
         if lacking := [shard for shard, file in files.items() if file is None]:
             raise ModelError(f"{source}: {lacking[0]} is missing, which {name} names")
         return {file: promised[shard] for shard, file in files.items() if file is not None}
-    raise ModelError(
-        f"{source}: no weights found, neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}{gguf_hint(source)}"
-    )
+    raise ModelError(f"{source}: no weights found, neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
 
 
 def _find_file(source: str, name: str) -> Path | None:
@@ -183,12 +181,6 @@ def _find_file(source: str, name: str) -> Path | None:
     except OSError as error:
         raise ModelError(f"{source}: {str(error).strip().splitlines()[0]}") from None
     return None if path is None else Path(path)
-
-
-def gguf_hint(source: str) -> str:
-    """What to say of a model whose only files are llama.cpp's; empty without such files."""
-    found = sorted(path.name for path in Path(source).glob("*.gguf")) if Path(source).is_dir() else []
-    return f"; {found[0]} is of llama.cpp: take the model that it was made of" if found else ""
 
 
 def is_pointer(path: Path) -> bool:
@@ -235,9 +227,8 @@ def weights_fingerprint(source: str, *, vision: bool) -> dict[str, str]:
     language part. Of safetensors only those values are read (0.15 s for 26 GB). The result is kept for the
     process until a file changes.
 
-    Returns:
-        By tensor name, as the files have it, ``"32x48 0.125 -0.5 ..."``: the shape, then up to four values in
-        fp32, at 9 digits without loss. A scalar has the shape ``"1"``.
+    Returns ``"32x48 0.125 -0.5 ..."`` by the names in the files: the shape, ``1`` of a scalar, and up to four
+    values in fp32, at 9 digits without loss.
     """
     stats = [(path, path.stat()) for path in _checkpoint_files(source)]
     whole = _sampled(tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats))
@@ -271,9 +262,6 @@ def differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str
     Two values agree when they are at most one step apart in the coarsest format, of bf16, fp16 and fp32, that
     holds all values of one of the two tensors. So fp32 weights are compared as fp32, and as bf16 only where
     one side has passed through bf16. What fp16 cannot hold counts as 0 or infinity.
-
-    Returns:
-        The names as in ``wanted``; with a word where the shape differs or one of the two lacks the tensor.
     """
     ours, theirs = _by_bare_name(wanted), _by_bare_name(found)
     changed = {}

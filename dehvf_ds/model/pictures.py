@@ -113,7 +113,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if type(image) is Image.Image and image.mode == "RGB" and "transparency" not in image.info:
         return image  # was here before
     if image.mode.startswith("I") or image.mode == "F":
-        peak = max(_peak(band) for _, band in _bands(image))
+        values = (np.asarray(band) for _, band in _bands(image))
+        peak = max(float(np.max(each, where=np.isfinite(each), initial=0)) for each in values)
         white = next((white for white in _WHITES.get(image.mode, (65535,)) if peak <= white), peak)
         return _by_bands(image, lambda band: _scale_to_bytes(band, white))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -142,11 +143,6 @@ def _on_white(image: Image.Image) -> Image.Image:
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image)
-
-
-def _peak(image: Image.Image) -> float:
-    values = np.asarray(image)
-    return float(np.max(values, where=np.isfinite(values), initial=0))
 
 
 def _scale_to_bytes(image: Image.Image, white: float) -> Image.Image:

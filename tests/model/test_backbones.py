@@ -108,12 +108,10 @@ def test_a_head_of_its_own_under_a_tied_configuration_is_trained_and_exported(tm
 
 def test_a_head_that_differs_in_one_value_is_one_of_its_own(tmp_path) -> None:
     bases = build_bases(tmp_path)
-
-    def almost_the_embedding(tensors) -> None:
-        tensors[HEAD] = tensors[EMBEDDING].clone()
-        tensors[HEAD][7, 3] += 1e-3
-
-    rewrite(tmp_path / "llm", almost_the_embedding, tied=True)
+    one_value = torch.zeros(260, 32).index_put((torch.tensor(7), torch.tensor(3)), torch.tensor(1e-3))
+    rewrite(
+        tmp_path / "llm", lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] + one_value}), tied=True
+    )
     config = build_config(**bases, num_levels=2, rank=8)
     settle_head(config, bases["language_model"])
     assert config.tie_word_embeddings is config.text_config.tie_word_embeddings is False

@@ -129,13 +129,6 @@ def test_a_damaged_bin(world, bases) -> None:
     refused(world, bases, "git-LFS pointer")
 
 
-def test_files_of_llama_cpp_alone(world, bases) -> None:
-    (bases / "llm/model.safetensors").rename(bases / "llm/model-Q4.gguf")
-    refused(world, bases, r"no weights found.*model-Q4\.gguf is of llama\.cpp")
-    (bases / "llm/config.json").unlink()
-    refused(world, bases, r"model-Q4\.gguf is of llama\.cpp")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
