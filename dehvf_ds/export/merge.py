@@ -120,12 +120,8 @@ class MergedModel:
             decoder = load_backbone(trained.language_model, config.text_config, self.dtype, vision=False)
         self.model = DehvfForConditionalGeneration(config, decoder, tower)
         load_adapter(self.model, trained.path)
-        self._lora, self._scaling = {}, 0.0
-        if config.lora is not None:
-            self._lora, self._scaling = (
-                load_file(trained.path / LORA_FILE),
-                config.lora["alpha"] / config.lora["rank"],
-            )
+        self._lora = {} if config.lora is None else load_file(trained.path / LORA_FILE)
+        self._scaling = 0.0 if config.lora is None else config.lora["alpha"] / config.lora["rank"]
         if fold:
             config.lora = None
             for parameter in self.model.trainable_parameters().values():

@@ -234,27 +234,21 @@ def _head_lines(plan: Plan) -> list[str]:
 
 def _memory_rows(plan: Plan) -> list[list[str]]:
     estimates, memory = plan.estimates, plan.place.memory_bytes
-
-    def row(name: str, values: list[float]) -> list[str]:
-        return [name, *(f"{value / GIB:.2f}" for value in values)]
-
-    rows = [row(name, [e.memory[name] for e in estimates]) for name in estimates[0].memory]
-    rows.append(row("total", [e.total_bytes for e in estimates]))
+    parts = {name: [e.memory[name] for e in estimates] for name in estimates[0].memory}
+    parts["total"] = [e.total_bytes for e in estimates]
     if not plan.config.train.activation_checkpointing:
-        rows.append(row("activations, checkpointing", [e.memory["activations"] for e in plan.recomputed]))
-        rows.append(row("total, checkpointing", [e.total_bytes for e in plan.recomputed]))
-    if memory is not None:
-        rows.append(
-            [f"share of {memory / GIB:.0f} GiB", *(f"{e.total_bytes / memory:.0%}" for e in estimates)]
-        )
+        parts["activations, checkpointing"] = [e.memory["activations"] for e in plan.recomputed]
+        parts["total, checkpointing"] = [e.total_bytes for e in plan.recomputed]
     if plan.evaluations:
         overhead = plan.place.overhead_bytes
-        rows.append(row("full model for evaluation", [parts["the copy"] for parts in plan.evaluations]))
-        rows.append(
-            row("total while it evaluates", [sum(parts.values()) + overhead for parts in plan.evaluations])
-        )
+        parts["full model for evaluation"] = [held["the copy"] for held in plan.evaluations]
+        parts["total while it evaluates"] = [sum(held.values()) + overhead for held in plan.evaluations]
     for when in estimates[0].host:
-        rows.append(row(f"host of a node, {when}", [e.host[when] for e in estimates]))
+        parts[f"host of a node, {when}"] = [e.host[when] for e in estimates]
+    rows = [[name, *(f"{value / GIB:.2f}" for value in values)] for name, values in parts.items()]
+    if memory is not None:
+        shares = [f"{e.total_bytes / memory:.0%}" for e in estimates]
+        rows.insert(list(parts).index("total") + 1, [f"share of {memory / GIB:.0f} GiB", *shares])
     return rows
 
 
