@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from dehvf_ds.data.loader import read_sample
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.demo.outcome import score_words
-from dehvf_ds.model import DehvfForConditionalGeneration, visual_ffn
+from dehvf_ds.model import DehvfForConditionalGeneration, ffn
 from dehvf_ds.model.backbones import build_config, load_model
 from dehvf_ds.model.features import visual_features as visual_levels
 from dehvf_ds.training.optim import learning_rate, parameter_groups
@@ -126,13 +127,13 @@ def run(spec: str, data: Path, device: str) -> dict[str, Any]:
     llm, tower = (str(data / "backbones" / name) for name in ("smollm2-135m", "dinov2-small"))
     model = _build(llm, tower, seed, device)
     if given.get("norm") == "0":
-        visual_ffn._queries = lambda x, w_query: x @ w_query
+        ffn.F = SimpleNamespace(silu=torch.nn.functional.silu, rms_norm=lambda x, *_, **__: x)
     named = model.trainable_parameters()
     for name, parameter in named.items():
         if name.endswith("gain_in") and "a" in given:
             parameter.data.fill_(float(given["a"]))
         if name.endswith("gain_out"):
-            size = float(given.get("b", visual_ffn.READ_SIZE))
+            size = float(given.get("b", ffn.READ_SIZE))
             parameter.data.fill_(size * model.config.num_slots**-0.5)
     tokenizer = load_tokenizer(llm)
     scenes = {s: Scenes(model, data / "scenes/shards" / s, tower, tokenizer) for s in ("train", "test")}

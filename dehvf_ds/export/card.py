@@ -30,16 +30,10 @@ _LICENCE_FILE = re.compile(r"(licen[cs]e|notice|copying|use_policy)", re.IGNOREC
 
 
 def model_card(trained: TrainedModel, run_dir: Path | None, *, form: Form, dtype: torch.dtype | None) -> str:
-    """The card: Markdown with the front matter that model hubs read.
+    """The card of an adapter artifact, or of what it is exported as in ``dtype``: Markdown with front matter.
 
-    It names no path of this machine. Scores stay out of the front matter, which would rank them beside those
-    of the real COCO: rows in its layout need not be its own.
-
-    Args:
-        trained: an adapter artifact with its base models.
-        run_dir: the run that it lies in, if any, for settings and scores.
-        form: of the export.
-        dtype: of the exported weights; None for an adapter.
+    Settings and scores are those of the run that it lies in, if any. It names no path of this machine. Scores
+    stay out of the front matter, where hubs would rank them beside those of the real COCO.
     """
     manifest, task = read_manifest(trained.path), trained.task or "caption"
     names = [_public_name(manifest["bases"][kind]["path"]) for kind in ("language_model", "vision_tower")]
@@ -82,7 +76,7 @@ def model_card(trained: TrainedModel, run_dir: Path | None, *, form: Form, dtype
 def stated_licence(source: str) -> dict[str, str]:
     """``license``, and if given ``license_name`` and ``license_link``, that a base states; empty if none is.
 
-    They stand in the front matter of its model card, or in ``source.json`` of ``prepare_backbones.py``.
+    By the front matter of its model card, or ``source.json`` of ``prepare_backbones.py``.
     """
     directory = _directory(source)
     if directory is None:
@@ -148,13 +142,14 @@ def _evaluations(run_dir: Path) -> list[dict[str, Any]]:
         scores = metrics.get("accuracy")
         if not isinstance(scores, Mapping):
             scores = {name: v for name, v in metrics.items() if isinstance(v, float) and name[:1].isupper()}
-        parts = [part for part in map(metrics.get, ("protocol", "decoding")) if isinstance(part, Mapping)]
-        terms = {
-            name: v for part in parts for name, v in part.items() if not isinstance(v, Mapping | list | None)
-        }
-        num_samples = metrics.get("num_samples", "unknown")
+        terms = {**(metrics.get("protocol") or {}), **(metrics.get("decoding") or {})}
         found.append(
-            {"name": path.parent.name, "num_samples": num_samples, "scores": scores, "protocol": terms}
+            {
+                "name": path.parent.name,
+                "num_samples": metrics.get("num_samples", "unknown"),
+                "scores": scores,
+                "protocol": {n: v for n, v in terms.items() if not isinstance(v, Mapping | list | None)},
+            }
         )
     return [evaluation for evaluation in found if evaluation["scores"]]
 

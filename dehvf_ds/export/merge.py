@@ -35,9 +35,9 @@ from dehvf_ds.evaluation.decode import MAX_NEW_TOKENS, end_ids
 from dehvf_ds.export.verify import check_processor
 from dehvf_ds.model import DehvfForConditionalGeneration, DehvfProcessor, ModelError
 from dehvf_ds.model.adapter import EXPORT_FILE, LORA_FILE, TrainedModel, decoder_name, load_adapter, peft_name
-from dehvf_ds.model.backbones import load_backbone, loaded_name
+from dehvf_ds.model.backbones import load_backbone, names_in_files, settle_head
+from dehvf_ds.model.ffn import decoder_layers, folded_weight
 from dehvf_ds.model.fingerprint import StoredFile, bare_name, stored_tensors
-from dehvf_ds.model.lora import decoder_layers, folded_weight, lora_scaling
 from dehvf_ds.model.processing import bos_ids
 
 _DTYPE_NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
@@ -65,71 +65,45 @@ class TensorSpec(NamedTuple):
 
 
 class DecoderFiles:
-    """The frozen decoder's own files, of which one is open at a time.
-
-    Attributes:
-        tensors: file and header entry of each tensor, by its name in the files.
-    """
+    """The frozen decoder's own files, of which one is open at a time."""
 
     def __init__(self, source: str, decoder: PreTrainedModel) -> None:
         self.source = source
-        self.tensors = stored_tensors(source)
+        self._tensors = stored_tensors(source)
+        self._aliases = names_in_files(decoder, self._tensors)
         self._open: StoredFile | None = None
-        self._aliases: dict[str, set[str]] = {}
-        for name in self.tensors:
-            # transformers changes some names on loading; files may leave out wrapping words (``model.``).
-            for alias in (bare_name(name), bare_name(loaded_name(decoder, name))):
-                self._aliases.setdefault(alias, set()).add(name)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that most values are stored in."""
         sizes: Counter[torch.dtype] = Counter()
-        for _, stored in self.tensors.values():
+        for stored in self._tensors.values():
             sizes[stored.dtype] += stored.num_elements
-        return sizes.most_common(1)[0][0]
+        self.dtype = sizes.most_common(1)[0][0]
+        """The dtype that most values are stored in."""
 
     def find(self, names: Sequence[str], shape: torch.Size) -> str:
         """The files' name of one of the decoder's tensors, which has several ``names`` if it is tied."""
-        options = ({name} & self.tensors.keys() or self._aliases.get(bare_name(name)) for name in names)
+        options = ({name} & self._tensors.keys() or self._aliases.get(bare_name(name)) for name in names)
         found = next(filter(None, options), set())
-        stored = self.tensors[min(found)][1] if len(found) == 1 else None
-        if (
-            stored is None
-            or stored.shape != shape
-            or not stored.dtype.is_floating_point
-            or stored.dtype.itemsize == 1
-        ):
+        stored = self._tensors[min(found)] if len(found) == 1 else None
+        if stored is None or stored.shape != shape or stored.is_quantised:
             raise ModelError(f"{self.source}: no unquantised {names[0]} of shape {list(shape)} in the files")
         return min(found)
 
     def read(self, name: str) -> Tensor:
         """One tensor as it is stored, by its name in the files."""
-        path, _ = self.tensors[name]
+        path = self._tensors[name].path
         if self._open is None or self._open.path != path:
-            self.close()
             self._open = StoredFile(path)
         return self._open.read(name)
-
-    def close(self) -> None:
-        """Closes the file that is open."""
-        if self._open is not None:
-            self._open.close()
-            self._open = None
 
 
 class MergedModel:
     """A trained model in the form that is exported; its decoder's weights are still on the disk.
 
-    Attributes:
-        model: branch and tower are loaded; the decoder is on the meta device unless it is a mixture of
-            experts. Its configuration is the export's.
-        dtype: of the exported weights.
-        fold: whether the FFN adapters are added to the weights; if not, what was trained stays in fp32.
+    Branch and tower of ``model`` are loaded; its decoder is on the meta device unless it is a mixture of
+    experts. Its configuration is the export's. ``fold`` adds the FFN adapters to the weights; without it,
+    what was trained stays in fp32. No ``dtype`` takes that of the decoder's files.
     """
 
     def __init__(self, trained: TrainedModel, *, dtype: torch.dtype | None, fold: bool) -> None:
-        """Opens an adapter artifact with its base models; no ``dtype`` takes that of the decoder's files."""
         if trained.language_model is None or trained.vision_tower is None:
             raise ModelError(f"{trained.path} is merged already")
         config = copy.deepcopy(trained.config)
@@ -146,9 +120,8 @@ class MergedModel:
             decoder = load_backbone(trained.language_model, config.text_config, self.dtype, vision=False)
         self.model = DehvfForConditionalGeneration(config, decoder, tower)
         load_adapter(self.model, trained.path)
-        self._lora, self._scaling = {}, 0.0
-        if config.lora is not None:
-            self._lora, self._scaling = load_file(trained.path / LORA_FILE), lora_scaling(config.lora)
+        self._lora = {} if config.lora is None else load_file(trained.path / LORA_FILE)
+        self._scaling = 0.0 if config.lora is None else config.lora["alpha"] / config.lora["rank"]
         if fold:
             config.lora = None
             for parameter in self.model.trainable_parameters().values():
@@ -189,13 +162,9 @@ class MergedModel:
 
 
 def write_shards(directory: Path, tensors: Sequence[TensorSpec], max_shard_size: str) -> dict[str, Any]:
-    """Writes safetensors files as ``save_pretrained`` lays them out, one tensor in memory at a time.
+    """Writes safetensors files as ``save_pretrained`` lays them out; returns their ``bytes`` and ``sha256``.
 
-    ``safetensors.torch.save_file`` would need all tensors of a file at once. A tensor larger than
-    ``max_shard_size`` (as ``5GB``) has a file of its own.
-
-    Returns:
-        ``bytes`` and ``sha256`` of each file, by its name.
+    One tensor is in memory at a time; ``safetensors.torch.save_file`` would need all of a file at once.
     """
     plan = split_torch_state_dict_into_shards(
         {spec.name: spec.like for spec in tensors},
@@ -232,7 +201,6 @@ def _write_shard(path: Path, tensors: Sequence[TensorSpec]) -> dict[str, Any]:
 
 
 def _checked_bytes(spec: TensorSpec) -> Any:
-    """A tensor's bytes, little-endian, as a buffer."""
     tensor = spec.read()
     if tensor.numel() == 0 or (tensor.shape, tensor.dtype) != (spec.like.shape, spec.like.dtype):
         raise ModelError(f"{spec.name}: holds no values, or other ones than its header says")
@@ -265,7 +233,7 @@ def write_model(directory: Path, trained: TrainedModel, merged: MergedModel, max
     (directory / CONFIG_NAME).unlink()
     # transformers takes the dtype of the decoder, which is not loaded.
     config["dtype"] = str(merged.dtype).removeprefix("torch.")
-    with _saved_tensors(directory) as rest, contextlib.closing(merged.files):
+    with _saved_tensors(directory) as rest:
         files = write_shards(directory, [*tensors, *rest], max_shard_size)
 
     template = chat_template(tokenizer, trained.task)
@@ -278,10 +246,11 @@ def write_model(directory: Path, trained: TrainedModel, merged: MergedModel, max
     (directory / CONFIG_NAME).write_text(
         json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
+    adapters = "folded" if merged.fold else "apart"
     record = {
         "format": 1,
         "dehvf_ds": __version__,
-        "adapters": "folded" if merged.fold else "apart",
+        "adapters": adapters,
         "task": trained.task,
         "files": files,
     }
@@ -296,11 +265,13 @@ def _saved_tensors(directory: Path) -> Iterator[list[TensorSpec]]:
         yield []
         return
     path = path.rename(directory / ".small.safetensors")
-    with StoredFile(path) as file:
-        yield [
-            TensorSpec(name, torch.empty(shape, dtype=dtype, device="meta"), partial(file.read, name))
-            for name, (shape, dtype, _) in file.tensors.items()
-        ]
+    file = StoredFile(path)
+    yield [
+        TensorSpec(
+            name, torch.empty(stored.shape, dtype=stored.dtype, device="meta"), partial(file.read, name)
+        )
+        for name, stored in file.tensors.items()
+    ]
     path.unlink()
 
 
@@ -332,5 +303,4 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, task: str | None) -> str:
 
 
 def _adapter_of(own_name: str) -> str:
-    """PEFT's name of the module that a decoder's tensor belongs to."""
     return peft_name(f"language_model.{own_name.rpartition('.')[0]}")

@@ -22,14 +22,13 @@ from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.model import DehvfForConditionalGeneration, DehvfProcessor
 from dehvf_ds.model.adapter import TrainedModel
-from dehvf_ds.model.lora import fold_lora
+from dehvf_ds.model.ffn import fold_lora
 
 FOLD_TOLERANCE = 1e-5
 """What folding in fp32 may change in a logit, as a share of the largest."""
 
 _COMPARED_TOKENS = 40
 """Longest answer that is compared, whatever the task."""
-
 
 Answer = tuple[Tensor, Tensor]
 """Ids of prompt and greedy answer, ``[1, tokens]``; fp32 logits."""
@@ -78,7 +77,9 @@ def verify_export(
     exported: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype).eval()
     wanted, found = model.state_dict(), exported.state_dict()
     wrong = wanted.keys() ^ found.keys()
-    wrong |= {name for name in wanted.keys() & found.keys() if not _equal(wanted[name], found[name], dtype)}
+    for name in wanted.keys() & found.keys():
+        tensor = wanted[name].to(dtype) if wanted[name].is_floating_point() else wanted[name]
+        wrong |= set() if torch.equal(tensor, found[name]) else {name}
     if wrong:
         raise UserError(
             f"not exported: {len(wrong)} tensors are not the trained ones, {min(wrong)} among them"
@@ -142,7 +143,3 @@ def _ask(
         output = model(input_ids=asked, pixel_values=given.pixel_values, has_image=given.has_image)
         answers.append((ids, output.logits.float()))
     return answers
-
-
-def _equal(trained: Tensor, exported: Tensor, dtype: torch.dtype) -> bool:
-    return torch.equal(trained.to(dtype) if trained.is_floating_point() else trained, exported)

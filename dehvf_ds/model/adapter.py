@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from .backbones import load_backbone_config, load_model
 from .configuration import DehvfConfig, ModelError, check_version
+from .ffn import ADAPTER_NAME
 from .fingerprint import differences, weights_fingerprint
-from .lora import ADAPTER_NAME
 from .modeling import DehvfForConditionalGeneration
 
 CONFIG_FILE = "dehvf_config.json"
@@ -46,21 +44,16 @@ _LOOSE_FIELDS = {
 def base_fingerprint(source: str, *, vision: bool, weights: bool = True) -> dict[str, Any]:
     """What tells one base model (directory or hub id) from another, as JSON values.
 
-    ``path``; ``config``, the fields that shape the weights; and with ``weights`` in use ``sketch``, see
-    ``weights_fingerprint``.
+    ``path``; ``config``, fields that shape the weights; ``sketch``, its ``weights_fingerprint``, if in use.
     """
     found: dict[str, Any] = {"path": source, "config": _config_fields(source, vision=vision)}
     return found | ({"sketch": weights_fingerprint(source, vision=vision)} if weights else {})
 
 
 def check_base(identity: Mapping[str, Any], source: str, *, vision: bool, owner: str) -> None:
-    """Refuses a base model that is not the one that was trained on.
+    """Refuses a base model in ``source`` that is not the one with this ``base_fingerprint``.
 
-    Args:
-        identity: its ``base_fingerprint``; one without a sketch is compared by its configuration alone.
-        source: directory or hub id of the base now.
-        vision: whether it is the tower.
-        owner: what was trained on it, for the message.
+    ``owner`` is what was trained on it, for the message.
     """
     found = _config_fields(source, vision=vision)
     differing = sorted(key for key, value in identity["config"].items() if found.get(key) != value)
@@ -95,87 +88,49 @@ def save_adapter(
     dtype: torch.dtype,
     info: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the adapter artifact; one of that name is replaced, and a crash leaves it.
+    """Writes the artifact into an empty directory or a new one; replacing another whole is the caller's part.
 
-    Args:
-        directory: final name.
-        tensors: every trainable tensor by its name in the model, whole, fp32.
-        model: for its configuration and the names of what trains; its weights are not looked at.
-        language_model: directory or hub id of the decoder.
-        vision_tower: directory or hub id of the tower.
-        dtype: compute dtype of the run.
-        info: more for the manifest, JSON values (step, samples, task).
+    ``tensors`` are all trainables by their names in the model, whole, fp32; the model's own weights are not
+    looked at. ``dtype`` is the run's compute dtype, ``info`` more for the manifest (step, samples, task).
     """
     if differing := set(tensors) ^ set(model.trainable_parameters()):
         raise ModelError(f"adapter tensors differ from the trainable set: {sorted(differing)[:4]}")
     broken = [name for name, tensor in tensors.items() if tensor.numel() == 0 or not tensor.isfinite().all()]
     if broken:
         raise ModelError(f"not written, empty or not finite: {', '.join(broken[:4])}")
-
-    def write(part: Path) -> None:
-        part.mkdir(parents=True)
-        _write_tensors(part, tensors, model, language_model)
-        files = sorted(p.relative_to(part).as_posix() for p in part.rglob("*") if p.is_file())
-        tower_used = model.config.fusion != "none"
-        manifest = {
-            "version": model.config.version,
-            "dtype": str(dtype).removeprefix("torch."),
-            "bases": {
-                "language_model": base_fingerprint(language_model, vision=False),
-                "vision_tower": base_fingerprint(vision_tower, vision=True, weights=tower_used),
-            },
-            "files": {name: _sha256(part / name) for name in files},
-            **(info or {}),
-        }
-        (part / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-
-    replace_artifact(directory, write)
-
-
-def replace_artifact(directory: Path, write: Callable[[Path], object]) -> None:
-    """Lets ``write`` make an artifact in a directory that is not there yet, then renames that.
-
-    What bears the name is replaced only then: a crash leaves the previous artifact.
-    """
-    part = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(part, ignore_errors=True)
-    write(part)
-    old = directory.with_name(directory.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    part.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_tensors(
-    part: Path, tensors: Mapping[str, Tensor], model: DehvfForConditionalGeneration, language_model: str
-) -> None:
-    visual = {n: t.contiguous() for n, t in tensors.items() if ".lora_" not in n}
-    save_file(visual, part / VISUAL_FILE)
-    model.config.to_json_file(str(part / CONFIG_FILE), use_diff=False)
+    directory.mkdir(parents=True, exist_ok=True)
+    visual = {name: tensor.contiguous() for name, tensor in tensors.items() if ".lora_" not in name}
+    save_file(visual, directory / VISUAL_FILE)
+    model.config.to_json_file(str(directory / CONFIG_FILE), use_diff=False)
     if model.config.lora is not None:
-        lora = {peft_name(n): t.contiguous() for n, t in tensors.items() if ".lora_" in n}
-        (part / "lora").mkdir()
-        save_file(lora, part / LORA_FILE, metadata={"format": "pt"})
+        lora = {peft_name(n): tensor.contiguous() for n, tensor in tensors.items() if n not in visual}
         saved = model.language_model.peft_config[ADAPTER_NAME]
         saved.base_model_name_or_path = language_model
         saved.inference_mode = True
-        saved.save_pretrained(str(part / "lora"))
+        saved.save_pretrained(str(directory / "lora"))
+        save_file(lora, directory / LORA_FILE, metadata={"format": "pt"})
+    files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    tower_used = model.config.fusion != "none"
+    manifest = {
+        "version": model.config.version,
+        "dtype": str(dtype).removeprefix("torch."),
+        "bases": {
+            "language_model": base_fingerprint(language_model, vision=False),
+            "vision_tower": base_fingerprint(vision_tower, vision=True, weights=tower_used),
+        },
+        "files": {name: _sha256(directory / name) for name in files},
+        **(info or {}),
+    }
+    (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Reads an artifact's manifest and checks that its files are whole and of this version's function."""
-    path = directory / MANIFEST_FILE
-    if not path.is_file():
+    if not (directory / MANIFEST_FILE).is_file():
         raise ModelError(f"{directory}: no manifest.json; not an adapter artifact")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, files, _ = manifest.get("version", 1), dict(manifest["files"]), dict(manifest["bases"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: damaged ({type(error).__name__}: {error}); copy it again") from None
-    check_version(version, str(directory))
-    for name, digest in files.items():
+    manifest = _read_record(directory / MANIFEST_FILE, "files", "bases")
+    check_version(manifest.get("version", 1), str(directory))
+    for name, digest in manifest["files"].items():
         if not (directory / name).is_file():
             raise ModelError(f"{directory / name}: missing")
         if _sha256(directory / name) != digest:
@@ -183,33 +138,36 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
+def _read_record(path: Path, *objects: str) -> dict[str, Any]:
+    """A JSON object of ours, in which these are objects, too."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record | {name: dict(record[name]) for name in objects}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: damaged ({type(error).__name__}: {error}); copy it again") from None
+
+
 def load_adapter(model: DehvfForConditionalGeneration, directory: Path | str) -> None:
     """Copies an artifact's tensors into a model; every trainable must be there with its shape."""
     directory = Path(directory)
     tensors = load_file(directory / VISUAL_FILE)
-    lora_file = directory / LORA_FILE
     parameters = model.trainable_parameters()
-    if lora_file.is_file():
+    if (directory / LORA_FILE).is_file():
         by_peft_name = {peft_name(name): name for name in parameters if ".lora_" in name}
-        for name, tensor in load_file(lora_file).items():
+        for name, tensor in load_file(directory / LORA_FILE).items():
             tensors[by_peft_name.get(name, name)] = tensor
-    if set(tensors) != set(parameters):
-        raise ModelError(
-            f"{directory}: tensors do not fit the model: {sorted(set(tensors) ^ set(parameters))[:4]}"
-        )
+    found, wanted = ({(name, t.shape) for name, t in each.items()} for each in (tensors, parameters))
+    if found != wanted:
+        raise ModelError(f"{directory}: tensors do not fit the model: {sorted(found ^ wanted)[:4]}")
     for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
-            raise ModelError(
-                f"{directory}: {name} has shape {list(tensors[name].shape)}, not {list(parameter.shape)}"
-            )
         parameter.data.copy_(tensors[name])
 
 
 def decoder_name(name: str) -> str:
-    """The decoder's own name of one of its tensors.
+    """The plain decoder's own name of one of its tensors.
 
-    ``language_model.model.layers.0.mlp[.ffn].up_proj[.base_layer].weight`` is
-    ``model.layers.0.mlp.up_proj.weight`` in the plain decoder.
+    Of ``language_model.model.layers.0.mlp[.ffn].up_proj[.base_layer].weight`` it is
+    ``model.layers.0.mlp.up_proj.weight``.
     """
     own = name.removeprefix("language_model.")
     return own.replace(".mlp.ffn.", ".mlp.").replace(".base_layer.", ".")
@@ -227,27 +185,20 @@ def _sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model on disk, found and checked but not loaded.
-
-    Attributes:
-        path: the adapter artifact or merged directory.
-        config: the model's configuration.
-        dtype: compute dtype that it was trained or written in.
-        language_model: directory or hub id of the decoder; None for a merged directory.
-        vision_tower: directory or hub id of the tower; None for a merged directory.
-    """
+    """A trained model on disk, adapter artifact or merged directory, found and checked but not loaded."""
 
     path: Path
     config: DehvfConfig
     dtype: torch.dtype
+    """compute dtype that it was trained or written in"""
     language_model: str | None = None
+    """directory or hub id of the decoder; None for a merged directory"""
     vision_tower: str | None = None
+    """of the tower, likewise"""
 
     @property
     def task(self) -> str | None:
         """What it was trained for: ``caption``, ``scienceqa`` or ``chat``; None where nothing says so."""
-        if self.config.task is None and self.language_model is not None:
-            return read_manifest(self.path).get("task")  # artifacts from before the configuration knew
         return self.config.task
 
     @property
@@ -259,11 +210,6 @@ class TrainedModel:
     def processor_source(self) -> str:
         """Where the image processor lies."""
         return self.vision_tower or str(self.path)
-
-    @property
-    def base_dtype(self) -> torch.dtype:
-        """Dtype that the base language model was stored in."""
-        return _stored_dtype(self.config.text_config)
 
     def fingerprint(self) -> str:
         """A hash that tells this model from others: of its files' hashes, or a merged one's fingerprints."""
@@ -278,12 +224,10 @@ class TrainedModel:
     def load(
         self, dtype: str = "auto", *, fast_bf16: bool = True, device: torch.device | str = "cpu"
     ) -> DehvfForConditionalGeneration:
-        """Loads the model, whole, in evaluation mode, straight to a device.
+        """Loads the model, whole, in evaluation mode, each weight straight to its device.
 
-        Args:
-            dtype: ``fp32``, ``bf16``, or ``auto`` for its own.
-            fast_bf16: whether the device computes bf16 well; without that ``auto`` means fp32.
-            device: where each weight goes as it is read.
+        ``dtype`` is ``fp32``, ``bf16``, or ``auto`` for its own, or for fp32 where the device has no
+        ``fast_bf16``.
         """
         device = torch.device(device)
         compute = _DTYPES[dtype] if dtype != "auto" else self.dtype if fast_bf16 else torch.float32
@@ -312,19 +256,18 @@ def find_adapter(path: Path | str) -> Path:
 def find_trained(
     path: Path | str, language_model: str | None = None, vision_tower: str | None = None
 ) -> TrainedModel:
-    """Finds a trained model, and refuses damaged files and a base that is not the one it was trained on.
+    """Finds the model of a run, checkpoint, adapter artifact or merged directory.
 
-    Args:
-        path: a run directory, a checkpoint, an adapter artifact, or a merged directory.
-        language_model: where the decoder lies now; None takes the artifact's path.
-        vision_tower: where the tower lies now; None takes the artifact's path.
+    Damaged files are refused, and base models that it was not trained on; these lie where the artifact says
+    unless they are given.
     """
     path = Path(path)
     if (path / "config.json").is_file():
         config = load_backbone_config(str(path), vision=False)
         if not isinstance(config, DehvfConfig):
             raise ModelError(f"{path}: holds a {config.model_type} model, not a DEHVF one")
-        return TrainedModel(path, config, _stored_dtype(config))
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        return TrainedModel(path, config, dtype)
     path = find_adapter(path)
     manifest = read_manifest(path)
     given = {"language_model": language_model, "vision_tower": vision_tower}
@@ -335,23 +278,11 @@ def find_trained(
     return TrainedModel(path, config, getattr(torch, manifest["dtype"]), **sources)
 
 
-def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
-    """The dtype that a checkpoint's configuration names; fp32 where it names none."""
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-
-
 def _check_sizes(directory: Path) -> None:
     """Refuses an export of which a file is missing or cut short; the hashes would take as long as loading."""
     record = directory / EXPORT_FILE
-    if not record.is_file():
-        return
-    try:
-        files = dict(json.loads(record.read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{record}: damaged ({type(error).__name__}: {error}); copy it again") from None
+    files = _read_record(record, "files")["files"] if record.is_file() else {}
     for name, promised in files.items():
-        path = directory / name
-        if not path.is_file():
-            raise ModelError(f"{path}: missing, which {EXPORT_FILE} names; copy it again")
-        if (found := path.stat().st_size) != promised["bytes"]:
-            raise ModelError(f"{path}: {found} bytes, not {promised['bytes']}; copy it again")
+        found = (directory / name).stat().st_size if (directory / name).is_file() else 0
+        if found != promised["bytes"]:
+            raise ModelError(f"{directory / name}: {found} bytes, not {promised['bytes']}; copy it again")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
@@ -23,15 +23,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from .configuration import DehvfConfig, ModelError, spaced_levels, square_side
-from .fingerprint import (
-    LANGUAGE_PARTS,
-    StoredFile,
-    StoredTensor,
-    bare_name,
-    gguf_hint,
-    is_weight,
-    stored_tensors,
-)
+from .fingerprint import LANGUAGE_PARTS, StoredFile, bare_name, is_weight, stored_tensors
 from .modeling import DehvfForConditionalGeneration, refuse_incomplete
 from .trial import MISFITS, try_backbones
 
@@ -63,11 +55,9 @@ def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
         with _quiet():
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except MISFITS as error:
-        hint = gguf_hint(source)
-        if not directory.is_dir():
-            hint = f" (nor is there a directory {directory.absolute()})"
+        hint = "" if directory.is_dir() else f" (nor is there a directory {directory.absolute()})"
         raise ModelError(f"{kind} {source}: {_first_line(error)}{hint}") from None
-    _check_generation_config(directory / GENERATION_CONFIG_NAME)
+    _check_json(directory / GENERATION_CONFIG_NAME)
     quantisation = getattr(config, "quantization_config", None)
     if quantisation:
         fields = quantisation if isinstance(quantisation, Mapping) else quantisation.to_dict()
@@ -82,7 +72,7 @@ def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
     return config
 
 
-def _check_generation_config(path: Path) -> None:
+def _check_json(path: Path) -> None:
     """Refuses a damaged file: transformers would ignore it, and with it the tokens that end an answer."""
     try:
         whole = not path.is_file() or isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
@@ -90,17 +80,6 @@ def _check_generation_config(path: Path) -> None:
         whole = False
     if not whole:
         raise ModelError(f"{path}: not a JSON object; copy it again, or remove it where the model has none")
-
-
-def check_decoder_config(config: PreTrainedConfig, source: str) -> None:
-    """Refuses what is no decoder of text: vision-language models, encoder-decoders, models without a head."""
-    parts = ("vision_config", "audio_config", "text_config")
-    is_plain = not getattr(config, "is_encoder_decoder", False) and not any(hasattr(config, p) for p in parts)
-    if not is_plain or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(
-            f"language model {source}: a {config.model_type} model is no decoder with an LM head and nothing "
-            "beside it; of a model with several parts, name the decoder that it was made of"
-        )
 
 
 def load_backbone(
@@ -113,54 +92,36 @@ def load_backbone(
 ) -> PreTrainedModel:
     """Loads a backbone's weights; partitioned where an ``HfDeepSpeedConfig`` of ZeRO-3 is alive.
 
-    On a ``device`` each weight goes there as it is read, so that the host never holds all of them; None
-    leaves them on the CPU, or to ZeRO-3.
+    On a ``device`` each weight goes there as it is read, so that the host never holds all of them; for the
+    meta device names and shapes alone are read.
     """
-    placed = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
-    return _load(source, config, vision=vision, dtype=dtype, **placed)
-
-
-def check_backbone(source: str, config: PreTrainedConfig, *, vision: bool) -> None:
-    """Refuses what ``load_backbone`` would, and files cut short, by the files' headers alone.
-
-    Of a hub id nothing is looked at: its files may not be here yet.
-    """
-    if Path(source).is_dir():
-        with _quiet():
-            # Tensors of the meta device have names and shapes, and are not read.
-            _load(source, config, vision=vision, device_map="meta", ignore_mismatched_sizes=True)
-
-
-def _load(source: str, config: PreTrainedConfig, *, vision: bool, **settings: Any) -> PreTrainedModel:
     auto_class: Any = AutoModel if vision else AutoModelForCausalLM
+    given: dict[str, Any] = {"dtype": dtype}
+    if device is not None and device.type != "cpu":
+        given["device_map"] = {"": device}
+    checks = device is not None and device.type == "meta"
     stored = stored_tensors(source)
     try:
         # What its table of missing and unexpected weights would say is decided below.
-        with _quiet(progress=True):
+        with _quiet(progress=not checks):
             model, info = auto_class.from_pretrained(
-                source, config=config, output_loading_info=True, **settings
+                source, config=config, output_loading_info=True, ignore_mismatched_sizes=checks, **given
             )
     except MISFITS as error:
         raise ModelError(f"{source}: {_first_line(error)}") from None
-    _refuse_quantised(model, stored, source)
+    own = {bare_name(name) for name, _ in model.named_parameters()}
+    for alias, names in names_in_files(model, stored).items():
+        for name in names if alias in own else ():
+            # transformers would cast them, without their scales.
+            if stored[name].is_quantised:
+                kind = str(stored[name].dtype).removeprefix("torch.")
+                raise ModelError(
+                    f"{source}: {name} is stored as {kind}: its weights are quantised; take the model that "
+                    "they were made of"
+                )
     lost = [name for name in info["unexpected_keys"] if _belongs_to(model, name, vision=vision)]
     refuse_incomplete(model, info, lost, source)
     return model
-
-
-def _refuse_quantised(
-    model: PreTrainedModel, stored: Mapping[str, tuple[Path, StoredTensor]], source: str
-) -> None:
-    """Refuses weights stored as whole numbers or in 8 bits: transformers casts them, without scales."""
-    own = {bare_name(name) for name, _ in model.named_parameters()}
-    for name, (_, tensor) in stored.items():
-        is_weight_dtype = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
-        if not is_weight_dtype and own & {bare_name(name), bare_name(loaded_name(model, name))}:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise ModelError(
-                f"{source}: {name} is stored as {kind}: its weights are quantised; take the model that they "
-                "were made of"
-            )
 
 
 def _belongs_to(model: PreTrainedModel, name: str, *, vision: bool) -> bool:
@@ -177,6 +138,25 @@ def _belongs_to(model: PreTrainedModel, name: str, *, vision: bool) -> bool:
     named = model.named_parameters(remove_duplicate=False)
     parents = {bare_name(own).rpartition(".")[0] for own, _ in named}
     return not vision and bare_name(name).rpartition(".")[0] in parents
+
+
+def names_in_files(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, set[str]]:
+    """The files' names of a model's tensors, by its own names for them, both without wrapping words.
+
+    transformers renames some tensors as it loads them (the head of GPT-NeoX); either name is found.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    found: dict[str, set[str]] = {}
+    for name in stored:
+        loaded = name
+        for renaming in renamings:
+            loaded, _ = renaming.rename_source_key(loaded)
+        for alias in (bare_name(name), bare_name(loaded)):
+            found.setdefault(alias, set()).add(name)
+    return found
 
 
 def settle_head(config: DehvfConfig, source: str) -> None:
@@ -197,29 +177,17 @@ def _has_own_head(config: PreTrainedConfig, source: str) -> bool:
     decoder_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"), no_init_weights():
         decoder = decoder_class(config)
-    names = {module: name for name, module in decoder.named_modules()}
+    own_names = {module: name for name, module in decoder.named_modules()}
     tensors = stored_tensors(source)
-    bare_names = {stored: {bare_name(stored), bare_name(loaded_name(decoder, stored))} for stored in tensors}
+    aliases = names_in_files(decoder, tensors)
     found = []
     for module in (decoder.get_input_embeddings(), decoder.get_output_embeddings()):
-        wanted = bare_name(f"{names.get(module)}.weight")
-        same = [stored for stored in tensors if wanted in bare_names[stored]]
-        if len(same) != 1:
+        names = aliases.get(bare_name(f"{own_names.get(module)}.weight"), set())
+        if len(names) != 1:
             return False
-        found.append(same[0])
-    embedding, head = (StoredFile(tensors[name][0]).read(name) for name in found)
-    return not torch.equal(embedding, head)
-
-
-def loaded_name(model: PreTrainedModel, name: str) -> str:
-    """What transformers calls a file's tensor once it is loaded; of GPT-NeoX it renames the head."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    for transform in get_model_conversion_mapping(model):
-        if isinstance(transform, WeightRenaming):
-            name, _ = transform.rename_source_key(name)
-    return name
+        (name,) = names
+        found.append(StoredFile(tensors[name].path).read(name))
+    return not torch.equal(*found)
 
 
 def build_config(
@@ -235,14 +203,19 @@ def build_config(
     if not settings.get("levels") and num_levels is not None:
         settings["levels"] = spaced_levels(getattr(vision_config, "num_hidden_layers", 0), num_levels)
     text_config = load_backbone_config(language_model, vision=False)
-    check_decoder_config(text_config, language_model)
+    parts = ("vision_config", "audio_config", "text_config")
+    alone = not getattr(text_config, "is_encoder_decoder", False)
+    alone = alone and not any(hasattr(text_config, part) for part in parts)
+    if not alone or type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"language model {language_model}: a {text_config.model_type} model is no decoder with an LM "
+            "head and nothing beside it; of a model with several parts, name the decoder that it was made of"
+        )
     return DehvfConfig(text_config=text_config, vision_config=vision_config, **settings)
 
 
 def _check_image_size(image_size: int | None, vision_config: PreTrainedConfig, source: str) -> None:
-    """Refuses a size that cuts patches (a tower's own may: SigLIP of 384 pixels in patches of 14) or has too
-    many of them: it would be tried out until the user gives up.
-    """
+    """Refuses half patches (but a tower's own: SigLIP of 384 pixels in patches of 14), and far too many."""
     patch_size = square_side(getattr(vision_config, "patch_size", None))
     if image_size is None or not patch_size:
         return
@@ -263,12 +236,14 @@ def _check_image_size(image_size: int | None, vision_config: PreTrainedConfig, s
 def check_bases(config: DehvfConfig, language_model: str, vision_tower: str) -> None:
     """Refuses backbones that ``load_model`` would refuse, or would make something else of than was trained.
 
-    Tries small copies out and reads the headers of the files.
+    Tries small copies out and reads the files' headers; those of a hub id may not be here yet.
     """
     try_backbones(config)
-    check_backbone(language_model, config.text_config, vision=False)
-    if config.fusion != "none":
-        check_backbone(vision_tower, config.vision_config, vision=True)
+    bases = [(language_model, config.text_config), (vision_tower, config.vision_config)]
+    for source, part in bases[: 1 if config.fusion == "none" else 2]:
+        if Path(source).is_dir():
+            vision = part is config.vision_config
+            load_backbone(source, part, torch.float32, vision=vision, device=torch.device("meta"))
 
 
 def load_model(
@@ -282,8 +257,7 @@ def load_model(
 ) -> DehvfForConditionalGeneration:
     """Loads the frozen backbones, see ``load_backbone``, and builds the branch at its start values.
 
-    Under ZeRO-3 the branch, some 5 M parameters, is whole on every rank and equal, since it is a function of
-    ``seed`` alone. All weights are in ``dtype``.
+    Under ZeRO-3 the branch is whole on every rank, and equal, since it is a function of ``seed`` alone.
     """
     settle_head(config, language_model)
     decoder = load_backbone(language_model, config.text_config, dtype, vision=False, device=device)

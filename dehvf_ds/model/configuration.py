@@ -19,8 +19,6 @@ FUNCTION_VERSION = 2
 """What the model computes from its weights. Version 1 did not normalise the visual FFN's queries; weights
 trained under another version would load and compute something else."""
 
-FUSIONS = ("ffn", "prefix", "none")
-ROUTERS = ("layer", "static", "last")
 _SIZES = ("hidden_size", "num_hidden_layers")
 
 
@@ -29,10 +27,7 @@ class ModelError(ValueError):
 
 
 def spaced_levels(num_blocks: int, num_levels: int) -> list[int]:
-    """Chooses feature layers of a tower: evenly spaced block numbers, the last block included.
-
-    Block 1 is the first; 0 would be the patch embeddings.
-    """
+    """Chooses feature layers of a tower: evenly spaced block numbers, from 1, the last block included."""
     if not 1 <= num_levels <= num_blocks:
         raise ModelError(f"{num_levels} vision levels asked of a tower with {num_blocks} blocks")
     return [round(num_blocks * (i + 1) / num_levels) for i in range(num_levels)]
@@ -58,18 +53,17 @@ class DehvfConfig(PreTrainedConfig):
     """Configuration of ``DehvfForConditionalGeneration``; values out of range raise ``ModelError``.
 
     Args:
-        text_config: configuration of the HF decoder.
-        vision_config: configuration of the HF vision tower.
+        text_config: of the HF decoder.
+        vision_config: of the HF vision tower.
         fusion: ``ffn`` (DEHVF), ``prefix`` (projected patches before the text) or ``none``.
         router: how an LLM layer weighs the feature layers: ``layer``, ``static`` or ``last``.
-        levels: feature layers of the tower by block number, rising; None takes six, evenly spaced.
-            ``router: last`` keeps the deepest alone.
+        levels: feature layers of the tower by block number, rising; None takes six, evenly spaced. ``last``
+            keeps the deepest alone.
         rank: width r of the visual memory.
         router_dim: width k of the router's queries and keys.
         image_size: side of the square input picture in pixels; None takes the tower's own.
         prefix_tokens: visual tokens of ``prefix``, a square number; None keeps every patch.
-        lora: ``{"rank", "alpha", "dropout", "targets"}`` of the FFN adapters, or None without any
-            (ablated, or folded into the weights).
+        lora: ``{"rank", "alpha", "dropout", "targets"}`` of the FFN adapters; None without any, or folded.
         task: what it was trained for: ``caption``, ``scienceqa`` or ``chat``.
         prompt: the instruction that captions were trained with; the best one to give ``generate``.
         version: ``FUNCTION_VERSION`` of the program that trained the weights.
@@ -95,19 +89,18 @@ class DehvfConfig(PreTrainedConfig):
         version: int = FUNCTION_VERSION,
         **kwargs: Any,
     ) -> None:
-        for name, value, known in (("fusion", fusion, FUSIONS), ("router", router, ROUTERS)):
-            if value not in known:
-                raise ModelError(f"{name} {value!r} is not one of {', '.join(known)}")
+        known = {"fusion": ("ffn", "prefix", "none"), "router": ("layer", "static", "last")}
+        for name, value in (("fusion", fusion), ("router", router)):
+            if value not in known[name]:
+                raise ModelError(f"{name} {value!r} is not one of {', '.join(known[name])}")
         self.version = version
         self.text_config = _sub_config(text_config, "llama")
         self.vision_config = _sub_config(vision_config, "clip_vision_model")
         for config, kind in ((self.text_config, "decoder"), (self.vision_config, "tower of one width")):
             if not all(isinstance(getattr(config, name, None), int) for name in _SIZES):
                 raise ModelError(f"a {config.model_type} model is no {kind}: it lacks {' or '.join(_SIZES)}")
-        self.fusion = fusion
-        self.router = router
-        self.rank = rank
-        self.router_dim = router_dim
+        self.fusion, self.router = fusion, router
+        self.rank, self.router_dim = rank, router_dim
         num_blocks = self.vision_config.num_hidden_layers
         self.levels = list(levels) if levels else spaced_levels(num_blocks, min(6, num_blocks))
         if max(self.levels) > num_blocks:
@@ -122,21 +115,20 @@ class DehvfConfig(PreTrainedConfig):
         self.image_size: int = side
         self.prefix_tokens = prefix_tokens
         self.lora = dict(lora) if lora else None
-        self.task = task
-        self.prompt = prompt
+        self.task, self.prompt = task, prompt
         if fusion == "prefix" and prefix_tokens is not None:
             side = int(prefix_tokens**0.5)
             if side * side != prefix_tokens or self.patches_per_side % side:
+                grid = f"{self.patches_per_side}x{self.patches_per_side}"
                 raise ModelError(
-                    f"prefix_tokens {prefix_tokens} does not pool {self.patches_per_side}x"
-                    f"{self.patches_per_side} patches into equal squares"
+                    f"prefix_tokens {prefix_tokens} does not pool {grid} patches into equal squares"
                 )
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; weights of another version's function are refused."""
+        """Refuses weights of another version's function."""
         check_version(config_dict.get("version", 1), "the model")
         return super().from_dict(config_dict, **kwargs)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,14 +19,9 @@ def visual_features(
 ) -> Float[Tensor, "batch levels slots vision_dim"]:
     """Runs the frozen tower and stacks the chosen feature layers, in its dtype, without gradient.
 
-    Each is layer-normed without weights, so that no depth outweighs another by its norm (ours). Slot 0 is
-    the class token, the others are the patches. A tower without a class token has the mean of its patches
-    there; register tokens are dropped.
-
-    Args:
-        tower: HF vision model that returns ``hidden_states``.
-        pixel_values: pictures, normalised for the tower.
-        layers: block numbers; 1 is the first block's output.
+    Layers are block numbers; 1 is the first block's output. Each is layer-normed without weights, so that no
+    depth outweighs another by its norm (ours). Slot 0 is the class token, the others are the patches. A tower
+    without a class token has the mean of its patches there; register tokens are dropped.
     """
     with torch.no_grad():
         states = hidden_states(tower, pixel_values.to(tower.dtype))
@@ -44,9 +38,9 @@ def hidden_states(
     A tower whose position embeddings are of another grid than the pictures' interpolates them where it can.
     """
     given: dict[str, Any] = {}
-    own_size = square_side(getattr(tower.config, "image_size", None))
-    if own_size != pixel_values.shape[-1] and _can_interpolate(type(tower)):
-        given["interpolate_pos_encoding"] = True
+    own_size, name = square_side(getattr(tower.config, "image_size", None)), "interpolate_pos_encoding"
+    if own_size != pixel_values.shape[-1] and name in inspect.signature(type(tower).forward).parameters:
+        given[name] = True
     states = tower(pixel_values, output_hidden_states=True, **given).hidden_states
     wanted = (pixel_values.shape[0], tower.config.hidden_size)
     num_patches = _num_patches(tower, pixel_values)
@@ -57,11 +51,6 @@ def hidden_states(
                 f"a token of {wanted[1]} values for each of {num_patches} patches, as CLIP and DINOv2 do"
             )
     return states
-
-
-@lru_cache(maxsize=8)
-def _can_interpolate(tower_class: type) -> bool:
-    return "interpolate_pos_encoding" in inspect.signature(tower_class.forward).parameters
 
 
 def _num_patches(tower: PreTrainedModel, pixel_values: Tensor) -> int:
@@ -78,13 +67,9 @@ def _with_class_slot(state: Tensor, num_patches: int) -> Tensor:
 
 
 class Projector(nn.Module):
-    """Brings every level into the memory's rank; shared by all levels and LLM layers (ours).
+    """Brings every feature layer into the memory's rank; shared by all of them and by all LLM layers (ours).
 
     Z = silu(V W_down + b), with V already layer-normed.
-
-    Args:
-        vision_dim: width of the vision tower.
-        rank: width r of the visual memory.
     """
 
     def __init__(self, vision_dim: int, rank: int) -> None:
@@ -102,12 +87,8 @@ class Projector(nn.Module):
 class PrefixProjector(nn.Module):
     """LLaVA's projector: a two-layer MLP from patches to tokens of the LLM (arXiv 2310.03744).
 
-    Args:
-        vision_dim: width of the vision tower.
-        text_dim: width of the language model.
-        num_tokens: tokens to pool the patches to, a square number; None keeps every patch.
-        token_scale: initial standard deviation of a produced token's entries, that of the LLM's own
-            embeddings, so that the frozen LLM meets tokens of a familiar size.
+    Patches are average-pooled to ``num_tokens``, a square number; None keeps them all. What it makes has the
+    standard deviation ``token_scale`` at the start, that of the LLM's own embeddings.
     """
 
     def __init__(self, vision_dim: int, text_dim: int, num_tokens: int | None, token_scale: float) -> None:
@@ -121,14 +102,10 @@ class PrefixProjector(nn.Module):
     def forward(
         self, patches: Float[Tensor, "batch patches vision_dim"]
     ) -> Float[Tensor, "batch prefix text_dim"]:
-        """Projects one level's patches, after average pooling to ``num_tokens``."""
+        """Projects one feature layer's patches."""
         if self.num_tokens is not None:
-            patches = _pool_square(patches, self.num_tokens)
+            batch, count, dim = patches.shape
+            side, target = round(count**0.5), round(self.num_tokens**0.5)
+            grid = patches.transpose(1, 2).reshape(batch, dim, side, side)
+            patches = F.avg_pool2d(grid, side // target).flatten(2).transpose(1, 2)
         return F.gelu(patches @ self.w_in + self.b_in) @ self.w_out + self.b_out
-
-
-def _pool_square(patches: Tensor, num_tokens: int) -> Tensor:
-    batch, count, dim = patches.shape
-    side, target = round(count**0.5), round(num_tokens**0.5)
-    grid = patches.transpose(1, 2).reshape(batch, dim, side, side)
-    return F.avg_pool2d(grid, side // target).flatten(2).transpose(1, 2)

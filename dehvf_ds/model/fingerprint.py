@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,6 @@ from transformers.utils import (
 
 from .configuration import ModelError
 
-NUM_VALUES = 4
 POINTER = "a git-LFS pointer in the file's place; run `git lfs pull` there"
 _POINTER = b"version https://git-lfs"
 # Module names that hold the wanted part of a checkpoint with several parts.
@@ -53,8 +52,9 @@ _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class StoredTensor(NamedTuple):
-    """What a file says of one of its tensors; ``start`` is its first byte in a safetensors file."""
+    """What a file says of one of its tensors; ``start`` is the first byte, of safetensors."""
 
+    path: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
     start: int = 0
@@ -64,107 +64,90 @@ class StoredTensor(NamedTuple):
         """Its values."""
         return math.prod(self.shape)
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether it holds whole numbers or 8 bits, which mean nothing without scales."""
+        return not self.dtype.is_floating_point or self.dtype.itemsize == 1
+
 
 class StoredFile:
     """One file of a checkpoint, safetensors or ``.bin``; damaged ones raise ``ModelError``.
 
-    Of ``.bin`` files those that are zipped are mapped; older ones are held in memory, whole.
-
-    Attributes:
-        path: of the file.
-        tensors: what it holds, by name.
+    A safetensors file is open only while it is read. A ``.bin`` is mapped as long as this object lives, or
+    held in memory if it is of before torch 1.6 and not zipped.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._loaded: dict[str, Tensor] | None = None
         with _readable(path):
-            if is_pointer(path):
-                raise ValueError(f"it is {POINTER}")
             if path.suffix == ".safetensors":
                 self.tensors = self._header()
                 return
-            try:
-                found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            except (pickle.UnpicklingError, KeyError):
-                found = None
-            if not isinstance(found, Mapping):
-                raise ValueError("no file of tensors; save the model's state_dict, best as safetensors")
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             self._loaded = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
-        self.tensors = {n: StoredTensor(tuple(t.shape), t.dtype) for n, t in self._loaded.items()}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Lets go of what a ``.bin`` file holds; tensors that were read stay."""
-        self._loaded = None
+        self.tensors = {n: StoredTensor(path, tuple(t.shape), t.dtype) for n, t in self._loaded.items()}
 
     def read(self, name: str) -> Tensor:
         """One tensor, in the dtype that it is stored in."""
         if self._loaded is not None:
             return self._loaded[name]
-        shape, dtype, start = self.tensors[name]
+        _, shape, dtype, start = self.tensors[name]
         (data,) = self._bytes([start], self.tensors[name].num_elements * dtype.itemsize)
         return (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(shape)
 
     def values(self, name: str, positions: Sequence[int]) -> list[float]:
         """Single values of a tensor, at flat positions, in fp32."""
         if self._loaded is not None:
-            # By index, since a flat view of a transposed tensor would be a copy.
-            tensor = self._loaded[name]
-            places = torch.tensor(positions, dtype=torch.int64)
-            found = tensor[torch.unravel_index(places, tensor.shape)] if tensor.dim() else tensor[None]
+            found = self._loaded[name].flatten()[torch.tensor(positions, dtype=torch.int64)]
         else:
-            _, dtype, start = self.tensors[name]
+            _, _, dtype, start = self.tensors[name]
             data = self._bytes([start + place * dtype.itemsize for place in positions], dtype.itemsize)
             found = torch.frombuffer(bytearray().join(data), dtype=dtype) if data else torch.empty(0)
         return found.to(torch.float32).tolist()
 
     def _header(self) -> dict[str, StoredTensor]:
-        num_bytes = self.path.stat().st_size
+        size = self.path.stat().st_size
         start = 8 + int.from_bytes(self._bytes([0], 8)[0], "little")
-        if start > num_bytes:
+        if start > size:
             raise ValueError("it ends too early, within its header")
         entries = json.loads(self._bytes([8], start - 8)[0])
         entries.pop("__metadata__", None)
-        end = start
-        tensors = {}
-        for name, entry in entries.items():
-            if entry["dtype"] not in str_to_torch_dtype:
-                raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
-            dtype, (first, last) = str_to_torch_dtype[entry["dtype"]], entry["data_offsets"]
-            tensors[name] = StoredTensor(tuple(entry["shape"]), dtype, start + first)
-            end = max(end, start + last)
-        if end > num_bytes:
-            raise ValueError(f"it ends too early, after {num_bytes:,} of {end:,} bytes; copy it again")
-        return tensors
+        end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        if end > size:
+            raise ValueError(f"it ends too early, after {size:,} of {end:,} bytes; copy it again")
+        return {
+            name: StoredTensor(
+                self.path,
+                tuple(entry["shape"]),
+                str_to_torch_dtype[entry["dtype"]],
+                start + entry["data_offsets"][0],
+            )
+            for name, entry in entries.items()
+        }
 
     def _bytes(self, starts: Sequence[int], count: int) -> list[bytearray]:
         # Not by safe_open: it maps the file, and the system's reading ahead made four values cost all 26 GB.
         # The buffer is small for the same reason.
-        pieces = []
+        parts = []
         with _readable(self.path), io.BufferedReader(io.FileIO(self.path), 4096) as file:
             for start in starts:
                 file.seek(start)
-                pieces.append(bytearray(count))
-                if file.readinto(pieces[-1]) < count:
+                parts.append(bytearray(count))
+                if file.readinto(parts[-1]) < count:
                     raise ValueError("it ends too early")
-        return pieces
+        return parts
 
 
-def stored_tensors(source: str) -> dict[str, tuple[Path, StoredTensor]]:
-    """File and entry of every tensor of a checkpoint (directory or hub id), by its files' headers."""
-    places: dict[str, tuple[Path, StoredTensor]] = {}
+def stored_tensors(source: str) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint (directory or hub id), by its files' headers."""
+    found: dict[str, StoredTensor] = {}
     for path, promised in _checkpoint_files(source).items():
-        with StoredFile(path) as file:
-            if lacking := promised - file.tensors.keys():
-                raise ModelError(f"{path}: lacks {min(lacking)}, which its index places there")
-            places |= {name: (path, stored) for name, stored in file.tensors.items()}
-    return places
+        tensors = StoredFile(path).tensors
+        if lacking := promised - tensors.keys():
+            raise ModelError(f"{path}: lacks {min(lacking)}, which its index places there")
+        found |= tensors
+    return found
 
 
 def _checkpoint_files(source: str) -> dict[Path, set[str]]:
@@ -177,17 +160,13 @@ def _checkpoint_files(source: str) -> dict[Path, set[str]]:
             return {path: set()}
         promised: dict[str, set[str]] = {}
         with _readable(path):
-            if is_pointer(path):
-                raise ValueError(f"it is {POINTER}")
             for tensor, shard in json.loads(path.read_text(encoding="utf-8"))["weight_map"].items():
                 promised.setdefault(shard, set()).add(tensor)
         files = {shard: _find_file(source, shard) for shard in sorted(promised)}
         if lacking := [shard for shard, file in files.items() if file is None]:
             raise ModelError(f"{source}: {lacking[0]} is missing, which {name} names")
         return {file: promised[shard] for shard, file in files.items() if file is not None}
-    raise ModelError(
-        f"{source}: no weights found, neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}{gguf_hint(source)}"
-    )
+    raise ModelError(f"{source}: no weights found, neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
 
 
 def _find_file(source: str, name: str) -> Path | None:
@@ -204,12 +183,6 @@ def _find_file(source: str, name: str) -> Path | None:
     return None if path is None else Path(path)
 
 
-def gguf_hint(source: str) -> str:
-    """What to say of a model whose only files are llama.cpp's; empty without such files."""
-    found = sorted(path.name for path in Path(source).glob("*.gguf")) if Path(source).is_dir() else []
-    return f"; {found[0]} is of llama.cpp: take the model that it was made of" if found else ""
-
-
 def is_pointer(path: Path) -> bool:
     """Whether git left a pointer in the file's place."""
     with path.open("rb") as file:
@@ -219,6 +192,8 @@ def is_pointer(path: Path) -> bool:
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:
+        if is_pointer(path):
+            raise ValueError(f"it is {POINTER}")
         yield
     except ModelError:
         raise
@@ -239,28 +214,21 @@ def bare_name(name: str) -> str:
 
 
 def sample_positions(num_elements: int) -> list[int]:
-    """At most ``NUM_VALUES`` rising places in a flat tensor, a function of its size alone.
-
-    Multiples of the golden ratio, modulo 1, spread evenly (Knuth's multiplicative hashing).
-    """
-    fractions = [(i + 1) * 2654435769 % 2**32 for i in range(NUM_VALUES)]
+    """At most four rising places in a flat tensor, a function of its size alone."""
+    # Multiples of the golden ratio, modulo 1, spread evenly (Knuth's multiplicative hashing).
+    fractions = [i * 2654435769 % 2**32 for i in range(1, 5)]
     return sorted({num_elements * fraction >> 32 for fraction in fractions} if num_elements else set())
 
 
 def weights_fingerprint(source: str, *, vision: bool) -> dict[str, str]:
-    """Samples a few values of every tensor of a checkpoint, without loading the model.
+    """Samples a few values of every tensor of a checkpoint (directory or hub id), without loading the model.
 
-    Of safetensors only those values are read (0.15 s for 26 GB); see ``StoredFile`` for ``.bin``. The result
-    is kept for the process until a file changes.
+    Of a two-tower checkpoint the vision part alone counts when ``vision``, of a multimodal one otherwise the
+    language part. Of safetensors only those values are read (0.15 s for 26 GB). The result is kept for the
+    process until a file changes.
 
-    Args:
-        source: directory or hub id, whose files are downloaded as ``from_pretrained`` would.
-        vision: whether the tower is wanted: of a two-tower checkpoint the vision part alone, of a multimodal
-            one the language part otherwise.
-
-    Returns:
-        By tensor name, as the files have it, ``"32x48 0.125 -0.5 ..."``: the shape, then up to four values in
-        fp32, at 9 digits without loss. A scalar has the shape ``"1"``.
+    Returns ``"32x48 0.125 -0.5 ..."`` by the names in the files: the shape, ``1`` of a scalar, and up to four
+    values in fp32, at 9 digits without loss.
     """
     stats = [(path, path.stat()) for path in _checkpoint_files(source)]
     whole = _sampled(tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats))
@@ -276,13 +244,40 @@ def _sampled(files: tuple[tuple[Path, int, int], ...]) -> dict[str, str]:
     """Samples the tensors of files, which are given with time of change in ns and size in bytes."""
     found = {}
     for path, _, _ in files:
-        with StoredFile(path) as file:
-            for name, stored in file.tensors.items():
-                if is_weight(name, stored.shape):
-                    values = file.values(name, sample_positions(stored.num_elements))
-                    shape = "x".join(map(str, stored.shape)) or "1"
-                    found[name] = " ".join([shape, *(f"{value:.9g}" for value in values)])
-    return {name: found[name] for name in sorted(found, key=_natural_key)}
+        file = StoredFile(path)
+        for name, stored in file.tensors.items():
+            if is_weight(name, stored.shape):
+                values = file.values(name, sample_positions(stored.num_elements))
+                shape = "x".join(map(str, stored.shape)) or "1"
+                found[name] = " ".join([shape, *(f"{value:.9g}" for value in values)])
+    return found
+
+
+def differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """Names of the tensors in which two fingerprints differ, layer by layer.
+
+    Tensors are compared by name without its wrapping prefix (``model.``, ``vision_model.``). One whose name
+    the other side lacks must agree with any tensor there: it was renamed, or is tied and stored twice.
+
+    Two values agree when they are at most one step apart in the coarsest format, of bf16, fp16 and fp32, that
+    holds all values of one of the two tensors. So fp32 weights are compared as fp32, and as bf16 only where
+    one side has passed through bf16. What fp16 cannot hold counts as 0 or infinity.
+    """
+    ours, theirs = _by_bare_name(wanted), _by_bare_name(found)
+    changed = {}
+    for key in ours.keys() & theirs.keys():
+        name, (mine, other) = ours[key], (wanted[ours[key]], found[theirs[key]])
+        shape, other_shape = mine.split()[0], other.split()[0]
+        if shape != other_shape:
+            changed[name] = f"{name} (shape {other_shape}, not {shape})"
+        elif not _agree(mine, other):
+            changed[name] = name
+    alone = [(ours[key], wanted, found, "missing") for key in ours.keys() - theirs.keys()]
+    alone += [(theirs[key], found, wanted, "added") for key in theirs.keys() - ours.keys()]
+    for name, own, others, word in alone:
+        if not any(_agree(own[name], other) for other in others.values()):
+            changed.setdefault(name, f"{name} ({word})")
+    return [changed[name] for name in sorted(changed, key=_natural_key)]
 
 
 def _natural_key(name: str) -> list[str | int]:
@@ -290,86 +285,23 @@ def _natural_key(name: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-class _Sampled(NamedTuple):
-    """One tensor of a fingerprint; ``formats`` are those of ``_FORMATS`` that hold all its values exactly."""
-
-    name: str
-    shape: str
-    values: tuple[float, ...]
-    formats: tuple[torch.dtype, ...]
+def _by_bare_name(fingerprint: Mapping[str, str]) -> dict[str, str]:
+    names = {bare_name(name): name for name in fingerprint}
+    return names if len(names) == len(fingerprint) else {name: name for name in fingerprint}
 
 
-def differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """Names of the tensors in which two fingerprints differ, layer by layer.
-
-    Tensors are paired by name without its wrapping prefix (``model.``, ``vision_model.``); those without a
-    partner are paired where shape and values agree. A matrix that stands twice in one checkpoint, as a tied
-    ``lm_head`` may, need not do so in the other.
-
-    Two values agree when they are at most one step apart in the coarsest format, of bf16, fp16 and fp32, that
-    holds all values of one of the two tensors. So fp32 weights are compared as fp32, and as bf16 only where
-    one side has passed through bf16. What fp16 cannot hold counts as 0 or infinity.
-
-    Returns:
-        The names as in ``wanted``; with a word where the shape differs or one of the two lacks the tensor.
-    """
-    ours, theirs = _parse(wanted), _parse(found)
-    changed = {}
-    for key in ours.keys() & theirs.keys():
-        mine, other = ours[key], theirs[key]
-        if mine.shape != other.shape:
-            changed[mine.name] = f"{mine.name} (shape {other.shape}, not {mine.shape})"
-        elif not _agree(mine, other):
-            changed[mine.name] = mine.name
-    alone = {key: ours[key] for key in sorted(ours.keys() - theirs.keys(), key=_natural_key)}
-    extra = {key: theirs[key] for key in sorted(theirs.keys() - ours.keys(), key=_natural_key)}
-    for key, tensor in list(alone.items()):
-        partner = next((k for k, other in extra.items() if _agree(tensor, other)), None)
-        if partner is not None:
-            del alone[key], extra[partner]
-    for tensors, everything, word in ((alone, ours, "missing"), (extra, theirs, "added")):
-        for key, tensor in tensors.items():
-            if not _has_copy(key, tensor, everything):
-                changed.setdefault(tensor.name, f"{tensor.name} ({word})")
-    return [changed[name] for name in sorted(changed, key=_natural_key)]
-
-
-def _parse(fingerprint: Mapping[str, str]) -> dict[str, _Sampled]:
-    """A fingerprint's tensors by their names without wrapping prefixes."""
-    keys = {name: bare_name(name) for name in fingerprint}
-    if len(set(keys.values())) < len(keys):
-        keys = {name: name for name in fingerprint}
-    tensors = {}
-    for name, text in fingerprint.items():
-        shape, *numbers = text.split()
-        values = torch.tensor([float(number) for number in numbers], dtype=torch.float32)
-        formats = tuple(f for f in _FORMATS if torch.equal(values.to(f).float(), values))
-        tensors[keys[name]] = _Sampled(name, shape, tuple(values.tolist()), formats)
-    return tensors
-
-
-def _agree(one: _Sampled, other: _Sampled) -> bool:
-    if one.shape != other.shape:
-        return False
-    formats = set(one.formats + other.formats)
-    return all(_same_value(a, b, formats) for a, b in zip(one.values, other.values, strict=True))
-
-
-def _same_value(a: float, b: float, formats: set[torch.dtype]) -> bool:
-    """Whether two values are at most one step of the coarsest of the formats apart."""
-    if a == b or (math.isnan(a) and math.isnan(b)):
-        return True
-    if math.isinf(a) or math.isinf(b):
-        return a * b > 0 and min(abs(a), abs(b)) >= torch.finfo(torch.float16).max
-    binade = 2.0 ** (math.frexp(max(abs(a), abs(b)))[1] - 1)
-    infos = [torch.finfo(f) for f in formats]
-    return any(abs(a - b) <= max(binade, info.tiny) * info.eps for info in infos)
-
-
-def _has_copy(key: str, tensor: _Sampled, everything: Mapping[str, _Sampled]) -> bool:
-    """Whether a matrix stands a second time in its checkpoint, as tied weights do."""
-    return "x" in tensor.shape and any(
-        other.shape == tensor.shape and other.values == tensor.values
-        for k, other in everything.items()
-        if k != key
-    )
+def _agree(one: str, other: str) -> bool:
+    """Whether two sampled tensors have the same shape and values that agree."""
+    (shape, *values), (other_shape, *other_values) = one.split(), other.split()
+    if one == other or shape != other_shape:
+        return one == other
+    a, b = (torch.tensor([float(v) for v in each]) for each in (values, other_values))
+    formats = [f for f in _FORMATS if torch.equal(a.to(f).float(), a) or torch.equal(b.to(f).float(), b)]
+    a, b = a.double(), b.double()
+    largest, infinite = torch.maximum(a.abs(), b.abs()), a.isinf() | b.isinf()
+    same = (a == b) | (a.isnan() & b.isnan())
+    same |= infinite & (a * b > 0) & (torch.minimum(a.abs(), b.abs()) >= torch.finfo(torch.float16).max)
+    binade = 2.0 ** (torch.frexp(largest).exponent - 1)
+    for info in map(torch.finfo, formats):
+        same |= ~infinite & ((a - b).abs() <= binade.clamp(min=info.tiny) * info.eps)
+    return bool(same.all())

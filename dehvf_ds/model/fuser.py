@@ -10,24 +10,17 @@ from .configuration import Bool, Float
 
 
 class HierarchicalFuser(nn.Module):
-    """Weighs the vision levels for every LLM layer and fuses them.
+    """Weighs the feature layers for every LLM layer and fuses them.
 
     Routers (the abstract of arXiv 2508.17638 speaks of weighing by layer; the forms are ours):
 
     - ``layer``: w_l = softmax(query_l . key_j / sqrt(k)). query_l comes from a learnable embedding of
-      the layer through a small MLP; key_j is a bias-free map of level j's class token, so the weights
+      the layer through a small MLP; key_j is a bias-free map of feature layer j's class token, so the weights
       depend on the picture.
     - ``static``: one learned softmax per layer, the same for every picture.
-    - ``last``: the deepest level alone, without parameters.
+    - ``last``: the deepest feature layer alone, without parameters.
 
     No router looks at the text: pooling over a sequence would show the answer's tokens in training.
-
-    Args:
-        num_layers: layers L of the language model.
-        num_levels: vision levels J.
-        vision_dim: width of the vision tower.
-        router_dim: width k of queries and keys.
-        router: ``layer``, ``static`` or ``last``.
     """
 
     def __init__(
@@ -51,19 +44,17 @@ class HierarchicalFuser(nn.Module):
         projected: Float[Tensor, "batch levels slots rank"],
         has_image: Bool[Tensor, " batch"],
     ) -> tuple[Float[Tensor, "batch layers slots rank"], Float[Tensor, "batch layers levels"]]:
-        """Fuses the levels for all layers at once.
+        """Fuses for all LLM layers at once; returns their memory S and the weights, which sum to 1.
 
-        Returns:
-            The memory S, zero on rows without a picture (multiplied, so that every parameter still has
-            a gradient there), and the level weights, which sum to 1 over levels.
+        Rows without a picture are multiplied by 0, so that every parameter has a gradient there, too.
         """
-        weights = self._level_weights(class_tokens)
+        weights = self._weights(class_tokens)
         batch, levels, slots, rank = projected.shape
         masked = weights.to(projected.dtype) * has_image.to(projected.dtype)[:, None, None]
         fused = masked @ projected.reshape(batch, levels, slots * rank)
         return fused.reshape(batch, self.num_layers, slots, rank), weights
 
-    def _level_weights(self, class_tokens: Tensor) -> Tensor:
+    def _weights(self, class_tokens: Tensor) -> Tensor:
         batch, levels, _ = class_tokens.shape
         if self.router == "layer":
             embedding = self.layer_embedding
@@ -72,8 +63,7 @@ class HierarchicalFuser(nn.Module):
             scores = torch.einsum("lk,bjk->blj", queries.float(), keys.float()) / queries.shape[-1] ** 0.5
             return scores.softmax(dim=-1)
         if self.router == "static":
-            weights = self.level_logits.float().softmax(dim=-1)
-            return weights.expand(batch, -1, -1)
+            return self.level_logits.float().softmax(dim=-1).expand(batch, -1, -1)
         last = torch.zeros(levels, device=class_tokens.device)
         last[-1] = 1.0
         return last.expand(batch, self.num_layers, levels)

@@ -16,42 +16,37 @@ from transformers.modeling_outputs import ModelOutput
 
 from .configuration import Bool, DehvfConfig, Float, Int, ModelError
 from .features import PrefixProjector, Projector, visual_features
+from .ffn import MemoryReader, VisualFFN, add_lora, decoder_layers, lora_parameters
 from .fuser import HierarchicalFuser
-from .lora import add_lora, decoder_layers, lora_parameters
-from .visual_ffn import MemoryReader, VisualFFN
 
 IGNORE_INDEX = -100
 
 
 @dataclass
 class DehvfOutput(ModelOutput):
-    """What a forward returns: losses where labels are given, else logits and what the decoder adds to them.
-
-    Attributes:
-        loss: mean cross-entropy over the supervised tokens; 0 without any.
-        loss_sum: its sum, fp32; what the trainer weighs over ranks and micro-steps.
-        num_tokens: supervised tokens, an int64 scalar.
-        level_weights: the fuser's ``[batch, layers, levels]``, when pictures were encoded.
-    """
+    """What a forward returns: losses where labels are given, else logits and what the decoder adds."""
 
     loss: Tensor | None = None
+    """mean cross-entropy over the supervised tokens; 0 without any"""
     loss_sum: Tensor | None = None
+    """its sum, fp32, which the trainer weighs over ranks and micro-steps"""
     num_tokens: Tensor | None = None
+    """supervised tokens, an int64 scalar"""
     logits: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     level_weights: Tensor | None = None
+    """the fuser's ``[batch, layers, levels]``, when pictures were encoded"""
 
 
 class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """DEHVF over any HF decoder with an ``mlp`` a layer and any HF vision tower with hidden states.
 
-    ``fusion`` of the configuration selects the method: ``ffn`` embeds the pictures in every FFN and
-    adds no token; ``prefix`` puts projected patches before the text; ``none`` sees no picture. LoRA
-    adapters in the FFNs are on in all of them unless ``config.lora`` is None. At initial values
-    ``ffn`` and ``none`` compute exactly what the language model computes.
-    A backbone that is not given has random weights.
+    ``config.fusion`` selects the method: ``ffn`` embeds the pictures in every FFN and adds no token;
+    ``prefix`` puts projected patches before the text; ``none`` sees no picture. LoRA adapters in the FFNs are
+    on in all of them unless ``config.lora`` is None. At initial values ``ffn`` and ``none`` compute exactly
+    what the language model computes. A backbone that is not given has random weights.
     """
 
     config_class = DehvfConfig
@@ -96,32 +91,20 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Backbones may do without some weights that their own classes can do without; an export holds all.
         self._keys_to_ignore_on_load_missing = set()
         self._keys_to_ignore_on_load_unexpected = set()
-        self.freeze_backbones()
+        self.requires_grad_(False)
+        for parameter in self.trainable_parameters().values():
+            parameter.requires_grad_(True)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: modules of ours hold their start values from their constructors."""
 
-    def visual_modules(self) -> dict[str, nn.Module]:
-        """The branch's trainable modules by their names in the model, each FFN's scales included."""
-        own = {"projector", "fuser", "reader", "prefix_projector"}
-        return {
-            name: module
-            for name, module in self.named_modules()
-            if name in own or isinstance(module, VisualFFN)
-        }
-
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The exact set that trains, by name: projector, fuser, reader, scales and FFN adapters."""
         chosen = {id(p) for p in lora_parameters(self.language_model)}
-        for module in self.visual_modules().values():
-            chosen |= {id(p) for p in module.parameters(recurse=False)}
+        for name, module in self.named_modules():
+            if name in ("projector", "fuser", "reader", "prefix_projector") or isinstance(module, VisualFFN):
+                chosen |= {id(p) for p in module.parameters(recurse=False)}
         return {name: p for name, p in self.named_parameters() if id(p) in chosen}
-
-    def freeze_backbones(self) -> None:
-        """Freezes everything, then frees the trainable set."""
-        self.requires_grad_(False)
-        for parameter in self.trainable_parameters().values():
-            parameter.requires_grad_(True)
 
     def train(self, mode: bool = True) -> DehvfForConditionalGeneration:
         """Sets training mode; the frozen tower stays in evaluation mode, without dropout."""
@@ -141,14 +124,6 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         refuse_incomplete(model, info, info["unexpected_keys"], str(source))
         return (model, info) if wants_info else model
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The decoder's token embedding."""
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the decoder's token embedding."""
-        self.language_model.set_input_embeddings(value)
-
     def get_output_embeddings(self) -> Any:
         """The decoder's LM head."""
         return self.language_model.get_output_embeddings()
@@ -160,28 +135,19 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def encode_images(
         self, pixel_values: Float[Tensor, "batch 3 height width"], has_image: Bool[Tensor, " batch"] | None
     ) -> tuple[Float[Tensor, "batch layers slots rank"], Float[Tensor, "batch layers levels"]]:
-        """Computes the visual memory of every LLM layer, once per picture (``fusion: ffn``).
+        """The visual memory of every LLM layer, zero on rows without a picture, and the fuser's weights.
 
-        Returns:
-            The memory, zero on rows without a picture (no ``has_image``: all have one), and the fuser's
-            weights of the feature layers.
+        Of ``fusion: ffn``, once per picture. Without ``has_image`` all rows have one.
         """
         features = visual_features(self.vision_tower, pixel_values, self.config.levels)
-        has_image = _presence(pixel_values, has_image)
+        if has_image is None:
+            has_image = pixel_values.new_ones(len(pixel_values), dtype=torch.bool)
         return self.fuser(features[:, :, 0], self.projector(features), has_image)
-
-    def encode_prefix(
-        self, pixel_values: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch prefix dim"]:
-        """Computes the prefix tokens from the patches of the block before the last (``fusion: prefix``)."""
-        block = max(1, self.config.vision_config.num_hidden_layers - 1)
-        features = visual_features(self.vision_tower, pixel_values, [block])
-        return self.prefix_projector(features[:, 0, 1:])
 
     def prepare_memory(
         self, memory: Float[Tensor, "batch layers *slots rank"]
     ) -> Float[Tensor, "batch layers *slots rank"]:
-        """Keys and values of every layer, ``[batch, layers, 2, slots, rank]``, read for every new token.
+        """Every layer's keys and values, ``[batch, layers, 2, slots, rank]``, read for every new token.
 
         A model whose weights are not all at hand (offloaded, partitioned) gets the memory as it is.
         """
@@ -214,18 +180,14 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         supervised: Int[Tensor, " chosen"] | None = None,
         **kwargs: Any,
     ) -> DehvfOutput:
-        """One pass.
+        """With ``labels`` losses alone are returned, else logits at every position, as ``generate`` needs.
 
-        With ``labels``, logits are computed at the supervised positions alone and only losses are
-        returned. ``supervised`` names these positions, each one before its label's, in the rows laid end to
-        end; None finds them, for which a GPU has to be waited for. Without ``labels``, there are logits at
-        every position, as ``generate`` needs.
-
-        ``visual_memory``, prepared or not, takes the place of pictures that are encoded already. Without
-        either, rows are text-only. Without ``has_image`` every row's picture counts.
+        ``supervised`` names the positions of which logits make the loss, each one before its label's, in the
+        rows laid end to end; None finds them, for which a GPU has to be waited for. ``visual_memory``,
+        prepared or not, takes the place of pictures that are encoded already. Without either, rows are
+        text-only. Without ``has_image`` every row's picture counts.
         """
-        level_weights = None
-        wanted = None
+        level_weights = wanted = None
         if labels is not None:
             if supervised is None:
                 supervised = F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten().nonzero()[:, 0]
@@ -261,13 +223,9 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         logits = self.logits_at(supervised, embeds, attention_mask, position_ids)
         loss_sum = F.cross_entropy(logits.float(), wanted.to(logits.device), reduction="sum")
-        count = len(wanted)
-        return DehvfOutput(
-            loss=loss_sum / max(1, count),
-            loss_sum=loss_sum,
-            num_tokens=torch.full((), count, device=loss_sum.device),
-            level_weights=level_weights,
-        )
+        count = torch.full((), len(wanted), device=loss_sum.device)
+        loss = loss_sum / max(1, len(wanted))
+        return DehvfOutput(loss=loss, loss_sum=loss_sum, num_tokens=count, level_weights=level_weights)
 
     def logits_at(
         self,
@@ -276,10 +234,9 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: Int[Tensor, "batch tokens"] | None = None,
         position_ids: Int[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "chosen vocab"]:
-        """Logits at the chosen positions alone, by the decoder's whole own forward.
+        """Logits at the chosen positions alone, by the decoder's own forward, on fewer hidden states.
 
         Between its layers and its logits a decoder may do more than apply its head: scale, cap, normalise.
-        So its own code runs, on fewer hidden states.
         """
         kept: list[Tensor] = []
 
@@ -321,24 +278,22 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return memory, level_weights
 
     def _prepend_prefix(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        pixel_values: Tensor,
-        has_image: Tensor | None,
+        self, embeds: Tensor, mask: Tensor | None, pixel_values: Tensor, has_image: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Puts the prefix before the text; rows without a picture mask it and multiply it by 0."""
-        has_image = _presence(pixel_values, has_image)
-        _require_a_picture_a_row(pixel_values, inputs_embeds)
-        prefix = self.encode_prefix(pixel_values) * has_image.to(inputs_embeds.dtype)[:, None, None]
-        batch, count = prefix.shape[:2]
-        if attention_mask is None:
-            attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
-        mask = has_image.to(attention_mask.dtype)[:, None].expand(batch, count)
-        return (
-            torch.cat([prefix.to(inputs_embeds.dtype), inputs_embeds], dim=1),
-            torch.cat([mask, attention_mask], dim=1),
-        )
+        """Puts the projected patches of the block before the last before the text.
+
+        Rows without a picture mask them and multiply them by 0.
+        """
+        _require_a_picture_a_row(pixel_values, embeds)
+        if has_image is None:
+            has_image = pixel_values.new_ones(len(pixel_values), dtype=torch.bool)
+        if mask is None:
+            mask = embeds.new_ones(embeds.shape[:2], dtype=torch.long)
+        block = max(1, self.config.vision_config.num_hidden_layers - 1)
+        patches = visual_features(self.vision_tower, pixel_values, [block])[:, 0, 1:]
+        prefix = self.prefix_projector(patches) * has_image.to(embeds.dtype)[:, None, None]
+        seen = has_image.to(mask.dtype)[:, None].expand(prefix.shape[:2])
+        return torch.cat([prefix.to(embeds.dtype), embeds], dim=1), torch.cat([seen, mask], dim=1)
 
     @torch.no_grad()
     def generate(
@@ -353,16 +308,13 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Generates as ``GenerationMixin.generate`` and returns the new tokens only, whatever ``fusion`` is.
 
         Prompts are padded on the left. Each picture is encoded once: every layer's keys and values are
-        computed before the first token and read by all. ``visual_memory`` of ``encode_images`` may be given
-        in the pictures' place.
+        computed before the first token. ``visual_memory`` may be given in the pictures' place.
         """
         if input_ids is None:
             input_ids = kwargs.pop("inputs", None)
         if input_ids is None and inputs_embeds is None:
             raise ValueError("generate needs prompts: input_ids or inputs_embeds")
         embeds: Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        if attention_mask is None:
-            attention_mask = embeds.new_ones(embeds.shape[:2], dtype=torch.long)
         if self.config.fusion == "ffn":
             memory, _ = self._memory_of(embeds, pixel_values, has_image, kwargs.get("visual_memory"))
             kwargs["visual_memory"] = self.prepare_memory(memory)
@@ -371,12 +323,6 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return super().generate(  # pyright: ignore[reportAttributeAccessIssue]
             inputs_embeds=embeds, attention_mask=attention_mask, **kwargs
         )
-
-
-def _presence(pixel_values: Tensor, has_image: Tensor | None) -> Tensor:
-    if has_image is not None:
-        return has_image
-    return torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
 
 
 def _require_a_picture_a_row(pictures: Tensor, embeds: Tensor) -> None:
@@ -390,14 +336,9 @@ def refuse_incomplete(
 ) -> None:
     """Refuses a loaded model whose weights are not exactly those of its files: transformers only warns.
 
-    Weights may be missing, unexpected, of another shape, or not finite. Those that lie on the meta device
-    or on another rank are not looked at for their values.
-
-    Args:
-        model: as loaded.
-        info: what ``from_pretrained`` reports with ``output_loading_info``.
-        unexpected: stored weights that the model has no place for and must not do without.
-        source: directory or hub id, for the message.
+    Weights may be missing or of another shape by the ``info`` of ``from_pretrained``, ``unexpected`` (stored
+    ones that the model must not do without), or not finite. Those on the meta device or on another rank are
+    not looked at for their values.
     """
     missing = set(info["missing_keys"]) - set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     if missing:
@@ -410,24 +351,20 @@ def refuse_incomplete(
             "when it was trained is not what it would compute here"
         )
     for name, parameter in model.named_parameters():
-        if not _is_finite(_own_part(parameter)):
+        if not _is_finite(parameter):
             raise ModelError(f"{source}: {name} holds values that are not finite")
 
 
-def _own_part(parameter: nn.Parameter) -> Tensor:
-    """The values at hand; under ZeRO-3 this rank's share, without the padding of the last one."""
-    share: Any = getattr(parameter, "ds_tensor", None)
-    if share is None:
-        return parameter
-    start = share.numel() * torch.distributed.get_rank(getattr(parameter, "ds_process_group", None))
-    return share.flatten()[: max(0, parameter.ds_numel - start)]  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if tensor.is_meta or not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+def _is_finite(parameter: Any) -> bool:
+    """Whether the values at hand are; under ZeRO-3 this rank's share, without the padding of the last one."""
+    tensor, share = parameter.detach(), getattr(parameter, "ds_tensor", None)
+    if share is not None:
+        start = share.numel() * torch.distributed.get_rank(getattr(parameter, "ds_process_group", None))
+        tensor = share.detach().flatten()[: max(0, parameter.ds_numel - start)]
+    if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         return True
     # The extremes are finite unless a value is not: one pass, without a mask as large as the tensor.
-    return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.detach().aminmax())
+    return all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def _named(names: Collection[str]) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from transformers.image_utils import load_image
@@ -44,11 +43,8 @@ def upright_rgb(image: Image.Image, *, shorter_side: int | None = None) -> Image
     and float grey is scaled to 8 bits, not clipped. Colour profiles are ignored. On damaged files PIL's
     parsers raise about anything.
 
-    Args:
-        image: opened, of an animation at the frame that is wanted.
-        shorter_side: shorter side in pixels that the picture is resized to later. A large JPEG that is not
-            loaded yet is then decoded at 1/2, 1/4 or 1/8 of its size, its shorter side still at least
-            ``DRAFT_MARGIN`` times this.
+    Where the picture is resized to a ``shorter_side`` in pixels later, a large JPEG that is not loaded yet is
+    decoded at 1/2, 1/4 or 1/8 of its size, its shorter side still ``DRAFT_MARGIN`` times that at least.
     """
     with warnings.catch_warnings(action="ignore"):
         if shorter_side is not None:
@@ -63,10 +59,9 @@ def upright_rgb(image: Image.Image, *, shorter_side: int | None = None) -> Image
 
 
 def upright_for(image: Image.Image, side: int) -> Image.Image:
-    """As ``upright_rgb`` with ``shorter_side``, of a picture that its owner has opened.
+    """As ``upright_rgb`` with ``shorter_side``, of a picture that its owner may still want whole.
 
-    Decoding at a smaller scale changes a picture for good, and this one may still be wanted whole: a large
-    JPEG that is not loaded yet is read twice.
+    Decoding at a smaller scale changes it for good: a large JPEG that is not loaded yet is read twice.
     """
     file, large = getattr(image, "fp", None), min(image.size) >= 2 * DRAFT_MARGIN * side
     # Many phones and cameras write a JPEG with further pictures behind it, which PIL calls MPO.
@@ -84,9 +79,8 @@ def upright_for(image: Image.Image, side: int) -> Image.Image:
 def crop_thin(image: Image.Image, processor: Any) -> Image.Image:
     """Of a thin picture the middle that the processor's centred square is cut from; others as they are.
 
-    A processor that resizes the shorter side makes 256 x 768,000 pixels of 1 x 3000, of which it keeps 224 x
-    224. What is left here is many times what it keeps, so that the resize finds the same neighbours, and of a
-    length that puts the kept square on the same pixels.
+    A processor that resizes the shorter side makes 256 x 768,000 pixels of 1 x 3000, and keeps 224 x 224.
+    What is left is many times that, and of a length that puts the kept square on the same pixels.
     """
     size = _sides(getattr(processor, "size", None))
     if not getattr(processor, "do_resize", True) or getattr(processor, "do_pad", False) or size.get("height"):
@@ -119,7 +113,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if type(image) is Image.Image and image.mode == "RGB" and "transparency" not in image.info:
         return image  # was here before
     if image.mode.startswith("I") or image.mode == "F":
-        peak = max(_peak(band) for _, band in _bands(image))
+        values = (np.asarray(band) for _, band in _bands(image))
+        peak = max(float(np.max(each, where=np.isfinite(each), initial=0)) for each in values)
         white = next((white for white in _WHITES.get(image.mode, (65535,)) if peak <= white), peak)
         return _by_bands(image, lambda band: _scale_to_bytes(band, white))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -150,11 +145,6 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image)
 
 
-def _peak(image: Image.Image) -> float:
-    values = np.asarray(image)
-    return float(np.max(values, where=np.isfinite(values), initial=0))
-
-
 def _scale_to_bytes(image: Image.Image, white: float) -> Image.Image:
     values = np.asarray(image).astype(np.float32)
     scaled = np.clip(np.nan_to_num(values * np.float32(255 / white)), 0, 255).round().astype(np.uint8)
@@ -164,7 +154,7 @@ def _scale_to_bytes(image: Image.Image, white: float) -> Image.Image:
 
 
 def open_picture(picture: Any) -> Image.Image:
-    """A picture as PIL's: one of PIL's, a path, an address, a file or its bytes, an array or a tensor."""
+    """A picture as PIL's: one of PIL's, a path, an address, or a file's bytes."""
     if isinstance(picture, Image.Image):
         return picture
     try:
@@ -172,42 +162,9 @@ def open_picture(picture: Any) -> Image.Image:
             return load_image(picture)  # an address, or base64
         if isinstance(picture, str | Path):
             picture = Path(picture).read_bytes()
-        elif hasattr(picture, "read"):
-            picture = picture.read()
         if isinstance(picture, bytes | bytearray):
             return Image.open(io.BytesIO(picture))
     except OSError as error:
         raise ValueError(f"no picture can be read: {error}") from None
-    if not hasattr(picture, "ndim"):
-        kind = type(picture).__name__
-        raise ValueError(f"a {kind} is no picture; give PIL's, a path, an address or an array")
-    return Image.fromarray(_as_bytes(picture))
-
-
-def _as_bytes(array: Any) -> np.ndarray:
-    """The bytes of an array or tensor, ``[height, width]`` or with 1, 3 or 4 channels last, or first.
-
-    Values must be bytes, or shares of 1: what was normalised for a tower would become another picture.
-    """
-    is_tensor = isinstance(array, torch.Tensor)
-    values = array.detach().cpu().float().numpy() if is_tensor else np.asarray(array)
-    while values.ndim > 3 and len(values) == 1:
-        values = values[0]
-    if values.ndim == 3:
-        places = (0, 2) if is_tensor else (2, 0)  # where channels usually are, first
-        place = next((place for place in places if values.shape[place] in (1, 3, 4)), None)
-        values = np.empty(0) if place is None else np.moveaxis(values, place, 2)
-        values = values[..., 0] if values.shape[-1:] == (1,) else values
-    if values.ndim not in (2, 3) or values.size == 0:
-        raise ValueError(f"an array of shape {list(array.shape)} is no picture of 1, 3 or 4 channels")
-    if values.dtype == np.uint8:
-        return values
-    low, high = float(values.min()), float(values.max())
-    if not (low >= 0 and high <= 255):
-        raise ValueError(
-            f"an array of values from {low:g} to {high:g} is no picture; give bytes, or shares of 1 before "
-            "they are normalised"
-        )
-    is_float = array.is_floating_point() if is_tensor else values.dtype.kind == "f"
-    shares = str(array.dtype).endswith("bool") or (is_float and high <= 1)
-    return (values.astype(np.float32) * (255 if shares else 1)).round().astype(np.uint8)
+    kind = type(picture).__name__
+    raise ValueError(f"a {kind} is no picture; give PIL's (Image.fromarray of an array), a path, an address")

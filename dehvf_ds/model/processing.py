@@ -30,20 +30,16 @@ _PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision"
 
 @dataclass(frozen=True)
 class TokenizerTraits:
-    """How a tokenizer behaves where prompt and target meet.
-
-    Attributes:
-        bos: ids that it puts before a text by itself; empty or the begin-of-text id.
-        seam: text put before the target so that its ids continue the prompt's: a space for byte-level BPE,
-            nothing for sentencepiece, which starts every text with one of its own.
-        eos_id: end-of-text id.
-        pad_id: padding id; the end-of-text id where the tokenizer has none.
-    """
+    """How a tokenizer behaves where prompt and target meet."""
 
     bos: tuple[int, ...]
+    """ids that it puts before a text by itself; empty or the begin-of-text id"""
     seam: str
+    """text before the target that makes its ids continue the prompt's: a space for byte-level BPE, nothing
+    for sentencepiece, which starts every text with one of its own"""
     eos_id: int
     pad_id: int
+    """the end-of-text id where the tokenizer has none for padding"""
 
 
 @lru_cache(maxsize=8)
@@ -77,8 +73,8 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """The ids of a prompt, as it stands before a target and as generation begins from it: [bos] prompt.
 
-    Space at its end is left out: the target brings its own. An empty prompt has a begin, too: the
-    end-of-text token stands for it where the tokenizer puts no begin of text.
+    Space at its end is left out: the target brings its own. The end-of-text token stands for a prompt that
+    would have no ids at all.
     """
     traits = tokenizer_traits(tokenizer)
     stripped = prompt.rstrip()
@@ -122,7 +118,7 @@ class DehvfProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, source: Any, **kwargs: Any) -> Any:
-        """Loads a processor as ``ProcessorMixin.from_pretrained`` does; its pictures go through PIL.
+        """Loads a processor as ``ProcessorMixin`` does, but whose pictures go through PIL.
 
         transformers would take torchvision where that is installed, which resizes otherwise than in training.
         """
@@ -132,10 +128,10 @@ class DehvfProcessor(ProcessorMixin):
         return processor
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
-        """Writes the processor as ``ProcessorMixin.save_pretrained`` does; its tokenizer loads as it is now.
+        """Writes the processor as ``ProcessorMixin`` does, but its tokenizer as one to take as it stands.
 
-        A class of transformers builds parts of its tokenizer anew when it loads, and its settings (``legacy``
-        of LLaMA's, for one) are not all saved; so the file is named as one to take as it stands.
+        Classes of transformers build parts of a tokenizer anew as they load it, and not all of their settings
+        are saved (``legacy`` of LLaMA's, for one).
         """
         written = super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory) / "tokenizer_config.json"
@@ -148,20 +144,14 @@ class DehvfProcessor(ProcessorMixin):
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Processes a batch for ``generate``: prompts padded on the left, a picture a row or none.
 
-        Args:
-            images: a picture or, for several rows, a list with a picture, a list of one picture, or None
-                a row. A picture is PIL's, the path or the bytes of a file, an address, or an array or tensor
-                of bytes or of shares of 1, ``[height, width, 3]`` or ``[3, height, width]``; of a batch of
-                them each is a row's. EXIF orientation, transparency and 16 bits are treated as in training.
-            text: a prompt, or a list of prompts. No placeholder stands for the picture.
-            **kwargs: ``add_special_tokens=False`` takes prompts to the letter, begin of text included; others
-                are ignored.
+        ``images`` is a picture (PIL's, the path or the bytes of a file, or an address) or, for several rows,
+        a list with a picture, a list of one picture, or None a row. ``text`` is a prompt or a list of them.
+        No placeholder stands for the picture. ``add_special_tokens=False`` takes prompts to the letter, begin
+        of text included; other arguments are ignored.
 
-        Returns:
-            ``input_ids``, ``attention_mask`` and, with pictures, ``pixel_values``; ``has_image`` where some
-            rows have none. All are tensors.
+        Returns tensors ``input_ids``, ``attention_mask`` and, with pictures, ``pixel_values``; ``has_image``
+        where some rows have none.
         """
-        to_the_letter = self.written_prompts or not kwargs.get("add_special_tokens", True)
         features: dict[str, Any] = {}
         rows = _one_picture_a_row(images)
         if text is not None:
@@ -172,17 +162,15 @@ class DehvfProcessor(ProcessorMixin):
                 raise ValueError(
                     f"{len(rows)} pictures for {len(prompts)} prompts; a row has one picture or None"
                 )
-            features |= self._padded([self._prompt_ids(prompt, to_the_letter) for prompt in prompts])
-        present = [picture for picture in rows if picture is not None]
-        if present:
-            pixels = torch.stack([self._pixels(picture) for picture in present])
-            if len(present) < len(rows):
-                has_image = torch.tensor([picture is not None for picture in rows])
-                features["has_image"] = has_image
-                spread = pixels.new_zeros(len(rows), *pixels.shape[1:])
-                spread[has_image] = pixels
-                pixels = spread
+            features |= self._ids(prompts, kwargs.get("add_special_tokens", True))
+        present = torch.tensor([picture is not None for picture in rows], dtype=torch.bool)
+        if present.any():
+            pixels = torch.stack([self._pixels(picture) for picture in rows if picture is not None])
             features["pixel_values"] = pixels
+            if not present.all():
+                features["has_image"] = present
+                features["pixel_values"] = pixels.new_zeros(len(rows), *pixels.shape[1:])
+                features["pixel_values"][present] = pixels
         return BatchFeature(data=features)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
@@ -197,37 +185,29 @@ class DehvfProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of the tensors that a call returns."""
+        """What a call may return."""
         return ["input_ids", "attention_mask", "pixel_values", "has_image"]
 
-    def _prompt_ids(self, prompt: str, to_the_letter: bool) -> list[int]:
-        if not to_the_letter:
-            return prompt_ids(self.tokenizer, prompt)
-        return text_ids(self.tokenizer, prompt) or [tokenizer_traits(self.tokenizer).eos_id]
-
-    def _padded(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        width, pad_id = max(map(len, rows)), tokenizer_traits(self.tokenizer).pad_id
-        ids, mask = torch.full((len(rows), width), pad_id), torch.zeros(len(rows), width, dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row) :] = torch.tensor(row)
-            mask[i, width - len(row) :] = 1
+    def _ids(self, prompts: Sequence[str], add_special_tokens: bool) -> dict[str, torch.Tensor]:
+        traits = tokenizer_traits(self.tokenizer)
+        if self.written_prompts or not add_special_tokens:
+            rows = [text_ids(self.tokenizer, prompt) or [traits.eos_id] for prompt in prompts]
+        else:
+            rows = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        width = max(map(len, rows))
+        ids = torch.tensor([[traits.pad_id] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         return {"input_ids": ids, "attention_mask": mask}
 
     def _pixels(self, picture: Any) -> torch.Tensor:
-        picture = open_picture(picture)
         # Decoded at the scale that training decodes at.
         side = to_pixels(self.image_processor, Image.new("RGB", (32, 32))).shape[-1]
-        return to_pixels(self.image_processor, upright_for(picture, side))
+        return to_pixels(self.image_processor, upright_for(open_picture(picture), side))
 
 
 def _one_picture_a_row(images: Any) -> list[Any]:
-    """One picture or None for each row."""
-    if images is None:
-        return []
-    if getattr(images, "ndim", 0) == 4:
-        images = list(images)
-    if not _is_list(images):
-        return [images]
+    if images is None or not _is_list(images):
+        return [] if images is None else [images]
     rows = [row if _is_list(row) else [row] for row in images]
     if any(len(row) > 1 for row in rows):
         raise ValueError("several pictures for one prompt; the model takes one")

@@ -21,9 +21,7 @@ from .features import hidden_states
 from .modeling import DehvfForConditionalGeneration
 
 NUM_LAYERS = 2
-HEAD_DIM = 16
-NUM_HEADS = 2
-"""Sizes of small copies."""
+"""Layers of the decoder's copy."""
 
 TOLERANCE = 1e-4
 """Largest difference of logits, as a share of the largest logit, that rounding in fp32 may make."""
@@ -41,12 +39,8 @@ MISFITS = (
 def scaled_down(config: PreTrainedConfig, *, num_layers: int | None = None) -> PreTrainedConfig:
     """A configuration of the same architecture, vocabulary and picture size, but 32 wide.
 
-    Where the rotary embedding has a factor for each pair of a head's values (Phi-3 of 128k tokens), heads
-    stay as wide as they are.
-
-    Args:
-        config: of a decoder or a vision tower.
-        num_layers: layers of the copy, or more where one of each kind needs more; None keeps their number.
+    It has ``num_layers``, or more where one of each kind needs more; None keeps their number. Heads stay as
+    wide as they are where the rotary embedding has a factor for each pair of their values (Phi-3).
     """
     values = config.to_dict()
     kinds = values.get("layer_types") or [None]
@@ -54,18 +48,18 @@ def scaled_down(config: PreTrainedConfig, *, num_layers: int | None = None) -> P
     one_of_each = 1 + max(map(kinds.index, kinds))
     layers = min(max(num_layers or config.num_hidden_layers, one_of_each), config.num_hidden_layers)
     grouped = values.get("num_key_value_heads") not in (None, values.get("num_attention_heads"))
-    head_dim = HEAD_DIM
+    head_dim = 16
     if any(_holds_list(values.get(name)) for name in ("rope_scaling", "rope_parameters")):
         head_dim = values.get("head_dim") or config.hidden_size // config.num_attention_heads
     sizes = {
-        "hidden_size": NUM_HEADS * head_dim,
-        "intermediate_size": 2 * NUM_HEADS * HEAD_DIM,
-        "moe_intermediate_size": NUM_HEADS * HEAD_DIM,
-        "shared_expert_intermediate_size": NUM_HEADS * HEAD_DIM,
-        "num_attention_heads": NUM_HEADS,
-        "num_key_value_heads": 1 if grouped else NUM_HEADS,
+        "hidden_size": 2 * head_dim,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1 if grouped else 2,
         "head_dim": head_dim,
-        "qk_rope_head_dim": HEAD_DIM,
+        "qk_rope_head_dim": 16,
         "num_hidden_layers": layers,
     }
     values |= {key: size for key, size in sizes.items() if values.get(key) is not None}

@@ -61,29 +61,24 @@ def build_on_meta(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     if checkpointing:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        with warnings.catch_warnings(action="ignore"):
             model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroStep:
-    """Forward and backward of one micro-batch on one GPU.
-
-    Attributes:
-        rows: rows of the micro-batch.
-        checkpointing: whether decoder layers are recomputed in backward.
-        activation_bytes: peak of all tensors but parameters and buffers.
-        flops: of all matrix products.
-        tower_flops: of these, the frozen tower's.
-    """
+    """Forward and backward of one micro-batch on one GPU."""
 
     rows: int
     checkpointing: bool
+    """whether decoder layers are recomputed in backward"""
     activation_bytes: int
+    """peak of all tensors but parameters and buffers"""
     flops: int
+    """of all matrix products"""
     tower_flops: int
+    """of these, the frozen tower's"""
 
 
 def full_batch(config: DehvfConfig, rows: int, tokens: int) -> Batch:
@@ -102,13 +97,8 @@ def full_batch(config: DehvfConfig, rows: int, tokens: int) -> Batch:
 def run_micro_step(model: DehvfForConditionalGeneration, batch: Batch, *, zero3: bool) -> MicroStep:
     """Runs a model of ``build_on_meta`` forward and backward: shapes are computed, and nothing else.
 
-    Args:
-        model: the model.
-        batch: the micro-batch; its rows count as padded, whatever its mask holds.
-        zero3: whether linear maps are ZeRO-3's, which also keep the inputs of frozen weights.
-
-    Raises:
-        UserError: the decoder's code needs values.
+    Rows count as padded, whatever the batch's mask holds. Linear maps under ``zero3`` also keep the inputs of
+    frozen weights. A decoder whose code needs values raises ``UserError``.
     """
     meter = _Meter([*model.parameters(), *model.buffers()])
     inputs = batch.to("meta", next(model.parameters()).dtype).inputs()
@@ -188,14 +178,7 @@ def _kernels(*, zero3: bool) -> Iterator[None]:
 
 
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Any = None, enable_gqa=False, **given: Any
 ) -> Tensor:
     """Without a score matrix, but with the mask in the compute dtype, a copy in every layer."""
     if enable_gqa:
@@ -207,9 +190,8 @@ def _attention(
         # The kernel wants rows of a multiple of 16 bytes.
         bias = query.new_empty(rows, 1, length, 8 * math.ceil(width / 8))[..., :width]
         bias = bias.expand(rows, heads, length, width)
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
-    )[0]
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(query, key, value, bias, torch.is_grad_enabled(), **given)[0]
 
 
 # --- weights and states under ZeRO ---
@@ -217,24 +199,17 @@ def _attention(
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Parameters of a model, in elements.
-
-    Attributes:
-        language: the frozen decoder's.
-        tower: the frozen vision tower's; 0 where the model has none.
-        trainable: all that train.
-        lora: of these, in the FFN adapters.
-        largest: in the largest frozen tensor.
-        persistent_language: the decoder's in tensors so small that ZeRO-3 keeps them whole.
-        persistent_tower: the tower's likewise.
-    """
+    """Parameters of a model, in elements; decoder and tower are frozen."""
 
     language: int
     tower: int
     trainable: int
     lora: int
+    """of the trainable ones, in the FFN adapters"""
     largest: int
+    """in the largest frozen tensor"""
     persistent_language: int
+    """the decoder's in tensors so small that ZeRO-3 keeps them whole"""
     persistent_tower: int
 
     @property
@@ -267,21 +242,15 @@ def count_parameters(model: DehvfForConditionalGeneration, persistence_threshold
 
 @dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """How a DeepSpeed configuration spreads a model over GPUs; read off DeepSpeed 0.19.8.
-
-    Attributes:
-        strategy: the configuration.
-        zero: its sizes, in elements.
-        nodes: machines.
-        gpus_per_node: GPUs of a machine.
-        element_bytes: bytes of a number in the compute dtype.
-    """
+    """How a DeepSpeed configuration spreads a model over GPUs; read off DeepSpeed 0.19.8."""
 
     strategy: Strategy
     zero: DeepSpeedZeroConfig
+    """its sizes are in elements"""
     nodes: int
     gpus_per_node: int
     element_bytes: int
+    """of a number in the compute dtype"""
 
     @classmethod
     def read(cls, ds_config: dict[str, Any], *, nodes: int, gpus_per_node: int) -> Sharding:
@@ -311,10 +280,7 @@ class Sharding:
 
     @property
     def gather_ranks(self) -> int:
-        """GPUs whose shards make a frozen parameter whole: with hpZ those of a node, otherwise all.
-
-        A node of one GPU has no second copy, as ``"auto"`` for ``zero_hpz_partition_size`` is filled.
-        """
+        """GPUs whose shards make a frozen parameter whole: with hpZ those of a node of several, else all."""
         within = self.strategy == "ZeRO-3 + hpZ" and self.gpus_per_node > 1
         return self.gpus_per_node if within else self.world
 
@@ -328,8 +294,7 @@ class Sharding:
         """Gathered elements that stay from a forward's end into its backward, where they are needed next.
 
         Half of the reuse distance, since it counts the layers above twice. With prefetching, all that may be
-        live: each module gathers a bucket more, so that this runs ahead of the forward until the limit is
-        reached, and what it finds gathered already is not released.
+        live: it runs ahead of the forward until that limit, and what it finds gathered is not released.
         """
         live = self.zero.max_live_parameters if self.zero.prefetch_bucket_size else 0
         return max(live, self.zero.max_reuse_distance // 2)
@@ -390,8 +355,7 @@ def step_bytes(
 def host_bytes(parameters: Parameters, sharding: Sharding) -> dict[str, int]:
     """Host memory of a node: of the first while weights load, and pinned in training.
 
-    Under ZeRO-3 rank 0 merges the whole checkpoint once; under ZeRO-2 each weight goes to the GPU as it is
-    read, and the host holds pages of the mapped files alone.
+    Under ZeRO-3 rank 0 merges the whole checkpoint once; under ZeRO-2 weights go to the GPU as they are read.
     """
     size, offloads = sharding.element_bytes, sharding.strategy == "ZeRO-3 + offload"
     return {
@@ -405,7 +369,7 @@ def checkpoint_bytes(parameters: Parameters) -> int:
     return parameters.trainable * 4 * FP32_BYTES
 
 
-# --- evaluation in the middle of training ---
+# --- in-training evaluation ---
 
 
 def evaluation_bytes(
@@ -430,13 +394,7 @@ def evaluation_bytes(
 def check_inside(config: RunConfig, ds_config: dict[str, Any], world: World) -> None:
     """Refuses an in-training evaluation that would not fit beside the run, before any weight is loaded.
 
-    Args:
-        config: the run.
-        ds_config: its completed DeepSpeed configuration.
-        world: this process's place; on a CPU the memory that is free now counts.
-
-    Raises:
-        UserError: names what it would take and what there is.
+    On a GPU its own memory counts, on a CPU what is free now.
     """
     if not config.eval.every_steps:
         return

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich import box
@@ -36,29 +37,20 @@ from dehvf_ds.planning.time import GB, LINK_SHARE, Estimate, PlanConfig, choose,
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.engine import build_model_config
 
+
+def _sizes(width: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return dict(zip(names, (width, inner, layers, heads), strict=True))
+
+
 # Published sizes by the last part of a path or hub id, so that a plan needs no download.
 BACKBONES: dict[str, PreTrainedConfig] = {
     "llama-7b": LlamaConfig(),
-    "llama-13b": LlamaConfig(
-        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
-    ),
+    "llama-13b": LlamaConfig(**_sizes(5120, 13824, 40, 40)),
     "smollm2-135m": LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
+        **_sizes(576, 1536, 30, 9), vocab_size=49152, num_key_value_heads=3, tie_word_embeddings=True
     ),
-    "clip-vit-large-patch14": CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=224,
-        patch_size=14,
-    ),
+    "clip-vit-large-patch14": CLIPVisionConfig(**_sizes(1024, 4096, 24, 16), image_size=224, patch_size=14),
     "dinov2-small": Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14),
 }
 ALIASES = {"clip-vit-l14": "clip-vit-large-patch14", "dinov2-s14": "dinov2-small"}
@@ -68,45 +60,31 @@ IMAGE_SIZE = 224
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that is printed.
-
-    Attributes:
-        config: the run, its micro-batch made to divide.
-        place: where it goes.
-        model_config: its model.
-        parameters: of the model.
-        dtype: the compute dtype.
-        accumulation: micro-steps of an optimizer step.
-        step: a micro-step under ZeRO-3, as the run is set.
-        blind: the same on the text alone; None where nothing would train then.
-        estimates: the configurations as the run is set.
-        recomputed: the same with activation checkpointing.
-        evaluations: of each, the memory of an in-training evaluation; empty where there is none.
-        chosen: the recommended one of all; None where nothing fits.
-        notes: what was changed or taken from built-in sizes.
-    """
+    """Everything that is printed."""
 
     config: RunConfig
+    """the run, its micro-batch made to divide"""
     place: PlanConfig
     model_config: DehvfConfig
     parameters: Parameters
     dtype: torch.dtype
-    accumulation: int
+    """the compute dtype"""
     step: MicroStep
-    blind: MicroStep | None
+    """under ZeRO-3, as the run is set"""
     estimates: list[Estimate]
+    """the configurations as the run is set"""
     recomputed: list[Estimate]
+    """the same with activation checkpointing"""
     evaluations: list[dict[str, int]]
+    """of each, the memory of an in-training evaluation; empty where there is none"""
     chosen: Estimate | None
+    """the recommended one of all; None where nothing fits"""
     notes: list[str]
+    """what was changed or taken from built-in sizes"""
 
 
 def build_plan(config: RunConfig, place: PlanConfig) -> Plan:
-    """Computes the plan of a run.
-
-    Raises:
-        UserError: a backbone is neither to be read nor known, or a size does not fit.
-    """
+    """Computes the plan of a run."""
     notes: list[str] = []
     config = _divisible(config, place.world, notes)
     shardings, dtype = _read_shardings(config, place, notes)
@@ -127,20 +105,13 @@ def build_plan(config: RunConfig, place: PlanConfig) -> Plan:
         # ZeRO-3's, also for ZeRO-2: of one layer at a time its inputs of frozen maps are next to nothing.
         step = run_micro_step(model, batch, zero3=True)
         recomputed = [estimate(parameters, step, s, place, accumulation=accumulation) for s in shardings]
-    blind = steps[True] if model_config.fusion == "none" else None
-    if blind is None and model_config.lora is not None:
-        text_only = DehvfConfig.from_dict(model_config.to_dict() | {"fusion": "none"})
-        model = build_on_meta(text_only, dtype, checkpointing=train.activation_checkpointing)
-        blind = run_micro_step(model, full_batch(text_only, rows, tokens), zero3=True)
     return Plan(
         config=config,
         place=place,
         model_config=model_config,
         parameters=parameters,
         dtype=dtype,
-        accumulation=accumulation,
         step=steps[True],
-        blind=blind,
         estimates=estimates,
         recomputed=recomputed,
         evaluations=[
@@ -154,12 +125,7 @@ def build_plan(config: RunConfig, place: PlanConfig) -> Plan:
 
 
 def read_model_config(settings: ModelConfig, notes: list[str]) -> DehvfConfig:
-    """Reads the backbones' configuration files, or takes built-in sizes where a known name is no directory.
-
-    Args:
-        settings: the run's model.
-        notes: gets a line for each backbone of built-in sizes.
-    """
+    """Reads the backbones' configuration files; a known name without files has built-in sizes and a note."""
     with tempfile.TemporaryDirectory() as directory:
         paths = {}
         for part in ("language_model", "vision_tower"):
@@ -170,9 +136,8 @@ def read_model_config(settings: ModelConfig, notes: list[str]) -> DehvfConfig:
                 paths[part] = str(Path(directory) / part)
                 known.save_pretrained(paths[part])
                 notes.append(f"model.{part} {source} is no directory here: built-in sizes")
-        if "vision_tower" in paths:
-            image_size = settings.image_size or IMAGE_SIZE
-        else:
+        image_size = settings.image_size or IMAGE_SIZE
+        if "vision_tower" not in paths:
             image_size = build_image_transform(settings.vision_tower, settings.image_size).image_size
         return build_model_config(replace(settings, **paths), image_size=image_size)
 
@@ -259,7 +224,8 @@ def _head_lines(plan: Plan) -> list[str]:
         f"parameters: LLM {p.language / 1e9:.3f} B, tower {p.tower / 1e9:.3f} B frozen; "
         f"trainable {p.trainable:,} ({p.lora:,} in LoRA)",
         f"step: {train.global_batch_size} rows = {place.world} GPUs x {plan.step.rows} rows x "
-        f"{plan.accumulation} micro-steps; {place.tokens or plan.config.data.max_tokens} tokens a row, "
+        f"{train.accumulation(place.world)} micro-steps; "
+        f"{place.tokens or plan.config.data.max_tokens} tokens a row, "
         f"{plan.model_config.num_slots} visual tokens a level, "
         f"{'bf16' if plan.dtype == torch.bfloat16 else 'fp32'}",
         *(f"note: {note}" for note in plan.notes),
@@ -268,31 +234,21 @@ def _head_lines(plan: Plan) -> list[str]:
 
 def _memory_rows(plan: Plan) -> list[list[str]]:
     estimates, memory = plan.estimates, plan.place.memory_bytes
-
-    def row(name: str, values: list[float]) -> list[str]:
-        return [name, *(f"{value / GIB:.2f}" for value in values)]
-
-    rows = [row(name, [e.memory[name] for e in estimates]) for name in estimates[0].memory]
-    if plan.blind is not None:
-        visual = max(0, plan.step.activation_bytes - plan.blind.activation_bytes)
-        after = 1 + [name for name, *_ in rows].index("activations")
-        rows.insert(after, row("  of these for pictures", [visual] * len(estimates)))
-    rows.append(row("total", [e.total_bytes for e in estimates]))
+    parts = {name: [e.memory[name] for e in estimates] for name in estimates[0].memory}
+    parts["total"] = [e.total_bytes for e in estimates]
     if not plan.config.train.activation_checkpointing:
-        rows.append(row("activations, checkpointing", [e.memory["activations"] for e in plan.recomputed]))
-        rows.append(row("total, checkpointing", [e.total_bytes for e in plan.recomputed]))
-    if memory is not None:
-        rows.append(
-            [f"share of {memory / GIB:.0f} GiB", *(f"{e.total_bytes / memory:.0%}" for e in estimates)]
-        )
+        parts["activations, checkpointing"] = [e.memory["activations"] for e in plan.recomputed]
+        parts["total, checkpointing"] = [e.total_bytes for e in plan.recomputed]
     if plan.evaluations:
         overhead = plan.place.overhead_bytes
-        rows.append(row("full model for evaluation", [parts["the copy"] for parts in plan.evaluations]))
-        rows.append(
-            row("total while it evaluates", [sum(parts.values()) + overhead for parts in plan.evaluations])
-        )
+        parts["full model for evaluation"] = [held["the copy"] for held in plan.evaluations]
+        parts["total while it evaluates"] = [sum(held.values()) + overhead for held in plan.evaluations]
     for when in estimates[0].host:
-        rows.append(row(f"host of a node, {when}", [e.host[when] for e in estimates]))
+        parts[f"host of a node, {when}"] = [e.host[when] for e in estimates]
+    rows = [[name, *(f"{value / GIB:.2f}" for value in values)] for name, values in parts.items()]
+    if memory is not None:
+        shares = [f"{e.total_bytes / memory:.0%}" for e in estimates]
+        rows.insert(list(parts).index("total") + 1, [f"share of {memory / GIB:.0f} GiB", *shares])
     return rows
 
 
@@ -316,9 +272,11 @@ def _time_rows(plan: Plan) -> list[list[str]]:
 def _foot_lines(plan: Plan) -> list[str]:
     place = plan.place
     within, between, to_host = place.links_gb_s
+    times = place.world * plan.config.train.accumulation(place.world)
     return [
         "",
-        f"TFLOP of a step, all GPUs: {_flops(plan)}",
+        f"TFLOP of a step, all GPUs: {times * plan.step.flops / 1e12:.1f} "
+        f"({times * plan.step.tower_flops / 1e12:.1f} in the vision tower)",
         f"checkpoint: {checkpoint_bytes(plan.parameters) / 1e6:.0f} MB (fp32 masters, two moments, adapter)",
         f"recommended: {_recommendation(plan)}",
         "",
@@ -334,20 +292,6 @@ def _foot_lines(plan: Plan) -> list[str]:
     ]
 
 
-def _flops(plan: Plan) -> str:
-    step, times = plan.step, plan.place.world * plan.accumulation
-    parts = {"tower forward": step.tower_flops}
-    if plan.blind is None:
-        parts["LLM with visual branch"] = step.flops - step.tower_flops
-        share = ""
-    else:
-        name = "prefix" if plan.model_config.fusion == "prefix" else "visual branch"
-        parts["LLM on text alone"] = plan.blind.flops
-        parts[name] = step.flops - step.tower_flops - plan.blind.flops
-        share = f" ({name} {parts[name] / step.flops:.1%})"
-    return ", ".join(f"{name} {value * times / 1e12:.1f}" for name, value in parts.items()) + share
-
-
 def _recommendation(plan: Plan) -> str:
     chosen, limit = plan.chosen, plan.place.limit_bytes
     if chosen is None:
@@ -359,20 +303,16 @@ def _recommendation(plan: Plan) -> str:
     name, zero3 = chosen.strategy, plan.estimates[0]
     if chosen.checkpointing and not plan.config.train.activation_checkpointing:
         name += " with --train.activation_checkpointing true"
-    if chosen.strategy != "ZeRO-2":
-        reason = "it fits, and its gathers hide behind arithmetic"
-        if chosen.gather_s > chosen.arithmetic_s:
-            reason = f"the fastest that fits; its gathers hide from {chosen.hiding_rows} rows a micro-step"
-    else:
+    gathers = f"{zero3.gather_s:.3f} s against {zero3.arithmetic_s:.3f} s of arithmetic"
+    if chosen.strategy == "ZeRO-2":
         reason = "it gathers nothing, and one GPU holds the frozen weights"
-        if zero3.gather_s > zero3.arithmetic_s:
-            reason += (
-                f"; ZeRO-3's gathers ({zero3.gather_s:.3f} s against {zero3.arithmetic_s:.3f} s of "
-                f"arithmetic) hide only from {zero3.hiding_rows} rows a micro-step"
-            )
-        elif zero3.gather_s > 0:
+        if zero3.gather_s > 0:
             saved = (chosen.total_bytes - zero3.total_bytes) / GIB
-            reason += f"; ZeRO-3 is as fast if the links are, and takes {saved:.0f} GiB less"
+            reason += f"; ZeRO-3 takes {saved:.0f} GiB less, and its gathers {gathers}"
+    elif chosen.gather_s > chosen.arithmetic_s:
+        reason = f"the fastest that fits; its gathers hide from {chosen.hiding_rows} rows a micro-step"
+    else:
+        reason = "it fits, and its gathers hide behind arithmetic"
     if limit is not None:
         reason += f"; {(limit - chosen.total_bytes) / GIB:.0f} GiB to spare"
     if chosen.host["loading"] > 64 * GB:

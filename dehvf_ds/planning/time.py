@@ -105,31 +105,23 @@ class PlanConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """One DeepSpeed configuration: bytes on a GPU and a host, and times of an optimizer step.
-
-    Attributes:
-        strategy: the configuration.
-        checkpointing: whether decoder layers are recomputed.
-        memory: bytes of one GPU at its peak, by what they are.
-        host: bytes of a node's host, by when.
-        arithmetic_s: arithmetic.
-        gather_bytes: frozen weights that a GPU receives.
-        gather_s: time of these.
-        gradient_traffic_bytes: gradients and trainables that a GPU receives.
-        gradient_traffic_s: time of these.
-        hiding_rows: smallest micro-batch behind whose arithmetic the gathers disappear.
-    """
+    """One DeepSpeed configuration: bytes on a GPU and a host, and times of an optimizer step."""
 
     strategy: Strategy
     checkpointing: bool
     memory: dict[str, float]
+    """bytes of one GPU at its peak, by what they are"""
     host: dict[str, int]
+    """bytes of a node's host, by when"""
     arithmetic_s: float
     gather_bytes: float
+    """frozen weights that a GPU receives"""
     gather_s: float
     gradient_traffic_bytes: float
+    """gradients and trainables that a GPU receives"""
     gradient_traffic_s: float
     hiding_rows: int
+    """smallest micro-batch behind whose arithmetic the gathers disappear"""
 
     @property
     def total_bytes(self) -> float:
@@ -148,7 +140,7 @@ def estimate(
     """One configuration's numbers, ``accumulation`` micro-steps making an optimizer step."""
     micro_s = step.flops / (place.peak_flops * place.mfu)
     elements = gathered_elements(parameters, sharding, step.checkpointing)
-    gathered = received(elements * sharding.element_bytes, sharding.gather_ranks)
+    gathered = elements * sharding.element_bytes * (1 - 1 / sharding.gather_ranks)
     # With hpZ nothing frozen crosses a node's edge, since the second copy of a frozen weight never expires.
     gather_s = ring_s(gathered, place, 1 if sharding.gather_ranks < sharding.world else place.nodes)
     if sharding.strategy == "ZeRO-3 + offload":
@@ -157,7 +149,7 @@ def estimate(
         gather_s = max(gather_s, share / (LINK_SHARE * GB * place.links_gb_s[2]))
     # In every micro-step gradients are scattered, in fp32 as the JSONs have it; weights are gathered once.
     traffic = parameters.trainable * (accumulation * FP32_BYTES + sharding.element_bytes)
-    traffic = received(traffic, sharding.world)
+    traffic *= 1 - 1 / sharding.world
     return Estimate(
         strategy=sharding.strategy,
         checkpointing=step.checkpointing,
@@ -181,9 +173,8 @@ def gathered_elements(parameters: Parameters, sharding: Sharding, checkpointing:
     """Frozen elements that a micro-step gathers.
 
     Tower and decoder in forward, the decoder in backward but for what was kept at the turn. Recomputation
-    gathers the decoder once more, since DeepSpeed lets a recomputed layer's weights go before its own
-    backward, whatever the window: with it a block travels three times, two where the decoder fits into what
-    is kept.
+    gathers the decoder once more, whatever is kept, since DeepSpeed lets a recomputed layer's weights go
+    before its own backward.
     """
     if not sharding.gathers:
         return 0
@@ -192,16 +183,10 @@ def gathered_elements(parameters: Parameters, sharding: Sharding, checkpointing:
     return parameters.partitioned + backward + (language if checkpointing else 0)
 
 
-def received(total_bytes: float, ranks: int) -> float:
-    """Bytes that a GPU receives when ``ranks`` gather or scatter their shards of so many bytes."""
-    return total_bytes * (ranks - 1) / ranks
-
-
 def ring_s(received_bytes: float, place: PlanConfig, nodes: int) -> float:
     """Time for every GPU to receive so many bytes around rings, at the slowest of its links.
 
-    Rings run through the links of all GPUs at once: a node's edge is crossed once, over the inter-node
-    links of all its GPUs together.
+    A node's edge is crossed once, over the inter-node links of all its GPUs together.
     """
     intra, inter, _ = (LINK_SHARE * GB * speed for speed in place.links_gb_s)
     within = received_bytes / intra if place.gpus_per_node > 1 else 0.0
@@ -211,10 +196,7 @@ def ring_s(received_bytes: float, place: PlanConfig, nodes: int) -> float:
 def choose(estimates: Sequence[Estimate], limit_bytes: float | None, *, tie: float = 0.03) -> Estimate | None:
     """The fastest configuration that fits; one that recomputes only where no other fits.
 
-    Args:
-        estimates: the configurations.
-        limit_bytes: memory that may be used; None for no limit.
-        tie: relative difference of step times that counts as none.
+    No ``limit_bytes`` is no limit; step times whose relative difference is at most ``tie`` count as equal.
     """
     fitting = [e for e in estimates if limit_bytes is None or e.total_bytes <= limit_bytes]
     plain = [e for e in fitting if not e.checkpointing] or fitting

@@ -30,7 +30,7 @@ from dehvf_ds.atomic import atomic_directory, atomic_file, part_of, sha256_of
 from dehvf_ds.config import RunConfig, UserError, to_plain
 from dehvf_ds.distributed import World, on_main
 from dehvf_ds.model import DehvfForConditionalGeneration, ModelError
-from dehvf_ds.model.adapter import read_manifest, replace_artifact, save_adapter
+from dehvf_ds.model.adapter import read_manifest, save_adapter
 from dehvf_ds.training.optimizer_state import MASTER, gather_state, gather_trainables, load_state
 from dehvf_ds.training.step import StepResult
 
@@ -146,7 +146,8 @@ class Checkpoints:
 
         def write() -> None:
             try:
-                self._write_adapter(directory, tensors, progress)
+                with atomic_directory(directory) as part:
+                    self._write_adapter(part, tensors, progress)
             except (OSError, SafetensorError, ModelError) as error:
                 raise UserError(f"{directory}: not written: {error}") from None
 
@@ -264,7 +265,8 @@ def restore_adapter(directory: Path, checkpoint: Checkpoint) -> bool:
     source = checkpoint.path / "adapter"
     try:
         read_manifest(source)
-        replace_artifact(directory, lambda part: shutil.copytree(source, part))
+        with atomic_directory(directory) as part:
+            shutil.copytree(source, part, dirs_exist_ok=True)
     except (ModelError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory}: not written from {source}: {error}") from None
     return True

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import SafetensorError
 from tiny_artifacts import build_bases, save, trained_model
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from dehvf_ds.config import UserError
 from dehvf_ds.export import merge as merging
@@ -68,12 +67,6 @@ def test_only_what_was_trained_without_what_lies_beside_it(root) -> None:
     trained = {"dehvf_config.json", "manifest.json", "visual.safetensors"}
     assert found == trained | {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     assert find_trained(alone).fingerprint() == find_trained(root / "run").fingerprint()
-    # Onto the same decoder, stored otherwise.
-    half = AutoModelForCausalLM.from_pretrained(root / "llm", dtype=torch.bfloat16)
-    half.save_pretrained(root / "half", max_shard_size="30KB")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (root / "half" / name).write_bytes((root / "llm" / name).read_bytes())
-    assert find_trained(alone, language_model=str(root / "half")).load("fp32")
 
 
 def test_it_proves_what_it_writes(root, world, capsys) -> None:
@@ -91,7 +84,7 @@ def test_it_proves_what_it_writes(root, world, capsys) -> None:
     ("where", "message"),
     [
         ("dehvf_ds.export.merge.folded_weight", r"8 tensors are not the trained ones, .*mlp\.ffn\."),
-        ("dehvf_ds.model.lora.folded_weight", r"folding changes the logits by .* of the largest"),
+        ("dehvf_ds.model.ffn.folded_weight", r"folding changes the logits by .* of the largest"),
     ],
 )
 def test_a_wrong_fold_is_found_and_not_exported(root, world, monkeypatch, where, message) -> None:
@@ -205,21 +198,14 @@ def test_a_disk_that_fills_up_and_a_killed_merge_leave_nothing_that_looks_finish
     assert left_by(root) == {"model"}
 
 
-def test_an_output_that_cannot_be_written(root, monkeypatch) -> None:
+def test_an_output_that_cannot_be_written_and_an_artifact_that_cannot_be_read(root, monkeypatch) -> None:
     (root / "run/file").write_text("")
     with pytest.raises(UserError, match="not written: Not a directory"):
         merge(given(root, output="run/file/model"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match=r"--output needs 0\.0 GB, 0\.0 GB are free there"):
         merge(given(root))
-    assert left_by(root) == set()
-
-
-def test_what_is_missing_or_damaged_is_named(root) -> None:
-    (root / "tower/preprocessor_config.json").rename(root / "away")
-    with pytest.raises(UserError, match=r"tower: no preprocessor_config\.json"):
-        merge(given(root))
     (root / "run/adapter/visual.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"visual\.safetensors: changed since it was written"):
         merge(given(root))
-    assert left_by(root) == {"away"}
+    assert left_by(root) == set()

@@ -18,7 +18,7 @@ from dehvf_ds.export.__main__ import main as merge
 from dehvf_ds.export.merge import MergedModel, TensorSpec, write_shards
 from dehvf_ds.model import DehvfForConditionalGeneration, ModelError
 from dehvf_ds.model.adapter import find_trained
-from dehvf_ds.model.lora import fold_lora
+from dehvf_ds.model.ffn import fold_lora
 from dehvf_ds.model.trial import scaled_down
 
 BACKBONES = [("llama", "clip"), ("mistral", "siglip"), ("qwen3", "dinov2")]
@@ -41,7 +41,6 @@ def exported(
         assert name not in tensors
         tensors[name] = read()
         assert (tensors[name].shape, tensors[name].dtype) == (like.shape, like.dtype)
-    merged.files.close()
     return tensors
 
 

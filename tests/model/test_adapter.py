@@ -1,3 +1,5 @@
+"""The artifact: what was trained comes back, alone or on its bases, and nothing else passes for it."""
+
 from __future__ import annotations
 
 import json
@@ -12,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from dehvf_ds.model import ModelError
 from dehvf_ds.model.adapter import find_trained, load_adapter
-from dehvf_ds.model.lora import fold_lora
+from dehvf_ds.model.ffn import fold_lora
 
 
 @pytest.fixture
@@ -21,14 +23,21 @@ def bases(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("fusion", ["ffn", "prefix", "none"])
-def test_base_and_artifact_make_the_trained_model_again(tmp_path, bases, fusion) -> None:
+def test_base_and_artifact_make_the_trained_model_again_and_folding_changes_no_logit(
+    tmp_path, bases, inputs, fusion
+) -> None:
     model = trained_model(bases, fusion=fusion)
     if fusion == "none":  # a tower that is not used needs no weights
         (Path(bases["vision_tower"]) / "model.safetensors").unlink()
     save(model, bases, tmp_path / "run" / "adapter")
-    state = find_trained(tmp_path / "run").load().state_dict()
+    loaded = find_trained(tmp_path / "run").load()
+    state = loaded.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert json.loads((tmp_path / "run/adapter/manifest.json").read_text())["step"] == 7
+    inputs.pop("labels")
+    fold_lora(loaded)
+    assert not any("lora_" in name for name in loaded.state_dict())
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_peft_loads_the_adapters_alone_on_the_plain_base(tmp_path, bases, inputs) -> None:
@@ -40,26 +49,6 @@ def test_peft_loads_the_adapters_alone_on_the_plain_base(tmp_path, bases, inputs
     torch.testing.assert_close(plain(ids).logits, model(ids).logits)
     with plain.disable_adapter():
         assert not torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-3)
-
-
-@pytest.mark.parametrize("fusion", ["ffn", "prefix", "none"])
-def test_folding_changes_no_logit_and_leaves_no_adapter(bases, inputs, fusion) -> None:
-    model = trained_model(bases, fusion=fusion)
-    inputs.pop("labels")
-    expected = model(**inputs).logits
-    fold_lora(model)
-    assert not any("lora_" in name for name in model.state_dict())
-    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_changed_byte_is_named(tmp_path, bases) -> None:
-    save(trained_model(bases), bases, tmp_path / "adapter")
-    file = tmp_path / "adapter" / "visual.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(ModelError, match=r"visual\.safetensors: changed since it was written"):
-        find_trained(tmp_path / "adapter")
 
 
 def test_another_base_is_refused_by_name_and_a_copy_in_half_precision_taken(tmp_path, bases) -> None:
@@ -74,16 +63,13 @@ def test_another_base_is_refused_by_name_and_a_copy_in_half_precision_taken(tmp_
     AutoModel.from_config(vision_config()).save_pretrained(tmp_path / "other_tower")
     config.num_hidden_layers = 3
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "shorter")
-    for given, message in (
-        (
-            ("language_model", "other"),
-            r"adapter was trained on .*llm; .*other differs from it in the weights",
-        ),
-        (("vision_tower", "other_tower"), r"other_tower differs from it in the weights"),
-        (("language_model", "shorter"), r"is not the language model .* num_hidden_layers differ"),
+    for part, name, message in (
+        ("language_model", "other", r"trained on .*llm; .*other differs from it in the weights"),
+        ("vision_tower", "other_tower", r"other_tower differs from it in the weights"),
+        ("language_model", "shorter", r"is not the language model .* num_hidden_layers differ"),
     ):
         with pytest.raises(ModelError, match=message):
-            find_trained(tmp_path / "adapter", **{given[0]: str(tmp_path / given[1])})
+            find_trained(tmp_path / "adapter", **{part: str(tmp_path / name)})
 
 
 def test_weights_of_another_versions_function_are_refused(tmp_path, bases) -> None:
@@ -99,22 +85,21 @@ def test_weights_of_another_versions_function_are_refused(tmp_path, bases) -> No
             find_trained(file.parent)
 
 
-def test_values_that_are_not_finite_leave_the_previous_artifact(tmp_path, bases) -> None:
+def test_what_is_no_whole_artifact_of_such_a_model_is_named(tmp_path, bases) -> None:
     model = trained_model(bases)
     save(model, bases, tmp_path / "adapter")
-    before = (tmp_path / "adapter" / "manifest.json").read_bytes()
     next(iter(model.trainable_parameters().values())).data[0] = float("nan")
-    with pytest.raises(ModelError, match="not finite"):
-        save(model, bases, tmp_path / "adapter")
-    assert (tmp_path / "adapter" / "manifest.json").read_bytes() == before
-
-
-def test_what_is_no_artifact_of_such_a_model_is_named(tmp_path, bases) -> None:
-    with pytest.raises(ModelError, match="nowhere: no such directory"):
-        find_trained(tmp_path / "nowhere")
-    save(trained_model(bases), bases, tmp_path / "adapter")
+    with pytest.raises(ModelError, match="not written, empty or not finite"):
+        save(model, bases, tmp_path / "broken")
+    for path in ("nowhere", "broken"):
+        with pytest.raises(ModelError, match=f"{path}: no such directory"):
+            find_trained(tmp_path / path)
     with pytest.raises(ModelError, match="do not fit the model"):
         load_adapter(build_model(router="last"), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "visual.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(ModelError, match=r"visual\.safetensors: changed since it was written"):
+        find_trained(tmp_path / "adapter")
     for content in ("", "[]", "{}", "null", '{"files": 3, "bases": {}}', "\0"):
         (tmp_path / "adapter/manifest.json").write_text(content)
         with pytest.raises(ModelError, match=r"adapter/manifest.json: damaged \(.*\); copy it again"):

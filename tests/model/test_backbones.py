@@ -16,11 +16,9 @@ from transformers import (
     AutoModelForImageTextToText,
     CLIPConfig,
     CLIPModel,
-    CLIPTextConfig,
     CLIPVisionModel,
     SiglipConfig,
     SiglipModel,
-    SiglipTextConfig,
 )
 
 from dehvf_ds.export.__main__ import main as merge
@@ -28,7 +26,6 @@ from dehvf_ds.model import ModelError
 from dehvf_ds.model.adapter import find_trained
 from dehvf_ds.model.backbones import (
     build_config,
-    check_backbone,
     check_bases,
     load_backbone,
     load_backbone_config,
@@ -41,14 +38,10 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_of_a_two_tower_checkpoint_the_vision_tower_is_taken(tmp_path: Path, kind: str) -> None:
-    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    words = sizes | {"vocab_size": 64, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 1}
-    text, both, whole = {
-        "clip": (CLIPTextConfig, CLIPConfig, CLIPModel),
-        "siglip": (SiglipTextConfig, SiglipConfig, SiglipModel),
-    }[kind]
-    picture = vision_config(kind).to_dict()
-    whole = whole(both(text_config=text(**words).to_dict(), vision_config=picture)).eval()
+    words = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words |= {"vocab_size": 64, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 1}
+    both, model = {"clip": (CLIPConfig, CLIPModel), "siglip": (SiglipConfig, SiglipModel)}[kind]
+    whole = model(both(text_config=words, vision_config=vision_config(kind).to_dict())).eval()
     whole.save_pretrained(tmp_path)
     config = load_backbone_config(str(tmp_path), vision=True)
     tower = load_backbone(str(tmp_path), config, torch.float32, vision=True).eval()
@@ -115,16 +108,14 @@ def test_a_head_of_its_own_under_a_tied_configuration_is_trained_and_exported(tm
 
 def test_a_head_that_differs_in_one_value_is_one_of_its_own(tmp_path) -> None:
     bases = build_bases(tmp_path)
-
-    def almost_the_embedding(tensors) -> None:
-        tensors[HEAD] = tensors[EMBEDDING].clone()
-        tensors[HEAD][7, 3] += 1e-3
-
-    rewrite(tmp_path / "llm", almost_the_embedding, tied=True)
+    one_value = torch.zeros(260, 32).index_put((torch.tensor(7), torch.tensor(3)), torch.tensor(1e-3))
+    rewrite(
+        tmp_path / "llm", lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] + one_value}), tied=True
+    )
     config = build_config(**bases, num_levels=2, rank=8)
     settle_head(config, bases["language_model"])
     assert config.tie_word_embeddings is config.text_config.tie_word_embeddings is False
-    check_backbone(bases["language_model"], config.text_config, vision=False)
+    check_bases(config, **bases)
 
 
 @pytest.mark.parametrize("layout", ["absent", "copied", "bin"])
@@ -153,11 +144,10 @@ def test_a_checkpoint_without_a_weight_is_refused(tmp_path, name) -> None:
     save(trained_model(bases), bases, tmp_path / "run/adapter")
     rewrite(tmp_path / "llm", lambda tensors: tensors.pop(name), tied=False)
     config = build_config(**bases, num_levels=2, rank=8)
-    for refused in (
-        lambda: load_model(config, **bases, dtype=torch.float32),
-        lambda: check_bases(config, **bases),
-    ):
-        with pytest.raises(ModelError, match=rf"llm: the checkpoint lacks 1 weights, {name} among them"):
-            refused()
+    lacking = rf"llm: the checkpoint lacks 1 weights, {name} among them"
+    with pytest.raises(ModelError, match=lacking):
+        load_model(config, **bases, dtype=torch.float32)
+    with pytest.raises(ModelError, match=lacking):
+        check_bases(config, **bases)
     with pytest.raises(ModelError, match=name):
         find_trained(tmp_path / "run")  # nor is it the base that was trained on

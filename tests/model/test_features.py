@@ -13,25 +13,13 @@ from dehvf_ds.model.configuration import spaced_levels
 from dehvf_ds.model.features import hidden_states, visual_features
 from dehvf_ds.model.trial import try_backbones
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
+PICTURES = {"image_size": 32, "patch_size": 8}
+SIZES = PICTURES | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 OWN_SIZES = {
     "beit": SIZES | {"use_relative_position_bias": True},
     "data2vec-vision": SIZES | {"use_relative_position_bias": True},
     "videomae": SIZES | {"num_frames": 2},
-    "swin": {
-        "image_size": 32,
-        "patch_size": 8,
-        "embed_dim": 16,
-        "depths": [1, 1],
-        "num_heads": [2, 2],
-        "window_size": 2,
-    },
+    "swin": PICTURES | {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2},
     "aimv2_vision_model": SIZES | {"intermediate_size": 48},
 }
 GOOD = [
@@ -69,9 +57,6 @@ def test_features_are_the_towers_hidden_states_brought_to_one_scale(kind: str) -
     state = tower(pixels, output_hidden_states=True).hidden_states[4]
     if kind == "siglip":
         state = torch.cat([state.mean(1, keepdim=True), state], dim=1)
-    spread = (state.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    expected = (state - state.mean(-1, keepdim=True)) / spread
-    torch.testing.assert_close(features[:, 1], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(features[:, 1], F.layer_norm(state, (24,)), rtol=1e-4, atol=1e-4)
 
 
@@ -108,10 +93,9 @@ def test_a_tower_of_another_shape_is_refused(kind: str, side: int, settings: dic
         try_backbones(config_of(kind, side, **settings))
 
 
-@pytest.mark.parametrize("kind", ["convnext", "hiera"])
-def test_a_tower_without_one_width_is_refused(kind: str) -> None:
-    with pytest.raises(ModelError, match=f"a {kind} model is no tower of one width"):
-        DehvfConfig(text_config=text_config(), vision_config=AutoConfig.for_model(kind))
+def test_a_tower_without_one_width_is_refused() -> None:
+    with pytest.raises(ModelError, match="a convnext model is no tower of one width"):
+        DehvfConfig(text_config=text_config(), vision_config=AutoConfig.for_model("convnext"))
 
 
 def test_a_tower_that_takes_patches_by_columns_is_refused(monkeypatch) -> None:

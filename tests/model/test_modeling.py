@@ -4,21 +4,16 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import LORA, build_model, text_config, vision_config
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig, GPT2Config, LlamaConfig
+from tiny_models import LORA, build_model, text_config
+from transformers import AutoModelForImageTextToText
 
 from dehvf_ds.batch import IGNORE_INDEX
-from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration, ModelError, modeling
+from dehvf_ds.model import DehvfForConditionalGeneration, ModelError, modeling
 
-BACKBONES = [("llama", "clip"), ("mistral", "dino")]
 FUSIONS = ["ffn", "prefix", "none"]
 
 
-def test_the_ignored_label_is_one_number() -> None:
-    assert modeling.IGNORE_INDEX == IGNORE_INDEX
-
-
-@pytest.mark.parametrize(("text", "vision"), BACKBONES)
+@pytest.mark.parametrize(("text", "vision"), [("llama", "clip"), ("mistral", "dino")])
 @pytest.mark.parametrize("fusion", ["ffn", "none"])
 def test_at_the_start_hidden_states_equal_the_base_models(
     text: str, vision: str, fusion: str, inputs
@@ -42,50 +37,16 @@ def test_at_the_start_hidden_states_equal_the_base_models(
 
 def test_the_trainable_set_is_exactly_the_branch_and_the_adapters() -> None:
     model = build_model()
-    layers = range(4)
-    lora = [
-        f"language_model.model.layers.{i}.mlp.ffn.down_proj.lora_{ab}.default.weight"
-        for i in layers
-        for ab in "AB"
-    ]
-    gains = [f"language_model.model.layers.{i}.mlp.gain_{end}" for i in layers for end in ("in", "out")]
+    ffns = [f"language_model.model.layers.{i}.mlp" for i in range(4)]
+    lora = [f"{ffn}.ffn.down_proj.lora_{side}.default.weight" for ffn in ffns for side in "AB"]
+    gains = [f"{ffn}.gain_{end}" for ffn in ffns for end in ("in", "out")]
     fuser = [f"fuser.{name}" for name in ("layer_embedding", "w_hidden", "w_query", "w_key")]
     reader = [f"reader.{name}" for name in ("w_query", "w_out", "key_positions", "value_positions")]
     expected = {*lora, *gains, *fuser, *reader, "projector.w_down", "projector.bias"}
     assert set(model.trainable_parameters()) == expected
     assert {n for n, p in model.named_parameters() if p.requires_grad} == expected
-    count = (
-        4 * 2 * (48 + 32) + 4 * 2 * 8 + (4 * 4 + 2 * 16 + 24 * 4) + (2 * 32 * 8 + 2 * 17 * 8) + (24 * 8 + 8)
-    )
+    count = 4 * 2 * (48 + 32) + 4 * 2 * 8 + (4 * 4 + 2 * 16 + 24 * 4) + (2 * 32 * 8 + 2 * 17 * 8) + 25 * 8
     assert sum(p.numel() for p in model.trainable_parameters().values()) == count
-
-
-def sizes(width: int, inner: int, layers: int, heads: int) -> dict[str, int]:
-    return {
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-    }
-
-
-LLAMA = {"7B": sizes(4096, 11008, 32, 32), "13B": sizes(5120, 13824, 40, 40)}
-CLIP_L = sizes(1024, 4096, 24, 16) | {"image_size": 224, "patch_size": 14}
-
-
-@pytest.mark.parametrize(("size", "lora_rank", "expected"), [("7B", 8, 5_156_224), ("13B", 4, 4_585_088)])
-def test_trainable_counts_at_full_size(size: str, lora_rank: int, expected: int) -> None:
-    config = DehvfConfig(
-        text_config=LlamaConfig(**LLAMA[size]),
-        vision_config=CLIPVisionConfig(**CLIP_L),
-        rank=128,
-        lora=LORA | {"rank": lora_rank},
-    )
-    with torch.device("meta"):
-        model = DehvfForConditionalGeneration(config)
-    count = sum(p.numel() for p in model.trainable_parameters().values())
-    assert 4e6 <= count <= 6e6
-    assert count == expected
 
 
 @pytest.mark.parametrize("fusion", ["ffn", "prefix"])
@@ -97,15 +58,11 @@ def test_a_row_without_picture_does_not_see_its_pixels_and_others_do(fusion: str
     after = model(**inputs).logits[:, -labels.shape[1] :]
     torch.testing.assert_close(after[1], before[1])
     assert not torch.allclose(after[0], before[0], atol=1e-4)
-
-
-@pytest.mark.parametrize("fusion", ["ffn", "prefix"])
-def test_rows_without_any_picture_still_reach_every_trainable(fusion: str, inputs) -> None:
-    model = build_model(fusion=fusion, trained=True)
+    # Without any picture every trainable is still reached.
     inputs["has_image"][:] = False
-    model(**inputs).loss.backward()
-    absent = [name for name, p in model.trainable_parameters().items() if p.grad is None]
-    assert absent == []
+    assert modeling.IGNORE_INDEX == IGNORE_INDEX
+    model(**inputs, labels=labels).loss.backward()
+    assert [name for name, p in model.trainable_parameters().items() if p.grad is None] == []
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -131,12 +88,9 @@ def test_cached_batched_generation_equals_decoding_each_row_without_cache(fusion
     batched = model.generate(ids, inputs["pixel_values"], inputs["has_image"], pad_token_id=0, **arguments)
     for row, length in enumerate(lengths):
         text = ids[row : row + 1, -length:]
+        seen = {name: inputs[name][row : row + 1] for name in ("pixel_values", "has_image")}
         for step in range(6):
-            logits = model(
-                text,
-                pixel_values=inputs["pixel_values"][row : row + 1],
-                has_image=inputs["has_image"][row : row + 1],
-            ).logits[0, -1]
+            logits = model(text, **seen).logits[0, -1]
             best = logits.topk(2).values
             assert best[0] - best[1] > 1e-4, "a near-tie: choose another seed"
             assert batched[row, step] == logits.argmax()
@@ -160,10 +114,9 @@ def test_memory_may_be_given_encoded_or_prepared(inputs, beams) -> None:
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("text", "vision"), BACKBONES)
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_saved_and_loaded_weights_are_the_same_bits(tmp_path, text: str, vision: str, fusion: str) -> None:
-    model = build_model(text, vision, fusion=fusion, trained=True)
+def test_saved_and_loaded_weights_are_the_same_bits(tmp_path, fusion: str) -> None:
+    model = build_model("mistral", "dino", fusion=fusion, trained=True)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert isinstance(loaded, DehvfForConditionalGeneration)
@@ -177,12 +130,6 @@ def test_the_router_last_projects_the_deepest_level_alone(inputs) -> None:
     model = build_model(router="last", trained=True)
     assert model.config.levels == [4]
     assert model(**inputs).level_weights.shape == (3, 4, 1)
-
-
-def test_a_decoder_without_mlp_is_refused_by_name() -> None:
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64)
-    with pytest.raises(ModelError, match="GPT2LMHeadModel is not a decoder"):
-        DehvfForConditionalGeneration(DehvfConfig(text_config=config, vision_config=vision_config()))
 
 
 @pytest.mark.parametrize(

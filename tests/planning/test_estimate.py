@@ -8,18 +8,8 @@ import pytest
 from tiny_models import LORA
 
 from dehvf_ds.model import DehvfConfig
-from dehvf_ds.planning.memory import (
-    JSON_NAMES,
-    MicroStep,
-    Parameters,
-    Sharding,
-    Strategy,
-    build_on_meta,
-    checkpoint_bytes,
-    count_parameters,
-    host_bytes,
-    resting_bytes,
-)
+from dehvf_ds.planning import memory
+from dehvf_ds.planning.memory import JSON_NAMES, MicroStep, Parameters, Sharding, Strategy, resting_bytes
 from dehvf_ds.planning.report import BACKBONES
 from dehvf_ds.planning.time import Estimate, PlanConfig, choose, estimate, gathered_elements
 
@@ -31,7 +21,7 @@ STEP = MicroStep(rows=16, checkpointing=False, activation_bytes=2**33, flops=16 
 def parameters_of(llm: str, rank: int) -> Parameters:
     text, vision = BACKBONES[llm], BACKBONES["clip-vit-large-patch14"]
     config = DehvfConfig(text_config=text, vision_config=vision, rank=128, lora=LORA | {"rank": rank})
-    return count_parameters(build_on_meta(config), 1_000_000)
+    return memory.count_parameters(memory.build_on_meta(config), 1_000_000)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +48,7 @@ def test_counts(parameters: Parameters) -> None:
     counted = (parameters.language, parameters.tower, parameters.trainable)
     assert counted == (13_015_864_320, 303_179_776, 4_585_088)
     assert (parameters.lora, parameters.largest) == (40 * 4 * (13824 + 5120), 32000 * 5120)
-    assert checkpoint_bytes(parameters) == 16 * 4_585_088 < 100e6
+    assert memory.checkpoint_bytes(parameters) == 16 * 4_585_088 < 100e6
 
 
 def test_where_the_frozen_weights_lie(parameters: Parameters) -> None:
@@ -73,20 +63,24 @@ def test_where_the_frozen_weights_lie(parameters: Parameters) -> None:
     for strategy in JSON_NAMES:
         held = resting_bytes(parameters, sharding(strategy, nodes=2))
         assert held["frozen LLM"] + held["frozen tower"] == pytest.approx(expected[strategy], rel=1e-6)
-    assert host_bytes(parameters, sharding("ZeRO-3")) == {"loading": whole, "pinned": 0}
-    assert host_bytes(parameters, sharding("ZeRO-2")) == {"loading": 0, "pinned": 0}
-    assert host_bytes(parameters, sharding("ZeRO-3 + offload"))["pinned"] == whole
+    for strategy, on_host in {
+        "ZeRO-3": (whole, 0),
+        "ZeRO-2": (0, 0),
+        "ZeRO-3 + offload": (whole, whole),
+    }.items():
+        assert tuple(memory.host_bytes(parameters, sharding(strategy)).values()) == on_host
 
 
 def test_buckets_are_whole_and_two_where_zero2_overlaps(parameters: Parameters) -> None:
-    def bucket(zero: dict) -> int:
+    for stage, size, overlap, expected in (
+        (3, 2e7, True, 80_000_000),
+        (2, 2e7, True, 160_000_000),
+        (2, 2e7, False, 80_000_000),
+        (3, "auto", False, 2_000_000_000),
+    ):
+        zero = {"stage": stage, "reduce_bucket_size": size, "overlap_comm": overlap}
         read = Sharding.read({"zero_optimization": zero}, nodes=1, gpus_per_node=8)
-        return resting_bytes(parameters, read)["gradient buckets"]
-
-    assert bucket({"stage": 3, "reduce_bucket_size": 2e7, "overlap_comm": True}) == 80_000_000
-    assert bucket({"stage": 2, "reduce_bucket_size": 2e7, "overlap_comm": True}) == 160_000_000
-    assert bucket({"stage": 2, "reduce_bucket_size": 2e7}) == 80_000_000
-    assert bucket({"stage": 3, "reduce_bucket_size": "auto"}) == 2_000_000_000
+        assert resting_bytes(parameters, read)["gradient buckets"] == expected
 
 
 @pytest.mark.parametrize("strategy", JSON_NAMES)

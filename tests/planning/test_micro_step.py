@@ -28,17 +28,13 @@ def real_step(config: DehvfConfig, dtype: torch.dtype, checkpointing: bool) -> t
     """FLOPs of a step on the CPU, and its allocator's peak over what is there before."""
     model = DehvfForConditionalGeneration(config).train().to(dtype)
     if checkpointing:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        with warnings.catch_warnings(action="ignore"):
             model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = full_batch(config, ROWS, TOKENS)
     inputs = batch.inputs() | {"pixel_values": torch.randn(batch.pixel_values.shape, dtype=dtype)}
-    mask = torch.ones(ROWS, TOKENS, dtype=torch.long)
-    mask[1, TOKENS // 2 :] = 0
-    inputs |= {
-        "attention_mask": mask,
-        "supervised": torch.arange(ROWS * TOKENS).view(ROWS, -1)[:, :-1].flatten(),
-    }
+    inputs["attention_mask"] = torch.ones(ROWS, TOKENS, dtype=torch.long)
+    inputs["attention_mask"][1, TOKENS // 2 :] = 0
+    inputs["supervised"] = torch.arange(ROWS * TOKENS).view(ROWS, -1)[:, :-1].flatten()
     # The kernels of a CPU are not in torch's table of FLOPs.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(**inputs).loss_sum.backward()

@@ -129,13 +129,6 @@ def test_a_damaged_bin(world, bases) -> None:
     refused(world, bases, "git-LFS pointer")
 
 
-def test_files_of_llama_cpp_alone(world, bases) -> None:
-    (bases / "llm/model.safetensors").rename(bases / "llm/model-Q4.gguf")
-    refused(world, bases, r"no weights found.*model-Q4\.gguf is of llama\.cpp")
-    (bases / "llm/config.json").unlink()
-    refused(world, bases, r"model-Q4\.gguf is of llama\.cpp")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -345,7 +338,7 @@ def test_values_of_a_configuration_that_transformers_cannot_use(world, bases, va
 def test_a_bin_file_of_something_else(world, bases, content) -> None:
     (bases / "llm/model.safetensors").unlink()
     torch.save(content, bases / "llm/pytorch_model.bin")
-    refused(world, bases, "pytorch_model.bin: cannot be read: no file of tensors")
+    refused(world, bases, "pytorch_model.bin: cannot be read: ")
 
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4}

@@ -11,6 +11,7 @@ import pytest
 from tiny_entries import arguments
 
 from dehvf_ds import train
+from dehvf_ds.atomic import part_of
 from dehvf_ds.config import UserError, parse_run_config
 from dehvf_ds.training import trainer
 from dehvf_ds.training.run_dir import choose_start, open_run_dir
@@ -41,7 +42,7 @@ def older(adapter: Path) -> None:
 
 def half(adapter: Path) -> None:
     (adapter / "manifest.json").unlink()
-    adapter.rename(adapter.with_name("adapter.partial"))
+    adapter.rename(part_of(adapter))
 
 
 def no_json(adapter: Path) -> None:
@@ -57,7 +58,7 @@ def test_a_finished_run_gets_its_artifact_back(finished, monkeypatch, capsys, ha
     monkeypatch.setattr(trainer, "build_engine", None)  # no model is loaded for it
     assert train.main(given) == 0
     assert {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()} == whole
-    assert not adapter.with_name("adapter.partial").exists()
+    assert not part_of(adapter).exists()
     told = capsys.readouterr().out
     assert "finished already, all 2 steps" in told
     assert f"adapter: {adapter}" in told

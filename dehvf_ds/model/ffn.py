@@ -1,0 +1,190 @@
+"""What enters the decoder's FFNs: LoRA adapters by `peft`, and the picture as key/value memory (ours)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
+
+from .configuration import Float, ModelError
+
+try:
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+except ImportError:  # a merged model has no adapters and runs without
+    if not TYPE_CHECKING:
+        LoraLayer = ()
+
+ADAPTER_NAME = "default"
+
+QUERY_EPS = 1e-8
+"""Added to a query's mean square before its root."""
+
+SCORE_SPREAD = 64.0
+"""Start value of the queries' scale: how sharply a token tells the slots apart (ours, by a sweep)."""
+
+READ_SIZE = 0.5
+"""Start value of the read's scale times sqrt(M), since sums over M slots grow so (ours, likewise)."""
+
+
+def decoder_layers(language_model: PreTrainedModel) -> list[Any]:
+    """The decoder's layers, each with an FFN of its own named ``mlp``."""
+    found = getattr(language_model.get_decoder(), "layers", None)
+    layers = list(found) if isinstance(found, nn.ModuleList) else []
+    ffns = [getattr(layer, "mlp", None) for layer in layers]
+    # One that several layers share would be wrapped several times.
+    if not ffns or not all(isinstance(f, nn.Module) for f in ffns) or len({*map(id, ffns)}) < len(ffns):
+        raise ModelError(
+            f"{type(language_model).__name__} is not a decoder whose layers each have an FFN named `mlp` "
+            "(Llama, Mistral and Qwen models are)"
+        )
+    return layers
+
+
+class MemoryReader(nn.Module):
+    """The reader's parameters that all LLM layers share: query and output maps, position memory.
+
+    Registered once, on the top model, for ``num_slots`` M visual tokens. ``w_out`` is zero at the start, so
+    that the model starts as its frozen language model.
+    """
+
+    def __init__(self, dim: int, num_slots: int, rank: int) -> None:
+        super().__init__()
+        self.w_query = nn.Parameter(torch.randn(dim, rank) / dim**0.5)
+        self.w_out = nn.Parameter(torch.zeros(rank, dim))
+        self.key_positions = nn.Parameter(torch.randn(num_slots, rank) * 0.02)
+        self.value_positions = nn.Parameter(torch.zeros(num_slots, rank))
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        memory: Float[Tensor, "batch *2 slots rank"],
+        gain_in: Float[Tensor, " rank"],
+        gain_out: Float[Tensor, " rank"],
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Reads a layer's visual memory S for every FFN input x, with the layer's scales a and b (ours).
+
+        q = rms_norm(x W_q) * a;  A = silu(q (S + P_k)^T / sqrt(r));  result = ((A (S + P_v)) * b) W_o.
+
+        It equals an FFN whose hidden units are the M slots, with keys ((S + P_k) * a) W_q^T, scores divided
+        by the root mean square of x W_q, and values ((S + P_v) * b) W_o, without ever building those
+        [slots, dim] matrices. x W_q is normalised so that the spread of the scores does not hang on the LLM:
+        the inputs of an FFN have an RMS of 0.14 in SmolLM2 and of several in other LLMs.
+
+        ``memory`` may be what ``prepare`` made of S, which takes half as many operations a token.
+        """
+        query = F.rms_norm(x @ self.w_query, self.w_query.shape[-1:], eps=QUERY_EPS)
+        if memory.ndim == 4:
+            keys, values = memory.unbind(dim=1)
+            return F.silu(query @ keys.transpose(1, 2)) @ values @ self.w_out
+        query = query * gain_in
+        scores = query @ (memory + self.key_positions).transpose(1, 2) * memory.shape[-1] ** -0.5
+        read = F.silu(scores) @ (memory + self.value_positions)
+        return (read * gain_out) @ self.w_out
+
+    def prepare(
+        self, memory: Float[Tensor, "batch slots rank"], gain_in: Tensor, gain_out: Tensor
+    ) -> Float[Tensor, "batch 2 slots rank"]:
+        """Keys (S + P_k) * a / sqrt(r) and values (S + P_v) * b, which decoding reads for every token."""
+        to = memory.device
+        keys = (memory + self.key_positions.to(to)) * (gain_in.to(to) * memory.shape[-1] ** -0.5)
+        values = (memory + self.value_positions.to(to)) * gain_out.to(to)
+        return torch.stack([keys, values], dim=1)
+
+
+class VisualFFN(nn.Module):
+    """Stands in the place of a decoder layer's FFN: out = FFN(x) + what the layer reads from the picture.
+
+    The top model's forward sets the memory, which stays until the next one, so that activation checkpointing
+    recomputes with the same memory. The shared reader belongs to the top model and is not registered here.
+    """
+
+    def __init__(self, ffn: nn.Module, reader: MemoryReader, num_slots: int, rank: int) -> None:
+        super().__init__()
+        self.ffn = ffn
+        self.gain_in = nn.Parameter(torch.full((rank,), SCORE_SPREAD))
+        self.gain_out = nn.Parameter(torch.full((rank,), READ_SIZE * num_slots**-0.5))
+        self._reader = (reader,)
+        self.memory: Tensor | None = None
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        """The layer's FFN plus the visual branch."""
+        if self.memory is None:
+            raise RuntimeError("no visual memory is set; call the DEHVF model, not its language model")
+        visual = self._reader[0](x, self.memory, self.gain_in, self.gain_out)
+        return self.ffn(x) + visual.to(x.device)
+
+
+def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]) -> None:
+    """Injects ``DehvfConfig.lora`` into FFNs that are not wrapped yet; what it adds is zero at the start."""
+    if not is_peft_available():
+        raise ModelError("the FFN adapters of this model are not folded into its weights: install peft")
+    # By full names: a bare one would also match maps outside the FFNs.
+    names = {module: name for name, module in language_model.named_modules()}
+    adapted = [
+        names[_linear_map(layer.mlp, target)]
+        for layer in decoder_layers(language_model)
+        for target in lora["targets"]
+    ]
+    config = LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=adapted,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    inject_adapter_in_model(config, language_model, adapter_name=ADAPTER_NAME)
+
+
+def _linear_map(ffn: nn.Module, target: str) -> nn.Linear:
+    module = getattr(ffn, target, None)
+    if isinstance(module, nn.Linear):
+        return module
+    if hasattr(ffn, "experts"):
+        raise ModelError(
+            "the FFNs are mixtures of experts, which take no FFN adapters; set model.lora.rank 0 to train "
+            "the visual branch alone"
+        )
+    linear = [name for name, child in ffn.named_children() if isinstance(child, nn.Linear)]
+    raise ModelError(f"the FFN has no linear map {target!r}; it has {', '.join(linear)}")
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The adapters' own parameters, not their frozen base layers'."""
+    return [parameter for layer in _lora_layers(model).values() for parameter in _lora_pair(layer)]
+
+
+def folded_weight(
+    weight: Float[Tensor, "out in"],
+    lora_a: Float[Tensor, "rank in"],
+    lora_b: Float[Tensor, "out rank"],
+    scaling: float,
+) -> Float[Tensor, "out in"]:
+    """The weight that does what a frozen weight and its adapter do together, in fp32: W + scaling B A."""
+    return weight.float().addmm(lora_b.float(), lora_a.float(), alpha=scaling)
+
+
+def fold_lora(model: nn.Module) -> None:
+    """Puts folded linear maps in the place of all adapters; sums are rounded once, to the weight's dtype."""
+    for name, layer in _lora_layers(model).items():
+        base = layer.get_base_layer()
+        lora_a, lora_b = (parameter.data for parameter in _lora_pair(layer))
+        folded = folded_weight(base.weight.data, lora_a, lora_b, layer.scaling[ADAPTER_NAME])
+        if not folded.isfinite().all():
+            raise ModelError(f"{name}: folding the adapter gives values that are not finite")
+        base.weight.data = folded.to(base.weight.dtype)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, base)
+
+
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _lora_pair(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    return layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
