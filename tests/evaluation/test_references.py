@@ -45,7 +45,7 @@ def write(path: Path, names: list[str], *, karpathy: bool) -> Path:
     return path
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("karpathy", [False, True])
 def test_every_row_finds_its_own_references_whatever_its_pictures_name(
     tmp_path: Path, seed: int, karpathy: bool
@@ -83,14 +83,6 @@ def test_what_is_left_out_is_told(tmp_path: Path, capsys) -> None:
     told = capsys.readouterr().err
     assert "a.jpg" in told
     assert "annotation None names an unknown image_id" in told
-
-
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"images": 3}', '{"annotations": []}'])
-def test_files_that_cannot_be_read_are_named(tmp_path: Path, text: str | None) -> None:
-    if text is not None:
-        (tmp_path / "x.json").write_text(text)
-    with pytest.raises(UserError, match=r"x\.json"):
-        load_references(tmp_path / "x.json", "test")
 
 
 @pytest.mark.parametrize(
