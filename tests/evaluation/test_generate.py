@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from evaluation.tiny_data import PROBLEM, problems
 from PIL import Image
 from tiny_artifacts import build_bases, save, trained_model
-from tiny_shards import write_shards
 from transformers import LlamaForCausalLM
 
 from dehvf_ds.batch import Sample
@@ -17,7 +17,6 @@ from dehvf_ds.config import UserError, parse_generate_config
 from dehvf_ds.data.chat import encode_chat_prompt
 from dehvf_ds.data.loader import read_sample
 from dehvf_ds.data.prompts import QCM_A
-from dehvf_ds.data.shards import ShardRow
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.evaluation.dataset import open_questions
@@ -64,6 +63,9 @@ def test_a_folder_in_batches_and_alone(root, capsys) -> None:
         assert capsys.readouterr().out == text + "\n"
     assert "3 answers, " in together.err
     assert "tokens/s" in together.err
+    # Words as they come.
+    assert ask(root, "--image", str(root / "pictures"), "--stream") == 0
+    assert capsys.readouterr().out.split() == " ".join(text for _, text in lines).split()
 
 
 def test_lines_of_json(root, tmp_path, capsys) -> None:
@@ -82,14 +84,6 @@ def test_lines_of_json(root, tmp_path, capsys) -> None:
     assert ask(root, *given, "--output", str(output), "--overwrite") == 0
     assert ask(root, "--image", *names(root), "--prompt", "What?", "--output", "-") == 0
     assert [row["text"] for row in rows(capsys.readouterr().out)] != [row["text"] for row in found]
-
-
-def test_words_as_they_come(root, capsys) -> None:
-    assert ask(root, "--image", *names(root)) == 0
-    wanted = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
-    assert ask(root, "--image", *names(root), "--stream") == 0
-    told = capsys.readouterr().out
-    assert " ".join(told.split()) == " ".join(" ".join(wanted).split())
 
 
 def test_a_broken_picture_does_not_lose_the_others(root, tmp_path, capsys) -> None:
@@ -154,10 +148,7 @@ def prompt_ids(root: Path, task: str, *more: str) -> list[int]:
 
 def test_science_is_asked_as_it_is_evaluated(root, tmp_path) -> None:
     found = prompt_ids(root, "scienceqa", "--prompt", "Which?", "--choices", "red", "blue", "--hint", "Sky.")
-    problem = {"question": "Which?", "choices": ["red", "blue"], "hint": "Sky.", "answer": 0}
-    problem |= {"subject": "natural science", "grade": "grade3"}
-    row = ShardRow(key="0", members={"json": json.dumps(problem).encode()})
-    write_shards([row], tmp_path / "data", name="x", samples_per_shard=1, builder={})
+    problems(tmp_path / "data", [PROBLEM | {"hint": "Sky."}])
     trained = find_trained(root / "scienceqa")
     questions = open_questions(
         str(tmp_path / "data"),
@@ -168,9 +159,7 @@ def test_science_is_asked_as_it_is_evaluated(root, tmp_path) -> None:
         scienceqa=QCM_A,
     )
     assert found == questions.collator([read_sample(questions.index, 0)]).input_ids[0].tolist()
-
-
-def test_a_chat_is_asked_as_it_was_trained(root) -> None:
+    # And a chat as it was trained.
     tokenizer = load_tokenizer(find_trained(root / "chat").tokenizer_source)
     wanted = encode_chat_prompt(tokenizer, [{"role": "user", "content": "What is it?"}])
     assert prompt_ids(root, "chat", "--prompt", "What is it?") == wanted

@@ -42,6 +42,21 @@ def captions(output: Path, texts: list[str], broken: tuple[int, ...] = ()) -> Pa
     return problems(output, records, broken)
 
 
+def annotations(path: Path, names: list[str], caption: str = "a text") -> Path:
+    """COCO's file of pictures with two captions each: ``CAPTION of NAME``, and that with white space."""
+    captions = [f"{caption} of {name}" for name in names]
+    content = {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+        "annotations": [
+            {"image_id": i, "caption": text}
+            for i, told in enumerate(captions)
+            for text in (told, f" {told}!\n")
+        ],
+    }
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
