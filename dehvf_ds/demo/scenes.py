@@ -317,6 +317,6 @@ def ask_in_words(random: Random, scene: Scene) -> Question:
         north, south = random.sample(("school", "bridge", "market", "harbor", "library", "mill"), 2)
         hint, about = f"The {north} lies north of the {south}.", ("social science", "geography", "Read a map")
         return Question("Which place lies farther south?", south, [north], *about, 9, hint)
-    right, wrong = random.choice(list(COLORS)), random.sample(SHAPES, 3)
+    right = random.choice(list(COLORS))
     about = ("language science", "vocabulary", "Sort words by meaning")
-    return Question("Which word names a color?", right, wrong, *about, 3)
+    return Question("Which word names a color?", right, random.sample(SHAPES, 3), *about, 3)

@@ -220,7 +220,7 @@ def score(
         told = f"{len(unreadable)} of {len(lines)} pictures could not be read and count as empty answers"
         summary = [*summary, f"warning: {told}: {named} ({reason})"]
     for line, scores in zip(lines, found.scores, strict=True):
-        line |= {"scores": scores} if scores else {}
+        line.update({"scores": scores} if scores else {})
     write_lines(path, lines)
     return replace(found, metrics=metrics, numbers=numbers, summary=summary), lines
 

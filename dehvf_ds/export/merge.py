@@ -35,7 +35,7 @@ from dehvf_ds.evaluation.decode import MAX_NEW_TOKENS, end_ids
 from dehvf_ds.export.verify import check_processor
 from dehvf_ds.model import DehvfForConditionalGeneration, DehvfProcessor, ModelError
 from dehvf_ds.model.adapter import EXPORT_FILE, LORA_FILE, TrainedModel, decoder_name, load_adapter, peft_name
-from dehvf_ds.model.backbones import load_backbone, loaded_name
+from dehvf_ds.model.backbones import load_backbone, loaded_name, settle_head
 from dehvf_ds.model.fingerprint import StoredFile, bare_name, stored_tensors
 from dehvf_ds.model.lora import decoder_layers, folded_weight, lora_scaling
 from dehvf_ds.model.processing import bos_ids
