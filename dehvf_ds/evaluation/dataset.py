@@ -70,10 +70,7 @@ class Questions:
     letters: tuple[int, ...] = ()
 
     def ask(self, model: DehvfForConditionalGeneration, rows: Sequence[int]) -> list[Prediction]:
-        """Answers some rows together.
-
-        A shard that cannot be read is an error: the network may be down, and that is no answer.
-        """
+        """Answers some rows together; a shard that cannot be read is an error, since that is no answer."""
         samples = [self._read(row) for row in rows]
         good = [sample for sample in samples if isinstance(sample, Sample)]
         answers = iter(self._answer(model, good) if good else [])
@@ -135,8 +132,8 @@ def open_questions(
 ) -> Questions:
     """Opens shards for an evaluation, and checks now what would else fail after hours of decoding.
 
-    ``prompt`` is of captions, ``scienceqa`` the form of problems, ``reading`` how their letter is found;
-    ``max_new_tokens`` None takes the task's longest answer, ``max_samples`` None all rows.
+    ``prompt`` is of captions, ``scienceqa`` and ``reading`` of problems; None takes the task's longest answer
+    and all rows.
     """
     of_captions = task == "coco"
     rows: Task = "caption" if of_captions else "scienceqa"

@@ -38,11 +38,8 @@ Item = TypeVar("Item")
 class Scored:
     """Scores of one prediction a row.
 
-    Attributes:
-        metrics: for ``metrics.json``.
-        numbers: of these what a curve is drawn of, x100: each caption metric, or ``accuracy``.
-        scores: of each row, for its line of ``predictions.jsonl``; empty where it has none.
-        summary: lines for the console.
+    ``metrics`` go to ``metrics.json``, of these ``numbers``, x100, into curves; ``scores`` to each row's line
+    of ``predictions.jsonl`` (empty where it has none), ``summary`` to the console.
     """
 
     metrics: dict[str, Any]
