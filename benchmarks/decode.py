@@ -9,20 +9,17 @@ vocabulary of 1,000, so that nothing but the layers takes time. Prints tokens/s 
 
 from __future__ import annotations
 
-import argparse
-
 import torch
-from timing import median_and_range, seconds_in_turn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig
+from bench import DTYPES, flags, median_and_range, print_profile, seconds_in_turn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig
 
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from dehvf_ds.planning.report import BACKBONES
 
 
 def main() -> None:
     """Parses the flags, runs the pairs, prints the ratio merged / bare."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = flags(__doc__)
     parser.add_argument("--model", help="merged directory; without it random layers of LLaMA-13B's shape")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
@@ -33,13 +30,18 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--profile", action="store_true", help="print where the merged model spends its time")
     args = parser.parse_args()
-
     dtype = DTYPES[args.dtype]
-    merged = load_merged(args.model, dtype) if args.model else build_13b_layers(args.layers, dtype)
+    if args.model:
+        merged = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype)
+    else:
+        text = BACKBONES["llama-13b"].to_dict() | {"num_hidden_layers": args.layers, "vocab_size": 1000}
+        vision = BACKBONES["clip-vit-large-patch14"]
+        merged = random_model(
+            DehvfConfig(text_config=LlamaConfig(**text), vision_config=vision, rank=128), dtype
+        )
     merged = merged.to(args.device).eval()
-    bare = without_pictures(merged)
+    bare, config = without_pictures(merged), merged.config
     ids = torch.randint(5, 900, (args.batch, args.prompt_tokens), device=args.device)
-    config = merged.config
     shape = (args.batch, config.num_layers, config.num_slots, config.rank)
     memory = torch.randn(shape, device=args.device, dtype=dtype)
     given = {
@@ -49,58 +51,41 @@ def main() -> None:
         "do_sample": False,
         "pad_token_id": 0,
     }
-
-    @torch.inference_mode()
-    def run_merged() -> None:
-        merged.generate(ids, visual_memory=memory, **given)
-
-    @torch.inference_mode()
-    def run_bare() -> None:
-        bare.generate(ids, **given)
-
+    runs = {
+        "bare": lambda: bare.generate(ids, **given),  # pyright: ignore[reportCallIssue]
+        "merged": lambda: merged.generate(ids, visual_memory=memory, **given),
+    }
     if args.profile:
-        run_merged()
-        with torch.profiler.profile() as profile:
-            run_merged()
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
-    num_tokens = args.batch * args.new_tokens
+        print_profile(runs["merged"])
     ratios = []
-    for seconds in seconds_in_turn({"bare": run_bare, "merged": run_merged}, args.pairs):
-        speed = {name: num_tokens / value for name, value in seconds.items()}
+    for seconds in seconds_in_turn(runs, args.pairs):
+        speed = {name: args.batch * args.new_tokens / value for name, value in seconds.items()}
         ratios.append(speed["merged"] / speed["bare"])
-        print(
-            f"merged {speed['merged']:.2f}   bare {speed['bare']:.2f} tokens/s   {ratios[-1]:.3f}", flush=True
-        )
+        told = "   ".join(f"{name} {value:.2f}" for name, value in speed.items())
+        print(f"{told} tokens/s   {ratios[-1]:.3f}", flush=True)
     print(f"merged / bare: {median_and_range(ratios)}")
 
 
-def build_13b_layers(num_layers: int, dtype: torch.dtype) -> DehvfForConditionalGeneration:
-    """Random layers of LLaMA-13B's shape with the visual branch of a CLIP ViT-L/14, adapters folded."""
-    text = LlamaConfig(
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=num_layers,
-        num_attention_heads=40,
-        vocab_size=1000,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
-    )
-    config = DehvfConfig(text_config=text, vision_config=vision, rank=128)
+def random_model(
+    config: DehvfConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> DehvfForConditionalGeneration:
+    """Random weights of a configuration's shapes, made where they are to lie."""
     with torch.device("meta"):
         model = DehvfForConditionalGeneration(config)
-    model = model.to(dtype).to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.02)
-    # Buffers hold no value after to_empty; those of the rotary positions count.
-    fresh = AutoModelForCausalLM.from_config(LlamaConfig(**(text.to_dict() | {"num_hidden_layers": 0})))
-    model.get_decoder().rotary_emb = fresh.model.rotary_emb
+    model = model.to(dtype).to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            parameter.data.normal_(std=0.02)
+        else:
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
+    # Buffers hold no value after to_empty.
+    rotary = model.get_decoder().rotary_emb
+    model.get_decoder().rotary_emb = type(rotary)(config.text_config).to(device)
+    for name, buffer in model.named_buffers():
+        assert name.endswith(("inv_freq", "position_ids")), name
+        if name.endswith("position_ids"):
+            buffer.copy_(torch.arange(buffer.shape[-1], device=buffer.device))
     return model
-
-
-def load_merged(directory: str, dtype: torch.dtype) -> DehvfForConditionalGeneration:
-    """An export of tools/merge_adapters.py."""
-    return AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype)
 
 
 def without_pictures(merged: DehvfForConditionalGeneration) -> torch.nn.Module:
@@ -119,4 +104,5 @@ def without_pictures(merged: DehvfForConditionalGeneration) -> torch.nn.Module:
 
 
 if __name__ == "__main__":
-    main()
+    with torch.inference_mode():
+        main()

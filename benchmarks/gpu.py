@@ -37,27 +37,25 @@ dehvf_ds/plan.py without CUDA's own.
 """
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> int:
     """Runs every group in a process of its own; returns 0 if each came to its end."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="directory of the results")
     parser.add_argument("--budget-s", type=float, default=450, help="seconds; what does not fit is left out")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, in one process")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     deadline = time.time() + args.budget_s
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "parts.jsonl").unlink(missing_ok=True)
     whole = True
     for groups in [args.groups] if args.rehearse else [[group] for group in args.groups]:
-        left = deadline - time.time()
-        if left < START_S and not args.rehearse:
-            append(args.output, {"part": " ".join(groups), "left out": "no time left"})
-            whole = False
-            continue
-        code = run_group(groups, args, deadline)
-        if code:
-            append(args.output, {"part": " ".join(groups), "failed": f"process ended with code {code}"})
+        wrong = {"left out": "no time left"}
+        if args.rehearse or deadline - time.time() > START_S:
+            code = run_group(groups, args, deadline)
+            wrong = {"failed": f"process ended with code {code}"} if code else {}
+        if wrong:
+            append(args.output, {"part": " ".join(groups), **wrong})
             whole = False
     print((args.output / "results.md").read_text(encoding="utf-8"), flush=True)
     return 0 if whole else 1
@@ -95,76 +93,47 @@ def append(output: Path, result: dict[str, Any]) -> None:
 def markdown(results: list[dict[str, Any]]) -> str:
     """The tables: steps, largest micro-batches, decoding, the profile, and what is missing."""
     lines = [NOTES]
-    for result in results:
-        if "device" in result:
-            lines += [f"{result['device']}, torch {result['torch']}, CUDA {result['cuda']}", ""]
-            break
-    lines += _table(
-        "model | rows x T | step ms | tokens/s | MFU | all | peak GiB | planned GiB",
-        [_step_row(r) for r in results if "step_s" in r],
-    )
-    lines += _table(
-        "largest micro-batch | T | rows | next that failed | peak GiB",
-        [
-            [r["part"], r["tokens"], r["rows"] or "none", r["failed_rows"] or "-", _gib(r["peak_bytes"])]
-            for r in results
-            if "failed_rows" in r
-        ],
-    )
-    lines += _table(
-        "decoding | batch | tokens/s | bare LLM | ratio",
-        [
-            [
-                r["part"],
-                r["batch"],
-                f"{r['tokens_per_s']:.0f}",
-                f"{r['bare_tokens_per_s']:.0f}",
-                f"{r['ratio']:.2f}",
-            ]
-            for r in results
-            if "bare_tokens_per_s" in r
-        ],
-    )
-    for result in results:
-        if "kernels" in result:
-            lines.append(
-                f"{result['part']}: step {1e3 * result['wall_s']:.1f} ms, device busy "
-                f"{1e3 * result['busy_s']:.1f} ms, host in synchronisation {1e3 * result['waiting_s']:.1f} ms"
-            )
-            lines += ["", *_table("where the time goes | share", list(map(list, result["kinds"])))]
-            lines += _table("kernel | ms a step | calls", list(map(list, result["kernels"])))
-    lines += [
-        f"- {r['part']}: {r.get('failed') or r.get('left out')}"
+    lines += [f"{r['device']}, torch {r['torch']}, CUDA {r['cuda']}\n" for r in results[:1] if "device" in r]
+    head = "model | rows x T | step ms | tokens/s | MFU | all | peak GiB | planned GiB"
+    lines += _table(head, [_step_row(r) for r in results if "step_s" in r])
+    largest = [
+        [r["part"], r["tokens"], r["rows"] or "none", r["failed_rows"] or "-", f"{r['peak_bytes'] / GIB:.1f}"]
         for r in results
-        if {"failed", "left out"} & r.keys()
+        if "failed_rows" in r
     ]
+    lines += _table("largest micro-batch | T | rows | next that failed | peak GiB", largest)
+    head = "decoding | batch | tokens/s | bare LLM | ratio"
+    lines += _table(head, [_decoding_row(r) for r in results if "bare_tokens_per_s" in r])
+    for r in results:
+        if "kernels" in r:
+            wall, busy, waiting = (f"{1e3 * r[name]:.1f} ms" for name in ("wall_s", "busy_s", "waiting_s"))
+            lines.append(f"{r['part']}: step {wall}, device busy {busy}, host in synchronisation {waiting}\n")
+            lines += _table("where the time goes | share", r["kinds"])
+            lines += _table("kernel | ms a step | calls", r["kernels"])
+        lines += [f"- {r['part']}: {r[what]}" for what in ("failed", "left out") if what in r]
     return "\n".join(lines) + "\n"
 
 
 def _step_row(result: dict[str, Any]) -> list[Any]:
     first, last = (1e3 * value for value in result["range_s"])
-    share = [("-" if result[k] is None else f"{100 * result[k]:.1f} %") for k in ("mfu", "utilisation")]
     return [
         result["part"],
         f"{result['rows']} x {result['tokens']}",
         f"{1e3 * result['step_s']:.1f} ({first:.1f}-{last:.1f})",
         f"{result['tokens_per_s']:.0f}",
-        *share,
-        _gib(result["peak_bytes"]),
-        _gib(result["planned_bytes"]) if result.get("planned_bytes") else "-",
+        *("-" if result[k] is None else f"{100 * result[k]:.1f} %" for k in ("mfu", "utilisation")),
+        *(f"{result[k] / GIB:.1f}" if result.get(k) else "-" for k in ("peak_bytes", "planned_bytes")),
     ]
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f}"
+def _decoding_row(result: dict[str, Any]) -> list[Any]:
+    speed, bare = result["tokens_per_s"], result["bare_tokens_per_s"]
+    return [result["part"], result["batch"], f"{speed:.0f}", f"{bare:.0f}", f"{speed / bare:.2f}"]
 
 
 def _table(head: str, rows: list[list[Any]]) -> list[str]:
-    if not rows:
-        return []
-    columns = head.count("|") + 1
     body = ["| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |" for row in rows]
-    return [f"| {head} |", "|" + " --- |" * columns, *body, ""]
+    return [f"| {head} |", "|" + " --- |" * (head.count("|") + 1), *body, ""] if rows else []
 
 
 if __name__ == "__main__":

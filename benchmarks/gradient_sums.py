@@ -10,17 +10,17 @@ by norm, and the share of its elements that are off by more than a tenth.
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from bench import flags
 from torch import Tensor
 
 from dehvf_ds.config import parse_run_config
 from dehvf_ds.distributed import read_world
-from dehvf_ds.model.adapter import load_adapter
-from dehvf_ds.model.backbones import load_model
+from dehvf_ds.model.adapter import find_trained
 from dehvf_ds.training.run import resolve
 
 ROWS = 8
@@ -29,49 +29,36 @@ ROWS = 8
 
 def main() -> None:
     """Computes the gradients once, and sums the first of them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = flags(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="a run directory that has ended")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8], help="how many gradients are summed")
-    flags = parser.parse_args()
-    gradients = list(compute(flags.run, max(flags.ranks)))
-    for ranks in flags.ranks:
+    args = parser.parse_args()
+    gradients = list(compute(args.run, max(args.ranks)))
+    for ranks in args.ranks:
         exact = torch.stack([g.double() for g in gradients[:ranks]]).mean(dim=0)
         line: dict[str, float] = {"ranks": ranks}
         for dtype in (torch.bfloat16, torch.float32):
-            off = ring_mean(gradients[:ranks], dtype).double() - exact
+            total = gradients[0].to(dtype)
+            for gradient in gradients[1:ranks]:
+                total = total + gradient.to(dtype)
+            off = (total / ranks).double() - exact
             name = str(dtype).removeprefix("torch.")
             line[f"{name} error"] = float(off.norm() / exact.norm())
             line[f"{name} off by a tenth"] = float((off.abs() > 0.1 * exact.abs()).double().mean())
         print(json.dumps(line), flush=True)
 
 
-def compute(run: Path, count: int):
+def compute(run: Path, count: int) -> Iterator[Tensor]:
     """Yields one flat bf16 gradient a rank."""
-    sizes = {"global": ROWS * count, "micro": ROWS}
-    flags = [word for name, size in sizes.items() for word in (f"--train.{name}_batch_size", str(size))]
-    config = parse_run_config(["--config", str(run / "config.yaml"), *flags])
-    looked_at = resolve(config, read_world())
-    model = load_model(
-        looked_at.model_config,
-        config.model.language_model,
-        config.model.vision_tower,
-        dtype=torch.float32,
-    )
-    load_adapter(model, run / "adapter")
-    trainable = list(model.train().trainable_parameters().values())
-    for batch in looked_at.training_batches(0, 1):
-        output = model(**batch.to("cpu", torch.float32).inputs())
+    sizes = [f"--train.global_batch_size={ROWS * count}", f"--train.micro_batch_size={ROWS}"]
+    resolved = resolve(parse_run_config(["--config", str(run / "config.yaml"), *sizes]), read_world())
+    model = find_trained(run).load("fp32").train()
+    trainable = model.trainable_parameters()
+    for batch in resolved.training_batches(0, 1):
         model.zero_grad()
+        output = model(**batch.to(torch.device("cpu"), torch.float32).inputs())
         (output.loss_sum / batch.num_supervised()).backward()
-        yield torch.cat([p.grad.flatten() for p in trainable if p.grad is not None]).bfloat16()
-
-
-def ring_mean(gradients: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The mean of gradients whose part sums travel in ``dtype``."""
-    total = gradients[0].to(dtype)
-    for gradient in gradients[1:]:
-        total = total + gradient.to(dtype)
-    return total / len(gradients)
+        yield torch.cat([p.grad.flatten() for p in trainable.values() if p.grad is not None]).bfloat16()
 
 
 if __name__ == "__main__":

@@ -1,20 +1,15 @@
-"""Memory of a whole copy and of its decoding on the CPU, against what the plan says of them.
+"""Memory of a full model gather and of its decoding on the CPU, against what the plan says of them.
 
 python benchmarks/inside.py --model runs/demo --data demo_data/scenes/shards/val
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import threading
-import time
-from pathlib import Path
 
 import psutil
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench import MIB, flags
 
 from dehvf_ds.config import InsideConfig, ScienceqaConfig
 from dehvf_ds.data.tokenizer import load_tokenizer
@@ -25,16 +20,14 @@ from dehvf_ds.model.adapter import find_trained
 from dehvf_ds.planning.memory import Sharding, count_parameters, evaluation_bytes
 from dehvf_ds.training.full_model import full_copy
 
-MIB = 2**20
-
 
 def main() -> None:
     """Prints the four numbers."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = flags(__doc__)
     parser.add_argument("--model", required=True, help="a run of captions")
     parser.add_argument("--data", required=True, help="shards of captions")
     args = parser.parse_args()
-    trained = find_trained(args.model, None, None)
+    trained = find_trained(args.model)
     model = trained.load("fp32")
     questions = open_questions(
         args.data,
@@ -50,33 +43,22 @@ def main() -> None:
     before = resident()
     copy = full_copy(model, World(0, 0, 1, 1, torch.device("cpu")))
     with_copy = resident()
-    peak = Peak()
+    peak, is_over = [with_copy], threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.005):
+            peak[0] = max(peak[0], resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     questions.ask(copy, range(settings.batch_size))
-    decoding = peak.end() - with_copy
+    is_over.set()
+    watcher.join()
     sharding = Sharding.read({"zero_optimization": {"stage": 3}}, nodes=1, gpus_per_node=1)
     planned = list(evaluation_bytes(model.config, count_parameters(model), sharding, settings).values())
-    print(f"copy: {(with_copy - before) / MIB:.0f} MiB measured, {planned[1] / MIB:.0f} planned")
-    print(f"decoding: {decoding / MIB:.0f} MiB measured, {planned[2] / MIB:.0f} planned (an upper bound)")
-
-
-class Peak:
-    """The largest resident size of this process, looked at every 5 ms from now on."""
-
-    def __init__(self):
-        self._bytes, self._ended = 0, False
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._ended:
-            self._bytes = max(self._bytes, resident())
-            time.sleep(0.005)
-
-    def end(self) -> int:
-        """Stops looking; bytes."""
-        self._ended = True
-        self._thread.join()
-        return self._bytes
+    measured = (with_copy - before, peak[0] - with_copy)
+    print(f"copy: {measured[0] / MIB:.0f} MiB measured, {planned[1] / MIB:.0f} planned")
+    print(f"decoding: {measured[1] / MIB:.0f} MiB measured, {planned[2] / MIB:.0f} planned (an upper bound)")
 
 
 def resident() -> int:

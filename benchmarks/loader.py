@@ -9,14 +9,10 @@ workers. The first batch (start of the workers) is not counted.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from dataclasses import replace
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench import flags
 
 from dehvf_ds.config import DataConfig
 from dehvf_ds.data.loader import TrainingLoader, build_loader
@@ -26,10 +22,8 @@ from dehvf_ds.data.transforms import build_image_transform
 
 def main() -> None:
     """Parses the flags and measures each number of workers."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = flags(__doc__, backbones=True)
     parser.add_argument("--data", default="demo_data/scenes/shards/train")
-    parser.add_argument("--language-model", default="demo_data/backbones/smollm2-135m")
-    parser.add_argument("--vision-tower", default="demo_data/backbones/dinov2-small")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--batches", type=int, default=30)
@@ -48,9 +42,8 @@ def main() -> None:
 
 def build(args: argparse.Namespace, workers: int) -> TrainingLoader:
     """A loader of the flags' data; its augmentation is off."""
-    config = replace(DataConfig(train=args.data), num_workers=workers)
     return build_loader(
-        config,
+        DataConfig(train=args.data, num_workers=workers),
         load_tokenizer(args.language_model),
         build_image_transform(args.vision_tower, None),
         seed=0,
@@ -69,14 +62,13 @@ def run(loader: TrainingLoader, step_seconds: float) -> tuple[float, float]:
     next(batches)
     # The workers fill their queues while the first step runs.
     time.sleep(step_seconds)
-    started, waited, count = time.perf_counter(), 0.0, 0
-    while True:
-        asked = time.perf_counter()
-        if next(batches, None) is None:
-            break
+    started = asked = time.perf_counter()
+    waited, count = 0.0, 0
+    for _ in batches:
         waited += time.perf_counter() - asked
         count += 1
         time.sleep(step_seconds)
+        asked = time.perf_counter()
     seconds = time.perf_counter() - started
     return count / seconds, waited / seconds
 

@@ -23,27 +23,25 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import deepspeed
+import torch
+from bench import MIB, REPOSITORY, flags, random_batch, run_config
 
-MALLOC = {
-    "returned": {
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-        "MALLOC_ARENA_MAX": "1",
-    },
-    "default": {},
-}
-PROMPT_TOKENS = 8
-MIB = 2**20
+from dehvf_ds.data.transforms import build_image_transform
+from dehvf_ds.distributed import init_process_group, read_world
+from dehvf_ds.planning.memory import FP32_BYTES, build_on_meta, step_bytes
+from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json
+from dehvf_ds.training.engine import build_engine, build_model_config
+from dehvf_ds.training.step import train_step
+
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+MALLOC = {"returned": RETURNED, "default": {}}
 
 
 def main() -> None:
     """Parses the flags, runs every case, prints a line for each."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--language-model", default="demo_data/backbones/smollm2-135m")
-    parser.add_argument("--vision-tower", default="demo_data/backbones/dinov2-small")
+    parser = flags(__doc__, backbones=True)
     parser.add_argument("--fusion", default="ffn", choices=["ffn", "prefix", "none"])
     parser.add_argument("--micro-batch", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--tokens", type=int, default=48, help="tokens of the longest row")
@@ -56,119 +54,72 @@ def main() -> None:
         return
     print(f"fusion {args.fusion}, {args.tokens} tokens, {args.steps} steps, malloc {args.malloc}; MiB")
     print("rows  recompute  weights+state  activations  predicted  measured  pred./meas.  after load  load")
+    environment = os.environ | MALLOC[args.malloc] | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     for rows in args.micro_batch:
         for checkpointing in (False, True):
-            found = in_fresh_process(args, {"rows": rows, "checkpointing": checkpointing})
-            predicted = found["fixed_bytes"] + found["activation_bytes"]
-            values = [found["fixed_bytes"], found["activation_bytes"], predicted, found["measured_bytes"]]
-            fixed, activations, predicted, measured = (value / MIB for value in values)
+            case = json.dumps({"rows": rows, "checkpointing": checkpointing})
+            command = [sys.executable, __file__, *sys.argv[1:], "--case", case]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"case {case} failed:\n{done.stderr[-3000:]}")
+            found = json.loads(done.stdout.strip().splitlines()[-1])
+            fixed, activations, measured, rest, load = (value / MIB for value in found)
+            predicted = fixed + activations
             print(
                 f"{rows:4d}  {'on' if checkpointing else 'off':9s}  {fixed:13.0f}  {activations:11.0f}  "
-                f"{predicted:9.0f}  {measured:8.0f}  {predicted / measured:11.3f}  "
-                f"{found['rest_bytes'] / MIB:10.0f}  {found['load_bytes'] / MIB:4.0f}",
+                f"{predicted:9.0f}  {measured:8.0f}  {predicted / measured:11.3f}  {rest:10.0f}  {load:4.0f}",
                 flush=True,
             )
 
 
-def in_fresh_process(args: argparse.Namespace, case: dict) -> dict:
-    """Runs one case in a process of its own and returns its numbers."""
-    environment = os.environ | MALLOC[args.malloc] | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__, *sys.argv[1:], "--case", json.dumps(case)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"case {case} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def run_case(args: argparse.Namespace, rows: int, checkpointing: bool) -> list[int]:
+    """Builds the engine, takes the steps, measures and predicts.
 
-
-def run_case(args: argparse.Namespace, rows: int, checkpointing: bool) -> dict[str, int]:
-    """Builds the engine, takes the steps, measures and predicts; bytes."""
-    import deepspeed  # noqa: F401  counts as an import, not as the run's
-
-    from dehvf_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-    from dehvf_ds.data.transforms import build_image_transform
-    from dehvf_ds.distributed import init_process_group, read_world
-    from dehvf_ds.planning.memory import FP32_BYTES, build_on_meta, step_bytes
-    from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json
-    from dehvf_ds.training.engine import build_engine, build_model_config
-    from dehvf_ds.training.step import train_step
-
+    Returns bytes: predicted of weights and state, of activations; measured at the peak, after loading, in it.
+    """
     world = read_world()
     init_process_group(world)
     image_size = build_image_transform(args.vision_tower, None).image_size
-    config = RunConfig(
-        run_dir="unused",
-        model=ModelConfig(
-            language_model=args.language_model, vision_tower=args.vision_tower, fusion=args.fusion
-        ),
-        data=DataConfig(train="unused"),
-        train=TrainConfig(
-            global_batch_size=rows, micro_batch_size=rows, activation_checkpointing=checkpointing
-        ),
-    )
-    repository = Path(__file__).resolve().parent.parent
-    given = json.loads((repository / "ds_configs/zero3.json").read_text())
+    bases = {"language_model": args.language_model, "vision_tower": args.vision_tower}
+    config = run_config(rows, checkpointing=checkpointing, fusion=args.fusion, **bases)
+    given = json.loads((REPOSITORY / "ds_configs/zero3.json").read_text())
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "fp32.json"
         path.write_text(json.dumps(given | {"bf16": {"enabled": False}}))
         ds_config = read_deepspeed_json(str(path), config, world.size)
     model_config = build_model_config(config.model, image_size=image_size)
-    warm_up(ds_config)
+    # A step of a single small map: DeepSpeed imports some 560 modules only then, of 60 MiB.
+    small = torch.nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(small.parameters())
+    engine, *_ = deepspeed.initialize(model=small, optimizer=optimizer, config=ds_config)
+    engine.backward(engine(torch.ones(1, 8)).sum())
+    engine.step()
     baseline = resident_bytes("VmRSS")
     engine, _ = build_engine(config, model_config, ds_config, world)
-    load = resident_bytes("VmHWM") - baseline
-    rest = resident_bytes("VmRSS") - baseline
+    load, rest = resident_bytes("VmHWM") - baseline, resident_bytes("VmRSS") - baseline
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    for step in range(1, args.steps + 1):
-        batch = random_batch(
-            rows, args.tokens, model_config.text_config.vocab_size, image_size, args.fusion != "none", step
+    batches = [
+        random_batch(
+            rows,
+            args.tokens,
+            lengths=[args.tokens // 2 if row == 1 else args.tokens for row in range(rows)],
+            prompt_tokens=8,
+            vocab=model_config.text_config.vocab_size,
+            image_size=image_size,
+            pictures=args.fusion != "none",
+            seed=step,
         )
+        for step in range(args.steps)
+    ]
+    for step, batch in enumerate(batches, start=1):
         train_step(engine, [batch], world, compute_dtype(ds_config), seed=0, step=step)
     measured = resident_bytes("VmHWM") - baseline
-    held = step_bytes(model_config, batch, ds_config, checkpointing=checkpointing)
+    held = step_bytes(model_config, batches[-1], ds_config, checkpointing=checkpointing)
     # Host memory counts once it is touched: of the bucket, as much as there are gradients.
     trainable = sum(p.numel() for p in build_on_meta(model_config).trainable_parameters().values())
     held["gradient buckets"] = min(held["gradient buckets"], trainable * FP32_BYTES)
     activations = held.pop("activations")
-    return {
-        "fixed_bytes": sum(held.values()),
-        "activation_bytes": activations,
-        "measured_bytes": measured,
-        "rest_bytes": rest,
-        "load_bytes": load,
-    }
-
-
-def warm_up(ds_config: dict[str, Any]) -> None:
-    """Takes a step of a single small map: DeepSpeed imports some 560 modules only then, of 60 MiB."""
-    import deepspeed
-    import torch
-
-    model = torch.nn.Linear(8, 8)
-    optimizer = torch.optim.AdamW(model.parameters())
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    engine.backward(engine(torch.ones(1, 8)).sum())
-    engine.step()
-
-
-def random_batch(rows: int, tokens: int, vocab: int, image_size: int, pictures: bool, seed: int):
-    """Captions of random tokens, the second row shorter than the others, with pictures of noise."""
-    import torch
-
-    from dehvf_ds.batch import IGNORE_INDEX, Batch
-
-    generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(10, vocab, (rows, tokens), generator=generator)
-    attention_mask = torch.ones_like(input_ids)
-    attention_mask[1:2, tokens // 2 :] = 0
-    labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
-    labels[:, :PROMPT_TOKENS] = IGNORE_INDEX
-    return Batch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        labels=labels,
-        pixel_values=torch.randn(rows, 3, image_size, image_size, generator=generator),
-        has_image=torch.full((rows,), pictures),
-    )
+    return [sum(held.values()), activations, measured, rest, load]
 
 
 def resident_bytes(field: str) -> int:

@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench import flags
 
 from dehvf_ds.config import DataConfig
 from dehvf_ds.data.loader import open_examples
@@ -29,7 +28,7 @@ from dehvf_ds.data.stream import SampleOrder, micro_batches
 
 def main() -> None:
     """Parses the flags; the process that is started with ``--measure`` does the timing."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = flags(__doc__)
     parser.add_argument("--shards", type=int, default=10_000)
     parser.add_argument("--samples", type=int, default=20_000_000)
     parser.add_argument("--start", type=int, default=10_000_000)
@@ -37,54 +36,45 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        measure(args)
+        print(json.dumps(measure(args)))
         return
     with tempfile.TemporaryDirectory() as directory:
         write_synthetic(Path(directory), args.shards, args.samples // args.shards)
         print(f"{args.shards} shards, {args.samples} samples")
-        runs = [
-            json.loads(subprocess.check_output([sys.executable, *sys.argv, "--measure", directory]))
-            for _ in range(5)
-        ]
+        command = [sys.executable, *sys.argv, "--measure", directory]
+        runs = [json.loads(subprocess.check_output(command)) for _ in range(5)]
     for name in runs[0]:
         print(f"{name}: {min(run[name] for run in runs):.3f} s")
 
 
 def write_synthetic(directory: Path, num_shards: int, samples: int) -> None:
     """A directory that opens as a shard directory of one-caption samples; its shards are holes."""
-    names = [f"synthetic-{i:06d}.tar" for i in range(num_shards)]
     total = num_shards * samples
-    for name, width, dtype in ((INDEX_NAME, (4,), np.int64), (LENGTHS_NAME, (), np.int32)):
-        table = np.lib.format.open_memmap(directory / name, mode="w+", dtype=dtype, shape=(total, *width))
-        if width:
-            table[:, 2] = 1
-    for name in names:
+    shape = {"mode": "w+", "dtype": np.int64, "shape": (total, 4)}
+    np.lib.format.open_memmap(directory / INDEX_NAME, **shape)[:, 2] = 1
+    np.lib.format.open_memmap(directory / LENGTHS_NAME, mode="w+", dtype=np.int32, shape=(total,))
+    shards = []
+    for i in range(num_shards):
+        name = f"synthetic-{i:06d}.tar"
         with (directory / name).open("wb") as file:
             file.truncate(1024)
-    shard = {"samples": samples, "examples": samples, "bytes": 1024, "sha256": "0" * 64}
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "num_samples": total,
-        "num_captions": total,
-        "num_pictures": total,
-        "tasks": {"caption": total},
-        "key_prefix": None,
-        "shards": [{"name": name, **shard} for name in names],
-        "builder": {},
-    }
-    (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2))
+        sizes = {"samples": samples, "examples": samples, "bytes": 1024}
+        shards.append({"name": name, **sizes, "sha256": "0" * 64})
+    counts = dict.fromkeys(("num_samples", "num_captions", "num_pictures"), total)
+    manifest = {"format_version": FORMAT_VERSION, **counts, "tasks": {"caption": total}}
+    manifest |= {"key_prefix": None, "shards": shards, "builder": {}}
+    (directory / MANIFEST_NAME).write_text(json.dumps(manifest))
 
 
-def measure(args: argparse.Namespace) -> None:
-    """Opens, looks at the files' sizes, and plans one global batch for one rank; prints the seconds."""
-    started = time.perf_counter()
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of opening, of a look at the files' sizes, and of planning one global batch for one rank."""
+    times = [time.perf_counter()]
     index, examples = open_examples(DataConfig(train=args.measure), seed=0)
-    opened = time.perf_counter()
+    times.append(time.perf_counter())
     index.check_sizes()
-    checked = time.perf_counter()
-    order = SampleOrder(examples.shard_sizes, seed=0, window=4096)
+    times.append(time.perf_counter())
     batches = micro_batches(
-        order,
+        SampleOrder(examples.shard_sizes, seed=0, window=4096),
         rank=0,
         world_size=1,
         micro_batch_size=args.batch,
@@ -94,8 +84,8 @@ def measure(args: argparse.Namespace) -> None:
     )
     planned = [examples.resolve(epoch, example) for epoch, example in next(batches)]
     assert len(set(planned)) == args.batch
-    done = time.perf_counter()
-    print(json.dumps({"open": opened - started, "sizes": checked - opened, "resume": done - checked}))
+    times.append(time.perf_counter())
+    return dict(zip(("open", "sizes", "resume"), np.diff(times).tolist(), strict=True))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/start_values.py --spec a=36,b=1 --spec a=36,b=4,lr=4e-3 [--device cuda] [--output FILE]
 
-``a`` fills the gains of the queries (the spread of the scores), ``b`` over sqrt(M) those of the read (its
+``a`` fills the scales of the queries (the spread of the scores), ``b`` over sqrt(M) those of the read (its
 size); ``lr``, ``steps``, ``seed`` and ``norm=0`` (queries as they come) may follow. Plain torch, fp32 masters
 beside bf16 weights; the tower runs once, for its outputs do not change. Prints a JSON line a spec: loss a
 token and F1 of the words for colour, texture and shape in greedy captions, on scenes that were never shown.
@@ -10,10 +10,8 @@ token and F1 of the words for colour, texture and shape in greedy captions, on s
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +19,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from bench import LORA, flags
 from PIL import Image
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dehvf_ds.batch import Batch, Sample
 from dehvf_ds.config import TrainConfig
@@ -34,9 +31,10 @@ from dehvf_ds.data.loader import read_sample
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.demo.outcome import score_words
+from dehvf_ds.evaluation.decode import Decoding, decode
 from dehvf_ds.model import DehvfForConditionalGeneration, ffn
 from dehvf_ds.model.backbones import build_config, load_model
-from dehvf_ds.model.features import visual_features as visual_levels
+from dehvf_ds.model.features import visual_features
 from dehvf_ds.training.optim import learning_rate, parameter_groups
 
 CAPTIONS_A_PICTURE = 5
@@ -55,35 +53,22 @@ class SeenModel(DehvfForConditionalGeneration):
 
 
 class Scenes:
-    """One split: its rows, and the tower's levels of all its pictures."""
+    """One split: its rows, and the tower's feature layers of all its pictures."""
 
     def __init__(self, model: SeenModel, directory: Path, tower: str, tokenizer: Any):
         self.index = ShardIndex(directory)
         transform = build_image_transform(tower, model.config.image_size)
-        rows = range(len(self.index))
-        device = model.projector.bias.device
-        parts = [
-            visual_levels(
-                model.vision_tower,
-                torch.stack(
-                    [transform(picture) for row in rows[i : i + 50] if (picture := self.picture(row))]
-                )
-                .to(device)
-                .to(DTYPE),
-                model.config.levels,
-            )
-            for i in range(0, len(rows), 50)
-        ]
+        device, rows, parts = model.projector.bias.device, range(len(self.index)), []
+        for first in range(0, len(rows), 50):
+            images = [read_sample(self.index, row).image for row in rows[first : first + 50]]
+            pixels = torch.stack([transform(image) for image in images if image]).to(device).to(DTYPE)
+            parts.append(visual_features(model.vision_tower, pixels, model.config.levels))
         self.features = torch.cat(parts)
         settings: dict[str, Any] = {"task": "caption", "max_tokens": 48}
         self.collators = {
             asked: Collator(tokenizer, _NoPicture(), for_generation=asked, **settings)  # pyright: ignore
             for asked in (False, True)
         }
-
-    def picture(self, row: int) -> Image.Image | None:
-        """A row's picture."""
-        return read_sample(self.index, row).image
 
     def sample(self, row: int, caption: int) -> Sample:
         """A row with one of its captions, without its picture."""
@@ -106,7 +91,7 @@ class _NoPicture:
 
 def main() -> None:
     """Trains one model a spec."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = flags(__doc__)
     parser.add_argument("--spec", action="append", required=True)
     parser.add_argument("--data", type=Path, default=Path("demo_data"))
     parser.add_argument("--device", default="cpu")
@@ -123,36 +108,34 @@ def main() -> None:
 def run(spec: str, data: Path, device: str) -> dict[str, Any]:
     """Trains with one spec and measures."""
     given = dict(part.split("=") for part in spec.split(","))
-    steps, seed = int(given.get("steps", 120)), int(given.get("seed", 0))
-    llm, tower = (str(data / "backbones" / name) for name in ("smollm2-135m", "dinov2-small"))
-    model = _build(llm, tower, seed, device)
+    seed = int(given.get("seed", 0))
+    bases = [str(data / "backbones" / name) for name in ("smollm2-135m", "dinov2-small")]
+    config = build_config(*bases, num_levels=6, image_size=224, lora=LORA)
+    model: Any = load_model(config, *bases, dtype=DTYPE, seed=seed).to(device)
+    model.__class__ = SeenModel
     if given.get("norm") == "0":
         ffn.F = SimpleNamespace(silu=torch.nn.functional.silu, rms_norm=lambda x, *_, **__: x)
-    named = model.trainable_parameters()
-    for name, parameter in named.items():
+    for name, parameter in model.trainable_parameters().items():
         if name.endswith("gain_in") and "a" in given:
             parameter.data.fill_(float(given["a"]))
         if name.endswith("gain_out"):
             size = float(given.get("b", ffn.READ_SIZE))
             parameter.data.fill_(size * model.config.num_slots**-0.5)
-    tokenizer = load_tokenizer(llm)
-    scenes = {s: Scenes(model, data / "scenes/shards" / s, tower, tokenizer) for s in ("train", "test")}
+    tokenizer = load_tokenizer(bases[0])
+    scenes = {s: Scenes(model, data / "scenes/shards" / s, bases[1], tokenizer) for s in ("train", "test")}
     began = time.monotonic()
-    config = TrainConfig(
-        steps=steps, lr=float(given.get("lr", 2e-3)), global_batch_size=16, micro_batch_size=16
-    )
-    losses = train(model, scenes["train"], config, seed)
+    sizes = {"global_batch_size": 16, "micro_batch_size": 16}
+    train_config = TrainConfig(steps=int(given.get("steps", 120)), lr=float(given.get("lr", 2e-3)), **sizes)
+    losses = train(model, scenes["train"], train_config, seed)
     found = measure(model, scenes["test"], tokenizer)
-    return found | {
-        "train_last_20": round(sum(losses[-20:]) / 20, 4),
-        "seconds": round(time.monotonic() - began),
-    }
+    seconds = round(time.monotonic() - began)
+    return found | {"train_last_20": round(sum(losses[-20:]) / 20, 4), "seconds": seconds}
 
 
 def train(model: SeenModel, scenes: Scenes, config: TrainConfig, seed: int) -> list[float]:
     """The recipe's steps; returns each step's loss."""
     assert config.steps is not None
-    named = model.trainable_parameters()
+    named = model.train().trainable_parameters()
     masters = {name: torch.nn.Parameter(p.data.float()) for name, p in named.items()}
     groups = parameter_groups(masters, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
@@ -164,8 +147,8 @@ def train(model: SeenModel, scenes: Scenes, config: TrainConfig, seed: int) -> l
         batch = scenes.batch(model, drawn[first : first + config.global_batch_size])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config, config.steps)
-        output = model.train()(**batch.inputs())
         model.zero_grad()
+        output = model(**batch.inputs())
         output.loss.backward()
         for name, parameter in named.items():
             assert parameter.grad is not None
@@ -191,26 +174,11 @@ def measure(model: SeenModel, scenes: Scenes, tokenizer: Any) -> dict[str, float
             loss += output.loss_sum.item()
             tokens += output.num_tokens.item()
         batch = scenes.batch(model, [(row, 0) for row in rows], asked=True)
-        ids = model.generate(
-            batch.input_ids,
-            batch.pixel_values,
-            attention_mask=batch.attention_mask,
-            max_new_tokens=40,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for row, text in zip(rows, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-            captions.append((text, scenes.sample(row, 0).record["captions"][0]))
+        answers = decode(model, batch, tokenizer, Decoding(max_new_tokens=40))
+        truths = [scenes.sample(row, 0).record["captions"][0] for row in rows]
+        captions += [(answer.text, truth) for answer, truth in zip(answers, truths, strict=True)]
     words = {kind: round(f1, 3) for kind, f1 in score_words(captions).items()}
     return {"test_loss": round(loss / tokens, 4)} | words
-
-
-def _build(llm: str, tower: str, seed: int, device: str) -> SeenModel:
-    lora = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["down_proj"]}
-    config = build_config(llm, tower, num_levels=6, image_size=224, lora=lora)
-    model: Any = load_model(config, llm, tower, dtype=DTYPE, seed=seed).to(device)
-    model.__class__ = SeenModel
-    return model
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ Every rank holds all three. Prints the seconds of each round on rank 0 and the r
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
-from timing import median_and_range, random_batch, seconds_in_turn
+from bench import REPOSITORY, flags, median_and_range, random_batch, run_config, seconds_in_turn
 from torch.nn.parallel import DistributedDataParallel
 
 from dehvf_ds.batch import Batch
-from dehvf_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dehvf_ds.config import RunConfig
 from dehvf_ds.distributed import World, barrier, init_process_group, read_world, run_entry
 from dehvf_ds.model.backbones import load_model
 from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json
@@ -26,34 +25,27 @@ from dehvf_ds.training.step import train_step
 
 def main(argv: list[str]) -> None:
     """Parses the flags, builds the three, takes the rounds."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--language-model", default="demo_data/backbones/smollm2-135m")
-    parser.add_argument("--vision-tower", default="demo_data/backbones/dinov2-small")
+    parser = flags(__doc__, backbones=True)
     parser.add_argument("--rows", type=int, default=4, help="of a micro-batch; two of them make a step")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5, help="one more before them is not counted")
     args = parser.parse_args(argv)
     world = read_world()
-    config = RunConfig(
-        run_dir="unused",
-        model=ModelConfig(language_model=args.language_model, vision_tower=args.vision_tower),
-        data=DataConfig(train="unused"),
-        train=TrainConfig(global_batch_size=2 * args.rows * world.size, micro_batch_size=args.rows),
-    )
+    bases = {"language_model": args.language_model, "vision_tower": args.vision_tower}
+    config = run_config(args.rows, accumulation=2 * world.size, **bases)
     init_process_group(world)
     batches = [random_batch(args.rows, args.tokens, seed=2 * world.rank + number) for number in range(2)]
-    variants = {"ddp": ddp_step(config, world, batches)}
+    variants = {"ddp": ddp_step(config, batches)}
     for name in ("zero2", "zero3"):
-        variants[name] = engine_step(config, world, batches, f"ds_configs/{name}.json")
+        variants[name] = engine_step(config, world, batches, f"{REPOSITORY}/ds_configs/{name}.json")
     ratios: dict[str, list[float]] = {name: [] for name in variants}
     for seconds in seconds_in_turn(variants, args.rounds, wait=barrier):
         if world.is_main:
             print("  ".join(f"{name} {value:.3f} s" for name, value in seconds.items()), flush=True)
         for name, value in seconds.items():
             ratios[name].append(value / seconds["ddp"])
-    if world.is_main:
-        for name, values in ratios.items():
-            print(f"{name} / ddp: {median_and_range(values)}", flush=True)
+    for name, values in ratios.items() if world.is_main else ():
+        print(f"{name} / ddp: {median_and_range(values)}", flush=True)
 
 
 def engine_step(config: RunConfig, world: World, batches: list[Batch], path: str) -> Callable[[], object]:
@@ -65,11 +57,10 @@ def engine_step(config: RunConfig, world: World, batches: list[Batch], path: str
     return lambda: train_step(engine, batches, world, dtype, seed=0, step=1)
 
 
-def ddp_step(config: RunConfig, world: World, batches: list[Batch]) -> Callable[[], None]:
+def ddp_step(config: RunConfig, batches: list[Batch]) -> Callable[[], object]:
     """The same step in plain PyTorch: gradients averaged once, in the last micro-step."""
-    model_config = build_model_config(config.model, image_size=224)
-    backbones = (config.model.language_model, config.model.vision_tower)
-    model = load_model(model_config, *backbones, dtype=torch.float32)
+    bases = (config.model.language_model, config.model.vision_tower)
+    model = load_model(build_model_config(config.model, image_size=224), *bases, dtype=torch.float32)
     trainable = model.trainable_parameters()
     optimizer = torch.optim.AdamW(parameter_groups(trainable, config.train.weight_decay), lr=config.train.lr)
     wrapped = DistributedDataParallel(model)

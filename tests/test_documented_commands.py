@@ -15,9 +15,9 @@ from processes import REPOSITORY, run_python
 from dehvf_ds.config import (
     find_deepspeed_json,
     parse_eval_config,
+    parse_generate_config,
     parse_run_config,
 )
-from dehvf_ds.generate import parse_flags
 from dehvf_ds.plan import parse_plan_config, split_flags
 
 COMMANDS = documented()
@@ -60,7 +60,7 @@ def check_eval(given: list[str]) -> None:
 def check_generate(given: list[str]) -> None:
     # Of all options that a page lists, these two exclude each other.
     given = [word for word in given if word != "--stream" or "--num_beams" not in given]
-    parse_flags(given)
+    parse_generate_config(given)
 
 
 def check_plan(given: list[str]) -> None:

@@ -33,7 +33,7 @@ def test_train_evaluate_generate_merge_load(world: Path) -> None:
     # The same rows on one rank without workers and on two ranks with one each: the order is the same.
     assert losses(world, "two") == pytest.approx(losses(world, "one"), rel=1e-5)
     parts = {"config.yaml", "metrics.jsonl", "tensorboard", "adapter", "checkpoints"}
-    assert {path.name for path in run.iterdir()} == parts
+    assert {path.name for path in run.iterdir()} - {".lock"} == parts
     assert json.loads((run / "adapter/manifest.json").read_text())["step"] == 4
 
     data = ["--data", str(world / "test"), "--batch_size", "3", "--max_new_tokens", "8", "--loss", "true"]
@@ -215,7 +215,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_keep_the_artifact(world: Pa
         ("train", ["--model.language_model", "my/own/llm"], "my/own/llm: no such directory in {cwd}"),
         ("train", ["--model.vision_tower", "my/own/tower"], "my/own/tower: no such directory in {cwd}"),
         ("train", ["--data.train", "my/shards"], "my/shards: no such directory in {cwd}"),
-        ("train", ["--model.language_model", "{world}/tower"], "a clip_vision_model model has no LM head"),
+        ("train", ["--model.language_model", "{world}/tower"], "a clip_vision_model model is no decoder"),
         (
             "train",
             ["--model.language_model", "{world}/gpt2"],
@@ -227,11 +227,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_keep_the_artifact(world: Pa
         ("train", ["--eval.every_steps", "2", "--data.task", "chat"], "chat has no scores"),
         ("train", ["--eval.every_steps", "2", "--eval.data", "{world}/scienceqa"], "cannot score"),
         ("train", ["--model.num_levels", "9"], "9 vision levels asked of a tower with 4 blocks"),
-        (
-            "eval",
-            ["--model", "/nowhere", "--data", "{world}/test"],
-            "/nowhere: no such directory",
-        ),
+        ("eval", ["--model", "/nowhere", "--data", "{world}/test"], "/nowhere: no such directory"),
         ("eval", ["--model", "{world}", "--data", "/nowhere"], "/nowhere"),
         ("generate", ["--model", "{world}", "--image", "/nowhere.png"], "/nowhere.png"),
     ],
@@ -255,11 +251,7 @@ def test_a_mistake_is_refused_before_anything_is_written(
     ("entry", "more", "message"),
     [
         ("train", ["--model.lora.targets", "[fc1]"], "no linear map 'fc1'"),
-        (
-            "eval",
-            ["--model", "/nowhere", "--data", "{world}/test"],
-            "/nowhere: no such directory",
-        ),
+        ("eval", ["--model", "/nowhere", "--data", "{world}/test"], "/nowhere: no such directory"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(world: Path, entry: str, more: list[str], message: str) -> None:

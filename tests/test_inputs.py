@@ -154,7 +154,6 @@ def test_pictures_become_the_same_pixels_everywhere(pictures, tmp_path, kind) ->
         transform,
         prompt="Picture:",
         scienceqa=QCM_A,
-        caption_tokenizer="simple",
     )
     questions.ask(model, range(len(names)))
     generated = questions.collator(
@@ -267,7 +266,6 @@ def test_texts_become_the_same_ids_everywhere(pictures, tmp_path, kind) -> None:
             transform,
             prompt=prompt,
             scienceqa=QCM_A,
-            caption_tokenizer="simple",
         )
         model: Any = Recorder()
         questions.ask(model, [0])

@@ -1,4 +1,4 @@
-"""Recipes and DeepSpeed JSONs are found by the names that README and docs give them, from any directory."""
+"""Recipes, DeepSpeed JSONs and job scripts: found by their documented names, and right in what they set."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from training.launch import REPOSITORY
 
 from dehvf_ds.config import (
     DEEPSPEED_DIR,
@@ -15,11 +16,16 @@ from dehvf_ds.config import (
     UserError,
     find_deepspeed_json,
     find_recipe,
+    ignored_settings,
     parse_run_config,
 )
+from dehvf_ds.planning.memory import JSON_NAMES
+from dehvf_ds.planning.report import build_plan
+from dehvf_ds.planning.time import PlanConfig
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 
 RECIPES = {path.stem for path in RECIPES_DIR.glob("*.yaml")}
+LLAMA = sorted(name for name in RECIPES if "llama" in name)
 KINDS = [
     (find_recipe, RECIPES_DIR, "*.yaml", ("{}", "{}.yaml", "dehvf_ds/recipes/{}.yaml", "./recipes/{}.yaml")),
     (find_deepspeed_json, DEEPSPEED_DIR, "*.json", ("{}", "{}.json", "ds_configs/{}.json")),
@@ -58,6 +64,12 @@ def test_a_file_of_the_working_directory_comes_first(elsewhere: Path) -> None:
 
 def test_the_promised_recipes_are_there() -> None:
     assert {"demo", "flickr8k", "flickr8k_memvp", "flickr8k_prefix", "flickr8k_none"} <= RECIPES
+    assert LLAMA == ["coco_llama13b", "coco_llama7b", "scienceqa_llama13b", "scienceqa_llama7b"]
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_a_recipe_has_no_setting_without_effect(recipe: str) -> None:
+    assert ignored_settings(parse_run_config(["--config", recipe])) == []
 
 
 @pytest.mark.parametrize("arm", ["memvp", "none", "prefix"])
@@ -68,3 +80,30 @@ def test_the_arms_of_flickr8k_differ_in_the_method_alone(arm: str) -> None:
     assert [other["model"].pop(key, None) for key in ("router", "fusion", "prefix_tokens")] != [None] * 3
     assert other.pop("run_dir") != base.pop("run_dir")
     assert other == base
+
+
+@pytest.mark.parametrize("recipe", LLAMA)
+def test_a_llama_recipe_starts_and_its_learning_rate_follows_the_global_batch(recipe: str) -> None:
+    train = parse_run_config(["--config", recipe]).train
+    assert [train.accumulation(ranks) for ranks in (8, 16)] == [2, 1]
+    assert train.lr == pytest.approx(9e-3 * train.global_batch_size / 256)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (REPOSITORY / "slurm").glob("train_*.sh")))
+def test_a_job_script_starts_and_takes_what_the_plan_recommends(script: str) -> None:
+    text = (REPOSITORY / "slurm" / script).read_text(encoding="utf-8")
+
+    def found(pattern: str) -> str:
+        match = re.search(pattern, text, flags=re.MULTILINE)
+        assert match is not None, pattern
+        return match[1]
+
+    place = PlanConfig(
+        nodes=int(found(r"^#SBATCH --nodes=(\d+)$")),
+        gpus_per_node=int(found(r"^#SBATCH --gpus-per-node=(\d+)$")),
+    )
+    config = parse_run_config(["--config", found(r"RECIPE:-(\w+)}")])
+    config.train.accumulation(place.world)
+    chosen = build_plan(config, place).chosen
+    assert chosen is not None
+    assert found(r"DS_CONFIG:-ds_configs/([\w.]+)}") == JSON_NAMES[chosen.strategy]

@@ -78,6 +78,13 @@ class EvalConfig:
     def __post_init__(self) -> None:
         fits = self.min_new_tokens <= (self.max_new_tokens or self.min_new_tokens)
         require(fits, "min_new_tokens is larger than max_new_tokens")
+        if self.task == "coco":
+            require(self.reading == "generation", "reading likelihood is ScienceQA's; captions are generated")
+            require(not self.image_captions, "image_captions is of ScienceQA, and not of task coco")
+        else:
+            require(self.references is None, "references is of captions, and not of task scienceqa")
+        fits = self.images is None or self.data.lower().endswith(".json")
+        require(fits, "images is of annotation files, and data is none")
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)

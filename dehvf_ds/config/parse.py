@@ -28,7 +28,7 @@ RECIPES_DIR = _PACKAGE / "recipes"
 # A wheel has them inside the package, a clone beside it.
 DEEPSPEED_DIR = (_PACKAGE if (_PACKAGE / "ds_configs").is_dir() else _PACKAGE.parent) / "ds_configs"
 
-_FLAG = re.compile(r"\A--[\w.-]+(?=\+?(?:=|\Z))")
+_FLAG = re.compile(r"\A--[\w.-]+(?=(?:=|\Z))")
 
 
 def parse_run_config(args: Sequence[str], default_recipe: str = "demo") -> RunConfig:
@@ -95,7 +95,7 @@ def find_deepspeed_json(given: str) -> Path:
 
 
 def looked_in(path: str | Path) -> str:
-    """Where a relative path was looked for, to go after "no such file"; nothing for an absolute one."""
+    """Where a relative path was looked for, to go after "no such file"; empty for an absolute one."""
     return "" if Path(path).is_absolute() else f" in {Path.cwd()}"
 
 
@@ -134,7 +134,6 @@ def _flag_parser(settings: Mapping[str, FieldInfo], description: str) -> argpars
             options |= {"nargs": "?", "const": "true"}
         elif get_origin(field.annotation) is list:
             options |= {"nargs": "+", "action": "extend"}
-            parser.add_argument(f"--{name}+", **options)
         parser.add_argument(f"--{name}", **options)
     return parser
 

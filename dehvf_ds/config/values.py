@@ -43,10 +43,8 @@ def expand_path(text: str) -> str:
     """Expands a leading ``~``, ``$VAR`` and ``${VAR}``; ``$$`` is a dollar sign.
 
     A ``pipe:`` command belongs to its shell and an address to its server: both stay as they are. So does the
-    name of a file that a shell's pattern found (``cost$5.jpg``), where its variable does not exist.
-
-    Raises:
-        ValueError: no path, no such user, or a variable that is empty or not set.
+    name of a file that a shell's pattern found (``cost$5.jpg``), where its variable does not exist. Raises a
+    ``ValueError`` where it is no path, or names no user or a variable that is empty or not set.
     """
     if not text.strip():
         raise ValueError("it should be a path")

@@ -21,8 +21,8 @@ import shutil
 from pathlib import Path
 from random import Random
 
-from dehvf_ds.config import UserError, expand_flags
-from dehvf_ds.demo import whole_directory
+from dehvf_ds.atomic import atomic_directory
+from dehvf_ds.config import expand_flags, require
 from dehvf_ds.demo.scenes import SPLITS, draw_picture, draw_problem, draw_scene
 from dehvf_ds.distributed import run_entry
 
@@ -37,13 +37,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_world(directory: Path, counts: dict[str, int], seed: int) -> None:
-    """Writes pictures, captions and questions of every split.
-
-    Args:
-        directory: an empty directory.
-        counts: pictures of each split; as many questions.
-        seed: seed of everything drawn; each picture has a generator of its own.
-    """
+    """Writes pictures and captions of every split, as many as ``counts`` says, and a question about each."""
     problems, pids = {}, {}
     number = 0
     for split, count in counts.items():
@@ -83,15 +77,13 @@ def main(argv: list[str] | None = None) -> int:
         default = 1200 if split == "train" else 100
         parser.add_argument(f"--{split}", type=int, default=default, help=f"pictures (default {default})")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default 0)")
-    args = parser.parse_args(argv)
-    expand_flags(args)
+    args = expand_flags(parser.parse_args(argv))
     counts = {split: getattr(args, split) for split in SPLITS}
     for split, count in counts.items():
-        if count < 1:
-            raise UserError(f"--{split} {count}: give at least 1 picture")
-    if args.output.exists():
-        raise UserError(f"--output {args.output} exists; remove it or name another directory")
-    with whole_directory(args.output) as directory:
+        require(count > 0, f"--{split} {count}: give at least 1 picture")
+    told = f"--output {args.output} exists; remove it or name another directory"
+    require(not args.output.exists(), told)
+    with atomic_directory(args.output) as directory:
         write_world(directory, counts, args.seed)
     total = sum(counts.values())
     print(f"{args.output}: {total} pictures, {5 * total} captions, {total} questions ({counts})")

@@ -13,7 +13,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -76,16 +75,15 @@ next:  source {os.path.relpath(Path(sys.prefix) / "bin/activate")}
 
 def read_scores(run: Path) -> dict[str, float]:
     """The scores of a run's captions of the test scenes, x100."""
-    return json.loads(read_text(run / EVALUATION / "metrics.json"))
+    return json.loads(_read(run / EVALUATION / "metrics.json"))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file."""
-    return [json.loads(line) for line in read_text(path).splitlines()]
+    return [json.loads(line) for line in _read(path).splitlines()]
 
 
-def read_text(path: Path) -> str:
-    """A file that the demo leaves."""
+def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -122,14 +120,13 @@ def caption(model: Path, pictures: Iterable[Path]) -> dict[str, str]:
 
     In fp32: two bf16 computations of one model part where two words are about as likely.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "captions.jsonl"
-        command = [sys.executable, "-m", "dehvf_ds.generate", "--model", str(model), "--output", str(output)]
-        command += ["--dtype", "fp32", "--image", *map(str, pictures)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise UserError(f"{model}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
-        return {line["image"]: line["text"] for line in read_lines(output)}
+    command = [sys.executable, "-m", "dehvf_ds.generate", "--model", str(model), "--output", "-"]
+    command += ["--dtype", "fp32", "--image", *map(str, pictures)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(f"{model}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
+    lines = map(json.loads, done.stdout.splitlines())
+    return {line["image"]: line["text"] for line in lines}
 
 
 if __name__ == "__main__":

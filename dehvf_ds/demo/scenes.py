@@ -76,13 +76,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture's content.
-
-    Attributes:
-        things: one to three; the larger first, equal sizes from left to right or from top to bottom.
-        axis: ``x`` side by side, ``y`` one above the other; meaningless for one thing.
-        background: name of its colour.
-    """
+    """A picture's content: one to three things, the larger first, side by side (axis x) or in a column."""
 
     things: tuple[Thing, ...]
     axis: str
@@ -165,10 +159,8 @@ def outline(shape: str, radius: float) -> list[Point]:
         reach = [r, 0.45 * r] * 5
         return [(length * math.cos(t), length * math.sin(t)) for length, t in zip(reach, angles, strict=True)]
     if shape == "heart":
-        angles = [2 * math.pi * index / 60 for index in range(60)]
-        wave = [
-            13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in angles
-        ]
+        c, angles = math.cos, [2 * math.pi * index / 60 for index in range(60)]
+        wave = [13 * c(t) - 5 * c(2 * t) - 2 * c(3 * t) - c(4 * t) for t in angles]
         return [(r * math.sin(t) ** 3, -r * (w + 2.5) / 15) for t, w in zip(angles, wave, strict=True)]
     upper = [(-b, -r), (b, -r), (b, -b), (r, -b), (r, b), (b, b)]
     corners: dict[str, list[Point]] = {
@@ -296,20 +288,17 @@ def ask_about_picture(random: Random, scene: Scene) -> Question:
     """A question that only the picture can answer; one in four comes with a hint besides."""
     thing = random.choice(scene.things)
     numbers = ["one", "two", "three"]
-    number = numbers[len(scene.things) - 1]
     hint = "The picture shows shapes on a colored background." if random.random() < 0.25 else ""
-    nature = ("natural science", "physics")
+    nature, place = ("natural science", "physics"), ("social science", "geography")
+    background, number = scene.background, numbers[len(scene.things) - 1]
     kinds = [
         Question(f"Which color is the {thing.shape}?", thing.color, list(COLORS), *nature, "Name a color", 1),
         Question(f"Which shape is {thing.color}?", thing.shape, list(SHAPES), *nature, "Name a shape", 2),
-        Question(
-            "Which color is the background?", scene.background, list(BACKGROUNDS), *nature, "Name a color", 4
-        ),
+        Question("Which color is the background?", background, list(BACKGROUNDS), *nature, "Name a color", 4),
         Question("How many objects are there?", number, numbers, *nature, "Count objects", 7),
     ]
     if len(scene.things) == 2:
         text = "Where is the {}, seen from the {}?".format(*(thing.shape for thing in scene.things))
-        place = ("social science", "geography")
         kinds.append(Question(text, scene.relation, list(RELATIONS.values()), *place, "Read directions", 8))
     question = random.choice(kinds)
     others = [choice for choice in question.wrong if choice != question.right]
@@ -322,14 +311,12 @@ def ask_in_words(random: Random, scene: Scene) -> Question:
     if kind == "scene":
         thing = random.choice(scene.things)
         wrong = random.sample([color for color in COLORS if color != thing.color], 3)
-        text, nature = f"Which color is the {thing.shape}?", ("natural science", "physics")
-        return Question(text, thing.color, wrong, *nature, "Read a text", 5, scene.captions[0])
+        text, about = f"Which color is the {thing.shape}?", ("natural science", "physics", "Read a text")
+        return Question(text, thing.color, wrong, *about, 5, scene.captions[0])
     if kind == "map":
         north, south = random.sample(("school", "bridge", "market", "harbor", "library", "mill"), 2)
-        text, place = "Which place lies farther south?", ("social science", "geography")
-        return Question(
-            text, south, [north], *place, "Read a map", 9, f"The {north} lies north of the {south}."
-        )
+        hint, about = f"The {north} lies north of the {south}.", ("social science", "geography", "Read a map")
+        return Question("Which place lies farther south?", south, [north], *about, 9, hint)
     right = random.choice(list(COLORS))
-    text, language = "Which word names a color?", ("language science", "vocabulary")
-    return Question(text, right, random.sample(SHAPES, 3), *language, "Sort words by meaning", 3)
+    about = ("language science", "vocabulary", "Sort words by meaning")
+    return Question("Which word names a color?", right, random.sample(SHAPES, 3), *about, 3)

@@ -13,20 +13,21 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
-from dehvf_ds.config import UserError
-from dehvf_ds.evaluation.dataset import NO_JAVA, match_references, require_java
+from dehvf_ds.config import UserError, require
+from dehvf_ds.evaluation.dataset import match_references
 from dehvf_ds.evaluation.predict import Scored
 
 CAPTION_METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
 
 SPICE_PARSER = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 """What SPICE parses with; `pycocoevalcap` comes without and would download it."""
+
+NO_JAVA = "no `java` is on the PATH; install one (Debian and Ubuntu: apt-get install default-jre-headless)"
 
 JAVA_MINUTES = 30.0
 JAVA_MINUTES_OF_A_TEXT = 0.002
@@ -62,10 +63,6 @@ class CaptionScorer:
         A reference without a word, such as "...", is left out: to ROUGE-L an empty answer would equal it.
         The simple tokenizer needs no Java, and its scores compare with no published ones.
         """
-        if find_spec("pycocoevalcap") is None:
-            raise UserError(
-                "captions are scored by pycocoevalcap, which is not there; pip install pycocoevalcap"
-            )
         self.keys = [key for key, _ in records]
         if references is None:
             self._captions = {key: list(record.get("captions") or ()) for key, record in records}
@@ -101,7 +98,7 @@ class CaptionScorer:
         if not comparable:
             summary.append("tokenizer simple: not comparable with published numbers")
         metrics: dict[str, Any] = {
-            name: None if name in missing else round(corpus[name], 4)
+            name: round(corpus[name], 4) if name in corpus else None
             for name in CAPTION_METRICS
             if name in missing or name in corpus
         }
@@ -112,8 +109,8 @@ class CaptionScorer:
             "num_wordless_references": self._num_wordless,
             "tokenizer": self._tokenizer,
         }
-        lines = [line | {"scores": each[line["key"]]} for line in self.lines(predictions)]
-        return Scored(metrics=metrics, numbers=corpus, lines=lines, summary=summary)
+        scores = [each[key] for key in self.keys]
+        return Scored(metrics=metrics, numbers=corpus, scores=scores, summary=summary)
 
 
 def _text(prediction: str | int | None) -> str:
@@ -123,10 +120,7 @@ def _text(prediction: str | int | None) -> str:
 def _all_metrics(
     truth: Tokens, guess: Tokens
 ) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, str]]:
-    """Each metric over the corpus, x100; the same of each picture; why a metric has no value, in one line.
-
-    The corpus' BLEU is not the mean of the pictures'.
-    """
+    """Each metric over the corpus, x100; the same of each picture; why a metric has no value, in one line."""
     missing = _undefined(truth, guess)
     corpus: dict[str, float] = {}
     each: dict[str, dict[str, float]] = {key: {} for key in truth}
@@ -152,8 +146,9 @@ def _all_metrics(
                 corpus[name] = 100 * float(total)
                 for key, value in by_key.items():
                     each[key][name] = 100 * value
-    if not corpus:
-        raise UserError(f"no caption metric could be computed; {'; '.join(dict.fromkeys(missing.values()))}")
+    require(
+        bool(corpus), f"no caption metric could be computed; {'; '.join(dict.fromkeys(missing.values()))}"
+    )
     return corpus, each, missing
 
 
@@ -186,9 +181,9 @@ def _of_package(module: str, name: str, *arguments: int) -> Callable[[Tokens, To
 
 
 def _meteor(truth: Tokens, guess: Tokens) -> tuple[Any, Any]:
-    _require_java_runtime()
     from pycocoevalcap.meteor.meteor import Meteor
 
+    _find_java()
     truth, guess = (
         {key: [" ".join(_BARS.sub(" ", text).split()) for text in group] for key, group in texts.items()}
         for texts in (truth, guess)
@@ -205,7 +200,7 @@ def _meteor(truth: Tokens, guess: Tokens) -> tuple[Any, Any]:
         # A failure leaves it locked, and the scorer's end would wait for it for ever.
         scorer.lock = threading.Lock()
     # What is read from a process that died is no number; its own words tell more.
-    raise RuntimeError(java_error(stderr) or f"Java ended: {failure}") from failure
+    raise RuntimeError(_java_error(stderr) or f"Java ended: {failure}") from failure
 
 
 def _spice(truth: Tokens, guess: Tokens) -> tuple[Any, Any]:
@@ -214,7 +209,7 @@ def _spice(truth: Tokens, guess: Tokens) -> tuple[Any, Any]:
     folder = Path(spice.__file__).parent / "lib"
     if not all((folder / name).is_file() for name in SPICE_PARSER):
         raise RuntimeError("its parser is not installed; docs/evaluation.md tells how")
-    _require_java_runtime()
+    _find_java()
     total, rows = spice.Spice().compute_score(truth, guess)
     return total, [row["All"]["f"] for row in rows]
 
@@ -235,9 +230,9 @@ def ptb_tokens(captions: Mapping[str, Sequence[str]]) -> Tokens:
     Only its jar and its list of punctuation are used. The package's class around them writes into
     site-packages, asks for no exit status, and drops or shifts captions when lines do not match.
     """
-    require_java()
     from pycocoevalcap.tokenizer import ptbtokenizer as official
 
+    require_java()
     lines = [_one_line(caption) for group in captions.values() for caption in group]
     jar = Path(official.__file__).with_name(official.STANFORD_CORENLP_3_4_1_JAR)
     tokenizer = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
@@ -252,11 +247,11 @@ def ptb_tokens(captions: Mapping[str, Sequence[str]]) -> Tokens:
     except RuntimeError as error:
         raise UserError(f"PTB tokenization: {error}") from None
     except subprocess.CalledProcessError as error:
-        told = java_error(error.stderr) or f"exit {error.returncode}"
+        told = _java_error(error.stderr) or f"exit {error.returncode}"
         raise UserError(f"PTB tokenization failed: {told}") from None
     found = done.stdout.decode().split("\n")
-    if len(found) != len(lines):
-        raise UserError(f"PTB tokenization gave {len(found)} lines for {len(lines)} captions")
+    told = f"PTB tokenization gave {len(found)} lines for {len(lines)} captions"
+    require(len(found) == len(lines), told)
     dropped = set(official.PUNCTUATIONS)
     rest = (" ".join(word for word in line.rstrip().split(" ") if word not in dropped) for line in found)
     return {key: [next(rest) for _ in group] for key, group in captions.items()}
@@ -277,6 +272,17 @@ def _one_line(caption: str) -> str:
     return _LINE_ENDS.sub(" ", caption).encode(errors="replace").decode()
 
 
+def require_java() -> None:
+    """Refuses PTB tokenization where it cannot run."""
+    told = "or take the simple tokenizer, whose scores compare with no published ones"
+    require(shutil.which("java") is not None, f"PTB tokenization needs Java: {NO_JAVA}, {told}")
+
+
+def _find_java() -> None:
+    if shutil.which("java") is None:
+        raise RuntimeError(f"needs Java: {NO_JAVA}")
+
+
 @contextlib.contextmanager
 def bounded_java(num_texts: int) -> Iterator[None]:
     """Has Java that is started inside speak English and UTF-8, and kills it once its time is over.
@@ -295,10 +301,9 @@ def bounded_java(num_texts: int) -> Iterator[None]:
 
     timer = threading.Timer(60 * minutes, kill)
     timer.daemon = True
+    before = dict(os.environ)
     # The second is read after the command line.
-    names = ("JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "LC_ALL")
-    before = {name: os.environ[name] for name in names if name in os.environ}
-    for name in names[:2]:
+    for name in ("JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS"):
         os.environ[name] = f"{before.get(name, '')} {_JAVA_OPTIONS}".strip()
     os.environ["LC_ALL"] = "C.UTF-8"
     timer.start()
@@ -310,17 +315,12 @@ def bounded_java(num_texts: int) -> Iterator[None]:
         raise
     finally:
         timer.cancel()
-        for name in names:
+        for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)
 
 
-def _require_java_runtime() -> None:
-    if shutil.which("java") is None:
-        raise RuntimeError(f"needs a Java runtime and {NO_JAVA}")
-
-
-def java_error(stderr: bytes) -> str:
+def _java_error(stderr: bytes) -> str:
     """What Java said of its end, in one line; empty if nothing."""
     lines = (line.strip() for line in stderr.decode(errors="replace").splitlines())
     told = [line for line in lines if line and not line.startswith(("at ", "Picked up "))]

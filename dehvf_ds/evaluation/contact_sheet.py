@@ -12,6 +12,7 @@ PICTURE_SIDE = 224
 GAP = 20
 FONT_SIZE = 15
 LINE_HEIGHT = round(1.35 * FONT_SIZE)
+BETWEEN = LINE_HEIGHT // 3
 
 PAPER = (255, 255, 255)
 INK = (24, 24, 27)
@@ -26,26 +27,22 @@ def contact_sheet(
 
     A picture is scaled to fit a square with its proportions kept. Texts wrap at the picture's width and are
     never cut: each row is as high as its longest texts.
-
-    Args:
-        pictures: RGB, at least one.
-        captions: a text a picture, drawn dark.
-        path: file to write; its folder is made if needed.
-        references: a second text a picture, below in grey, for example the human caption.
+    The pictures are RGB, at least one. ``references`` holds a second text a picture, below in grey.
     """
     font = ImageFont.load_default(size=FONT_SIZE)
-    blocks = [_lines(texts, font) for texts in zip(captions, references, strict=True)]
-    cells = list(zip(pictures, blocks, strict=True))
+    pairs = zip(captions, references, strict=True)
+    texts = [[wrap(text, font, PICTURE_SIDE) for text in pair] for pair in pairs]
+    cells = list(zip(pictures, texts, strict=True))
     columns = min(COLUMNS, len(cells))
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     text_top = PICTURE_SIDE + GAP // 2
-    heights = [text_top + max(block[-1][2] + LINE_HEIGHT if block else 0 for _, block in row) for row in rows]
+    heights = [text_top + max(_height(caption, reference) for _, (caption, reference) in row) for row in rows]
     size = (GAP + columns * (PICTURE_SIDE + GAP), GAP + sum(heights) + GAP * len(rows))
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     top = GAP
     for row, height in zip(rows, heights, strict=True):
-        for place, (picture, block) in enumerate(row):
+        for place, (picture, (caption, reference)) in enumerate(row):
             left = GAP + place * (PICTURE_SIDE + GAP)
             scale = PICTURE_SIDE / max(picture.size)
             width, length = (max(1, round(side * scale)) for side in picture.size)
@@ -53,11 +50,19 @@ def contact_sheet(
             sheet.paste(fitted, (left + (PICTURE_SIDE - width) // 2, top + (PICTURE_SIDE - length) // 2))
             # The frame shows where a white picture ends.
             draw.rectangle((left - 1, top - 1, left + PICTURE_SIDE, top + PICTURE_SIDE), outline=FRAME)
-            for line, color, below in block:
-                draw.text((left, top + text_top + below), line, fill=color, font=font)
+            below = top + text_top
+            for lines, color in ((caption, INK), (reference, FAINT)):
+                for line in lines:
+                    draw.text((left, below), line, fill=color, font=font)
+                    below += LINE_HEIGHT
+                below += BETWEEN
         top += height + GAP
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, format="PNG")
+
+
+def _height(caption: Sequence[str], reference: Sequence[str]) -> int:
+    return LINE_HEIGHT * (len(caption) + len(reference)) + (BETWEEN if reference else 0)
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
@@ -82,18 +87,3 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
             word = word[cut:]
         line = word
     return [*lines, line] if line else lines
-
-
-def _lines(
-    texts: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont
-) -> list[tuple[str, tuple[int, int, int], int]]:
-    """Lines of a caption and its reference with their colours and how far below the first they stand."""
-    found = []
-    below = 0
-    for text, color in zip(texts, (INK, FAINT), strict=True):
-        for line in wrap(text, font, PICTURE_SIDE):
-            found.append((line, color, below))
-            below += LINE_HEIGHT
-        # A third of a line between the two.
-        below += LINE_HEIGHT // 3
-    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from dehvf_ds.batch import Sample
-from dehvf_ds.config import EvalConfig, ScienceqaConfig, UserError
+from dehvf_ds.config import EvalConfig, ScienceqaConfig, UserError, require
 from dehvf_ds.data.building.sources import (
     BadRows,
     SourceRow,
@@ -49,8 +48,6 @@ Unreadable = dict[Literal["unreadable"], str]
 Prediction = str | int | Unreadable | None
 """A text, or an option's number where the likeliest is taken (None if no logit is a number)."""
 
-NO_JAVA = "no `java` is on the PATH; install one (Debian and Ubuntu: apt-get install default-jre-headless)"
-
 # What follows the last dot of another name belongs to it: "3.5 mm".
 _ENDINGS = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm"}
 
@@ -59,15 +56,8 @@ _ENDINGS = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "
 class Questions:
     """The rows of an evaluation, opened.
 
-    Attributes:
-        task: what is scored.
-        index: the shards.
-        num_rows: rows to ask, from the first.
-        collator: makes prompts, padded on the left.
-        targets: makes rows with their targets, for the loss.
-        tokenizer: the model's.
-        decoding: lengths and beams.
-        letters: token of each option where the likeliest is taken; empty where answers are generated.
+    The first ``num_rows`` of ``index`` are asked. ``collator`` makes prompts, ``targets`` rows for the loss.
+    ``letters`` holds the token of each option where the likeliest is taken, else nothing.
     """
 
     task: EvalTask
@@ -80,10 +70,7 @@ class Questions:
     letters: tuple[int, ...] = ()
 
     def ask(self, model: DehvfForConditionalGeneration, rows: Sequence[int]) -> list[Prediction]:
-        """Answers some rows together.
-
-        A shard that cannot be read is an error: the network may be down, and that is no answer.
-        """
+        """Answers some rows together; a shard that cannot be read is an error, since that is no answer."""
         samples = [self._read(row) for row in rows]
         good = [sample for sample in samples if isinstance(sample, Sample)]
         answers = iter(self._answer(model, good) if good else [])
@@ -138,7 +125,6 @@ def open_questions(
     prompt: str | None,
     scienceqa: ScienceqaConfig,
     reading: Reading = "generation",
-    caption_tokenizer: Literal["ptb", "simple"] = "ptb",
     max_new_tokens: int | None = None,
     min_new_tokens: int = 0,
     num_beams: int = 1,
@@ -146,26 +132,19 @@ def open_questions(
 ) -> Questions:
     """Opens shards for an evaluation, and checks now what would else fail after hours of decoding.
 
-    ``prompt`` is of captions, ``scienceqa`` the form of problems, ``reading`` how their letter is found,
-    ``caption_tokenizer`` that of the scores; None takes the task's longest answer, and all rows.
+    ``prompt`` is of captions, ``scienceqa`` and ``reading`` of problems; None takes the task's longest answer
+    and all rows.
     """
     of_captions = task == "coco"
     rows: Task = "caption" if of_captions else "scienceqa"
     longest = max_new_tokens or MAX_NEW_TOKENS[rows]
-    if min_new_tokens > longest:
-        raise UserError(
-            f"--min_new_tokens {min_new_tokens} is more than the longest answer, {longest} tokens"
-        )
-    if of_captions and reading == "likelihood":
-        raise UserError("--reading likelihood is ScienceQA's; captions are generated")
+    told = f"--min_new_tokens {min_new_tokens} is more than the longest answer, {longest} tokens"
+    require(min_new_tokens <= longest, told)
     index = ShardIndex(data)
-    without = index.num_without_captions
-    if without != (0 if of_captions else len(index)):
-        held, other = ("rows without captions", "scienceqa") if of_captions else ("captions", "coco")
-        raise UserError(f"{data}: holds {held}, which --task {task} cannot score; they need --task {other}")
+    held, other = ("rows without captions", "scienceqa") if of_captions else ("captions", "coco")
+    told = f"{data}: holds {held}, which --task {task} cannot score; they need --task {other}"
+    require(index.num_without_captions == (0 if of_captions else len(index)), told)
     index.check_task(rows, "--task")
-    if of_captions and caption_tokenizer == "ptb":
-        require_java()
     prefix = "" if of_captions else SCIENCEQA_ANSWER_PREFIX
     if reading == "likelihood":
         # Up to the letter, which ``ask`` takes off again: some tokenizers have a token before it.
@@ -183,68 +162,75 @@ def open_questions(
     )
 
 
-def require_java() -> None:
-    """Refuses PTB tokenization where it cannot run."""
-    if shutil.which("java") is None:
-        raise UserError(
-            f"PTB tokenization needs a Java runtime and {NO_JAVA}, or take the simple tokenizer, whose "
-            "scores compare with no published ones"
-        )
+# --- published files ---
 
 
 def is_published(data: str) -> bool:
     """Whether ``data`` is a ScienceQA directory or a JSON file of captions, and not a directory of shards."""
-    return Path(data).is_file() or (Path(data) / "problems.json").is_file()
+    return data.lower().endswith(".json") or (Path(data) / "problems.json").is_file()
 
 
 def published_shards(config: EvalConfig, output: Path) -> Path:
-    """Builds shards of what is published, or finds them built of the same files. Rank 0 alone.
+    """Builds shards of published files, or finds them built of the same ones. Rank 0 alone.
 
-    Args:
-        config: ``data`` is a directory with ``problems.json`` and ``pid_splits.json``, COCO's
-            ``captions_*.json`` or Karpathy's ``dataset_*.json``; ``images`` the pictures of the latter two.
-        output: directory of the shards; a digest of files, split and pictures is added to its name.
+    ``config.data`` is a directory with ``problems.json`` and ``pid_splits.json``, COCO's ``captions_*.json``
+    or Karpathy's ``dataset_*.json``. A digest of files, split and pictures is added to the name ``output``.
     """
     data = Path(config.data)
-    if data.is_file() and data.suffix.lower() != ".json":
-        raise UserError(
-            f"--data {data}: a file that is no .json; name the directory of the shards, that of ScienceQA, "
-            "or a file of COCO's captions or Karpathy's splits"
-        )
-    is_scienceqa = data.is_dir()
-    files = [data / "problems.json", data / "pid_splits.json"] if is_scienceqa else [data]
-    described = [describe_file(file) for file in files]
-    pictures = Path(config.images) if config.images else files[0].parent
-    contents = [file["sha256"] for file in described]
+    facts: dict[str, Any] = {"source": "coco"}
+    if data.is_dir():
+        files = {"problems": data / "problems.json", "pid_splits": data / "pid_splits.json"}
+        pictures = data
+        facts = {"source": "scienceqa", "split": config.split, "allow_missing_images": True}
+        rows = _problem_rows(data, _required_split(data, config.split))
+    else:
+        pictures = Path(config.images) if config.images else data.parent
+        files = {"annotations": data}
+        if _is_karpathy(data):
+            files = {"dataset": data}
+            facts = {"source": "karpathy", "split": config.split}
+        rows = _caption_rows(data, pictures, config.split)
+    described = {name: describe_file(path) for name, path in files.items()}
+    contents = [file["sha256"] for file in described.values()]
     terms = {"contents": contents, "split": config.split, "pictures": str(pictures.resolve())}
     shards = output.with_name(f"{output.name}-{digest_of(terms)[:8]}")
-    if is_scienceqa:
-        rows = _problem_rows(data, _required_split(data, config.split))
-        facts = {"source": "scienceqa", "split": config.split, "allow_missing_images": True}
-        facts |= {"problems": described[0], "pid_splits": described[1]}
-    else:
-        rows = _caption_rows(data, pictures, config.split)
-        facts = {"source": "coco", "annotations": described[0]}
-        if _is_karpathy(data):
-            facts = {"source": "karpathy", "split": config.split, "dataset": described[0]}
-    # No row is left out: scores would be of other rows than the published ones.
-    bad = BadRows(skip=False, remedy="correct it")
-    build = {"name": config.task, "settings": BuildSettings(), "num_workers": 1, "progress": False}
-    build_shards(rows, shards, facts=facts, bad=bad, **build)
+    build_shards(
+        rows,
+        shards,
+        name=config.task,
+        settings=BuildSettings(),
+        facts=facts | described,
+        num_workers=1,
+        bad=_none_left_out(),
+        progress=False,
+    )
     return shards
 
 
+def load_references(path: Path, split: str | None) -> dict[str, list[str]]:
+    """Captions by the picture's file name, with the folder that the file names: ``val2014/x.jpg``.
+
+    ``split`` is one of Karpathy's, or several as ``train+restval``; COCO's own files name none.
+    """
+    rows = _caption_rows(path, path.parent, split)
+    return {row.record["file_name"]: row.record["captions"] for row in rows}
+
+
 def _problem_rows(root: Path, split: str) -> list[SourceRow]:
-    bad = BadRows(skip=False, remedy="correct it")
-    rows = read_scienceqa(root, split, allow_missing_images=True, bad=bad)
+    rows = read_scienceqa(root, split, allow_missing_images=True, bad=_none_left_out())
     missing = sum(bool(row.record.get("image_missing")) for row in rows)
-    if missing and all(row.image is None for row in rows):
-        raise UserError(
-            f"{root}: none of the {missing} pictures of {split} is there, as images/SPLIT/PID/NAME; unpack "
-            f"them, or build shards without them: tools/build_shards.py scienceqa --root {root} "
-            f"--split {split} --allow-missing-images --output DIR"
-        )
+    require(
+        not missing or any(row.image for row in rows),
+        f"{root}: none of the {missing} pictures of {split} is there, as images/SPLIT/PID/NAME; unpack them, "
+        f"or build shards without them: tools/build_shards.py scienceqa --root {root} --split {split} "
+        "--allow-missing-images --output DIR",
+    )
     return rows
+
+
+def _none_left_out() -> BadRows:
+    """Ends at the first bad row: without it scores would be of other rows than the published ones."""
+    return BadRows(skip=False, remedy="correct it")
 
 
 def _caption_rows(path: Path, images: Path, split: str | None) -> list[SourceRow]:
@@ -264,16 +250,6 @@ def _is_karpathy(path: Path) -> bool:
         content = json.loads(path.read_bytes())
         return isinstance(content, dict) and "images" in content and "annotations" not in content
     return False
-
-
-def load_references(path: Path, split: str | None) -> dict[str, list[str]]:
-    """Captions by the picture's file name, with the folder that the file names: ``val2014/x.jpg``.
-
-    ``split`` is one of Karpathy's, or several as ``train+restval``; COCO's own files name none.
-    """
-    return {
-        row.record["file_name"]: row.record["captions"] for row in _caption_rows(path, path.parent, split)
-    }
 
 
 def _required_split(data: Path, split: str | None) -> str:
@@ -305,14 +281,14 @@ def match_references(
         near = [other for other in by_stem[_stem(name)] if _folders_agree(name, other)]
         same = [other for other in near if PurePosixPath(other).name == PurePosixPath(name).name]
         found = [name] if name in references else same or near
-        if len(found) > 1:
-            raise UserError(f"{name}: the references have several such pictures: {', '.join(found[:3])}")
+        several = f"{name}: the references have several such pictures: {', '.join(found[:3])}"
+        require(len(found) < 2, several)
         if not found:
             lacking.append(name)
-        elif (other := taken.setdefault(found[0], key)) != key:
-            raise UserError(
-                f"{file_names[other]} and {name} of the rows are both {found[0]} of the references"
-            )
+            continue
+        other = taken.setdefault(found[0], key)
+        both = f"{file_names[other]} and {name} of the rows are both {found[0]} of the references"
+        require(other == key, both)
     if lacking:
         raise UserError(
             f"the references lack {len(lacking)} of {len(file_names)} evaluated pictures, {lacking[0]} the "

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from dehvf_ds.batch import Batch
-from dehvf_ds.config import UserError
+from dehvf_ds.config import require
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
 
 MAX_NEW_TOKENS = {"caption": 40, "scienceqa": 8, "chat": 256}
@@ -20,13 +20,7 @@ MAX_NEW_TOKENS = {"caption": 40, "scienceqa": 8, "chat": 256}
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How answers are decoded.
-
-    Attributes:
-        max_new_tokens: longest answer in tokens; an end token may end it sooner.
-        min_new_tokens: tokens before which no end token is taken.
-        num_beams: hypotheses of beam search; 1 is greedy.
-    """
+    """How answers are decoded: their lengths in tokens, and the hypotheses of beam search; 1 is greedy."""
 
     max_new_tokens: int
     min_new_tokens: int = 0
@@ -43,11 +37,11 @@ class Answer(NamedTuple):
 def require_positions(num_prompt_tokens: int, decoding: Decoding, model_config: DehvfConfig) -> None:
     """Refuses answers that may run past the decoder's last position; ``num_prompt_tokens`` is the longest."""
     most = model_config.max_tokens
-    if most is not None and num_prompt_tokens + decoding.max_new_tokens > most:
-        raise UserError(
-            f"max_new_tokens {decoding.max_new_tokens} behind a prompt of {num_prompt_tokens} is more than "
-            f"the {most} tokens that the language model has positions for"
-        )
+    require(
+        most is None or num_prompt_tokens + decoding.max_new_tokens <= most,
+        f"max_new_tokens {decoding.max_new_tokens} behind a prompt of {num_prompt_tokens} is more than "
+        f"the {most} tokens that the language model has positions for",
+    )
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, *settings: GenerationConfig | None) -> list[int]:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from dehvf_ds.config import EvalConfig, ScienceqaConfig, UserError, load_run_config, to_plain
+from dehvf_ds.atomic import atomic_file
+from dehvf_ds.config import EvalConfig, ScienceqaConfig, UserError, load_run_config, require, to_plain
 from dehvf_ds.data.building.sources import describe_file
 from dehvf_ds.data.damage import DamagedSample
 from dehvf_ds.data.index import ShardIndex
@@ -23,7 +24,7 @@ from dehvf_ds.data.loader import read_sample
 from dehvf_ds.data.prompts import build_prompt
 from dehvf_ds.data.tokenizer import load_tokenizer
 from dehvf_ds.data.transforms import build_image_transform
-from dehvf_ds.distributed import World, has_fast_bf16, init_process_group, meet, on_main, read_world
+from dehvf_ds.distributed import has_fast_bf16, init_process_group, meet, on_main, read_world
 from dehvf_ds.evaluation import dataset, predict
 from dehvf_ds.evaluation.coco import CaptionScorer
 from dehvf_ds.evaluation.contact_sheet import contact_sheet
@@ -46,26 +47,25 @@ Scorer = CaptionScorer | AnswerScorer
 
 def evaluate(config: EvalConfig) -> None:
     """Runs one evaluation. Every rank must call it; rank 0 writes and prints for all."""
-    _check_flags(config)
     world = read_world()
     meet(world)
-    data = config.data
-    results, name = _results_directory(config), _evaluation_name(config)
+    data, name = config.data, f"{config.task}-{_directory_name(_split_of(config))}"
+    results = Path(config.output) if config.output is not None else Path(config.model) / "eval"
     if dataset.is_published(data):
         data = str(on_main(world, lambda: dataset.published_shards(config, results / "shards" / name)))
     # Before the model's files: it is the likelier mistake.
     ShardIndex(data)
     trained = find_trained(config.model, config.language_model, config.vision_tower)
-    warning = require_task(config.task, trained.task, prompt=config.prompt)
+    notes = require_task(config.task, trained.task, prompt=config.prompt)
+    prompt = trained.config.prompt if config.prompt is None else config.prompt
     questions = dataset.open_questions(
         data,
         config.task,
         load_tokenizer(trained.tokenizer_source),
         build_image_transform(trained.processor_source, trained.config.image_size),
-        prompt=_prompt(config, trained),
+        prompt=prompt,
         scienceqa=ScienceqaConfig(image_captions=config.image_captions),
         reading=config.reading,
-        caption_tokenizer=config.tokenizer,
         max_new_tokens=config.max_new_tokens,
         min_new_tokens=config.min_new_tokens,
         num_beams=config.num_beams,
@@ -73,26 +73,20 @@ def evaluate(config: EvalConfig) -> None:
     )
     questions.require_positions(trained.config)
     init_process_group(world)
-    scorer = open_scorer_on_main(
-        world,
-        questions,
-        name=Path(config.model).resolve().name,
-        tokenizer=config.tokenizer,
-        references=config.references,
-        split=config.split,
-        image_captions=config.image_captions,
-    )
+    scorers: list[Scorer] = []
+    settings = {"tokenizer": config.tokenizer, "references": config.references, "split": config.split}
+    settings |= {"name": Path(config.model).resolve().name, "image_captions": config.image_captions}
+    on_main(world, lambda: scorers.append(open_scorer(questions, **settings)))
     model = trained.load(config.dtype, fast_bf16=has_fast_bf16(), device=world.device)
     dtype = str(model.dtype).removeprefix("torch.")
 
     def claim() -> tuple[dict[str, Any], Path, list[str]]:
-        report = _report(config, trained, questions, dtype)
+        report = _report(config, trained, questions, prompt, dtype)
         return report, *predict.claim_directory(results, name, report)
 
-    report, directory, notes = on_main(world, claim)
-    if world.is_main:
-        for line in [warning] * bool(warning) + [f"note: {note}" for note in notes]:
-            print(line, file=sys.stderr, flush=True)
+    report, directory, more = on_main(world, claim)
+    for line in [*notes, *(f"note: {note}" for note in more)] if world.is_main else ():
+        print(line, file=sys.stderr, flush=True)
     cache = predict.PredictionCache(directory, predict.terms_of(report), world.rank)
     lengths = questions.prompt_lengths()
     predictions = predict.predict_rows(
@@ -100,59 +94,45 @@ def evaluate(config: EvalConfig) -> None:
     )
     if config.loss:
         report |= predict.measure_loss(model, questions, config.batch_size, world)
-    if scorer is not None:
+    for scorer in scorers:
         finish(directory, scorer, predictions, report, questions.index)
         cache.remove()
 
 
-def _check_flags(config: EvalConfig) -> None:
-    refusals = {
-        "--references is of captions": config.references is not None and config.task != "coco",
-        "--image_captions is of ScienceQA": config.image_captions and config.task != "scienceqa",
-        "--images is of annotation files": config.images is not None and not Path(config.data).is_file(),
-    }
-    if wrong := [flag for flag, is_wrong in refusals.items() if is_wrong]:
-        raise UserError(f"{wrong[0]}, and not of --task {config.task} --data {config.data}")
-
-
-def require_task(task: EvalTask, trained_for: str | None, *, prompt: str | None) -> str | None:
+def require_task(task: EvalTask, trained_for: str | None, *, prompt: str | None) -> list[str]:
     """Refuses a model that was trained for the other task, where its ``task`` says so.
 
-    Returns a line for the user where the question has another form than in training; else None.
+    Returns a line for the user where the question has another form than in training.
     """
     if trained_for is None or TASKS.get(trained_for) == task:
-        return None
+        return []
     told = f"the model was trained for {trained_for}, and --task {task} asks for something else"
     if trained_for in TASKS and prompt is None:
         raise UserError(
             f"{told}; pass --task {TASKS[trained_for]} and data of that kind, or name another model"
         )
-    return f"warning: {told}; the question is put in a form that it has not seen in training"
+    return [f"warning: {told}; the question is put in a form that it has not seen in training"]
 
 
-def _prompt(config: EvalConfig, trained: TrainedModel) -> str | None:
-    return trained.config.prompt if config.prompt is None else config.prompt
-
-
-def _report(config: EvalConfig, trained: TrainedModel, questions: Questions, dtype: str) -> dict[str, Any]:
+def _report(
+    config: EvalConfig, trained: TrainedModel, questions: Questions, prompt: str | None, dtype: str
+) -> dict[str, Any]:
     """What the predictions depend on, for the metrics; tells a killed evaluation from another."""
     protocol: dict[str, Any] = {"task": config.task, "split": _split_of(config), "reading": config.reading}
     if config.task == "coco":
-        prompt = build_prompt({}, "caption", prompt=_prompt(config, trained))
-        protocol |= {"prompt": prompt, "tokenizer": config.tokenizer}
+        protocol |= {"prompt": build_prompt({}, "caption", prompt=prompt), "tokenizer": config.tokenizer}
         if config.references is not None:
             protocol |= {"references": describe_file(Path(config.references))}
     else:
         protocol |= {"form": "QCM-A", "image_captions": config.image_captions, "on_parse_failure": "wrong"}
-    run = next(
-        (p for p in (Path(config.model), Path(config.model).parent) if (p / "config.yaml").is_file()), None
-    )
+    model = Path(config.model)
+    files = [path for path in (model / "config.yaml", model.parent / "config.yaml") if path.is_file()]
     return {
         "protocol": protocol,
         "decoding": {**to_plain(questions.decoding), "sampling": False, "dtype": dtype},
         "num_samples": questions.num_rows,
         "model": {
-            "path": str(Path(config.model).absolute()),
+            "path": str(model.absolute()),
             "sha256": trained.fingerprint(),
             "task": trained.task,
             "fusion": trained.config.fusion,
@@ -164,14 +144,8 @@ def _report(config: EvalConfig, trained: TrainedModel, questions: Questions, dty
             "sha256": questions.index.digest,
         },
         # Nothing is drawn in decoding; artifacts and merged models that lie elsewhere know of no run.
-        "seeds": {
-            "training": None if run is None else load_run_config(run / "config.yaml").seed,
-            "decoding": None,
-        },
+        "seeds": {"training": load_run_config(files[0]).seed if files else None, "decoding": None},
     }
-
-
-# --- where it lies ---
 
 
 def _split_of(config: EvalConfig) -> str:
@@ -182,16 +156,11 @@ def _split_of(config: EvalConfig) -> str:
     return name.removesuffix(".json") if Path(config.data).is_file() else name
 
 
-def _evaluation_name(config: EvalConfig) -> str:
-    """``TASK-SPLIT``, fit for one directory's name."""
-    return f"{config.task}-{_UNFIT.sub('_', _split_of(config))[:MAX_NAME_LENGTH].strip() or 'data'}"
+def _directory_name(split: str) -> str:
+    return _UNFIT.sub("_", split)[:MAX_NAME_LENGTH].strip() or "data"
 
 
-def _results_directory(config: EvalConfig) -> Path:
-    return Path(config.output) if config.output is not None else Path(config.model) / "eval"
-
-
-# --- scores ---
+# --- scores, and what is written ---
 
 
 def open_scorer(
@@ -210,59 +179,50 @@ def open_scorer(
     """
     records = questions.records
     if twice := [key for key, count in Counter(key for key, _ in records).items() if count > 1]:
-        raise UserError(
-            f"{len(twice)} keys stand more than once, {twice[0]} the first; build the shards again"
-        )
+        told = f"{len(twice)} keys stand more than once, {twice[0]} the first"
+        raise UserError(f"{told}; build the shards again")
     if questions.task == "coco":
         found = None if references is None else dataset.load_references(Path(references), split)
         return CaptionScorer(records, tokenizer=tokenizer, references=found)
     with_picture = [record for _, record in records if record.get("image")]
-    if image_captions and with_picture and not any(r.get("image_caption") for r in with_picture):
-        raise UserError(
-            f"--image_captions: the problems of {questions.index.directory} have no captions of their "
-            "pictures; build the shards with --captions captions.json"
-        )
+    require(
+        not image_captions or not with_picture or any(r.get("image_caption") for r in with_picture),
+        f"--image_captions: the problems of {questions.index.directory} have no captions of their pictures; "
+        "build the shards with --captions captions.json",
+    )
     return AnswerScorer(records, name=name)
 
 
-def open_scorer_on_main(world: World, questions: Questions, **settings: Any) -> Scorer | None:
-    """The scorer on rank 0, None on the others; every rank raises what is wrong."""
-    opened: list[Scorer] = []
-    on_main(world, lambda: opened.append(open_scorer(questions, **settings)))
-    return opened[0] if opened else None
+def score(
+    scorer: Scorer, predictions: Sequence[Prediction], path: Path
+) -> tuple[Scored, list[dict[str, Any]]]:
+    """Scores one prediction a row, and writes a line of each into ``path``; returns both.
 
-
-def lines_of(scorer: Scorer, predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """Of ``predictions.jsonl``, without scores; a row whose picture could not be read says why."""
-    lines = scorer.lines([None if isinstance(said, dict) else said for said in predictions])
-    return [
-        line | (said if isinstance(said, dict) else {}) for line, said in zip(lines, predictions, strict=True)
+    The lines are written without scores first, since predictions cost the most. A picture that could not be
+    read counts as an empty answer, and is told.
+    """
+    texts = [None if isinstance(said, dict) else said for said in predictions]
+    lines = [
+        line | (said if isinstance(said, dict) else {})
+        for line, said in zip(scorer.lines(texts), predictions, strict=True)
     ]
-
-
-def score(scorer: Scorer, predictions: Sequence[Prediction]) -> Scored:
-    """Scores one prediction a row; one of a picture that could not be read counts as empty, and is told."""
-    pairs = list(zip(scorer.keys, predictions, strict=True))
+    write_lines(path, lines)
+    pairs = zip(scorer.keys, predictions, strict=True)
     unreadable = {key: said["unreadable"] for key, said in pairs if isinstance(said, dict)}
     reason = next(iter(unreadable.values()), "")
-    if len(unreadable) == len(pairs):
-        raise UserError(f"none of the {len(pairs)} rows could be read: {reason}")
-    found = scorer.score([None if isinstance(said, dict) else said for said in predictions])
-    counted = {"num_unreadable": len(unreadable), "unreadable": unreadable}
+    require(len(unreadable) < len(lines), f"none of the {len(lines)} rows could be read: {reason}")
+    found = scorer.score(texts)
+    metrics = found.metrics | {"num_unreadable": len(unreadable), "unreadable": unreadable}
     numbers, summary = found.numbers, found.summary
     if unreadable:
-        named = [*list(unreadable)[:3], *["..."] * (len(unreadable) > 3)]
         numbers = numbers | {"num_unreadable": float(len(unreadable))}
-        summary = [
-            *summary,
-            f"warning: {len(unreadable)} of {len(pairs)} pictures could not be read and count as empty "
-            f"answers: {', '.join(named)} ({reason})",
-        ]
-    lines = [told | line for told, line in zip(lines_of(scorer, predictions), found.lines, strict=True)]
-    return replace(found, metrics=found.metrics | counted, numbers=numbers, lines=lines, summary=summary)
-
-
-# --- what it leaves behind ---
+        named = ", ".join([*list(unreadable)[:3], *["..."] * (len(unreadable) > 3)])
+        told = f"{len(unreadable)} of {len(lines)} pictures could not be read and count as empty answers"
+        summary = [*summary, f"warning: {told}: {named} ({reason})"]
+    for line, scores in zip(lines, found.scores, strict=True):
+        line.update({"scores": scores} if scores else {})
+    write_lines(path, lines)
+    return replace(found, metrics=metrics, numbers=numbers, summary=summary), lines
 
 
 def finish(
@@ -272,19 +232,18 @@ def finish(
     report: Mapping[str, Any],
     index: ShardIndex,
 ) -> None:
-    """Scores and writes: the predictions first, which cost the most, and examples that may fail alone."""
+    """Scores, writes and tells; examples may fail alone."""
     path = directory / PREDICTIONS_NAME
-    write_lines(path, lines_of(scorer, predictions))
     try:
-        scored = score(scorer, predictions)
+        scored, lines = score(scorer, predictions, path)
     except UserError as error:
         raise UserError(
             f"{error}; the answers are kept in {path}, and the same command scores them"
         ) from None
-    write_lines(path, scored.lines)
-    _write(directory / METRICS_NAME, json_text(scored.metrics | dict(report), indent=1))
+    with atomic_file(directory / METRICS_NAME) as part:
+        part.write_text(json_text(scored.metrics | dict(report), indent=1), encoding="utf-8")
     notes, sheet = [], directory / "examples.png"
-    if reason := try_examples(index, scored.lines, sheet):
+    if reason := try_examples(index, lines, sheet):
         notes.append(f"without {sheet.name}: {reason}")
     if "loss_reason" in report:
         notes.append(f"without loss: {report['loss_reason']}")
@@ -330,14 +289,6 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Writes a JSON object a line; the file gets its name when it is whole."""
-    _write(path, "".join(json_text(line) + "\n" for line in lines))
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as part:
+        part.write_text("".join(json_text(line) + "\n" for line in lines), encoding="utf-8")

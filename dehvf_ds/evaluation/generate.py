@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import TextStreamer
 
 from dehvf_ds.batch import Sample
-from dehvf_ds.config import GenerateConfig, UserError
+from dehvf_ds.config import GenerateConfig, require
 from dehvf_ds.data.collate import Collator
 from dehvf_ds.data.images import FORMATS, decode_image
 from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX
@@ -34,8 +34,8 @@ def generate(config: GenerateConfig) -> None:
     """Prints or writes a line a picture; pictures that cannot be read are told and do not lose the others."""
     for flag, texts in (("prompt", [config.prompt]), ("choices", config.choices), ("hint", [config.hint])):
         # Bytes of the shell's that are no UTF-8, which no tokenizer takes.
-        if any(0xD800 <= ord(c) < 0xE000 for text in texts for c in text or ""):
-            raise UserError(f"--{flag}: not UTF-8")
+        half_a_pair = any(0xD800 <= ord(c) < 0xE000 for text in texts for c in text or "")
+        require(not half_a_pair, f"--{flag}: not UTF-8")
     paths: list[str | None] = [*list_pictures(config.image)] or [None]
     _check_output(config, paths)
     trained = find_trained(config.model, config.language_model, config.vision_tower)
@@ -50,39 +50,33 @@ def generate(config: GenerateConfig) -> None:
     if config.stream:
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
     start = time.perf_counter()
-    try:
-        with _opened(config) as output:
-            num_tokens, unreadable = 0, 0
-            for shown in in_batches(paths, 1 if config.stream else config.batch_size):
-                read = [(path, read_picture(path, record, collator.image_size)) for path in shown]
-                good = [(path, sample) for path, sample in read if isinstance(sample, Sample)]
-                for path, reason in read:
-                    if isinstance(reason, str):
-                        unreadable += 1
-                        if len(paths) == 1:
-                            raise UserError(f"--image {path}: {reason}")
-                        print(f"warning: {path}: {reason}", file=sys.stderr, flush=True)
-                        _write(output, {"image": path, "prompt": config.prompt, "error": reason})
-                batch = collator([sample for _, sample in good]) if good else None
-                answers = decode(model, batch, tokenizer, decoding, streamer) if batch else []
-                for (path, _), (text, count) in zip(good, answers, strict=True):
-                    num_tokens += count
-                    _write(output, {"image": path, "prompt": config.prompt, "text": text, "tokens": count})
-                    if output is None and not config.stream:
-                        field = "" if len(paths) == 1 else f"{str(path).translate(_FIELD_ENDS)}\t"
-                        print(f"{field}{text}", flush=True)
-    except OSError as error:
-        if config.output is None:
-            raise
-        raise UserError(f"--output {config.output}: {error.strerror or error}") from None
+    num_tokens = unreadable = 0
+    with _opened(config) as output:
+        for shown in in_batches(paths, 1 if config.stream else config.batch_size):
+            read = [(path, read_picture(path, record, collator.image_size)) for path in shown]
+            good = [(path, sample) for path, sample in read if isinstance(sample, Sample)]
+            for path, reason in read:
+                if isinstance(reason, str):
+                    unreadable += 1
+                    require(len(paths) > 1, f"--image {path}: {reason}")
+                    print(f"warning: {path}: {reason}", file=sys.stderr, flush=True)
+                    _write(output, {"image": path, "prompt": config.prompt, "error": reason})
+            batch = collator([sample for _, sample in good]) if good else None
+            answers = decode(model, batch, tokenizer, decoding, streamer) if batch else []
+            for (path, _), (text, count) in zip(good, answers, strict=True):
+                num_tokens += count
+                _write(output, {"image": path, "prompt": config.prompt, "text": text, "tokens": count})
+                if output is None and not config.stream:
+                    field = "" if len(paths) == 1 else f"{str(path).translate(_FIELD_ENDS)}\t"
+                    print(f"{field}{text}", flush=True)
     seconds, done = time.perf_counter() - start, len(paths) - unreadable
     print(
         f"{done} answers, {num_tokens} tokens in {seconds:.1f} s "
         f"({done / seconds:.1f} answers/s, {num_tokens / seconds:.1f} tokens/s)",
         file=sys.stderr,
     )
-    if unreadable:
-        raise UserError(f"{unreadable} of {len(paths)} pictures could not be read; the others are answered")
+    told = f"{unreadable} of {len(paths)} pictures could not be read; the others are answered"
+    require(not unreadable, told)
 
 
 def list_pictures(given: Sequence[str]) -> list[str]:
@@ -90,23 +84,16 @@ def list_pictures(given: Sequence[str]) -> list[str]:
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
     paths = []
     for name in given:
-        path = Path(name)
-        if not name.strip():
-            raise UserError("--image is empty; it must be a picture or a folder")
+        path, found = Path(name), [name]
         if path.is_dir():
             # What macOS writes beside a file on other file systems has its name, and no picture.
             inside = (p for p in path.rglob("*") if p.suffix.lower() in endings and p.name[:2] != "._")
             found = sorted(str(p) for p in inside if p.is_file())
-            if not found:
-                raise UserError(f"--image {name}: no pictures in this folder")
-            paths += found
-        elif path.is_file():
-            paths.append(name)
-        else:
-            raise UserError(f"--image {name}: No such file or directory")
+            require(bool(found), f"--image {name}: no pictures in this folder")
+        require(path.exists(), f"--image {name}: No such file or directory")
+        paths += found
     once = list({Path(path).absolute(): path for path in reversed(paths)}.values())[::-1]
-    if len(once) < len(paths):
-        repeated = len(paths) - len(once)
+    if repeated := len(paths) - len(once):
         print(f"note: {repeated} pictures are named more than once and answered once", file=sys.stderr)
     return once
 
@@ -115,19 +102,18 @@ def ask_as_trained(config: GenerateConfig, trained: TrainedModel) -> tuple[dict[
     """The question in the form that the model was trained with: a record, and what makes a prompt of it."""
     task = trained.task or "caption"
     record: dict[str, Any] = {}
-    if task != "caption" and config.prompt is None:
-        raise UserError(f"--prompt: a model of task {task} needs a question")
+    asked = task == "caption" or config.prompt is not None
+    require(asked, f"--prompt: a model of task {task} needs a question")
     if task == "scienceqa":
-        if not 2 <= len(config.choices) <= len(ascii_uppercase) or not all(map(is_text, config.choices)):
-            raise UserError(
-                "--choices: this model was trained on ScienceQA and answers by a choice's letter; give 2 to "
-                f"{len(ascii_uppercase)} texts, none of them empty"
-            )
+        enough = 2 <= len(config.choices) <= len(ascii_uppercase) and all(map(is_text, config.choices))
+        told = f"answers by a choice's letter; give 2 to {len(ascii_uppercase)} texts, none of them empty"
+        require(enough, f"--choices: this model was trained on ScienceQA and {told}")
         record = {"question": config.prompt, "choices": config.choices, "hint": config.hint or ""}
-    elif config.choices or config.hint:
-        raise UserError(f"--choices and --hint are of ScienceQA; this model was trained for {task}")
-    elif task == "chat":
-        record = {"conversations": [{"from": "human", "value": config.prompt}]}
+    else:
+        told = f"--choices and --hint are of ScienceQA; this model was trained for {task}"
+        require(not config.choices and not config.hint, told)
+        if task == "chat":
+            record = {"conversations": [{"from": "human", "value": config.prompt}]}
     collator = Collator(
         load_tokenizer(trained.tokenizer_source),
         build_image_transform(trained.processor_source, trained.config.image_size),
@@ -153,12 +139,14 @@ def _check_output(config: GenerateConfig, pictures: Sequence[str | None]) -> Non
     if config.output in (None, "-"):
         return
     path = Path(str(config.output))
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--output {path}: no such folder {path.absolute().parent}, or a folder itself")
-    if path.exists() and any(name is not None and path.samefile(name) for name in pictures):
-        raise UserError(f"--output {path} is one of the pictures; name another file")
-    if path.exists() and not config.overwrite:
-        raise UserError(f"--output {path} is there already; name another, or pass --overwrite true")
+    folder = path.absolute().parent
+    fits = folder.is_dir() and not path.is_dir()
+    require(fits, f"--output {path}: no such folder {folder}, or a folder itself")
+    if path.exists():
+        is_picture = any(name is not None and path.samefile(name) for name in pictures)
+        require(not is_picture, f"--output {path} is one of the pictures; name another file")
+        told = f"--output {path} is there already; name another, or pass --overwrite true"
+        require(config.overwrite, told)
 
 
 def _opened(config: GenerateConfig) -> AbstractContextManager[TextIO | None]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from dehvf_ds.config import InsideConfig, UserError
 from dehvf_ds.data.loader import read_sample
 from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, on_main
+from dehvf_ds.evaluation.coco import require_java
 from dehvf_ds.evaluation.dataset import TASKS, Prediction, Questions, open_questions
-from dehvf_ds.evaluation.evaluate import Scorer, lines_of, open_scorer, score, try_examples, write_lines
+from dehvf_ds.evaluation.evaluate import Scorer, open_scorer, score, try_examples
 from dehvf_ds.evaluation.predict import in_batches
 from dehvf_ds.model import DehvfForConditionalGeneration
 from dehvf_ds.training.full_model import full_model
@@ -23,39 +24,34 @@ SCORE = {"coco": "CIDEr", "scienceqa": "accuracy"}
 
 
 class InTrainingEvaluation:
-    """Asks a fixed set of rows, scores the answers and draws examples, all into the run's ``samples``.
+    """Asks a fixed set of rows, scores the answers and draws examples, all into the run's ``samples``."""
 
-    ``data`` is where the rows lie, for messages.
-    """
-
-    def __init__(
-        self, config: InsideConfig, questions: Questions, world: World, run_dir: Path, data: str = ""
-    ) -> None:
-        self.config, self.questions, self.world = config, questions, world
-        self.run_dir, self.data = run_dir, data
+    def __init__(self, config: InsideConfig, questions: Questions, world: World, run_dir: Path) -> None:
+        self.config, self.questions, self.world, self.run_dir = config, questions, world, run_dir
         self.scorer: Scorer | None = None
 
     @classmethod
     def of_run(cls, run: ResolvedRun) -> InTrainingEvaluation | None:
         """Opens the rows that a run evaluates on; None where it evaluates nothing."""
         config, settings = run.config, run.config.eval
-        data = settings.data or config.data.val
-        if not settings.every_steps or data is None:
+        data, task = settings.data or config.data.val, TASKS.get(config.data.task)
+        if not settings.every_steps or data is None or task is None:
             return None
+        if task == "coco" and settings.tokenizer == "ptb":
+            require_java()
         questions = open_questions(
             data,
-            TASKS[config.data.task],
+            task,
             run.tokenizer,
             run.transform,
             prompt=run.model_config.prompt,
             scienceqa=config.data.scienceqa,
-            caption_tokenizer=settings.tokenizer,
             max_new_tokens=settings.max_new_tokens,
             num_beams=settings.num_beams,
             max_samples=settings.max_samples,
         )
         questions.require_positions(run.model_config)
-        return cls(settings, questions, run.world, Path(config.run_dir), data)
+        return cls(settings, questions, run.world, Path(config.run_dir))
 
     def open(self) -> None:
         """Looks at the rows' records before the first step. Every rank must call it."""
@@ -66,8 +62,8 @@ class InTrainingEvaluation:
         self._open_scorer()
         num_tokens = self.questions.collator([read_sample(self.questions.index, 0)]).input_ids.shape[1]
         return (
-            f"{self.data}: {self.questions.num_rows} rows asked every {self.config.every_steps} steps, "
-            f"the first in {num_tokens} tokens"
+            f"{self.questions.index.directory}: {self.questions.num_rows} rows asked every "
+            f"{self.config.every_steps} steps, the first in {num_tokens} tokens"
         )
 
     def _open_scorer(self) -> None:
@@ -120,17 +116,14 @@ class InTrainingEvaluation:
     def _finish(self, step: int, predictions: list[Prediction], started: float) -> Evaluated:
         assert self.scorer is not None
         sheet = self.run_dir / "samples" / f"step_{step:08d}.png"
-        # The predictions first, which cost the most.
-        write_lines(sheet.with_suffix(".jsonl"), lines_of(self.scorer, predictions))
-        scored = score(self.scorer, predictions)
-        write_lines(sheet.with_suffix(".jsonl"), scored.lines)
+        scored, lines = score(self.scorer, predictions, sheet.with_suffix(".jsonl"))
         for line in scored.summary:
             if line.startswith("warning: "):
                 _warn(f"step {step}: {line.removeprefix('warning: ')}")
         best = SCORE[self.questions.task]
         if reason := scored.metrics.get("missing", {}).get(best):
             _warn(f"step {step}: without {best}, which tells the best checkpoint: {reason}")
-        if reason := try_examples(self.questions.index, scored.lines, sheet):
+        if reason := try_examples(self.questions.index, lines, sheet):
             _warn(f"step {step}: without {sheet.name}: {reason}")
         numbers = {f"eval/{name}": value for name, value in scored.numbers.items()}
         numbers["eval/seconds"] = time.perf_counter() - started

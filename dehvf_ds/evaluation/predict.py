@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dehvf_ds.batch import Sample
-from dehvf_ds.config import UserError
+from dehvf_ds.config import UserError, require
 from dehvf_ds.data.damage import DamagedSample
 from dehvf_ds.data.loader import read_sample
 from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, on_main
@@ -26,6 +26,8 @@ METRICS_NAME = "metrics.json"
 CACHE = ".answers-{}"
 TERMS_NAME = "terms.json"
 
+_COMMON_TERMS = ("protocol", "decoding", "num_samples")
+
 PROGRESS_LINES = 20
 """Lines of progress that rank 0 prints."""
 
@@ -36,16 +38,13 @@ Item = TypeVar("Item")
 class Scored:
     """Scores of one prediction a row.
 
-    Attributes:
-        metrics: for ``metrics.json``.
-        numbers: of these what a curve is drawn of, x100: each caption metric, or ``accuracy``.
-        lines: of ``predictions.jsonl``, in the rows' order.
-        summary: lines for the console.
+    ``metrics`` go to ``metrics.json``, of these ``numbers``, x100, into curves; ``scores`` to each row's line
+    of ``predictions.jsonl`` (empty where it has none), ``summary`` to the console.
     """
 
     metrics: dict[str, Any]
     numbers: dict[str, float]
-    lines: list[dict[str, Any]]
+    scores: list[dict[str, float]]
     summary: list[str]
 
 
@@ -57,31 +56,21 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def terms_of(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What two evaluations must share to be the same one, of what is in ``metrics.json``.
-
-    Not where model and data lie: a relative path, a link or a moved directory is no other evaluation.
-    """
-    terms = {name: report.get(name) for name in ("protocol", "decoding", "num_samples")}
-    return terms | {
-        name: report[name].get("sha256") if name in report else None for name in ("model", "data")
-    }
+    """What two evaluations share that are the same one, of ``metrics.json``; not where model and data lie."""
+    terms = {name: report.get(name) for name in _COMMON_TERMS}
+    return terms | {name: report.get(name, {}).get("sha256") for name in ("model", "data")}
 
 
 class PredictionCache:
     """The predictions of an evaluation that is not finished, by row; every rank appends to its own file.
 
-    The directory's name is a digest of all that a prediction depends on, so that those of other settings,
-    another model or other data are never taken up.
+    The directory's name is a digest of all that a prediction depends on.
     """
 
     def __init__(self, output: Path, terms: Mapping[str, Any], rank: int):
-        """Opens or creates the directory inside ``output``."""
+        """Names the directory inside ``output``."""
         self.directory = output / CACHE.format(digest_of(terms))
         self._path = self.directory / f"rank-{rank:05d}.jsonl"
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{output}: {error.strerror or error}") from None
 
     def read(self) -> dict[int, Prediction]:
         """All ranks' predictions by row; the torn last line of a killed rank is passed over."""
@@ -98,12 +87,10 @@ class PredictionCache:
     def add(self, rows: Sequence[int], predictions: Sequence[Prediction]) -> None:
         """Appends this rank's predictions of some rows."""
         lines = [json.dumps([row, said]) + "\n" for row, said in zip(rows, predictions, strict=True)]
-        try:
-            torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(("\n" if torn else "") + "".join(lines))
-        except OSError as error:
-            raise UserError(f"{self._path}: {error.strerror or error}") from None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if torn else "") + "".join(lines))
 
     def remove(self) -> None:
         """Removes the files, once the predictions are written in one."""
@@ -119,35 +106,37 @@ def claim_directory(parent: Path, name: str, report: Mapping[str, Any]) -> tuple
     is what will be written into ``metrics.json``.
     """
     terms = terms_of(report)
-    # Without the model first: its results and those of a later one then find the same place.
-    names = (name, f"{name}-{digest_of({**terms, 'model': None})[:8]}", f"{name}-{digest_of(terms)}")
+    digest = digest_of(terms)
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with (parent / ".claims").open("w") as lock:
             # Two that start together must not both find a place free. Not all network file systems lock.
             with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            held = {place: _held(parent / place) for place in names}
-            same = [p for p in names if terms in map(terms_of, held[p].values())]
-            free = [p for p in names if all(_is_outdated(h, report) for h in held[p].values())]
+            held = {place: _held(place) for place in (parent / name, *sorted(parent.glob(f"{name}-*")))}
+            same = [p for p in held if terms in map(terms_of, held[p].values())]
+            known = [p for p in held if held[p] or p.name == name]
+            free = [p for p in known if all(_is_outdated(h, report) for h in held[p].values())]
             # The last one is nobody else's.
-            place = [*same, *free, names[-1]][0]
-            outdated = [path for path, h in held[place].items() if _is_outdated(h, report)]
+            place = [*same, *free, parent / f"{name}-{digest}"][0]
+            outdated = [path for path, h in held.get(place, {}).items() if _is_outdated(h, report)]
             for path in outdated:
                 path.unlink()
                 if path.name == TERMS_NAME:
                     shutil.rmtree(path.parent)
-            mark = parent / place / CACHE.format(digest_of(terms)) / TERMS_NAME
+            mark = place / CACHE.format(digest) / TERMS_NAME
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.write_text(json.dumps(report), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{error.filename or parent}: {error.strerror or error}") from None
     notes = []
     if outdated:
-        notes.append(f"{parent / place}: results of an earlier model or earlier data are replaced")
-    if place != name:
-        notes.append(f"{parent / name} is of other data or settings; this evaluation is written to {place}")
-    return parent / place, notes
+        notes.append(f"{place}: results of an earlier model or earlier data are replaced")
+    if place.name != name:
+        notes.append(
+            f"{parent / name} is of other data or settings; this evaluation is written to {place.name}"
+        )
+    return place, notes
 
 
 def _held(directory: Path) -> dict[Path, dict[str, Any]]:
@@ -155,7 +144,7 @@ def _held(directory: Path) -> dict[Path, dict[str, Any]]:
     found = {}
     for path in (directory / METRICS_NAME, *directory.glob(CACHE.format("*") + f"/{TERMS_NAME}")):
         # One that was cut off by what ended its writer tells nothing.
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
             content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
             described = isinstance(content, dict) and [content.get(name) for name in ("model", "data")]
             found[path] = content if described and all(isinstance(d, dict) for d in described) else {}
@@ -170,9 +159,9 @@ def _is_outdated(held: Mapping[str, Any], report: Mapping[str, Any]) -> bool:
 def _places_of(report: Mapping[str, Any]) -> list[Any]:
     """As ``terms_of``, with paths for hashes."""
     names = (("model", "path"), ("data", "path"), ("data", "images"))
-    paths = [report[of].get(name) if of in report else None for of, name in names]
-    terms = [report.get(name) for name in ("protocol", "decoding", "num_samples")]
-    return terms + [None if path is None else Path(path).resolve() for path in paths]
+    paths = [report.get(of, {}).get(name) for of, name in names]
+    terms = [report.get(name) for name in _COMMON_TERMS]
+    return terms + [path and Path(path).resolve() for path in paths]
 
 
 def predict_rows(
@@ -205,11 +194,8 @@ def predict_rows(
     if not world.is_main:
         return []
     found = sorted([*done.items(), *gathered], key=lambda pair: pair[0])
-    if [row for row, _ in found] != list(range(len(lengths))):
-        raise UserError(
-            f"{cache.directory}: {len(found)} answers to {len({row for row, _ in found})} of {len(lengths)} "
-            "rows; remove it"
-        )
+    told = f"{len(found)} answers to {len({row for row, _ in found})} of {len(lengths)} rows"
+    require([row for row, _ in found] == list(range(len(lengths))), f"{cache.directory}: {told}; remove it")
     return [prediction for _, prediction in found]
 
 

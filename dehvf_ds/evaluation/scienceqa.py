@@ -94,7 +94,7 @@ class AnswerScorer:
                 "latex": latex,
             },
             numbers={"accuracy": accuracy["Avg"] or 0.0, "parse_failure_rate": failure_rate},
-            lines=self.lines(predictions),
+            scores=[{} for _ in choices],
             summary=[f"{header}\n{markdown}", f"parse failures: {failures} of {len(choices)}"],
         )
 

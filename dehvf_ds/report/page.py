@@ -56,11 +56,7 @@ LAYERS: tuple[tuple[str, str, str], ...] = (
 
 
 def build_page(runs: Sequence[Run]) -> str:
-    """The whole page as HTML text.
-
-    Args:
-        runs: at least one, in the order of the tables and of the colours.
-    """
+    """The whole page as HTML text; tables and colours go by the order of the runs."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -70,18 +66,15 @@ def build_page(runs: Sequence[Run]) -> str:
     )
     environment.filters |= {"answer": _answer, "rounded": _rounded, "data_uri": _data_uri}
     span = max(5, max(len(run.rows) for run in runs) // 25)
-    spans = {"train/loss": span}
-    curves = {
-        title: line_chart(
-            title, [run.curve(name) for run in runs], "step", label, axis, smooth_over=spans.get(name, 1)
-        )
-        for name, title, label, axis in CURVES
-    }
-    layers = {}
+    curves, layers = {}, {}
+    for name, title, label, axis in CURVES:
+        smooth_over = span if name == "train/loss" else 1
+        curves[title] = line_chart(title, [run.curve(name) for run in runs], "step", label, axis, smooth_over)
     for name, title, label in LAYERS:
         families = [run.family(name) for run in runs]
         last = [(np.array(numbers), grid[:, -1:].ravel()) for numbers, _, grid in families]
         layers[title] = line_chart(title, last, "LLM layer", label, "from zero")
+    tasks = dict.fromkeys(e.task for run in runs for e in run.evaluations)
     weights = {run.name: found for run in runs if (found := run.family("levels/mean"))[1]}
     every = np.concatenate([grid.ravel() for _, _, grid in weights.values()] or [np.zeros(1)])
     low, high = np.nanmin(every), max(np.nanmax(every), np.nanmin(every) + MIN_RANGE)
@@ -91,9 +84,7 @@ def build_page(runs: Sequence[Run]) -> str:
         looks=[(i % len(COLORS), LINE_STYLES[i // len(COLORS) % len(LINE_STYLES)]) for i in range(len(runs))],
         overview=[_overview(run) for run in runs],
         settings=_compare([run.settings for run in runs]),
-        scores=[
-            _scores(runs, task) for task in dict.fromkeys(e.task for run in runs for e in run.evaluations)
-        ],
+        scores=[_scores(runs, task) for task in tasks],
         span=span,
         curves={title: chart for title, chart in curves.items() if chart},
         scale=(low, high),
@@ -110,8 +101,9 @@ def _overview(run: Run) -> list[str]:
     """The run's row of the first table."""
     losses, speeds = (run.curve(name)[1] for name in ("train/loss", "samples_per_s"))
     known = losses[np.isfinite(losses)]
-    steps, values = run.curve("val/loss")
-    validated = [(value, step) for value, step in zip(values, steps, strict=True) if np.isfinite(value)]
+    validated = [
+        (value, step) for step, value in zip(*run.curve("val/loss"), strict=True) if math.isfinite(value)
+    ]
     step, last = next(reversed(run.rows.items()), (0, {}))
     remarks = list(run.notes)
     if len(known) < len(losses):

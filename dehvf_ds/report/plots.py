@@ -44,15 +44,10 @@ positive."""
 def line_chart(
     title: str, curves: Sequence[Curve], x_label: str, y_label: str, axis: Axis, smooth_over: int = 1
 ) -> Markup | None:
-    """Draws a curve for each run; None where no curve has a value.
+    """Draws a curve for each run, coloured by their order; None where no curve has a value.
 
-    Args:
-        title: no other chart of the page has the same.
-        curves: of the runs in their order, which gives their colours.
-        x_label: with its unit.
-        y_label: with its unit.
-        axis: kind of the value axis.
-        smooth_over: steps of an exponential mean, which is drawn over the pale curve itself.
+    No other chart of the page has the same title. ``smooth_over`` is the steps of an exponential mean, which
+    is drawn over the pale curve itself.
     """
     every = np.concatenate([values for _, values in curves])
     every = every[np.isfinite(every)]
@@ -91,13 +86,7 @@ def layer_map(
 ) -> Markup:
     """A heat map: rows are feature layers, the deepest on top; columns are the steps that recorded them.
 
-    Args:
-        title: no other chart of the page has the same.
-        blocks: of the vision tower, rising.
-        steps: at least one.
-        weights: [blocks, steps], NaN where there is none.
-        low: weight at the dark end of the scale.
-        high: weight at the bright end.
+    ``weights`` [blocks, steps] holds NaN where there is none; the scale goes from dark at ``low`` to bright.
     """
     with style.context(STYLE):
         figure = Figure(figsize=(6.8, 0.8 + 0.32 * len(blocks)))

@@ -20,9 +20,6 @@ from dehvf_ds.data.index import ShardIndex
 MAX_SHOWN = 1e100
 """Largest number that is taken for one; no axis can show a range beyond."""
 
-OWN_SETTINGS = ("run_dir", "overwrite")
-"""Settings that name a run rather than describe it."""
-
 Json = dict[str, object]
 Curve = tuple[np.ndarray, np.ndarray]
 """Places on the x axis (steps or layers) and values; NaN where there is no finite number."""
@@ -32,10 +29,7 @@ Curve = tuple[np.ndarray, np.ndarray]
 class Evaluation:
     """A finished evaluation: what lies in one ``eval/TASK-LABEL``; the label is mostly the split.
 
-    Attributes:
-        directory: where it lies.
-        metrics: content of ``metrics.json``.
-        predictions: objects of ``predictions.jsonl`` by line number, which is the row's number in the shards.
+    ``predictions`` are by line number, which is the row's number in the shards.
     """
 
     directory: Path
@@ -95,13 +89,9 @@ class Evaluation:
 class Run:
     """What lies in one run directory.
 
-    Attributes:
-        name: the directory's name, with as much of its path as tells it from the other runs.
-        settings: of ``config.yaml``, by dotted name, without ``OWN_SETTINGS``.
-        rows: of ``metrics.jsonl``, by rising step.
-        evaluations: finished ones, in the order of their directories' names.
-        sample: file name and content of the last contact sheet of the in-training evaluations.
-        notes: what could not be read, a line each.
+    The name has as much of its path as tells it from the other runs. Settings are by dotted name, ``rows`` of
+    ``metrics.jsonl`` by rising step; ``sample`` is the last contact sheet of the in-training evaluations and
+    its file's name; ``notes`` say what could not be read.
     """
 
     name: str
@@ -192,7 +182,8 @@ def _load_run(path: Path, name: str) -> Run:
     pictures = ((sheet.name, _load_picture(sheet)) for sheet in sheets)
     return Run(
         name=name,
-        settings=flatten({key: value for key, value in settings.items() if key not in OWN_SETTINGS}),
+        # Without those that name a run rather than describe it.
+        settings=flatten({key: settings[key] for key in settings if key not in ("run_dir", "overwrite")}),
         rows=dict(sorted(rows.items())),
         evaluations=[found for directory in directories if (found := _load_evaluation(directory, notes))],
         sample=next(((name, picture) for name, picture in pictures if picture), None),

@@ -1,3 +1,5 @@
+"""Caption scores are those of the package's own driver, whatever captions hold and whatever fails."""
+
 from __future__ import annotations
 
 import os
@@ -28,6 +30,11 @@ PREDICTIONS = {
 }
 BLEU = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"]
 ALL_BUT_SPICE = [*BLEU, "METEOR", "ROUGE-L", "CIDEr"]
+WITHOUT_JAVA = [*BLEU, "ROUGE-L", "CIDEr"]
+
+FAILS = "echo 'Picked up JAVA_TOOL_OPTIONS' >&2; echo 'no room for 2G' >&2; exit 1"
+"""As the real one where memory is short."""
+
 
 java = [
     pytest.mark.java,
@@ -38,11 +45,11 @@ java = [
 class Scores:
     """What a scorer says, as it is compared here."""
 
-    def __init__(self, references, predictions, tokenizer="ptb") -> None:
+    def __init__(self, references=REFERENCES, predictions=PREDICTIONS, tokenizer="simple") -> None:
         records = [(key, {"captions": captions}) for key, captions in references.items()]
         scored = CaptionScorer(records, tokenizer=tokenizer).score([predictions[key] for key in references])
         self.metrics, self.corpus, self.missing = scored.metrics, scored.numbers, scored.metrics["missing"]
-        self.each = {line["key"]: line["scores"] for line in scored.lines}
+        self.each = dict(zip(references, scored.scores, strict=True))
 
 
 @pytest.fixture
@@ -58,35 +65,37 @@ def no_download(monkeypatch) -> None:
     monkeypatch.setattr(get_stanford_models, "urlretrieve", refuse)
 
 
-FAILS = "echo 'Picked up JAVA_TOOL_OPTIONS' >&2; echo 'no room for 2G' >&2; exit 1"
-"""As the real one where memory is short."""
+@pytest.fixture
+def fake_java(tmp_path: Path, monkeypatch):
+    """Puts a script in Java's place."""
+
+    def put(script: str = FAILS) -> None:
+        program = tmp_path / "java"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    return put
 
 
-def fake_java(folder: Path, monkeypatch, script: str = FAILS) -> None:
-    program = folder / "java"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder), prepend=":")
-
-
-def test_java_that_never_ends_is_ended(tmp_path, monkeypatch) -> None:
-    fake_java(tmp_path, monkeypatch, "while :; do read line || sleep 0.1; done")
+def test_java_that_never_ends_is_ended(fake_java, monkeypatch) -> None:
+    fake_java("while :; do read line || sleep 0.1; done")
     monkeypatch.setattr(coco, "JAVA_MINUTES", 0.01)
     monkeypatch.setattr(coco, "JAVA_MINUTES_OF_A_TEXT", 0)
     with pytest.raises(UserError, match=r"PTB tokenization: Java was not done after 0.01 minutes"):
-        Scores(REFERENCES, PREDICTIONS, tokenizer="ptb")
-    scores = Scores(REFERENCES, PREDICTIONS, tokenizer="simple")
+        Scores(tokenizer="ptb")
+    scores = Scores()
     assert scores.missing["METEOR"] == "Java was not done after 0.01 minutes"
     assert "CIDEr" in scores.corpus
 
 
-def test_java_that_fails_is_quoted_and_takes_no_other_metric_along(tmp_path, monkeypatch) -> None:
-    fake_java(tmp_path, monkeypatch)
+def test_java_that_fails_is_quoted_and_takes_no_other_metric_along(fake_java) -> None:
+    fake_java()
     with pytest.raises(UserError, match="PTB tokenization failed: no room for 2G"):
-        Scores(REFERENCES, PREDICTIONS)
-    scores = Scores(REFERENCES, PREDICTIONS, tokenizer="simple")
+        Scores(tokenizer="ptb")
+    scores = Scores()
     assert scores.missing["METEOR"] == "no room for 2G"
-    assert list(scores.corpus) == [*BLEU, "ROUGE-L", "CIDEr"]
+    assert list(scores.corpus) == WITHOUT_JAVA
 
 
 class TestOfficial:
@@ -131,7 +140,7 @@ class TestOfficial:
         given = {"LC_ALL": "de_DE.ISO-8859-1", "JAVA_TOOL_OPTIONS": german, "_JAVA_OPTIONS": german}
         for name, value in given.items():
             monkeypatch.setenv(name, value)
-        scores = Scores(REFERENCES, PREDICTIONS)
+        scores = Scores(tokenizer="ptb")
         assert list(scores.corpus) == ALL_BUT_SPICE
         assert scores.metrics["comparable"]
         assert scores.metrics["num_empty"] == 1
@@ -141,14 +150,12 @@ class TestOfficial:
             for key in REFERENCES:
                 expected = 100 * driver.imgToEval[key][theirs]
                 assert scores.each[key][ours] == pytest.approx(expected, abs=1e-6)
-        assert scores.each["b"]["CIDEr"] == 0
-        assert len(started) == 3, "two tokenizations, METEOR"
         assert all(os.environ.get(name) == value for name, value in given.items())
+        assert len(started) == 3, "two tokenizations, METEOR"
         for process in started:
             assert process.returncode is not None
-            assert all(
-                pipe is None or pipe.closed for pipe in (process.stdin, process.stdout, process.stderr)
-            )
+            pipes = (process.stdin, process.stdout, process.stderr)
+            assert all(pipe is None or pipe.closed for pipe in pipes)
 
     def test_no_character_shifts_the_captions(self) -> None:
         captions = {
@@ -162,65 +169,61 @@ class TestOfficial:
         assert [tokens["b"], tokens["c"]] == [["", ""], ["u.s.", ""]]
 
 
-def test_without_java_the_package_to_install_is_named(no_java) -> None:
+def test_without_java_the_package_to_install_is_named_and_the_simple_tokenizer_is_not_comparable(
+    no_java,
+) -> None:
     with pytest.raises(UserError, match="default-jre-headless"):
-        Scores({"a": ["A dog."]}, {"a": "A dog."})
-
-
-def test_the_simple_tokenizer_needs_no_java_and_is_not_comparable(no_java) -> None:
-    scores = Scores(REFERENCES, PREDICTIONS, tokenizer="simple")
-    assert list(scores.corpus) == [*BLEU, "ROUGE-L", "CIDEr"]
+        Scores(tokenizer="ptb")
+    scores = Scores()
+    assert list(scores.corpus) == WITHOUT_JAVA
     assert list(scores.missing) == ["METEOR", "SPICE"]
     assert "default-jre-headless" in scores.missing["METEOR"]
     assert not scores.metrics["comparable"]
-    assert all(list(row) == list(scores.corpus) for row in scores.each.values())
-    assert list(scores.each) == list(REFERENCES)
-
-
-def test_predictions_without_a_word_are_counted_and_score_nothing(no_java) -> None:
-    empty = {"a": "", "b": " \n", "c": "...", "d": "A dog at a café."}
-    scores = Scores(REFERENCES, empty, tokenizer="simple")
-    assert scores.metrics["num_empty"] == 3
-    for key in "abc":
-        assert max(scores.each[key].values()) == pytest.approx(0, abs=1e-6)
-    assert scores.corpus["ROUGE-L"] == pytest.approx(scores.each["d"]["ROUGE-L"] / 4)
-
-
-def test_simple_tokens() -> None:
+    assert all(list(row) == WITHOUT_JAVA for row in scores.each.values())
     texts = ["The dog's “T-shirt”, (red)!", "Über  Ñ\t犬", PUNCTUATION, ""]
     assert simple_tokens({"a": texts}) == {"a": ["the dog's “t-shirt” red", "über ñ 犬", "", ""]}
 
 
-def test_a_metric_that_fails_is_named_and_the_others_stay(no_java, monkeypatch) -> None:
-    whole = Scores(REFERENCES, PREDICTIONS, tokenizer="simple")
+def test_what_has_no_word_is_counted_and_scores_nothing(no_java) -> None:
+    empty = {"a": "", "b": " \n", "c": "...", "d": "A dog at a café."}
+    scores = Scores(REFERENCES | {"a": ["...", "a dog"]}, empty)
+    assert scores.metrics["num_empty"] == 3
+    # An empty answer would equal it.
+    assert scores.metrics["num_wordless_references"] == 1
+    for key in "abc":
+        assert max(scores.each[key].values()) == pytest.approx(0, abs=1e-6)
+    assert scores.corpus["ROUGE-L"] == pytest.approx(scores.each["d"]["ROUGE-L"] / 4)
+    with pytest.raises(UserError, match="1 pictures have no reference caption with a word, b the first"):
+        Scores({"a": ["A dog."], "b": ["...", " \n"]}, {"a": "", "b": ""})
 
-    def fail(*_: object) -> None:
-        raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr(Cider, "compute_score", fail)
-    scores = Scores(REFERENCES, PREDICTIONS, tokenizer="simple")
-    assert scores.missing["CIDEr"] == "ZeroDivisionError: two lines"
+def fail(*_: object) -> None:
+    raise ZeroDivisionError("two\nlines")
+
+
+@pytest.mark.parametrize("broken", [fail, lambda *_: (float("nan"), [0.0] * 4), lambda *_: (0.5, [0.5] * 3)])
+def test_a_metric_that_fails_or_gives_no_numbers_is_named_and_the_others_stay(
+    no_java, monkeypatch, broken
+) -> None:
+    whole = Scores()
+    monkeypatch.setattr(Cider, "compute_score", broken)
+    scores = Scores()
+    assert re.match("ZeroDivisionError: two lines$|ValueError: ", scores.missing["CIDEr"])
     assert scores.corpus == {name: value for name, value in whole.corpus.items() if name != "CIDEr"}
     assert all("CIDEr" not in row for row in scores.each.values())
+    monkeypatch.setattr(coco, "METRICS", {("CIDEr",): fail})
+    with pytest.raises(UserError, match="no caption metric could be computed; ZeroDivisionError: two lines"):
+        Scores()
 
 
-@pytest.mark.parametrize("broken", [(float("nan"), [0.0] * 4), (0.5, [0.5] * 3)], ids=["nan", "too few"])
-def test_scores_that_are_none_are_no_scores(no_java, monkeypatch, broken) -> None:
-    monkeypatch.setattr(Cider, "compute_score", lambda *_: broken)
-    scores = Scores(REFERENCES, PREDICTIONS, tokenizer="simple")
-    assert "CIDEr" in scores.missing
-    assert "CIDEr" not in scores.corpus
-
-
-def test_nothing_in_a_caption_ends_a_line_or_a_field_of_meteors(tmp_path, monkeypatch) -> None:
+def test_nothing_in_a_caption_ends_a_line_or_a_field_of_meteors(tmp_path, fake_java) -> None:
     told = tmp_path / "told"
-    script = f"""while IFS= read -r line; do
+    fake_java(f"""while IFS= read -r line; do
       printf '%s\\n' "$line" >> {told}
       case "$line" in SCORE*) echo 1.0 2.0;; EVAL*) echo 0.25; echo 0.75; echo 0.5;; esac
-    done"""
-    fake_java(tmp_path, monkeypatch, script)
+    done""")
     references = {"a": ["x ||| y", "p\tq\r\nr\u2028s"], "b": ["||||| z\x85", "..."]}
-    scores = Scores(references, {"a": "||| u\nv", "b": ""}, tokenizer="simple")
+    scores = Scores(references, {"a": "||| u\nv", "b": ""})
     assert scores.corpus["METEOR"] == 50
     assert [row["METEOR"] for row in scores.each.values()] == [25, 75]
     assert told.read_text(encoding="utf-8").split("\n") == [
@@ -243,58 +246,27 @@ def test_nothing_in_a_caption_ends_a_line_or_a_field_of_meteors(tmp_path, monkey
     ids=["one picture", "the same references", "empty", "one word", "defined"],
 )
 def test_what_the_captions_do_not_define_is_no_number(no_java, references, predictions, undefined) -> None:
-    scores = Scores(references, predictions, tokenizer="simple")
+    scores = Scores(references, predictions)
     assert sorted(scores.missing) == sorted([*undefined, "METEOR", "SPICE"])
-    assert set(scores.corpus) == {*BLEU, "ROUGE-L", "CIDEr"} - set(undefined)
-    assert all(set(row) == set(scores.corpus) for row in scores.each.values())
+    assert set(scores.corpus) == set(WITHOUT_JAVA) - set(undefined)
     for name in undefined:
         assert re.search("^(with one picture|where all pictures|no answer has )", scores.missing[name])
 
 
-def test_an_empty_answer_equals_no_reference_without_a_word(no_java) -> None:
-    scores = Scores({"a": ["...", "a dog"], "b": ["a cat"]}, {"a": "", "b": "a cat"}, "simple")
-    assert scores.metrics["num_wordless_references"] == 1
-    assert scores.each["a"]["ROUGE-L"] == 0
+def test_spice_is_scored_where_its_parser_is(tmp_path, monkeypatch, fake_java) -> None:
+    class FakeSpice:
+        def compute_score(self, truth, guess):
+            assert list(truth) == list(guess) == ["a", "b", "c", "d"]
+            return 0.25, [{"All": {"f": value}, "Color": {"f": 9.0}} for value in (0.0, 0.1, 0.4, 0.5)]
 
-
-@pytest.mark.parametrize("captions", [[], [" ", "\n"], ["...", "!"]])
-def test_a_picture_without_references_is_named(captions) -> None:
-    with pytest.raises(UserError, match="1 pictures have no reference caption with a word, b the first"):
-        Scores({"a": ["A dog."], "b": captions}, {"a": "", "b": ""}, "simple")
-
-
-def test_no_metric_at_all_is_an_error(monkeypatch) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("gone")
-
-    monkeypatch.setattr("dehvf_ds.evaluation.coco.METRICS", {("ROUGE-L",): fail, ("CIDEr",): fail})
-    with pytest.raises(UserError, match="no caption metric could be computed; gone"):
-        Scores(REFERENCES, PREDICTIONS, tokenizer="simple")
-
-
-class TestSpice:
-    @pytest.fixture
-    def library(self, tmp_path, monkeypatch) -> Path:
-        monkeypatch.setattr(spice, "__file__", str(tmp_path / "spice.py"))
-        (tmp_path / "lib").mkdir()
-        return tmp_path / "lib"
-
-    def test_without_its_parser_it_is_missing(self, library, no_java) -> None:
-        (library / SPICE_PARSER[0]).touch()
-        missing = Scores(REFERENCES, PREDICTIONS, tokenizer="simple").missing
-        assert missing["SPICE"].startswith("its parser is not installed")
-
-    def test_with_its_parser_it_is_scored(self, library, tmp_path, monkeypatch) -> None:
-        class FakeSpice:
-            def compute_score(self, truth, guess):
-                assert list(truth) == list(guess) == ["a", "b", "c", "d"]
-                return 0.25, [{"All": {"f": value}, "Color": {"f": 9.0}} for value in (0.0, 0.1, 0.4, 0.5)]
-
-        for name in SPICE_PARSER:
-            (library / name).touch()
-        monkeypatch.setattr(spice, "Spice", FakeSpice)
-        fake_java(tmp_path, monkeypatch)
-        scores = Scores(REFERENCES, PREDICTIONS, tokenizer="simple")
-        assert list(scores.missing) == ["METEOR"]
-        assert scores.corpus["SPICE"] == 25
-        assert [row["SPICE"] for row in scores.each.values()] == [0, 10, 40, 50]
+    monkeypatch.setattr(spice, "__file__", str(tmp_path / "spice.py"))
+    monkeypatch.setattr(spice, "Spice", FakeSpice)
+    fake_java()
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / SPICE_PARSER[0]).touch()
+    assert Scores().missing["SPICE"].startswith("its parser is not installed")
+    (tmp_path / "lib" / SPICE_PARSER[1]).touch()
+    scores = Scores()
+    assert list(scores.missing) == ["METEOR"]
+    assert scores.corpus["SPICE"] == 25
+    assert [row["SPICE"] for row in scores.each.values()] == [0, 10, 40, 50]

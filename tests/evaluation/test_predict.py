@@ -7,16 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dehvf_ds.config import UserError
 from dehvf_ds.distributed import World
 from dehvf_ds.evaluation import predict
 from dehvf_ds.evaluation.predict import PredictionCache, predict_rows
 
 LENGTHS = [3, 9, 1, 4, 4, 8, 2]
-
-
-def world(rank: int = 0, size: int = 1) -> World:
-    return World(rank, rank, size, size, torch.device("cpu"))
+ANSWERS = [f"größe {row}" for row in range(7)]
 
 
 class Asked:
@@ -30,31 +26,29 @@ class Asked:
         if len(self.calls) == self._dies_at:
             raise KeyboardInterrupt
         self.calls.append(list(rows))
-        return [f"größe {row}" for row in rows]
+        return [ANSWERS[row] for row in rows]
 
 
-def test_longest_first_and_answers_in_the_rows_order(tmp_path: Path) -> None:
-    ask = Asked()
-    answers = predict_rows(LENGTHS, ask, PredictionCache(tmp_path, {}, 0), world(), 3)
-    assert answers == [f"größe {row}" for row in range(7)]
-    assert ask.calls == [[1, 5, 3], [4, 0, 6], [2]]
+def ask(directory: Path, asked: Asked, rank: int = 0, size: int = 1) -> list:
+    world = World(rank, rank, size, size, torch.device("cpu"))
+    return predict_rows(LENGTHS, asked, PredictionCache(directory, {"model": 1}, rank), world, 2)
 
 
 def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path, capsys) -> None:
-    first, second = Asked(dies_at=2), Asked()
+    first, second, third = Asked(dies_at=2), Asked(), Asked()
     with pytest.raises(KeyboardInterrupt):
-        predict_rows(LENGTHS, first, PredictionCache(tmp_path, {"model": 1}, 0), world(), 2)
+        ask(tmp_path, first)
+    # The longest first.
+    assert first.calls == [[1, 5], [3, 4]]
     cache = PredictionCache(tmp_path, {"model": 1}, 0)
     # Killed in the middle of a line.
     with next(cache.directory.glob("*.jsonl")).open("a") as file:
         file.write('[2, "gr')
-    answers = predict_rows(LENGTHS, second, cache, world(), 2)
-    assert answers == [f"größe {row}" for row in range(7)]
-    assert sorted(row for call in first.calls + second.calls for row in call) == list(range(7))
+    assert ask(tmp_path, second) == ANSWERS
+    assert second.calls == [[0, 6], [2]]
     assert "going on after 4 of 7 rows" in capsys.readouterr().out
     # And a third finds all of it there, the line after the torn one too.
-    third = Asked()
-    assert predict_rows(LENGTHS, third, PredictionCache(tmp_path, {"model": 1}, 0), world(), 2) == answers
+    assert ask(tmp_path, third) == ANSWERS
     assert third.calls == []
     cache.remove()
     assert list(tmp_path.iterdir()) == []
@@ -62,25 +56,16 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path, caps
 
 def test_ranks_have_disjoint_rows_whatever_ranks_there_were_before(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(KeyboardInterrupt):
-        predict_rows(LENGTHS, Asked(dies_at=1), PredictionCache(tmp_path, {}, 0), world(), 2)
+        ask(tmp_path, Asked(dies_at=1))
     gathered: list = []
-    asked = []
+    asked = Asked()
     # Rank 1 first: it writes nothing that rank 0 takes for done before its own reading.
-    before = PredictionCache(tmp_path, {}, 0).read()
+    before = PredictionCache(tmp_path, {"model": 1}, 0).read()
     monkeypatch.setattr(PredictionCache, "read", lambda self: dict(before))
     monkeypatch.setattr(predict, "gather_to_main", lambda own, place: gathered.extend(own) or gathered)
-    for rank in (1, 0):
-        ask = Asked()
-        answers = predict_rows(LENGTHS, ask, PredictionCache(tmp_path, {}, rank), world(rank, 2), 2)
-        asked += [row for call in ask.calls for row in call]
-    assert sorted(asked) == sorted(set(range(7)) - set(before))
-    assert answers == [f"größe {row}" for row in range(7)]
-
-
-def test_a_directory_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file: Not a directory"):
-        PredictionCache(tmp_path / "file", {}, 0)
+    answers = [ask(tmp_path, asked, rank, 2) for rank in (1, 0)]
+    assert sorted(row for call in asked.calls for row in call) == sorted(set(range(7)) - set(before))
+    assert answers == [[], ANSWERS]
 
 
 def test_what_is_cut_off_or_no_answer_is_asked_again(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from evaluation.tiny_data import annotations
 
 from dehvf_ds.config import UserError
 from dehvf_ds.evaluation.dataset import load_references, match_references
@@ -18,34 +19,22 @@ ENDINGS = [".jpg", ".JPG", ".jpeg", ".png", ".PNG"]
 
 
 def write(path: Path, names: list[str], *, karpathy: bool) -> Path:
-    """A published file with two captions a picture."""
-    captions = [[f" picture {i}\n", f"number {i}"] for i in range(len(names))]
-    images = [{"id": i, "file_name": name} for i, name in enumerate(names)]
-    content = {
-        "images": images,
-        "annotations": [
-            {"image_id": i, "caption": text} for i, texts in enumerate(captions) for text in texts
-        ],
-    }
+    """A published file with two captions a picture; of Karpathy's every third one is of val."""
+    annotations(path, names)
     if karpathy:
-        parts = [name.rpartition("/") for name in names]
-        content = {
-            "images": [
-                {
-                    "filename": last,
-                    **({"filepath": folder} if folder else {}),
-                    "split": "test" if i % 3 else "val",
-                    "cocoid": i,
-                    "sentences": [{"raw": text} for text in captions[i]],
-                }
-                for i, (folder, _, last) in enumerate(parts)
-            ]
-        }
-    path.write_text(json.dumps(content), encoding="utf-8")
+        entries = []
+        for i, name in enumerate(names):
+            folder, _, last = name.rpartition("/")
+            entry = {"filename": last, "split": "test" if i % 3 else "val", "cocoid": i}
+            entry |= {"filepath": folder} if folder else {}
+            entries.append(
+                entry | {"sentences": [{"raw": f"a text of {name}"}, {"raw": f" a text of {name}! "}]}
+            )
+        path.write_text(json.dumps({"images": entries}), encoding="utf-8")
     return path
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("karpathy", [False, True])
 def test_every_row_finds_its_own_references_whatever_its_pictures_name(
     tmp_path: Path, seed: int, karpathy: bool
@@ -58,9 +47,7 @@ def test_every_row_finds_its_own_references_whatever_its_pictures_name(
     assert list(found) == names
     rows = draw.sample(names, 40)
     matched = match_references(found, {f"key {name}": name for name in rows})
-    assert matched == {
-        f"key {name}": [f"picture {names.index(name)}", f"number {names.index(name)}"] for name in rows
-    }
+    assert matched == {f"key {name}": [f"a text of {name}", f"a text of {name}!"] for name in rows}
 
 
 def test_splits_are_those_of_the_file(tmp_path: Path) -> None:
@@ -83,14 +70,6 @@ def test_what_is_left_out_is_told(tmp_path: Path, capsys) -> None:
     told = capsys.readouterr().err
     assert "a.jpg" in told
     assert "annotation None names an unknown image_id" in told
-
-
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"images": 3}', '{"annotations": []}'])
-def test_files_that_cannot_be_read_are_named(tmp_path: Path, text: str | None) -> None:
-    if text is not None:
-        (tmp_path / "x.json").write_text(text)
-    with pytest.raises(UserError, match=r"x\.json"):
-        load_references(tmp_path / "x.json", "test")
 
 
 @pytest.mark.parametrize(
