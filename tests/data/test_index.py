@@ -12,10 +12,8 @@ import webdataset
 from tiny_shards import caption_row, write_shards
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.damage import DamagedSample
-from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.manifest import INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME
-from dehvf_ds.data.shards import ShardRow
+from dehvf_ds.data.index import INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME, ShardIndex
+from dehvf_ds.data.shards import DamagedSample, ShardRow
 
 
 def test_every_sample_is_read_from_its_own_bytes(make_shards):

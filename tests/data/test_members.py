@@ -12,10 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.damage import DamagedSample
-from dehvf_ds.data.members import IMAGE_MEMBERS, parse_members, picture_name, split_name
+from dehvf_ds.data.building.scan import scan_shard
 from dehvf_ds.data.records import read_record
-from dehvf_ds.data.shards import scan_shard
+from dehvf_ds.data.shards import (
+    IMAGE_MEMBERS,
+    DamagedSample,
+    parse_members,
+    picture_name,
+    split_name,
+)
 
 
 def caption(key: str) -> bytes:

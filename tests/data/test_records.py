@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dehvf_ds.data.damage import DamagedSample
 from dehvf_ds.data.records import check_record, read_record
+from dehvf_ds.data.shards import DamagedSample
 from dehvf_ds.data.text import clean_text, decode_text, is_text
 
 NAN = float("nan")

@@ -10,19 +10,15 @@ import numpy as np
 import pytest
 from tiny_shards import write_shards
 
+from dehvf_ds.atomic import part_of as temporary_name
 from dehvf_ds.config import UserError
-from dehvf_ds.data.damage import DamagedSample
+from dehvf_ds.data.building.scan import find_key, hash_keys, scan_shard, write_index, write_shard
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.manifest import write_index
-from dehvf_ds.data.members import parse_members
 from dehvf_ds.data.records import parse_record, text_lengths
 from dehvf_ds.data.shards import (
+    DamagedSample,
     ShardRow,
-    find_key,
-    hash_keys,
-    scan_shard,
-    temporary_name,
-    write_shard,
+    parse_members,
 )
 
 NUM_ROWS = 6

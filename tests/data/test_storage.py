@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data import fetch, storage
-from dehvf_ds.data.damage import DamagedSample
+from dehvf_ds.data import storage
 from dehvf_ds.data.index import ShardIndex
+from dehvf_ds.data.shards import DamagedSample
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_few_files_stay_open(directory, monkeypatch):
     monkeypatch.setattr(storage, "MAX_OPEN_SHARDS", 2)
     index = ShardIndex(directory)
     assert keys(index)
-    assert len(index._storage._open_files) == 2
+    assert len(index._storage._opened) == 2
 
 
 def test_every_place_gives_the_same_samples(directory, remote, http, tmp_path):
@@ -149,7 +149,7 @@ def failing(remote):
     ],
 )
 def test_what_a_server_refuses_is_one_line(directory, failing, tmp_path, monkeypatch, path, message, cached):
-    monkeypatch.setattr(fetch, "RETRIES", 0)
+    monkeypatch.setattr(storage, "RETRY_WITHIN_S", -1.0)
     place = f"{failing}/{path}"
     index = ShardIndex(directory, location=place, cache_dir=str(tmp_path / "cache") if cached else None)
     with pytest.raises(DamagedSample, match=message) as caught:
@@ -172,7 +172,7 @@ def test_what_a_server_refuses_is_one_line(directory, failing, tmp_path, monkeyp
     ],
 )
 def test_what_cannot_be_reached_is_one_line(directory, remote, monkeypatch, capfd, place, message):
-    monkeypatch.setattr(fetch, "RETRIES", 0)
+    monkeypatch.setattr(storage, "RETRY_WITHIN_S", -1.0)
     index = ShardIndex(directory, location=place)
     with pytest.raises(DamagedSample, match=message) as caught:
         index.read(4)
@@ -215,7 +215,7 @@ def test_a_killed_copier_leaves_nothing_in_the_way(directory, tmp_path):
     cache = tmp_path / "cache"
     index = ShardIndex(directory, cache_dir=str(cache))
     shard = index.manifest["shards"][1]
-    (cache / f"{shard['sha256']}.part").write_bytes(b"half")
+    (cache / f".{shard['sha256']}.tar.part").write_bytes(b"half")
     assert keys(index)
     assert list(cache.glob("*.part")) == []
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import io
 import os
 import re
@@ -20,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dehvf_ds.atomic import sha256_of
 from dehvf_ds.config import UserError
 from dehvf_ds.data.chat import TURN_FORM
-from dehvf_ds.data.damage import BAD_NAME, BAD_RECORD, KEY_TWICE, NO_CAPTION, DamagedSample, counted, one_line
 from dehvf_ds.data.records import check_record, pictures_named
+from dehvf_ds.data.shards import BAD_NAME, BAD_RECORD, KEY_TWICE, NO_CAPTION, DamagedSample, one_line
 from dehvf_ds.data.text import decode_text, is_text, parse_json
 
 MAX_NAMED = 20
@@ -107,7 +107,9 @@ class BadRows:
         for _, line in self._first:
             note(f"left out {line}")
         if total := sum(self.counts.values()):
-            note(f"left out {total} of {num_rows}: {counted(self.counts).partition(': ')[2]}")
+            parts = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
+            reasons = ", ".join(f"{count} {reason}" for reason, count in parts)
+            note(f"left out {total} of {num_rows}: {reasons}")
         for what, count in sorted(self.notes.items()):
             note(f"{count} times: {what}")
 
@@ -304,8 +306,7 @@ def inside(directory: Path, *parts: str) -> Path:
 
 def describe_file(path: Path) -> dict[str, str]:
     """A file's name and hash: what a manifest says of it, the same on every machine."""
-    with path.open("rb") as file:
-        return {"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"name": path.name, "sha256": sha256_of(path)}
 
 
 def read_text(path: Path) -> str:

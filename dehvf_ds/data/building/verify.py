@@ -15,20 +15,18 @@ import numpy as np
 
 from dehvf_ds import __version__
 from dehvf_ds.config import UserError
+from dehvf_ds.data.building.scan import check_sample, scan_shard, write_index
 from dehvf_ds.data.building.sources import BadRows, note
 from dehvf_ds.data.building.writer import PLAN_NAME, alone_in, run_tasks
-from dehvf_ds.data.damage import DamagedSample, one_line
-from dehvf_ds.data.manifest import (
+from dehvf_ds.data.index import (
     INDEX_NAME,
     LENGTHS_NAME,
     MANIFEST_NAME,
     PLAIN_FILE_NAME,
-    open_table,
+    open_tables,
     read_manifest,
-    write_index,
 )
-from dehvf_ds.data.members import parse_members
-from dehvf_ds.data.shards import check_sample, scan_shard
+from dehvf_ds.data.shards import DamagedSample, one_line, parse_members
 
 _PACKED = re.compile(
     r".+\.(?:tar\.(?:gz|bz2|xz|zst|zstd|lz4|lzma|lzo|z|br)|tgz|tbz2?|txz|tzst)", re.IGNORECASE
@@ -79,8 +77,7 @@ def verify_shards(directory: Path, *, decode: bool, num_workers: int) -> tuple[d
     """
     manifest = read_manifest(directory)
     shards = manifest["shards"]
-    rows = open_table(directory / INDEX_NAME, np.int64, (manifest["num_samples"], 4))
-    lengths = open_table(directory / LENGTHS_NAME, np.int32, (sum(s["examples"] for s in shards),))
+    rows, lengths = open_tables(directory, manifest)
     tasks, first_row, first_text = [], 0, 0
     for shard in shards:
         end_row, end_text = first_row + shard["samples"], first_text + shard["examples"]

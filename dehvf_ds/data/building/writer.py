@@ -11,17 +11,13 @@ import contextlib
 import fcntl
 import io
 import json
-import multiprocessing
 import os
 import re
-import signal
 import sys
-import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import forkserver
 from pathlib import Path
 from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple, TypeVar
@@ -29,31 +25,32 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import PIL
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dehvf_ds import __version__
+from dehvf_ds.atomic import atomic_file
 from dehvf_ds.config import UserError
-from dehvf_ds.data.building.sources import BadRows, SourceRow, note
-from dehvf_ds.data.damage import BAD_RECORD, NO_PICTURE, UNDECODABLE, DamagedSample, one_line
-from dehvf_ds.data.images import decode_image
-from dehvf_ds.data.manifest import (
-    INDEX_NAME,
-    MANIFEST_NAME,
-    PLAIN_FILE_NAME,
-    read_manifest,
-    shard_name,
-    write_index,
-)
-from dehvf_ds.data.members import IMAGE_MEMBERS
-from dehvf_ds.data.shards import (
-    ShardRow,
+from dehvf_ds.data.building.scan import (
     ShardTable,
     check_picture,
     hash_keys,
-    publish,
     scan_shard,
-    temporary_name,
+    shard_name,
+    write_index,
     write_shard,
+)
+from dehvf_ds.data.building.sources import BadRows, SourceRow, note
+from dehvf_ds.data.images import decode_image
+from dehvf_ds.data.index import INDEX_NAME, MANIFEST_NAME, PLAIN_FILE_NAME, read_manifest
+from dehvf_ds.data.shards import (
+    BAD_RECORD,
+    IMAGE_MEMBERS,
+    NO_PICTURE,
+    UNDECODABLE,
+    DamagedSample,
+    ShardRow,
+    one_line,
 )
 
 PLAN_NAME = ".build.json"
@@ -162,9 +159,8 @@ def build_shards(
         if finished:
             _check_unchanged(output, finished, tasks)
             return finished, True
-        plan_file = output / PLAN_NAME
-        temporary_name(plan_file).write_text(json.dumps(builder, indent=2) + "\n", encoding="utf-8")
-        publish(plan_file)
+        with atomic_file(output / PLAN_NAME) as part:
+            part.write_text(json.dumps(builder, indent=2) + "\n", encoding="utf-8")
         title = "Writing shards" if progress else None
         built = run_tasks(_build_shard, tasks, num_workers=num_workers, title=title)
         for shard in built:
@@ -179,7 +175,7 @@ def build_shards(
             else:
                 task.path.unlink()
         manifest = write_index(output, names, tables, {**builder, **bad.fields()})
-        plan_file.unlink()
+        (output / PLAN_NAME).unlink()
     return manifest, False
 
 
@@ -229,25 +225,58 @@ def run_tasks(
     """
     if num_workers < 1:
         raise UserError(f"--num-workers {num_workers}: must be at least 1")
+    several = min(num_workers, len(tasks)) > 1
+    with warnings.catch_warnings(action="ignore"):
+        # It warns of more workers than cores.
+        loader = DataLoader(
+            _Results(function, tasks),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=num_workers if several else 0,
+            multiprocessing_context="fork" if several else None,
+        )
     every = 0.1 if sys.stderr.isatty() else LINE_EVERY_S
-    bar = tqdm(
-        total=len(tasks),
-        desc=title,
-        unit=" shards",
-        disable=title is None,
-        mininterval=every,
-        maxinterval=max(every, 10.0),
-        delay=every,
-    )
-    with bar, contextlib.ExitStack() as stack:
-        run = map
-        if min(num_workers, len(tasks)) > 1:
-            run = stack.enter_context(_worker_pool(num_workers)).map
-        results = []
-        for result in run(function, tasks):
-            results.append(result)
-            bar.update()
+    delays: dict[str, Any] = {"mininterval": every, "maxinterval": max(every, 10.0), "delay": every}
+    results, found = [], None
+    try:
+        # Before the bar, which starts a thread.
+        found = iter(loader)
+        with tqdm(total=len(tasks), desc=title, unit=" shards", disable=title is None, **delays) as bar:
+            for result in found:
+                if isinstance(result, Exception):
+                    raise result
+                results.append(result)
+                bar.update()
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        remedy = "is there enough memory? Call again, with a smaller --num-workers"
+        raise UserError(f"a worker process was killed; {remedy}") from None
+    finally:
+        # The last reference: the workers end here.
+        del found
     return results
+
+
+class _Results(Dataset):
+    """What a function makes of each task; a user's error is a result, for a worker's raise is a page."""
+
+    def __init__(self, function: Callable[[Any], Any], tasks: Sequence[Any]):
+        self._function = function
+        self._tasks = tasks
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self._function(self._tasks[number])
+        except (UserError, OSError) as error:
+            return error
+
+
+def _as_it_is(result: Any) -> Any:
+    return result
 
 
 @contextlib.contextmanager
@@ -446,41 +475,6 @@ def _sha256_now(task: _ShardTask) -> str | None:
         return table.sha256 if len(table.rows) else None
     finally:
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
-    # Workers come from a small server process: this one may hold threads, which a fork does not survive.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(num_workers, context, initializer=_end_with_parent)
-    # The server and, from it, its workers inherit the block: they never see Ctrl-C, and this process does.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    try:
-        yield pool
-    except BrokenProcessPool:
-        remedy = "is there enough memory? Call again, with a smaller --num-workers"
-        raise UserError(f"a worker process was killed; {remedy}") from None
-    finally:
-        for worker in set(multiprocessing.active_children()).difference(others):
-            worker.terminate()
-            worker.join()
-        pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """Ends this worker when the process that started it is gone, however that ended."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _is_part(path: Path) -> bool:

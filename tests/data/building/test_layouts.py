@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.members import IMAGE_MEMBERS, picture_name
 from dehvf_ds.data.records import parse_record
 from dehvf_ds.data.samples import read_sample
+from dehvf_ds.data.shards import IMAGE_MEMBERS, picture_name
 
 NAN = float("nan")
 CAPTIONS = {

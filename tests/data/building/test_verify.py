@@ -15,8 +15,7 @@ from PIL import Image
 from webdataset import ShardWriter
 
 from dehvf_ds.data.building.writer import PLAN_NAME
-from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.manifest import MANIFEST_NAME
+from dehvf_ds.data.index import MANIFEST_NAME, ShardIndex
 from dehvf_ds.data.records import parse_record
 
 

@@ -22,8 +22,7 @@ from dehvf_ds.config import UserError
 from dehvf_ds.data.building import writer
 from dehvf_ds.data.building.sources import BadRows, SourceRow
 from dehvf_ds.data.building.writer import PLAN_NAME, BuildSettings, alone_in, plan_shards, run_tasks
-from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.manifest import MANIFEST_NAME
+from dehvf_ds.data.index import MANIFEST_NAME, ShardIndex
 
 SCRIPT = Path(__file__).parents[3] / "tools" / "build_shards.py"
 STRICT = BadRows(skip=False)
