@@ -44,7 +44,6 @@ from dehvf_ds.data.building.sources import BadRows, SourceRow, note
 from dehvf_ds.data.images import decode_image
 from dehvf_ds.data.index import INDEX_NAME, MANIFEST_NAME, PLAIN_FILE_NAME, read_manifest
 from dehvf_ds.data.shards import (
-    BAD_RECORD,
     IMAGE_MEMBERS,
     NO_PICTURE,
     UNDECODABLE,
@@ -69,18 +68,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSettings:
-    """How rows become shards.
-
-    Attributes:
-        samples_per_shard: samples of a shard; None where ``bytes_per_shard`` says when one is full.
-        bytes_per_shard: largest sum of the source files' sizes in a shard (a single larger row is one, too).
-        shorter_side: pictures with a longer one are resized to this shorter side and stored as JPEG.
-        jpeg_quality: quality of those, 1 to 100.
-        skip_bad: leave out rows that cannot be used.
-        decode: decode every picture, to find those that are not whole.
-    """
+    """How rows become shards; the flags of ``build_shards.py`` say what each is."""
 
     samples_per_shard: int | None = 1000
+    """None where ``bytes_per_shard`` says when one is full."""
     bytes_per_shard: int | None = None
     shorter_side: int | None = None
     jpeg_quality: int = 90
@@ -134,8 +125,7 @@ def build_shards(
         bad: takes rows that cannot be used, after those that were left out in reading the annotations.
         progress: show a bar.
 
-    Returns:
-        The manifest, and whether it was there already.
+    Returns the manifest, and whether it was there already.
     """
     num_rows = len(rows) + sum(bad.counts.values())
     if not PLAIN_FILE_NAME.fullmatch(name):
@@ -182,19 +172,15 @@ def build_shards(
 def plan_shards(rows: Sequence[SourceRow], settings: BuildSettings, bad: BadRows) -> list[list[PlannedRow]]:
     """Gives every row its key and its shard; looks at every picture's size and at no picture's bytes.
 
-    ``bad`` takes rows whose picture is missing, of an unknown kind or empty, or whose record cannot be
-    stored. Keys do not depend on which rows are left out.
+    ``bad`` takes rows whose picture is missing, of an unknown kind or empty. Keys do not depend on which rows
+    are left out.
     """
     with ThreadPoolExecutor(STAT_THREADS) as pool:
         sizes = list(pool.map(_picture_bytes, rows))
     missing = sum(size is None for size in sizes)
     shards, filled = [[]], 0
     for row, key, size in zip(rows, _unique_keys(row.name for row in rows), sizes, strict=True):
-        try:
-            record = json.dumps(row.record, ensure_ascii=False, sort_keys=True).encode()
-        except ValueError as error:
-            bad.add(key, f"sample {key}: its record is not fit for UTF-8: {one_line(error)}", BAD_RECORD)
-            continue
+        record = json.dumps(row.record, ensure_ascii=False, sort_keys=True).encode()
         if size is None:
             absent = f"no such picture ({missing} of {len(rows)} are missing)"
             bad.add(key, f"{row.image}: {absent}; look at --images or --root", NO_PICTURE)
@@ -227,20 +213,20 @@ def run_tasks(
         raise UserError(f"--num-workers {num_workers}: must be at least 1")
     several = min(num_workers, len(tasks)) > 1
     with warnings.catch_warnings(action="ignore"):
-        # It warns of more workers than cores.
-        loader = DataLoader(
-            _Results(function, tasks),
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=num_workers if several else 0,
-            multiprocessing_context="fork" if several else None,
+        # It warns of more workers than cores. They start before the bar, which starts a thread.
+        found = iter(
+            DataLoader(
+                _Results(function, tasks),
+                batch_size=None,
+                collate_fn=_as_it_is,
+                num_workers=num_workers if several else 0,
+                multiprocessing_context="fork" if several else None,
+            )
         )
     every = 0.1 if sys.stderr.isatty() else LINE_EVERY_S
     delays: dict[str, Any] = {"mininterval": every, "maxinterval": max(every, 10.0), "delay": every}
-    results, found = [], None
+    results = []
     try:
-        # Before the bar, which starts a thread.
-        found = iter(loader)
         with tqdm(total=len(tasks), desc=title, unit=" shards", disable=title is None, **delays) as bar:
             for result in found:
                 if isinstance(result, Exception):
