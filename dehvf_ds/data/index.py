@@ -57,14 +57,7 @@ class ShardIndex:
         cache_dir: str | None = None,
         cache_gb: float = 100.0,
     ):
-        """Opens ``directory`` and checks that its parts agree; a ``UserError`` says what does not.
-
-        Args:
-            directory: holds manifest and index.
-            location: where the shards lie; None is ``directory``. See ``DataConfig``.
-            cache_dir: local directory for copies of the shards; None reads them where they lie.
-            cache_gb: largest size of the cache in GB.
-        """
+        """Opens ``directory`` and checks that its parts agree; ``DataConfig`` says what the others are."""
         self.directory = Path(directory)
         self._settings = {"location": location, "cache_dir": cache_dir, "cache_gb": cache_gb}
         self._location = str(directory) if location is None else location

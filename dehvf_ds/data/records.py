@@ -73,20 +73,11 @@ class CheckedRecord(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What scoring needs to know of a problem of ScienceQA.
-
-    Attributes:
-        id: the sample's key.
-        answer: number of the right choice, from 0.
-        num_choices: 2 to 26.
-        subject: ``natural science``, ``social science`` or ``language science``.
-        grade: 1 to 12.
-        has_hint: whether it comes with a text context.
-        has_image: whether it comes with a picture.
-    """
+    """What scoring needs to know of a problem of ScienceQA; ``id`` is the sample's key."""
 
     id: str
     answer: int
+    """Number of the right choice, from 0."""
     num_choices: int
     subject: str
     grade: int
@@ -139,13 +130,7 @@ def read_record(members: Mapping[str, Any]) -> CheckedRecord:
 
 
 def check_record(record: dict[str, Any], *, has_picture: bool, where: str = "") -> CheckedRecord:
-    """Cleans a record in place; a ``DamagedSample`` is what could not be trained on or scored.
-
-    Args:
-        record: captions, a conversation, or a problem of ScienceQA.
-        has_picture: whether the sample has a picture.
-        where: file and sample, for the message.
-    """
+    """Cleans a record in place; a ``DamagedSample``, of ``where``, could not be trained on or scored."""
     try:
         return _check(record, has_picture)
     except DamagedSample as error:
@@ -182,11 +167,8 @@ def pictures_named(record: Mapping[str, Any]) -> list[str]:
 def problem_of(record: Mapping[str, Any], key: str, has_image: bool) -> Problem:
     """The facts of a problem's record; a ``UserError`` is what training or scoring would stumble over.
 
-    Args:
-        record: a problem as ScienceQA's ``problems.json`` has it.
-        key: the sample's key.
-        has_image: whether the problem comes with a picture: for the papers' columns, whether the record names
-            an ``image``, also where the shard lacks it (``image_missing``).
+    In the papers' columns ``has_image`` is whether the record names one, also where the shard lacks it
+    (``image_missing``).
     """
     if missing := [name for name in _PROBLEM_FIELDS if name not in record]:
         raise UserError(f"{key}: not a problem of ScienceQA: lacks {', '.join(missing)}")

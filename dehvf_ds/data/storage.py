@@ -30,19 +30,14 @@ from dehvf_ds.data.shards import one_line
 
 MAX_OPEN_SHARDS = 64
 CHUNK_BYTES = 1 << 20
-
+# A copy takes minutes at most; what is older was left by a killed process.
 STALE_S = 3600.0
-"""A copy takes minutes at most; what is older was left by a killed process."""
 
+# A server that does not answer, or brings nothing while it is waited for, is asked again after so long ..
 CONNECT_S = 30
-"""A server that has not answered by then is asked again."""
-
 STALL_S = 60
-"""A transfer that brings nothing for so long, while it is waited for, is begun again."""
-
+# .. and for so long.
 RETRY_WITHIN_S = 120.0
-"""For so long a server that fails is asked again; then it is an error."""
-
 RETRY_PAUSE_S = 2.0
 
 _NO_FILE = "there is no such file; look at data.location, or copy the shard there"
@@ -72,9 +67,7 @@ class Storage:
     Opening a file for each read would load a parallel file system's metadata server.
     """
 
-    def __init__(
-        self, shards: Sequence[ShardFile], open_shard: Callable[[ShardFile], _WholeShard | _PassingShard]
-    ):
+    def __init__(self, shards: Sequence[ShardFile], open_shard: Callable[[ShardFile], _OpenShard]):
         """Opens nothing yet."""
         self._shards = shards
         self._open_shard = open_shard
@@ -112,14 +105,7 @@ class Storage:
 def build_storage(
     shards: Sequence[ShardFile], location: str, *, cache_dir: str | None, cache_bytes: float
 ) -> Storage:
-    """Chooses how shards are read.
-
-    Args:
-        shards: the shards, in the manifest's order.
-        location: a directory, an address, or a ``pipe:`` command with ``{}`` for the name.
-        cache_dir: local directory to copy shards to, one copy a node; None reads them where they lie.
-        cache_bytes: largest size of the cache.
-    """
+    """Chooses how shards are read; the settings are those of ``DataConfig``."""
     if location.startswith("pipe:"):
         if "{}" not in location:
             raise UserError(f"data.location {location}: needs {{}} where the shard's name goes")
@@ -341,6 +327,8 @@ def _open_address(address: str, num_bytes: int) -> Any:
             # Proxies, as curl takes them.
             "trust_env": True,
         }
+        # A forked worker would end a session that it shares with its parent.
+        options["skip_instance_cache"] = True
         # One request for the whole, as not all servers know ranges; without a size another would ask for it.
         how = {"block_size": 0, "size": num_bytes}
     filesystem, path = fsspec.url_to_fs(address, **options)

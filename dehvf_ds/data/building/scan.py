@@ -100,13 +100,8 @@ def scan_shard(
 ) -> ShardTable:
     """Reads a whole shard once, in order, and checks every sample.
 
-    A file that is no whole, uncompressed tar is a ``UserError``, and so is the first unusable sample.
-
-    Args:
-        path: the tar file.
-        skip_bad: leave unusable samples out of the table instead.
-        decode: decode the pictures, too.
-        shown_as: the name that messages say; ``path`` by default.
+    A file that is no whole, uncompressed tar is a ``UserError``, and so is the first unusable sample, unless
+    ``skip_bad`` leaves them out. Messages call the file ``shown_as``.
     """
     shown = shown_as or path
     good: dict[str, _Found] = {}
@@ -207,11 +202,7 @@ def write_index(
 ) -> dict[str, Any]:
     """Writes index, text lengths and, last, the manifest of finished shards; returns the manifest.
 
-    Args:
-        directory: where the shards lie.
-        names: their file names, in order.
-        tables: their scans.
-        builder: what made them, kept in the manifest.
+    ``names`` are the shards' file names in order, and ``builder`` is what made them.
     """
     if not sum(len(table.rows) for table in tables):
         raise UserError(f"{directory}: there is no sample to index; look at the arguments")

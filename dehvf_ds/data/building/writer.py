@@ -142,10 +142,8 @@ def build_shards(
             note("the pictures are no longer there; they were not compared with the shards")
             return finished, True
         plan = plan_shards(rows, settings, bad)
-        tasks = [
-            _ShardTask(output / shard_name(name, number), tuple(shard), settings)
-            for number, shard in enumerate(plan)
-        ]
+        paths = (output / shard_name(name, number) for number in range(len(plan)))
+        tasks = [_ShardTask(path, tuple(shard), settings) for path, shard in zip(paths, plan, strict=True)]
         if finished:
             _check_unchanged(output, finished, tasks)
             return finished, True
@@ -153,15 +151,14 @@ def build_shards(
             part.write_text(json.dumps(builder, indent=2) + "\n", encoding="utf-8")
         title = "Writing shards" if progress else None
         built = run_tasks(_build_shard, tasks, num_workers=num_workers, title=title)
-        for shard in built:
-            for key, line in shard.left_out:
-                bad.add(key, line, UNDECODABLE)
+        for key, line in (row for _, left_out in built for row in left_out):
+            bad.add(key, line, UNDECODABLE)
         bad.tell(num_rows)
         names, tables = [], []
-        for task, shard in zip(tasks, built, strict=True):
-            if len(shard.table.rows):
+        for task, (table, _) in zip(tasks, built, strict=True):
+            if len(table.rows):
                 names.append(task.path.name)
-                tables.append(shard.table)
+                tables.append(table)
             else:
                 task.path.unlink()
         manifest = write_index(output, names, tables, {**builder, **bad.fields()})
@@ -218,7 +215,7 @@ def run_tasks(
             DataLoader(
                 _Results(function, tasks),
                 batch_size=None,
-                collate_fn=_as_it_is,
+                collate_fn=lambda result: result,
                 num_workers=num_workers if several else 0,
                 multiprocessing_context="fork" if several else None,
             )
@@ -259,10 +256,6 @@ class _Results(Dataset):
             return self._function(self._tasks[number])
         except (UserError, OSError) as error:
             return error
-
-
-def _as_it_is(result: Any) -> Any:
-    return result
 
 
 @contextlib.contextmanager
@@ -324,14 +317,8 @@ class _ShardTask:
                 yield ShardRow(key=row.key, members=members)
 
 
-class _BuiltShard(NamedTuple):
+def _build_shard(task: _ShardTask) -> tuple[ShardTable, list[tuple[str, str]]]:
     """A shard's scan, and the rows whose picture cannot be decoded (key and line)."""
-
-    table: ShardTable
-    left_out: list[tuple[str, str]]
-
-
-def _build_shard(task: _ShardTask) -> _BuiltShard:
     if task.path.exists():
         try:
             table = scan_shard(task.path)
@@ -345,13 +332,13 @@ def _build_shard(task: _ShardTask) -> _BuiltShard:
                 and task.has_sizes(kept, table.rows[:, 1])
                 and not task.touched_since()
             ):
-                return _BuiltShard(table, [(row.key, f"{row.image}: not a readable picture") for row in gone])
+                return table, [(row.key, f"{row.image}: not a readable picture") for row in gone]
             reason = "its samples are not the planned ones, or a picture is newer than it"
         except (UserError, OSError) as error:
             reason = one_line(error)
         note(f"{task.path}: built again ({reason})")
     left_out: list[tuple[str, str]] = []
-    return _BuiltShard(write_shard(task.read(left_out), task.path), left_out)
+    return write_shard(task.read(left_out), task.path), left_out
 
 
 def _read_picture(path: Path, settings: BuildSettings) -> tuple[str, bytes]:
