@@ -36,19 +36,10 @@ _PACKED = re.compile(
 def adopt_shards(
     directory: Path, *, skip_bad: bool, overwrite: bool, decode: bool, num_workers: int
 ) -> dict[str, Any]:
-    """Indexes all ``*.tar`` of a directory, in the order of their names; other files are left alone.
+    """Indexes all ``*.tar`` of a directory, in the order of their names; returns the manifest.
 
-    Where shards number their keys anew, a sample's key becomes SHARD/KEY.
-
-    Args:
-        directory: holds the shards, as img2dataset and other tools of WebDataset write them.
-        skip_bad: leave unusable samples out of the index.
-        overwrite: index anew what has a manifest.
-        decode: decode every picture.
-        num_workers: processes.
-
-    Returns:
-        The manifest.
+    Shards are as img2dataset and other tools of WebDataset write them; other files are left alone. Where
+    shards number their keys anew, a sample's key becomes SHARD/KEY.
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
@@ -70,11 +61,7 @@ def adopt_shards(
 
 
 def verify_shards(directory: Path, *, decode: bool, num_workers: int) -> tuple[dict[str, Any], list[str]]:
-    """Reads everything again: hashes, members, records, pictures, against manifest and index.
-
-    Returns:
-        The manifest, and a line for each shard or sample that is damaged.
-    """
+    """Reads everything again, against manifest and index; returns a line for each damaged shard or sample."""
     manifest = read_manifest(directory)
     shards = manifest["shards"]
     rows, lengths = open_tables(directory, manifest)

@@ -125,7 +125,8 @@ def build_shards(
         bad: takes rows that cannot be used, after those that were left out in reading the annotations.
         progress: show a bar.
 
-    Returns the manifest, and whether it was there already.
+    Returns:
+        The manifest, and whether it was there already.
     """
     num_rows = len(rows) + sum(bad.counts.values())
     if not PLAIN_FILE_NAME.fullmatch(name):
