@@ -1,4 +1,4 @@
-"""Shards written and scanned, and the index of a directory of them.
+"""Shards written and scanned, by several processes, and the index of a directory of them.
 
 A sample is a run of neighbouring members: the picture (``IMAGE_MEMBERS``; absent for a text-only row) and
 ``KEY.json``, the record; shards made by img2dataset may bring the caption as ``KEY.txt``. A scan gives every
@@ -11,15 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
+import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt64
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 from webdataset.writer import TarWriter
 
 from dehvf_ds.atomic import atomic_file
@@ -38,6 +42,12 @@ from dehvf_ds.data.shards import (
     picture_name,
     sample_ranges,
 )
+
+LINE_EVERY_S = 30.0
+"""How often progress is told where there is no terminal; a shorter build says nothing."""
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 _PLAIN_KEY = re.compile(r"[^./\s][^./\s]*")
 
@@ -235,6 +245,66 @@ def write_index(
     with atomic_file(directory / MANIFEST_NAME) as part:
         part.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
+
+
+def run_tasks(
+    function: Callable[[Task], Result], tasks: Sequence[Task], *, num_workers: int, title: str | None
+) -> list[Result]:
+    """Results of ``function(task)`` in the tasks' order, under a bar with this title (None: no bar).
+
+    With one worker, or one task, in this process. An error ends everything; among several it is that of the
+    earliest task, whatever the number of workers. No process outlives the call, however it ends.
+    """
+    if num_workers < 1:
+        raise UserError(f"--num-workers {num_workers}: must be at least 1")
+    several = min(num_workers, len(tasks)) > 1
+    with warnings.catch_warnings(action="ignore"):
+        # It warns of more workers than cores. They start before the bar, which starts a thread.
+        found = iter(
+            DataLoader(
+                _Results(function, tasks),
+                batch_size=None,
+                collate_fn=lambda result: result,
+                num_workers=num_workers if several else 0,
+                multiprocessing_context="fork" if several else None,
+            )
+        )
+    every = 0.1 if sys.stderr.isatty() else LINE_EVERY_S
+    delays: dict[str, Any] = {"mininterval": every, "maxinterval": max(every, 10.0), "delay": every}
+    results = []
+    try:
+        with tqdm(total=len(tasks), desc=title, unit=" shards", disable=title is None, **delays) as bar:
+            for result in found:
+                if isinstance(result, Exception):
+                    raise result
+                results.append(result)
+                bar.update()
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        remedy = "is there enough memory? Call again, with a smaller --num-workers"
+        raise UserError(f"a worker process was killed; {remedy}") from None
+    finally:
+        # The last reference: the workers end here.
+        del found
+    return results
+
+
+class _Results(Dataset):
+    """What a function makes of each task; a user's error is a result, for a worker's raise is a page."""
+
+    def __init__(self, function: Callable[[Any], Any], tasks: Sequence[Any]):
+        self._function = function
+        self._tasks = tasks
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self._function(self._tasks[number])
+        except (UserError, OSError) as error:
+            return error
 
 
 def _keys_repeat(directory: Path, names: Sequence[str], tables: Sequence[ShardTable]) -> bool:

@@ -15,9 +15,9 @@ import numpy as np
 
 from dehvf_ds import __version__
 from dehvf_ds.config import UserError
-from dehvf_ds.data.building.scan import check_sample, scan_shard, write_index
+from dehvf_ds.data.building.scan import check_sample, run_tasks, scan_shard, write_index
 from dehvf_ds.data.building.sources import BadRows, note
-from dehvf_ds.data.building.writer import PLAN_NAME, alone_in, run_tasks
+from dehvf_ds.data.building.writer import PLAN_NAME, alone_in
 from dehvf_ds.data.index import (
     INDEX_NAME,
     LENGTHS_NAME,

@@ -13,20 +13,16 @@ import io
 import json
 import os
 import re
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from dehvf_ds import __version__
 from dehvf_ds.atomic import atomic_file
@@ -35,6 +31,7 @@ from dehvf_ds.data.building.scan import (
     ShardTable,
     check_picture,
     hash_keys,
+    run_tasks,
     scan_shard,
     shard_name,
     write_index,
@@ -55,15 +52,9 @@ from dehvf_ds.data.shards import (
 PLAN_NAME = ".build.json"
 """Arguments of a build that is not finished; the manifest takes them over."""
 
-LINE_EVERY_S = 30.0
-"""How often progress is told where there is no terminal; a shorter build says nothing."""
-
 MAX_KEY_LENGTH = 80
 STAT_THREADS = 16
 _MEMBER_OF_SUFFIX = {f".{kind}": kind for kind in IMAGE_MEMBERS} | {".jpeg": "jpg"}
-
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,66 +188,6 @@ def plan_shards(rows: Sequence[SourceRow], settings: BuildSettings, bad: BadRows
         shards[-1].append(PlannedRow(key, record, row.image, size))
         filled += size + len(record)
     return shards
-
-
-def run_tasks(
-    function: Callable[[Task], Result], tasks: Sequence[Task], *, num_workers: int, title: str | None
-) -> list[Result]:
-    """Results of ``function(task)`` in the tasks' order, under a bar with this title (None: no bar).
-
-    With one worker, or one task, in this process. An error ends everything; among several it is that of the
-    earliest task, whatever the number of workers. No process outlives the call, however it ends.
-    """
-    if num_workers < 1:
-        raise UserError(f"--num-workers {num_workers}: must be at least 1")
-    several = min(num_workers, len(tasks)) > 1
-    with warnings.catch_warnings(action="ignore"):
-        # It warns of more workers than cores. They start before the bar, which starts a thread.
-        found = iter(
-            DataLoader(
-                _Results(function, tasks),
-                batch_size=None,
-                collate_fn=lambda result: result,
-                num_workers=num_workers if several else 0,
-                multiprocessing_context="fork" if several else None,
-            )
-        )
-    every = 0.1 if sys.stderr.isatty() else LINE_EVERY_S
-    delays: dict[str, Any] = {"mininterval": every, "maxinterval": max(every, 10.0), "delay": every}
-    results = []
-    try:
-        with tqdm(total=len(tasks), desc=title, unit=" shards", disable=title is None, **delays) as bar:
-            for result in found:
-                if isinstance(result, Exception):
-                    raise result
-                results.append(result)
-                bar.update()
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        remedy = "is there enough memory? Call again, with a smaller --num-workers"
-        raise UserError(f"a worker process was killed; {remedy}") from None
-    finally:
-        # The last reference: the workers end here.
-        del found
-    return results
-
-
-class _Results(Dataset):
-    """What a function makes of each task; a user's error is a result, for a worker's raise is a page."""
-
-    def __init__(self, function: Callable[[Any], Any], tasks: Sequence[Any]):
-        self._function = function
-        self._tasks = tasks
-
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    def __getitem__(self, number: int) -> Any:
-        try:
-            return self._function(self._tasks[number])
-        except (UserError, OSError) as error:
-            return error
 
 
 @contextlib.contextmanager
