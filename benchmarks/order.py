@@ -21,8 +21,8 @@ import numpy as np
 from bench import flags
 
 from dehvf_ds.config import DataConfig
+from dehvf_ds.data.index import FORMAT_VERSION, INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME
 from dehvf_ds.data.loader import open_examples
-from dehvf_ds.data.manifest import FORMAT_VERSION, INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME
 from dehvf_ds.data.stream import SampleOrder, micro_batches
 
 

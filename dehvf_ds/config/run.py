@@ -104,7 +104,7 @@ class DataConfig:
     train: LocalPath
     """directory of the training shards' manifest.json and index, and of the shards unless location is set"""
     location: LocalPath | None = None
-    """where the shards lie if not in train: a directory, an http(s):// address, or a pipe: command with {}"""
+    """where the shards lie if not in train: a directory, an address (https://, s3://), or a pipe: command"""
     cache_dir: LocalPath | None = None
     """directory on a fast local disk that shards are copied to before they are read"""
     cache_gb: PositiveNumber = 100.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -15,9 +16,8 @@ from PIL import Image, UnidentifiedImageError
 
 from dehvf_ds.batch import Sample
 from dehvf_ds.config import AugmentConfig
-from dehvf_ds.data.damage import LFS_POINTER, told_by_first_bytes
 from dehvf_ds.data.draw import Purpose, random_words
-from dehvf_ds.data.png import without_large_texts
+from dehvf_ds.data.shards import FOREIGN_FILES, one_line, told_by_first_bytes
 from dehvf_ds.model.pictures import upright_rgb
 
 MAX_PIXELS = 100_000_000
@@ -36,42 +36,30 @@ FORMATS = (
 )
 """What is decoded, by PIL's names. Not all that PIL knows: some of it starts other programs (EPS)."""
 
-_NO_PICTURES = {
-    LFS_POINTER: "a Git LFS pointer; fetch the picture itself: git lfs pull",
-    b"<!DOCTYPE html": "a web page",
-    b"<!doctype html": "a web page",
-    b"<html": "a web page",
-    b"<svg": "an SVG drawing; convert it",
-    b"<?xml": "XML, such as an SVG drawing; convert it",
-    b"%PDF": "a PDF; convert it",
-    b"ftyphei": "HEIC, as iPhones write; convert it",
-    b"ftypmif1": "HEIC, as iPhones write; convert it",
-}
-"""What else lies under a picture's name, by its first bytes, or those behind a length."""
-
 MAX_ASPECT = 4 / 3
 """Widest random crop, width to height; the narrowest is its inverse. With ``CROP_TRIES`` as torchvision's."""
 
 CROP_TRIES = 10
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+# Texts in which programs write how a picture is turned.
+_PNG_TURNS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"xmp\0", b"exif\0")
+
 
 def decode_image(data: bytes, *, shorter_side: int | None = None) -> Image.Image:
-    """Decodes a picture upright, in mode RGB; of an animation the first frame.
+    """Decodes a picture as ``upright_rgb`` does; of an animation the first frame.
 
-    EXIF orientation is applied; transparency is laid on white (diagrams are often black on nothing); 16-bit
-    and float grey is scaled to 8 bits, not clipped. Colour profiles are ignored. What PIL only warns of is
-    accepted in silence. Not for threads: Python's warning filters belong to the whole process.
+    What PIL only warns of is accepted in silence. Not for threads: Python's warning filters belong to the
+    whole process. Bytes that are no whole picture of a known format, or one beyond ``MAX_PIXELS`` or
+    ``MAX_SIDE`` (which is found before any pixel is decoded), are a ``ValueError`` of one line.
 
     Args:
         data: the file's bytes, in one of ``FORMATS``.
-        shorter_side: shorter side in pixels that the picture is resized to later. A large JPEG is then
-            decoded at 1/2, 1/4 or 1/8 of its size, with its shorter side still at least ``DRAFT_MARGIN``
-            times this. A photograph of 3000 x 2000 pixels is so decoded and resized to 224 in 29 ms instead
-            of 75, and differs by 0.8 of 255 on average. Where a part is cropped first, ask for as much more.
-
-    Raises:
-        ValueError: the bytes are no whole picture of a known format, or one beyond ``MAX_PIXELS`` or
-            ``MAX_SIDE``, which is found before any pixel is decoded. The message is one line.
+        shorter_side: shorter side in pixels that the picture is resized to later: a large JPEG is then
+            decoded at 1/2, 1/4 or 1/8 of its size. A photograph of 3000 x 2000 pixels is so decoded and
+            resized to 224 in 29 ms instead of 75, and differs by 0.8 of 255 on average. Where a part is
+            cropped first, ask for as much more.
     """
     if not data:
         raise ValueError("not a readable picture: no bytes")
@@ -79,14 +67,13 @@ def decode_image(data: bytes, *, shorter_side: int | None = None) -> Image.Image
         with warnings.catch_warnings(action="ignore"), _open(data) as opened:
             return upright_rgb(opened, shorter_side=shorter_side)
     except UnidentifiedImageError as error:
-        heads = (data.lstrip(), data[4:])
-        if kind := next(filter(None, (told_by_first_bytes(head, _NO_PICTURES) for head in heads)), None):
+        heads = data[:64].lstrip(), data[4:64]
+        if kind := next(filter(None, (told_by_first_bytes(head, FOREIGN_FILES) for head in heads)), None):
             raise ValueError(f"not a readable picture: it is {kind}") from error
         raise ValueError("not a readable picture: of no known format, or cut off in its header") from error
     # PIL's parsers let through whatever they stumble over: struct.error, EOFError, zlib.error, KeyError, ...
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"not a readable picture: {reason}") from error
+        raise ValueError(f"not a readable picture: {one_line(error) or type(error).__name__}") from error
 
 
 def random_view(
@@ -103,13 +90,6 @@ def random_view(
       keep the centred square, 3/4 to 1 of its area (0.87 on average), so of the picture at least
       3/4 min_crop where a part fitted. DINOv2 then keeps (224/256)^2 = 0.77 of that.
     - SigLIP squashes the part to a square: all of it is seen, at most 4/3 out of proportion.
-
-    Args:
-        image: the picture.
-        config: smallest crop and probability of a flip.
-        seed: seed of the run.
-        epoch: epoch in which the example was drawn.
-        example: its number among the epoch's examples.
     """
     units = _draw_units(seed, epoch, example, 1 + 4 * CROP_TRIES)
     if config.min_crop < 1:
@@ -163,7 +143,7 @@ def _open(data: bytes) -> Image.Image:
     # PIL's own limit is higher and its error does not tell width and height; in decoding it holds again.
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        opened = Image.open(io.BytesIO(without_large_texts(data)), formats=FORMATS)
+        opened = Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
     width, height = opened.size
@@ -172,3 +152,24 @@ def _open(data: bytes) -> Image.Image:
             f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded, and {MAX_SIDE:,} on a side"
         )
     return opened
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG's bytes without texts and colour profiles, for PIL refuses pictures with large ones.
+
+    They do not change a pixel here, but for those that may turn the picture. Other bytes as they are.
+    """
+    if not data.startswith(_PNG):
+        return data
+    whole, start = memoryview(data), len(_PNG)
+    kept = [whole[:start]]
+    while start + 12 <= len(data):
+        # A chunk: length, kind, content, checksum.
+        length, kind = struct.unpack_from(">I4s", data, start)
+        end = start + 12 + length
+        if end > len(data):
+            break
+        if kind not in _PNG_TEXTS or data.startswith(_PNG_TURNS, start + 8):
+            kept.append(whole[start:end])
+        start = end
+    return b"".join([*kept, whole[start:]])

@@ -1,11 +1,15 @@
-"""A shard directory opened: where each sample lies in the shards, and reading a sample at random.
+"""A shard directory opened: what its manifest promises, where each sample lies, and reading it at random.
 
-The index makes every sample one byte range, so that the order (``stream.py``) is free of that in the files.
+``index.npy`` (``ShardTable.rows`` of all shards) and ``text_lengths.npy`` stand beside ``manifest.json``,
+which is written last and vouches for all. The index makes every sample one byte range, so that the order of
+the samples is free of that in the files.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,20 +18,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from dehvf_ds.config import DataConfig, UserError
-from dehvf_ds.data.damage import DamagedSample, one_line
-from dehvf_ds.data.fetch import is_remote, shown
-from dehvf_ds.data.manifest import (
-    INDEX_NAME,
-    LENGTHS_NAME,
-    MANIFEST_NAME,
-    OLDER_VERSIONS,
-    open_table,
-    read_manifest,
-)
-from dehvf_ds.data.members import parse_members
+from dehvf_ds.config import DataConfig, UserError, looked_in
 from dehvf_ds.data.prompts import Task
-from dehvf_ds.data.storage import ShardFile, Storage, build_storage
+from dehvf_ds.data.shards import DamagedSample, one_line, parse_members
+from dehvf_ds.data.storage import ShardFile, build_storage, is_remote, shown
+
+FORMAT_VERSION = 3
+OLDER_VERSIONS = (2,)
+"""Read, too: without the counts of pictures and tasks, so that rows are checked as they are read only."""
+
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.npy"
+LENGTHS_NAME = "text_lengths.npy"
+PLAIN_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._=-]*")
 
 
 class ShardIndex:
@@ -54,17 +57,7 @@ class ShardIndex:
         cache_dir: str | None = None,
         cache_gb: float = 100.0,
     ):
-        """Opens ``directory`` and checks that its parts agree.
-
-        Args:
-            directory: holds manifest and index.
-            location: where the shards lie; None is ``directory``. See ``DataConfig``.
-            cache_dir: local directory for copies of the shards; None reads them where they lie.
-            cache_gb: largest size of the cache in GB.
-
-        Raises:
-            UserError: a part is missing, or contradicts the manifest.
-        """
+        """Opens ``directory`` and checks that its parts agree; ``DataConfig`` says what the others are."""
         self.directory = Path(directory)
         self._settings = {"location": location, "cache_dir": cache_dir, "cache_gb": cache_gb}
         self._location = str(directory) if location is None else location
@@ -74,14 +67,9 @@ class ShardIndex:
         self.shard_rows: tuple[int, ...] = tuple(shard["samples"] for shard in shards)
         self.shard_examples: tuple[int, ...] = tuple(shard["examples"] for shard in shards)
         self._ends = np.cumsum(self.shard_rows, dtype=np.int64)
-        self._table: Int64[np.ndarray, "samples 4"] = open_table(
-            self.directory / INDEX_NAME, np.int64, (len(self), 4)
-        )
-        self.text_lengths: Int32[np.ndarray, " examples"] = open_table(
-            self.directory / LENGTHS_NAME, np.int32, (sum(self.shard_examples),)
-        )
+        self._table, self.text_lengths = open_tables(self.directory, self.manifest)
         self._check_listing()
-        self._storage: Storage = build_storage(
+        self._storage = build_storage(
             [ShardFile(shard["name"], shard["bytes"], shard["sha256"]) for shard in shards],
             self._location,
             cache_dir=cache_dir,
@@ -144,7 +132,10 @@ class ShardIndex:
         where = f"{shown(self._location)}: {self.shard_names[shard]}: sample {sample_id}"
         # A damaged index may ask for more than there is memory.
         fits = 0 <= offset <= offset + size <= self.manifest["shards"][shard]["bytes"]
-        data = self._storage.read(shard, offset, size) if fits else b""
+        try:
+            data = self._storage.read(shard, offset, size) if fits else b""
+        except OSError as error:
+            raise DamagedSample(f"{where}: cannot be read: {one_line(error)}") from error
         if len(data) != size or zlib.crc32(data) != checksum:
             raise DamagedSample(
                 f"{where} ({size} bytes at {offset}): not the bytes that the index was made of; copy the "
@@ -156,15 +147,7 @@ class ShardIndex:
         return members
 
     def check_task(self, task: Task, flag: str = "data.task") -> None:
-        """Compares what the rows are for with what a program is to do with them.
-
-        Args:
-            task: the task.
-            flag: what the user sets it by.
-
-        Raises:
-            UserError: rows are of another task, or captions lack their pictures.
-        """
+        """Refuses rows of another task than the one that the user set by ``flag``, and captions alone."""
         held = {name: count for name, count in self.manifest.get("tasks", {}).items() if name != task}
         if held:
             listed = ", ".join(f"{count} rows for {name}" for name, count in held.items())
@@ -180,11 +163,7 @@ class ShardIndex:
             )
 
     def check_sizes(self) -> None:
-        """Compares the shards' sizes with the manifest's; one look at each file, so one process is enough.
-
-        Raises:
-            UserError: a file has another size.
-        """
+        """Refuses shards of another size than the manifest's; one look at each, so one process is enough."""
         if is_remote(self._location):
             return
         paths = [Path(self._location) / name for name in self.shard_names]
@@ -208,11 +187,6 @@ class ShardIndex:
         """Looks for the shards in one listing, cheaper for a metadata server than many looks."""
         if is_remote(self._location):
             return
-        if "://" in self._location:
-            raise UserError(
-                f"data.location {self._location}: neither a directory nor http(s)://; give a command, as "
-                "pipe:aws s3 cp s3://BUCKET/FOLDER/{} -"
-            )
         try:
             there = {path.name for path in Path(self._location).iterdir()}
         except OSError as error:
@@ -221,6 +195,66 @@ class ShardIndex:
             others = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
             path = Path(self._location) / missing[0]
             raise UserError(f"{path}: no such shard{others}, but {MANIFEST_NAME} names it; copy it again")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Reads a shard directory's manifest and checks what is needed of it."""
+    path = directory / MANIFEST_NAME
+    if not directory.is_dir():
+        where = looked_in(directory)
+        raise UserError(f"{directory}: no such directory{where}; build shards with tools/build_shards.py")
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; build shards with tools/build_shards.py (it is written last), or index "
+            f"those of another tool: tools/build_shards.py index {directory}"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, num_samples = manifest["format_version"], manifest["num_samples"]
+        if version not in (FORMAT_VERSION, *OLDER_VERSIONS):
+            raise UserError(
+                f"{path}: format version {version}, this program reads {FORMAT_VERSION}; make it again: "
+                f"tools/build_shards.py index {directory} --overwrite"
+            )
+        for shard in manifest["shards"]:
+            if not PLAIN_FILE_NAME.fullmatch(shard["name"]):
+                raise ValueError(f"shard name {shard['name']!r} is not a plain file name")
+            _ = int(shard["examples"]), int(shard["bytes"]), str(shard["sha256"])
+        if version == FORMAT_VERSION:
+            _ = int(manifest["num_pictures"]), dict(manifest["tasks"])
+            if manifest["key_prefix"] not in (None, "shard"):
+                raise ValueError(f"key_prefix {manifest['key_prefix']!r}")
+        if num_samples != sum(int(shard["samples"]) for shard in manifest["shards"]):
+            raise ValueError(f"num_samples {num_samples} is not the sum over its shards")
+        if num_samples < 1:
+            raise ValueError("it names no sample")
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__} {one_line(error)}"
+        raise UserError(f"{path}: not a manifest of shards: {reason}; make it again") from None
+    return manifest
+
+
+def open_tables(
+    directory: Path, manifest: dict[str, Any]
+) -> tuple[Int64[np.ndarray, "samples 4"], Int32[np.ndarray, " examples"]]:
+    """Maps ``index.npy`` and ``text_lengths.npy``, of the sizes that the manifest promises; reads nothing."""
+    tables = []
+    num_examples = sum(shard["examples"] for shard in manifest["shards"])
+    shapes = {INDEX_NAME: (np.int64, (manifest["num_samples"], 4)), LENGTHS_NAME: (np.int32, (num_examples,))}
+    for name, (dtype, shape) in shapes.items():
+        path = directory / name
+        remedy = f"make it again: tools/build_shards.py index {directory} --overwrite"
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; {remedy}")
+        try:
+            table = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(f"{path}: not an index: {one_line(error)}; {remedy}") from None
+        if table.shape != shape or table.dtype != dtype:
+            promised = f"{MANIFEST_NAME} promises {np.dtype(dtype)} {shape}"
+            raise UserError(f"{path}: {table.dtype} {table.shape} where {promised}; copy both again")
+        tables.append(table)
+    return tables[0], tables[1]
 
 
 def _reopen(directory: Path, settings: dict[str, Any]) -> ShardIndex:

@@ -8,13 +8,12 @@ from torch.utils.data import Dataset
 
 from dehvf_ds.batch import Sample
 from dehvf_ds.config import UserError
-from dehvf_ds.data.damage import UNDECODABLE, DamagedSample
 from dehvf_ds.data.examples import Examples
 from dehvf_ds.data.images import decode_image
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.members import picture_name
 from dehvf_ds.data.prompts import Task
 from dehvf_ds.data.records import read_record
+from dehvf_ds.data.shards import UNDECODABLE, DamagedSample, picture_name
 
 PADDING_ROW = -1
 """Number of an example that is read for its shape alone."""

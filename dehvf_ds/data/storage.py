@@ -1,32 +1,55 @@
-"""Where a shard's bytes come from: files, a local cache of them, or a stream that can only be read forward.
+"""Where a shard's bytes come from: a file, a copy of it on a local disk, or a stream that is read forward.
 
-All three give any byte range of any shard, so the order of the samples is the same wherever the shards lie.
+Each gives any byte range of any shard, so the order of the samples is the same wherever the shards lie.
+Addresses (``https://``, ``s3://``, ``gs://``, ``hf://``, ..) are fsspec's; some need a package of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
+import re
+import shlex
+import subprocess
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
+import fsspec
+from filelock import FileLock
+
+from dehvf_ds.atomic import atomic_file
 from dehvf_ds.config import UserError
-from dehvf_ds.data.damage import DamagedSample, one_line
-from dehvf_ds.data.fetch import CHUNK_BYTES, Stream, is_remote, open_stream, shown
+from dehvf_ds.data.shards import one_line
 
 MAX_OPEN_SHARDS = 64
-# Copies of different shards share these locks, so that the cache holds no lock file for each shard.
-NUM_LOCKS = 64
+CHUNK_BYTES = 1 << 20
 # A copy takes minutes at most; what is older was left by a killed process.
 STALE_S = 3600.0
+
+# A server that does not answer, or brings nothing while it is waited for, is asked again after so long ..
+CONNECT_S = 30
+STALL_S = 60
+# .. and for so long.
+RETRY_WITHIN_S = 120.0
+RETRY_PAUSE_S = 2.0
+
+_NO_FILE = "there is no such file; look at data.location, or copy the shard there"
+_REMEDIES = {
+    401: "the server wants a login; put it into the address, or use pipe: with a command that has it",
+    403: "the server refuses it; look at permissions, or make a signed address anew that may have expired",
+    404: _NO_FILE,
+    410: _NO_FILE,
+    429: "the server has too many requests; try again later, or with a data.cache_dir",
+}
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]*@")
+_QUERY = re.compile(r"(://[^?\s]*)\?[^\s'\"]*")
 
 
 @dataclass(frozen=True)
@@ -38,34 +61,59 @@ class ShardFile:
     sha256: str
 
 
-class Storage(Protocol):
-    """Byte ranges of shards, by the shard's number."""
+class Storage:
+    """Byte ranges of shards by the shard's number; the last ``MAX_OPEN_SHARDS`` stay open.
+
+    Opening a file for each read would load a parallel file system's metadata server.
+    """
+
+    def __init__(self, shards: Sequence[ShardFile], open_shard: Callable[[ShardFile], _OpenShard]):
+        """Opens nothing yet."""
+        self._shards = shards
+        self._open_shard = open_shard
+        self._opened: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._owner, self._parents = os.getpid(), self._opened
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Reads a range; fewer bytes at the shard's end. Raises ``DamagedSample`` if it cannot be read."""
-        ...
+        """Reads a range; fewer bytes at the shard's end.
+
+        Raises:
+            OSError: what cannot be read or fetched, in one line that names the file, address or command.
+            UserError: the cache cannot be written.
+        """
+        if self._owner != os.getpid():
+            # A forked worker: the parent's streams have a position that is not ours, and are not ours to end.
+            self._parents, self._opened, self._owner = self._opened, OrderedDict(), os.getpid()
+        try:
+            if shard not in self._opened:
+                while len(self._opened) >= MAX_OPEN_SHARDS:
+                    self._opened.popitem(last=False)[1].close()
+                self._opened[shard] = self._open_shard(self._shards[shard])
+            self._opened.move_to_end(shard)
+            return self._opened[shard].read(offset, size)
+        except OSError:
+            if opened := self._opened.pop(shard, None):
+                opened.close()
+            raise
 
     def close(self) -> None:
         """Lets go of what reads have opened; a later read opens it again."""
-        ...
+        while self._opened and self._owner == os.getpid():
+            self._opened.popitem()[1].close()
 
 
 def build_storage(
     shards: Sequence[ShardFile], location: str, *, cache_dir: str | None, cache_bytes: float
 ) -> Storage:
-    """Chooses how shards are read.
-
-    Args:
-        shards: the shards, in the manifest's order.
-        location: a directory, an ``http(s)://`` address, or a ``pipe:`` command with ``{}`` for the name.
-        cache_dir: local directory to copy shards to, one copy a node; None reads them where they lie.
-        cache_bytes: largest size of the cache.
-
-    Raises:
-        UserError: the cache cannot hold the largest shard, or the command has no place for the name.
-    """
-    if location.startswith("pipe:") and "{}" not in location:
-        raise UserError(f"data.location {location}: needs {{}} where the shard's name goes")
+    """Chooses how shards are read; the settings are those of ``DataConfig``."""
+    if location.startswith("pipe:"):
+        if "{}" not in location:
+            raise UserError(f"data.location {location}: needs {{}} where the shard's name goes")
+    elif is_remote(location):
+        try:
+            fsspec.get_filesystem_class(location.partition("://")[0])
+        except (ImportError, ValueError) as error:
+            raise UserError(f"data.location {shown(location)}: {one_line(error)}") from None
     if cache_dir is not None:
         largest = max(shards, key=lambda shard: shard.num_bytes)
         if largest.num_bytes > cache_bytes:
@@ -73,60 +121,74 @@ def build_storage(
                 f"data.cache_gb {cache_bytes / 1e9:g}: less than the largest shard, {largest.name} "
                 f"({largest.num_bytes / 1e9:.3g} GB)"
             )
-        return CachedShards(shards, location, Path(cache_dir), cache_bytes)
+        return Storage(shards, _Cache(location, Path(cache_dir), cache_bytes).open)
     if is_remote(location):
-        return StreamedShards(shards, location)
-    return LocalShards([Path(location) / shard.name for shard in shards])
+        return Storage(shards, lambda shard: _PassingShard(location, shard))
+    return Storage(shards, lambda shard: _WholeShard(Path(location) / shard.name))
 
 
-class LocalShards:
-    """Files read at random with ``pread``; the last ``MAX_OPEN_SHARDS`` stay open.
+def is_remote(location: str) -> bool:
+    """Whether shards come through a command or the network and not from a directory."""
+    return location.startswith("pipe:") or "://" in location
 
-    Opening a file for each read would load a parallel file system's metadata server. Forked workers may share
-    the descriptors, for reads keep no position.
-    """
 
-    def __init__(self, paths: Sequence[Path]):
-        """Keeps the paths, by the shards' numbers."""
-        self._open_files: OrderedDict[int, int] = OrderedDict()
-        self._paths = paths
+def shown(text: str) -> str:
+    """A text without the passwords and signatures of the addresses in it."""
+    return _QUERY.sub(r"\1", _PASSWORD.sub("", text))
 
-    def read(self, shard: int, offset: int, size: int) -> bytes:
-        """See ``Storage``."""
-        try:
-            if shard not in self._open_files:
-                while len(self._open_files) >= MAX_OPEN_SHARDS:
-                    os.close(self._open_files.popitem(last=False)[1])
-                self._open_files[shard] = self._open(shard)
-            self._open_files.move_to_end(shard)
-            return _pread(self._open_files[shard], offset, size)
-        except OSError as error:
-            raise DamagedSample(f"{self._paths[shard]}: cannot be read: {one_line(error)}") from error
+
+class _WholeShard:
+    """A file read at random; reads keep no position, so forked workers may share it."""
+
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, offset: int, size: int) -> bytes:
+        return _pread(self._descriptor, offset, size)
 
     def close(self) -> None:
-        """See ``Storage``."""
-        while self._open_files:
-            os.close(self._open_files.popitem()[1])
-
-    def _open(self, shard: int) -> int:
-        return os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+        os.close(self._descriptor)
 
 
-class CachedShards(LocalShards):
+class _PassingShard:
+    """A shard read from its beginning, once each time it is opened.
+
+    What has passed lies in an unnamed temporary file until the shard is left: the rows of a shuffle window
+    are asked for out of order, and a row once for each of its captions. Each loader worker reads for itself;
+    with several of them a ``cache_dir`` saves the others' traffic. Resuming within a shard reads it up to
+    there. Up to ``MAX_OPEN_SHARDS`` shards a worker lie in the temporary directory (``TMPDIR``).
+    """
+
+    def __init__(self, location: str, shard: ShardFile):
+        self._shard = shard
+        self._chunks = _chunks(location, shard)
+        self._passed = tempfile.TemporaryFile(prefix="dehvf-shard-")  # noqa: SIM115
+        self._num_bytes = 0
+
+    def read(self, offset: int, size: int) -> bytes:
+        while self._num_bytes < min(offset + size, self._shard.num_bytes):
+            chunk = next(self._chunks)
+            self._passed.write(chunk)
+            self._num_bytes += len(chunk)
+        self._passed.flush()
+        return _pread(self._passed.fileno(), offset, size)
+
+    def close(self) -> None:
+        self._chunks.close()
+        self._passed.close()
+
+
+_OpenShard = _WholeShard | _PassingShard
+
+
+class _Cache:
     """Copies of shards on a fast local disk, made when first asked for, one copier a node.
 
     A copy is named after the shard's hash, which is checked on the way, so several data sets and runs may
     share a cache. The longest unused copies leave first; a process that still reads one keeps it until then.
     """
 
-    def __init__(self, shards: Sequence[ShardFile], location: str, directory: Path, max_bytes: float):
-        """Makes the cache directory.
-
-        Raises:
-            UserError: it cannot be made.
-        """
-        super().__init__([directory / f"{shard.sha256}.tar" for shard in shards])
-        self._shards = shards
+    def __init__(self, location: str, directory: Path, max_bytes: float):
         self._location = location
         self._directory = directory
         self._max_bytes = max_bytes
@@ -135,44 +197,35 @@ class CachedShards(LocalShards):
         except OSError as error:
             raise UserError(f"data.cache_dir {directory}: {one_line(error)}") from None
 
-    def _open(self, shard: int) -> int:
-        path = self._paths[shard]
-        with self._lock(f"copy-{int(self._shards[shard].sha256[:8], 16) % NUM_LOCKS:02d}"):
-            if not path.is_file():
-                self._copy(self._shards[shard], path)
-            # The time of use, for who leaves first; under the lock, so that the file is not evicted unread.
-            os.utime(path)
-            return super()._open(shard)
-
-    def _copy(self, shard: ShardFile, path: Path) -> None:
-        part = path.with_suffix(".part")
+    def open(self, shard: ShardFile) -> _WholeShard:
+        path = self._directory / f"{shard.sha256}.tar"
         try:
-            with self._lock("room"):
-                self._make_room(shard.num_bytes)
-                with part.open("wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, shard.num_bytes)
-            digest = hashlib.sha256()
-            with part.open("r+b") as file, open_stream(self._location, shard.name, steady=True) as stream:
-                while chunk := stream.read(CHUNK_BYTES):
-                    digest.update(chunk)
-                    file.write(chunk)
-                num_bytes = file.tell()
-                file.truncate()
+            # Shards share these locks, so that the cache holds no lock file for each of them.
+            with FileLock(self._directory / f".lock-copy-{shard.sha256[:2]}"):
+                if not path.is_file():
+                    self._copy(shard, path)
+                # The time of use, for who leaves first; under the lock, so that it is not evicted unread.
+                os.utime(path)
+                return _WholeShard(path)
         except OSError as error:
-            part.unlink(missing_ok=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                 raise UserError(f"data.cache_dir {self._directory}: {one_line(error)}") from None
             raise
-        if num_bytes < shard.num_bytes:
-            part.unlink()
-            raise DamagedSample(f"{shown(self._location)}: {shard.name}: {_ended_early(num_bytes, shard)}")
-        if digest.hexdigest() != shard.sha256:
-            part.unlink()
-            raise DamagedSample(
-                f"{shown(self._location)}: {shard.name}: its bytes do not have the manifest's sha256; copy "
-                "it again"
-            )
-        part.rename(path)
+
+    def _copy(self, shard: ShardFile, path: Path) -> None:
+        digest = hashlib.sha256()
+        with atomic_file(path) as part:
+            with FileLock(self._directory / ".lock-room"):
+                self._make_room(shard.num_bytes)
+                with part.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, shard.num_bytes)
+            with part.open("r+b") as file, contextlib.closing(_chunks(self._location, shard)) as chunks:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    file.write(chunk)
+                file.truncate()
+            if digest.hexdigest() != shard.sha256:
+                raise OSError("its bytes do not have the manifest's sha256; copy it again")
 
     def _make_room(self, num_bytes: int) -> None:
         """Removes the longest unused copies until ``num_bytes`` more fit."""
@@ -191,80 +244,117 @@ class CachedShards(LocalShards):
                 path.unlink(missing_ok=True)
                 total -= size
 
-    @contextlib.contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        """Holds a lock among this node's processes; it ends with its holder, however that ends."""
-        with (self._directory / f".lock-{name}").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+
+def _chunks(location: str, shard: ShardFile) -> Generator[bytes, None, None]:
+    """A shard's bytes in order; it may be closed early. ``OSError`` where that is not the whole shard."""
+    if location.startswith("pipe:"):
+        chunks = _from_command(location.removeprefix("pipe:").replace("{}", shlex.quote(shard.name)))
+    elif is_remote(location):
+        chunks = _from_server(f"{location.rstrip('/')}/{shard.name}", shard.num_bytes)
+    else:
+        chunks = _from_file(Path(location) / shard.name)
+    num_bytes = 0
+    try:
+        with contextlib.closing(chunks):
+            for chunk in chunks:
+                if not num_bytes and chunk.lstrip()[:1] == b"<" and b"ustar" not in chunk[257:263]:
+                    raise OSError("sends a web page, not a shard (a login?); open it in a browser")
+                num_bytes += len(chunk)
+                yield chunk
+        if num_bytes < shard.num_bytes:
+            early = f"ended after {num_bytes} of {shard.num_bytes} bytes"
+            raise OSError(f"{early}; copy it again, or try again")
+    except OSError as error:
+        # Without the number: one of no space or permission is not the cache's.
+        raise OSError(shown(one_line(error))) from error
 
 
-class StreamedShards:
-    """Shards read from their beginning, once each time they are opened, through a command or the network.
+def _from_file(path: Path) -> Generator[bytes, None, None]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
 
-    What has passed lies in an unnamed temporary file until the shard is left: the rows of a shuffle window
-    are asked for out of order, and a row once for each of its captions. Each loader worker reads for itself;
-    with several of them a ``cache_dir`` saves the others' traffic. Resuming within a shard reads it up to
-    there. Up to ``MAX_OPEN_SHARDS`` shards a worker lie in the temporary directory (``TMPDIR``).
-    """
 
-    def __init__(self, shards: Sequence[ShardFile], location: str):
-        """Keeps the names and where they lie."""
-        self._shards = shards
-        self._location = location
-        self._open_streams: OrderedDict[int, _Stream] = OrderedDict()
-        self._owner = os.getpid()
-
-    def read(self, shard: int, offset: int, size: int) -> bytes:
-        """See ``Storage``."""
-        if self._owner != os.getpid():
-            # A forked worker: the parent's streams have a position that is not ours.
-            self._open_streams, self._owner = OrderedDict(), os.getpid()
+def _from_command(command: str) -> Generator[bytes, None, None]:
+    """What a command of the shell writes, which is the file only if the command says so in the end."""
+    with tempfile.TemporaryFile(prefix="dehvf-stderr-") as said:
+        process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stderr=said)
+        assert process.stdout is not None
         try:
-            if shard not in self._open_streams:
-                while len(self._open_streams) >= MAX_OPEN_SHARDS:
-                    self._open_streams.popitem(last=False)[1].close()
-                self._open_streams[shard] = _Stream(self._location, self._shards[shard])
-            self._open_streams.move_to_end(shard)
-            return self._open_streams[shard].read(offset, size)
-        except OSError as error:
-            if stream := self._open_streams.pop(shard, None):
-                stream.close()
-            name = self._shards[shard].name
-            raise DamagedSample(f"{name}: cannot be read: {one_line(error)}") from error
-
-    def close(self) -> None:
-        """See ``Storage``."""
-        while self._open_streams and self._owner == os.getpid():
-            self._open_streams.popitem()[1].close()
+            while chunk := process.stdout.read(CHUNK_BYTES):
+                yield chunk
+            if code := process.wait():
+                said.seek(0)
+                lines = said.read().decode(errors="replace").strip().splitlines()
+                raise OSError(f"the command ended with code {code}{f': {lines[-1]}' if lines else ''}")
+        finally:
+            process.terminate()
+            process.stdout.close()
+            process.wait()
 
 
-class _Stream:
-    """A forward stream and what has passed of it."""
-
-    def __init__(self, location: str, shard: ShardFile):
-        self._shard = shard
-        self._leave = contextlib.ExitStack()
-        passed = tempfile.TemporaryFile(prefix="dehvf-shard-")  # noqa: SIM115
-        self._passed = self._leave.enter_context(passed)
-        self._stream: Stream = self._leave.enter_context(open_stream(location, shard.name))
-        self._num_bytes = 0
-
-    def read(self, offset: int, size: int) -> bytes:
-        while self._num_bytes < offset + size and (chunk := self._stream.read(CHUNK_BYTES)):
-            self._passed.write(chunk)
-            self._num_bytes += len(chunk)
-        if self._num_bytes < min(offset + size, self._shard.num_bytes):
-            raise OSError(_ended_early(self._num_bytes, self._shard))
-        self._passed.flush()
-        return _pread(self._passed.fileno(), offset, size)
-
-    def close(self) -> None:
-        self._leave.close()
+def _from_server(address: str, num_bytes: int) -> Generator[bytes, None, None]:
+    """A file of fsspec's, read forward; where it breaks off it is asked for again and read up to there."""
+    passed, failing_since = 0, None
+    while True:
+        place = 0
+        try:
+            with _open_address(address, num_bytes) as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    place += len(chunk)
+                    if place > passed:
+                        new, passed, failing_since = chunk[passed - place :], place, None
+                        yield new
+            return
+        except Exception as error:
+            failing_since = failing_since or time.monotonic()
+            if not _may_pass(error) or time.monotonic() - failing_since > RETRY_WITHIN_S:
+                raise OSError(_told(error)) from error
+            time.sleep(RETRY_PAUSE_S)
 
 
-def _ended_early(num_bytes: int, shard: ShardFile) -> str:
-    return f"ended after {num_bytes} of {shard.num_bytes} bytes; copy it again, or try again"
+def _open_address(address: str, num_bytes: int) -> Any:
+    options: dict[str, Any] = {}
+    how: dict[str, Any] = {"block_size": 8 * CHUNK_BYTES}
+    if address.startswith(("http://", "https://")):
+        # Slow to import.
+        from aiohttp import ClientTimeout
+
+        options["client_kwargs"] = {
+            "timeout": ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S),
+            "headers": {"Accept-Encoding": "identity"},
+            "read_bufsize": CHUNK_BYTES,
+            # Proxies, as curl takes them.
+            "trust_env": True,
+        }
+        # A forked worker would end a session that it shares with its parent.
+        options["skip_instance_cache"] = True
+        # One request for the whole, as not all servers know ranges; without a size another would ask for it.
+        how = {"block_size": 0, "size": num_bytes}
+    filesystem, path = fsspec.url_to_fs(address, **options)
+    return filesystem.open(path, "rb", **how)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether asking again may help."""
+    from aiohttp import ClientConnectionError, ClientConnectorError, ClientPayloadError
+
+    if status := getattr(error, "status", None):
+        return status in (408, 429) or status >= 500
+    passing = (TimeoutError, ConnectionError, ClientConnectionError, ClientPayloadError)
+    return isinstance(error, passing) and not isinstance(error, ClientConnectorError)
+
+
+def _told(error: Exception) -> str:
+    """An error of a server or the network in one line, with what to do."""
+    if isinstance(error, FileNotFoundError):
+        return _NO_FILE
+    status = 403 if isinstance(error, PermissionError) else getattr(error, "status", None)
+    if status:
+        default = "the server fails; try again later" if status >= 500 else "look at data.location"
+        return f"HTTP {status}: {_REMEDIES.get(status, default)}"
+    said = one_line(error) or type(error).__name__
+    return f"{said}; look at data.location, and whether this machine has a network"
 
 
 def _pread(descriptor: int, offset: int, size: int) -> bytes:

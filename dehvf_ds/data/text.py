@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from dehvf_ds.data.damage import LFS_POINTER, told_by_first_bytes
+from dehvf_ds.data.shards import LFS_POINTER, told_by_first_bytes
 
 # Zero-width no-break space; at a text's beginning it is the byte order mark of a file that was read as text.
 _BYTE_ORDER_MARK = "\ufeff"

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
-from dehvf_ds.data.problems import problem_of
 from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX
+from dehvf_ds.data.records import problem_of
 from dehvf_ds.evaluation.predict import Scored
 
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")

@@ -74,6 +74,8 @@ def png_header(width, height):
         ("WEBP", "RGB", 6),
         ("GIF", "P", 0),
         ("BMP", "RGB", 0),
+        ("DIB", "RGB", 0),
+        *([("AVIF", "RGB", 8)] if "AVIF" in images.FORMATS else []),
         ("PPM", "RGB", 0),
         ("TIFF", "CMYK", 1),
         ("TIFF", "LAB", 20),  # 8 bits of LAB are coarse in the dark
@@ -91,60 +93,57 @@ def test_colours(kind, mode, atol):
     assert_colours(of_quarters(found), [RED, GREEN, BLUE, WHITE], atol)
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "L"), ("PNG", "L"), ("PNG", "1"), ("TIFF", "1")])
-def test_grey_and_bilevel(kind, mode):
-    half = Image.new("L", (32, 16), 255)
-    half.paste(0, (0, 0, 16, 16))
-    found = decode_image(encoded(half.convert(mode), kind))
-    assert_colours([found.getpixel((4, 8)), found.getpixel((28, 8))], [(0, 0, 0), (255, 255, 255)], 1)
+def line(mode, *values, palette=None):
+    """A picture one pixel high."""
+    image = Image.new(mode, (len(values), 1))
+    if palette:
+        image.putpalette(palette)
+    for x, value in enumerate(values):
+        image.putpixel((x, 0), value)
+    return image
+
+
+def numbers(kind, *values):
+    return Image.fromarray(np.array([values], kind))
+
+
+BLACKS = line("RGBA", (0, 0, 0, 255), (0, 0, 0, 128), (0, 0, 0, 0))
+TWO = line("P", 0, 1, palette=[0, 0, 0, 10, 20, 30])
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode"), [("PNG", "RGBA"), ("PNG", "LA"), ("WEBP", "RGBA"), ("TIFF", "RGBA")]
-)
-def test_transparency_is_laid_on_white(kind, mode):
-    black = Image.new("RGBA", (3, 1))
-    for x, alpha in enumerate((255, 128, 0)):
-        black.putpixel((x, 0), (0, 0, 0, alpha))
-    found = decode_image(encoded(black.convert(mode), kind, **({"lossless": True} if kind == "WEBP" else {})))
-    assert [found.getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), (127, 127, 127), (255, 255, 255)]
-
-
-@pytest.mark.parametrize("transparency", [0, b"\x00\xff", b"\x00"])
-def test_palette_with_transparency(transparency):
-    image = Image.new("P", (2, 1))
-    image.putpalette([0, 0, 0, 10, 20, 30])
-    image.putpixel((1, 0), 1)
-    found = decode_image(encoded(image, transparency=transparency))
-    assert [found.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (10, 20, 30)]
-
-
-@pytest.mark.parametrize(("mode", "key"), [("L", 7), ("1", 0), ("RGB", (7, 7, 7)), ("I;16", 1799)])
-def test_one_colour_is_transparent(mode, key):
-    image = Image.new(mode, (2, 1), key)
-    image.putpixel((1, 0), {"RGB": (255, 0, 0), "I;16": 32896}.get(mode, 255))
-    found = decode_image(encoded(image, transparency=key))
-    expected = {"RGB": (255, 0, 0), "I;16": (128, 128, 128)}.get(mode, WHITE)
-    assert [found.getpixel((x, 0)) for x in (0, 1)] == [WHITE, expected]
-
-
-@pytest.mark.parametrize(
-    ("values", "kind", "grey"),
+    ("picture", "kind", "options", "expected"),
     [
-        (np.array([[0, 32896, 65535]], np.uint16), "PNG", [0, 128, 255]),
-        (np.array([[0, 100, 257]], np.uint16), "PNG", [0, 0, 1]),  # 16 bits, however dark
-        (np.array([[0, 32896, 65535]], np.uint16), "TIFF", [0, 128, 255]),
-        (np.array([[-5, 100, 255]], np.int32), "TIFF", [0, 100, 255]),
-        (np.array([[0, 32896, 65535]], np.int32), "TIFF", [0, 128, 255]),
-        (np.array([[0, 100000, 200000]], np.int32), "TIFF", [0, 128, 255]),
-        (np.array([[0, 0.5, 1]], np.float32), "TIFF", [0, 128, 255]),
-        (np.array([[0, 100, 255]], np.float32), "TIFF", [0, 100, 255]),
-        (np.array([[np.nan, np.inf, 0.2]], np.float32), "TIFF", [0, 255, 51]),
+        (line("L", 0, 255), "PNG", {}, [0, 255]),
+        (line("1", 0, 255), "PNG", {}, [0, 255]),
+        (line("1", 0, 255), "TIFF", {}, [0, 255]),
+        # Transparency is laid on white.
+        (BLACKS, "PNG", {}, [0, 127, 255]),
+        (BLACKS.convert("LA"), "PNG", {}, [0, 127, 255]),
+        (BLACKS, "WEBP", {"lossless": True}, [0, 127, 255]),
+        (BLACKS, "TIFF", {}, [0, 127, 255]),
+        *((TWO, "PNG", {"transparency": key}, [255, (10, 20, 30)]) for key in (0, b"\x00\xff", b"\x00")),
+        (line("L", 7, 255), "PNG", {"transparency": 7}, [255, 255]),
+        (line("L", 7, 9), "PNG", {"transparency": 7}, [255, 9]),
+        (line("1", 0, 255), "PNG", {"transparency": 0}, [255, 255]),
+        (line("RGB", (7, 7, 7), (255, 0, 0)), "PNG", {"transparency": (7, 7, 7)}, [255, (255, 0, 0)]),
+        (line("I;16", 1799, 32896), "PNG", {"transparency": 1799}, [255, 128]),
+        # More than eight bits are scaled, 16 of them however dark.
+        (numbers(np.uint16, 0, 32896, 65535), "PNG", {}, [0, 128, 255]),
+        (numbers(np.uint16, 0, 100, 257), "PNG", {}, [0, 0, 1]),
+        (numbers(np.uint16, 0, 32896, 65535), "TIFF", {}, [0, 128, 255]),
+        (numbers(np.int32, -5, 100, 255), "TIFF", {}, [0, 100, 255]),
+        (numbers(np.int32, 0, 32896, 65535), "TIFF", {}, [0, 128, 255]),
+        (numbers(np.int32, 0, 100000, 200000), "TIFF", {}, [0, 128, 255]),
+        (numbers(np.float32, 0, 0.5, 1), "TIFF", {}, [0, 128, 255]),
+        (numbers(np.float32, 0, 100, 255), "TIFF", {}, [0, 100, 255]),
+        (numbers(np.float32, np.nan, np.inf, 0.2), "TIFF", {}, [0, 255, 51]),
     ],
 )
-def test_more_than_eight_bits_are_scaled(values, kind, grey):
-    found = decode_image(encoded(Image.fromarray(values), kind))
-    assert [found.getpixel((x, 0)) for x in range(3)] == [(g, g, g) for g in grey]
+def test_pixels_of_every_mode(picture, kind, options, expected):
+    found = decode_image(encoded(picture, kind, **options))
+    colours = [(value,) * 3 if isinstance(value, int) else value for value in expected]
+    assert [found.getpixel((x, 0)) for x in range(found.width)] == colours
 
 
 KINDS = {
@@ -184,23 +183,16 @@ def test_first_frame_of_an_animation(kind):
 
 
 @pytest.mark.parametrize("shorter_side", [None, 16])
-@pytest.mark.parametrize("turn", [1, 2, 3, 4, 5, 6, 7, 8])
-def test_exif_orientation_is_applied(turn, shorter_side):
-    stored = {
-        1: lambda image: image,
-        2: lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-        3: lambda image: image.transpose(Image.Transpose.ROTATE_180),
-        4: lambda image: image.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
-        5: lambda image: image.transpose(Image.Transpose.TRANSPOSE),
-        6: lambda image: image.transpose(Image.Transpose.ROTATE_90),
-        7: lambda image: image.transpose(Image.Transpose.TRANSVERSE),
-        8: lambda image: image.transpose(Image.Transpose.ROTATE_270),
-    }[turn](quarters(128, 64))
-    exif = Image.Exif()
-    exif[0x0112] = turn
-    found = decode_image(encoded(stored, "JPEG", exif=exif), shorter_side=shorter_side)
-    assert found.size == ((64, 32) if shorter_side else (128, 64))
-    assert_colours(of_quarters(found), [RED, GREEN, BLUE, WHITE], 4)
+def test_exif_orientation_is_applied(shorter_side):
+    ways = Image.Transpose
+    stored = (ways.FLIP_LEFT_RIGHT, ways.ROTATE_180, ways.FLIP_TOP_BOTTOM, ways.TRANSPOSE, ways.ROTATE_90)
+    for turn, way in enumerate((None, *stored, ways.TRANSVERSE, ways.ROTATE_270), start=1):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        picture = quarters(128, 64) if way is None else quarters(128, 64).transpose(way)
+        found = decode_image(encoded(picture, "JPEG", exif=exif), shorter_side=shorter_side)
+        assert found.size == ((64, 32) if shorter_side else (128, 64))
+        assert_colours(of_quarters(found), [RED, GREEN, BLUE, WHITE], 4)
 
 
 @pytest.mark.parametrize(
@@ -220,9 +212,10 @@ def test_draft_keeps_twice_the_shorter_side(size, shorter_side, expected):
     assert decode_image(encoded(Image.new("RGB", size), "PNG"), shorter_side=shorter_side).size == size
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 95}])
-@pytest.mark.parametrize("shorter_side", [40, 75, 140])
+@pytest.mark.parametrize(
+    ("mode", "options", "shorter_side"),
+    [("RGB", {}, 40), ("L", {"progressive": True}, 75), ("CMYK", {"subsampling": 0, "quality": 95}, 140)],
+)
 def test_draft_looks_like_the_full_picture(mode, options, shorter_side):
     data = encoded(scene(900, 600).convert(mode), "JPEG", **options)
     size = (shorter_side * 3 // 2, shorter_side)
@@ -242,30 +235,20 @@ def test_cut_off(kind):
 
 
 @pytest.mark.parametrize(
-    ("data", "kind"),
+    ("data", "told"),
     [
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
-        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic", "HEIC"),
-        (b"  <svg xmlns='x'/>", "an SVG drawing"),
-        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+        (b"", "no bytes"),
+        (b"no picture", "of no known format"),
+        (bytes(1000), "of no known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "of no known format"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is HEIC"),
+        (b"  <svg xmlns='x'/>", "it is an SVG drawing"),
+        (b"version https://git-lfs.github.com/spec/v1", "it is a Git LFS pointer"),
     ],
 )
-def test_what_else_lies_under_a_pictures_name_is_told(data, kind):
-    with pytest.raises(ValueError, match=f"^not a readable picture: it is {kind}"):
+def test_no_picture(data, told):
+    with pytest.raises(ValueError, match=f"^not a readable picture: {told}"):
         decode_image(data)
-
-
-def test_no_picture():
-    with pytest.raises(ValueError, match=r"^not a readable picture: no bytes$"):
-        decode_image(b"")
-    for data in (
-        b"no picture",
-        bytes(1000),
-        b"\xff\xd8\xff",
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    ):
-        with pytest.raises(ValueError, match=NOT_READABLE):
-            decode_image(data)
 
 
 @pytest.mark.parametrize("size", [(10_001, 10_000), (20_000, 10_000), (2**31 - 1, 2**31 - 1), (9, 65_536)])
@@ -290,45 +273,22 @@ def text_chunk(kind: bytes, text: bytes) -> bytes:
     return png_chunk(kind, heads[kind] + (text if kind == b"tEXt" else zlib.compress(text)))
 
 
-@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("at", [33, -12], ids=["before", "after"])
 @pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt", b"iCCP"])
-@pytest.mark.parametrize(
-    ("count", "size"), [(1, 2_000_000), (1, 80_000_000), (80, 1_000_000)], ids=["large", "bomb", "many"]
-)
-def test_huge_texts_and_profiles_of_a_png_are_not_unpacked(kind, place, count, size):
-    """The picture is decoded as without them, in little memory."""
-    if kind == b"tEXt" and count > 1:
-        pytest.skip("nothing is packed")
+def test_huge_texts_and_profiles_of_a_png_are_not_unpacked(kind, at):
+    """The picture is decoded as without them, in little memory, and turned as a text says that it is."""
     data = encoded(quarters())
-    at = 33 if place == "before" else len(data) - 12
-    given = data[:at] + text_chunk(kind, bytes(size)) * count + data[at:]
+    xmp = b"XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation='3' tiff:Orientation=\"3\"/>"
+    texts = text_chunk(kind, bytes(40_000_000)) + text_chunk(kind, bytes(1_000_000)) * 70
+    given = data[:at] + texts + png_chunk(b"iTXt", xmp) + data[at:]
     tracemalloc.start()
     try:
         found = decode_image(given)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert_colours(of_quarters(found), [RED, GREEN, BLUE, WHITE], 0)
-    # What is kept of the file itself, and at most 16 texts of a megabyte, each as bytes and as text.
-    assert peak < 3 * len(given) + 60_000_000
-
-
-def test_small_texts_of_a_png_stay():
-    """ImageMagick writes EXIF as a text, and with it how the picture is turned."""
-    data = encoded(quarters())
-    xmp = b"XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation='3' tiff:Orientation=\"3\"/>"
-    given = data[:33] + png_chunk(b"iTXt", xmp) + text_chunk(b"zTXt", bytes(2_000_000)) + data[33:]
-    assert_colours(of_quarters(decode_image(given)), [WHITE, BLUE, GREEN, RED], 0)
-
-
-@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "DIB", "WEBP"])
-def test_kinds_of_pictures(kind):
-    if kind == "AVIF" and kind not in images.FORMATS:
-        pytest.skip("this Pillow has no AVIF")
-    options = {"quality": 100} if kind in ("AVIF", "WEBP") else {}
-    assert_colours(
-        of_quarters(decode_image(encoded(quarters(64, 64), kind, **options))), [RED, GREEN, BLUE, WHITE], 12
-    )
+    assert_colours(of_quarters(found), [WHITE, BLUE, GREEN, RED], 0)
+    assert peak < 3 * len(given) + 1_000_000
 
 
 @pytest.mark.parametrize(
@@ -350,19 +310,18 @@ def test_warned_of_is_accepted():
 
 
 def some_pictures():
-    text = PngImagePlugin.PngInfo()
+    text, exif = PngImagePlugin.PngInfo(), Image.Exif()
     text.add_text("a", "b" * 50, zip=True)
-    exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "what is seen"
     small, frames = scene(40, 30), [Image.new("RGB", (9, 9), colour) for colour in (RED, GREEN)]
+    animated = {"save_all": True, "append_images": frames[1:]}
     return [
         encoded(small, "JPEG", exif=exif, quality=60),
         encoded(small, "JPEG", progressive=True, quality=30),
         encoded(small.quantize(16), "PNG", pnginfo=text, transparency=bytes(8), exif=exif),
-        encoded(frames[0], "PNG", save_all=True, append_images=frames[1:]),
         encoded(small.convert("I;16"), "PNG"),
         encoded(small, "WEBP", exif=exif),
-        encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
+        *(encoded(frames[0], kind, **animated) for kind in ("PNG", "WEBP")),
         encoded(small.quantize(16), "GIF"),
         encoded(small, "TIFF", compression="tiff_lzw"),
     ]
@@ -418,9 +377,6 @@ def test_the_same_view_on_every_machine():
     found = [box_of(view) for view in views(config, seed=2**64 + 1, epochs=2, examples=2)]
     assert found == [(332, 0, 66, 199), (35, 0, 213, 178), (145, 0, 388, 195), (219, 36, 391, 194)]
     assert found == [box_of(view) for view in views(config, seed=1, epochs=2, examples=2)]
-
-
-def test_views_differ():
     config = AugmentConfig(min_crop=0.1)
     boxes = [box_of(view) for seed in (0, 1, -1) for view in views(config, seed=seed, epochs=4, examples=25)]
     assert len(set(boxes)) == 300
@@ -437,24 +393,16 @@ def test_crops_are_as_asked_for():
     assert counts == pytest.approx(np.full(5, counts.mean()), rel=0.15)
     assert abs(aspects).max() < np.log(4 / 3) + 0.02
     assert abs(aspects.mean()) < 0.02
-
-
-def test_the_crop_touches_every_side_and_stays_inside():
-    boxes = np.array(
-        [box_of(view) for view in views(AugmentConfig(min_crop=0.05), examples=3000, size=(40, 30))]
-    )
-    assert boxes.min(0).tolist()[:2] == [0, 0]
-    assert boxes.max(0).tolist()[2:] == [39, 29]
+    # Every side is touched, and none is left.
+    small = views(AugmentConfig(min_crop=0.05), examples=3000, size=(40, 30))
+    boxes = np.array([box_of(view) for view in small])
+    assert [*boxes.min(0)[:2], *boxes.max(0)[2:]] == [0, 0, 39, 29]
 
 
 def test_flips():
-    found = views(AugmentConfig(flip=0.3), examples=2000, size=(6, 4))
-    flipped = [box_of(view) == (5, 0, 0, 3) for view in found]
-    assert all(flip or box_of(view) == (0, 0, 5, 3) for flip, view in zip(flipped, found, strict=True))
-    assert np.mean(flipped) == pytest.approx(0.3, abs=0.04)
-    assert all(
-        box_of(view) == (5, 0, 0, 3) for view in views(AugmentConfig(flip=1), examples=20, size=(6, 4))
-    )
+    found = [box_of(view) for view in views(AugmentConfig(flip=0.3), examples=2000, size=(6, 4))]
+    assert set(found) == {(5, 0, 0, 3), (0, 0, 5, 3)}
+    assert np.mean([box == (5, 0, 0, 3) for box in found]) == pytest.approx(0.3, abs=0.04)
 
 
 @pytest.mark.parametrize(
@@ -464,16 +412,13 @@ def test_flips():
 def test_extreme_pictures(size, expected):
     view = random_view(Image.new("RGB", size), AugmentConfig(min_crop=0.9), seed=0, epoch=0, example=0)
     assert view.size == expected
-    for view in views(AugmentConfig(min_crop=0.01, flip=0.5), examples=50, size=(3, 2)):
-        assert min(view.size) >= 1
 
 
 def test_build_augment():
     assert build_augment(AugmentConfig(), seed=3) is None
+    assert build_augment(AugmentConfig(flip=0.5), seed=3) is not None
     config = AugmentConfig(min_crop=0.3, flip=0.5)
     augment = pickle.loads(pickle.dumps(build_augment(config, seed=3)))
     picture = coordinates(400, 200)
-    sample = Sample(key="a", image=picture, record={}, epoch=2, example=5)
-    view = augment(picture, sample)
+    view = augment(picture, Sample(key="a", image=picture, record={}, epoch=2, example=5))
     assert box_of(view) == box_of(random_view(picture, config, seed=3, epoch=2, example=5))
-    assert build_augment(AugmentConfig(flip=0.5), seed=3) is not None

@@ -1,3 +1,5 @@
+"""A directory of shards: each sample from its own bytes, and parts that do not fit are refused."""
+
 from __future__ import annotations
 
 import gc
@@ -12,17 +14,14 @@ import webdataset
 from tiny_shards import caption_row, write_shards
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.damage import DamagedSample
-from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.manifest import INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME
-from dehvf_ds.data.shards import ShardRow
+from dehvf_ds.data.index import INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME, ShardIndex
+from dehvf_ds.data.shards import DamagedSample, ShardRow
 
 
 def test_every_sample_is_read_from_its_own_bytes(make_shards):
     index = ShardIndex(make_shards(10, 4))
     assert len(index) == 10
-    assert index.shard_rows == (4, 4, 2)
-    assert index.shard_examples == (8, 8, 4)
+    assert (index.shard_rows, index.shard_examples) == ((4, 4, 2), (8, 8, 4))
     assert index.captions.tolist() == [2] * 10
     assert index.text_lengths.tolist() == [len("The dog 0 runs 0.")] * 20
     assert index.num_without_captions == 0
@@ -34,113 +33,85 @@ def test_every_sample_is_read_from_its_own_bytes(make_shards):
     name, offset, size = index.locate(5)
     assert name == "tiny-000001.tar"
     assert offset % tarfile.BLOCKSIZE == size % tarfile.BLOCKSIZE == 0
+    copy = pickle.loads(pickle.dumps(index))
+    assert copy.read(3) == index.read(3)
+    assert len(pickle.dumps(index)) < 1000
+    with pytest.raises(IndexError):
+        index.read(10)
 
 
 # webdataset leaves its files for the collector to close.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_shards_are_ordinary_webdataset_shards(make_shards):
-    directory = make_shards(5, 3)
-    urls = [str(path) for path in sorted(directory.glob("*.tar"))]
+    urls = [str(path) for path in sorted(make_shards(5, 3).glob("*.tar"))]
     keys = [s["__key__"] for s in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)]
     gc.collect()
     assert keys == [f"row{i}" for i in range(5)]
 
 
-def test_index_travels_to_a_worker_by_directory(make_shards):
-    index = ShardIndex(make_shards())
-    index.read(0)
-    copy = pickle.loads(pickle.dumps(index))
-    assert copy.read(3) == index.read(3)
-    assert len(pickle.dumps(index)) < 1000
+def set_in_manifest(**fields):
+    def change(directory):
+        path = directory / MANIFEST_NAME
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return change
 
 
-def test_sample_number_out_of_range(make_shards):
-    with pytest.raises(IndexError):
-        ShardIndex(make_shards(3)).locate(3)
+def rename(directory):
+    path = directory / MANIFEST_NAME
+    path.write_text(path.read_text().replace("tiny-000001.tar", "../x.tar"))
 
 
-def _break(directory, what):
-    manifest = json.loads((directory / MANIFEST_NAME).read_text())
-    shard = directory / "tiny-000001.tar"
-    if what == "no manifest":
-        (directory / MANIFEST_NAME).unlink()
-    elif what == "no json":
-        (directory / MANIFEST_NAME).write_text("{")
-    elif what == "no fields":
-        (directory / MANIFEST_NAME).write_text("{}")
-    elif what == "version":
-        (directory / MANIFEST_NAME).write_text(json.dumps({**manifest, "format_version": 99}))
-    elif what == "sum":
-        (directory / MANIFEST_NAME).write_text(json.dumps({**manifest, "num_samples": 11}))
-    elif what == "no index":
-        (directory / INDEX_NAME).unlink()
-    elif what == "bad index":
-        (directory / INDEX_NAME).write_bytes(b"no numpy")
-    elif what == "no lengths":
-        (directory / LENGTHS_NAME).unlink()
-    elif what == "other name":
-        text = (directory / MANIFEST_NAME).read_text()
-        (directory / MANIFEST_NAME).write_text(text.replace("tiny-000001.tar", "../x.tar"))
-    elif what == "short index":
-        np.save(directory / INDEX_NAME, np.load(directory / INDEX_NAME)[:-1])
-    elif what == "no shard":
-        shard.unlink()
-    elif what == "cut shard":
-        shard.write_bytes(shard.read_bytes()[:-512])
+SHARD = "tiny-000001.tar"
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("damage", "message"),
     [
-        ("no manifest", r"manifest.json: no such file; build shards"),
-        ("no json", r"manifest.json: not a manifest"),
-        ("no fields", r"manifest.json: not a manifest of shards: KeyError"),
-        ("version", r"format version 99, this program reads 3"),
-        ("other name", r"shard name '../x.tar' is not a plain file name"),
-        ("no lengths", r"text_lengths.npy: no such file"),
-        ("sum", r"num_samples 11 is not the sum"),
-        ("no index", r"index.npy: no such file"),
-        ("bad index", r"index.npy: not an index"),
-        ("short index", r"index.npy: int64 \(9, 4\) where manifest.json promises int64 \(10, 4\)"),
-        ("no shard", r"tiny-000001.tar: no such shard"),
-        ("cut shard", r"tiny-000001.tar: \d+ bytes where manifest.json promises \d+; copy the shard again"),
+        (lambda d: d.rename(d.with_name("x")), r"no such directory; build shards with tools/build_shards.py"),
+        (lambda d: (d / MANIFEST_NAME).unlink(), r"manifest.json: no such file; build shards"),
+        (lambda d: (d / MANIFEST_NAME).write_text("{"), r"manifest.json: not a manifest"),
+        (lambda d: (d / MANIFEST_NAME).write_text("{}"), r"not a manifest of shards: KeyError"),
+        (set_in_manifest(format_version=99), r"format version 99, this program reads 3"),
+        (set_in_manifest(num_samples=11), r"num_samples 11 is not the sum"),
+        (set_in_manifest(num_samples=0, shards=[]), r"it names no sample"),
+        (rename, r"shard name '../x.tar' is not a plain file name"),
+        (lambda d: (d / INDEX_NAME).unlink(), r"index.npy: no such file"),
+        (lambda d: (d / LENGTHS_NAME).unlink(), r"text_lengths.npy: no such file"),
+        (lambda d: (d / INDEX_NAME).write_bytes(b"no numpy"), r"index.npy: not an index"),
+        (
+            lambda d: np.save(d / INDEX_NAME, np.load(d / INDEX_NAME)[:-1]),
+            r"int64 \(9, 4\) where manifest.json promises int64 \(10, 4\)",
+        ),
+        (lambda d: (d / SHARD).unlink(), rf"{SHARD}: no such shard"),
+        (
+            lambda d: (d / SHARD).write_bytes((d / SHARD).read_bytes()[:-512]),
+            rf"{SHARD}: \d+ bytes where manifest.json promises \d+; copy the shard again",
+        ),
     ],
 )
-def test_broken_directories_are_refused_in_one_line(make_shards, what, message):
+def test_broken_directories_are_refused_in_one_line(make_shards, damage, message):
     directory = make_shards(10, 4)
-    _break(directory, what)
+    damage(directory)
     with pytest.raises(UserError, match=message) as caught:
         ShardIndex(directory).check_sizes()
     assert "\n" not in str(caught.value)
     assert str(directory) in str(caught.value)
 
 
-def test_missing_directory(tmp_path):
-    with pytest.raises(
-        UserError, match=r"absent: no such directory; build shards with tools/build_shards.py"
-    ):
-        ShardIndex(tmp_path / "absent")
-
-
-@pytest.mark.parametrize("place", ["first header", "last header", "record", "picture", "padding"])
-def test_any_changed_byte_is_noticed(make_shards, place):
+def test_any_changed_byte_is_noticed(make_shards):
     directory = make_shards(4, 4)
     name, offset, size = ShardIndex(directory).locate(1)
-    data = bytearray((directory / name).read_bytes())
-    # json is the first member, png the second; each has one block of header.
-    at = {
-        "first header": 1,
-        "record": 512 + 30,
-        "last header": 1025,
-        "picture": 1536 + 40,
-        "padding": size - 1,
-    }
-    data[offset + at[place]] ^= 1
-    (directory / name).write_bytes(bytes(data))
-    index = ShardIndex(directory)
-    assert index.read(0)["__key__"] == "row0"
-    with pytest.raises(DamagedSample, match=re.escape(f"{directory}: {name}: sample 1")):
-        index.read(1)
+    whole = (directory / name).read_bytes()
+    # First header, record, last header, picture, padding.
+    for place in (1, 512 + 30, 1025, 1536 + 40, size - 1):
+        data = bytearray(whole)
+        data[offset + place] ^= 1
+        (directory / name).write_bytes(data)
+        index = ShardIndex(directory)
+        assert index.read(0)["__key__"] == "row0"
+        with pytest.raises(DamagedSample, match=re.escape(f"{directory}: {name}: sample 1")):
+            index.read(1)
 
 
 def test_index_of_other_shards_gives_no_other_sample(make_shards):
@@ -152,27 +123,11 @@ def test_index_of_other_shards_gives_no_other_sample(make_shards):
             index.read(row)
 
 
-def test_a_sample_in_two_shards_is_named(tmp_path):
-    rows = [caption_row(number) for number in (0, 1, 2, 0)]
-    with pytest.raises(
-        UserError, match=r"'row0' stands in x-000000.tar and, the same bytes, in x-000001.tar; remove one"
-    ):
-        write_shards(rows, tmp_path / "out", name="x", samples_per_shard=2, builder={})
-    assert not (tmp_path / "out" / MANIFEST_NAME).exists()
-
-
 def test_writing_is_deterministic_and_leaves_no_part(tmp_path, make_shards):
-    first = make_shards(6, 4)
-    first.rename(tmp_path / "other")
+    make_shards(6, 4).rename(tmp_path / "other")
     second = make_shards(6, 4)
     names = sorted(path.name for path in second.iterdir())
-    assert names == [
-        "index.npy",
-        "manifest.json",
-        "text_lengths.npy",
-        "tiny-000000.tar",
-        "tiny-000001.tar",
-    ]
+    assert names == [INDEX_NAME, MANIFEST_NAME, LENGTHS_NAME, "tiny-000000.tar", "tiny-000001.tar"]
     for name in names:
         assert (tmp_path / "other" / name).read_bytes() == (second / name).read_bytes()
 
@@ -181,10 +136,12 @@ def test_writing_is_deterministic_and_leaves_no_part(tmp_path, make_shards):
     ("rows", "message"),
     [
         ([], "no sample to index"),
-        ([ShardRow(key="a.b", members={"json": b"{}"})], "dot, slash or space"),
         ([caption_row(number) for number in (0, 1, 0)], "key 'row0' is given to two samples"),
+        (
+            [caption_row(number) for number in (0, 1, 2, 3, 0)],
+            r"'row0' stands in x-000000.tar and, the same bytes, in x-000001.tar; remove one",
+        ),
         ([ShardRow(key="a", members={"json": b"[]"})], "text is not usable: not an object; repair it"),
-        ([ShardRow(key="a", members={"json": b'{"captions": [" "]}', "png": b"p"})], "has an empty caption"),
     ],
 )
 def test_unfit_rows(tmp_path, rows, message):

@@ -15,7 +15,6 @@ from tiny_shards import write_shards
 from dehvf_ds.batch import IGNORE_INDEX
 from dehvf_ds.config import DataConfig, UserError
 from dehvf_ds.data import records
-from dehvf_ds.data.damage import DamagedSample
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.loader import (
     build_loader,
@@ -25,7 +24,7 @@ from dehvf_ds.data.loader import (
     read_all,
 )
 from dehvf_ds.data.samples import read_sample
-from dehvf_ds.data.shards import ShardRow
+from dehvf_ds.data.shards import DamagedSample, ShardRow
 
 
 @pytest.fixture

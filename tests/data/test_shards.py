@@ -1,6 +1,9 @@
+"""A caption is read with its own picture, or refused, or left out: whatever way a tar was put together."""
+
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import random
 import shutil
@@ -8,25 +11,248 @@ import tarfile
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny_shards import write_shards
 
+from dehvf_ds.atomic import part_of
 from dehvf_ds.config import UserError
-from dehvf_ds.data.damage import DamagedSample
+from dehvf_ds.data.building.scan import find_key, hash_keys, scan_shard, write_index, write_shard
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.manifest import write_index
-from dehvf_ds.data.members import parse_members
-from dehvf_ds.data.records import parse_record, text_lengths
+from dehvf_ds.data.records import read_record
 from dehvf_ds.data.shards import (
+    BAD_NAME,
+    BAD_RECORD,
+    BAD_TEXT,
+    IMAGE_MEMBERS,
+    KEY_TWICE,
+    NO_CAPTION,
+    NO_PICTURE,
+    SEVERAL_PICTURES,
+    UNDECODABLE,
+    DamagedSample,
     ShardRow,
-    find_key,
-    hash_keys,
-    scan_shard,
-    temporary_name,
-    write_shard,
+    parse_members,
+    picture_name,
+    split_name,
 )
 
 NUM_ROWS = 6
-NUM_MUTATIONS = 240
+TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A dog."}]
+CHAT = json.dumps({"conversations": TURNS}).encode()
+FORMS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+
+
+def caption(key: str) -> bytes:
+    return json.dumps({"caption": f"Text of {key}."}).encode()
+
+
+def picture(key: str) -> bytes:
+    return f"picture of {key}".encode()
+
+
+def sample(key: str, *, ending: str = "jpg", record: bytes | None = None) -> list[tuple[str, bytes]]:
+    return [(f"{key}.{ending}", picture(key)), (f"{key}.json", caption(key) if record is None else record)]
+
+
+def tar(path, *members, form: int = tarfile.GNU_FORMAT, encoding: str = "utf-8"):
+    """Members as (name, bytes), (name, bytes, kind of tar member) or (name, link's target, kind)."""
+    with tarfile.open(path, "w", format=form, encoding=encoding) as archive:
+        for name, content, *kind in members:
+            info = tarfile.TarInfo(name)
+            info.type = kind[0] if kind else tarfile.REGTYPE
+            if isinstance(content, str):
+                info.linkname = content
+                archive.addfile(info)
+            else:
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def found_in(path, table) -> dict[str, bytes]:
+    """The picture of each caption; every row is a caption of its own key."""
+    data, pictures = path.read_bytes(), {}
+    for offset, size, _, _ in table.rows.tolist():
+        members = parse_members(data[offset : offset + size], "here")
+        key, name = members["__key__"], picture_name(members)
+        assert read_record(members).record["captions"] == [f"Text of {key}."]
+        assert name is not None
+        pictures[key] = members[name]
+    return pictures
+
+
+def check(path, good: str, bad: int, message: str = "") -> list[str]:
+    """Good keys are read right; bad ones are refused in one line, and left out on demand; their reasons."""
+    table = scan_shard(path, skip_bad=True)
+    assert found_in(path, table) == {key: picture(key) for key in good}
+    assert len(table.bad) == bad, table.bad
+    assert table.num_pictures == len(table.rows)
+    if not bad:
+        assert scan_shard(path).rows.tolist() == table.rows.tolist()
+        return []
+    with pytest.raises(UserError, match=message) as caught:
+        scan_shard(path)
+    assert str(path) in str(caught.value)
+    assert "--skip-bad" in str(caught.value)
+    assert str(caught.value).isprintable()
+    return [left_out.reason for left_out in table.bad]
+
+
+def test_every_kind_of_picture_is_read(tmp_path):
+    keys = [chr(ord("a") + number) for number in range(len(IMAGE_MEMBERS) + 4)]
+    endings = (*IMAGE_MEMBERS, "JPG", "Png", "input.jpg", "0.PNG")
+    members = [sample(key, ending=ending) for key, ending in zip(keys, endings, strict=True)]
+    check(tar(tmp_path / "a.tar", *itertools.chain(*members)), "".join(keys), 0)
+
+
+def named(names: str) -> list[tuple[str, bytes]]:
+    """Members of b: captions under .json, and pictures."""
+    return [(name, caption("b") if name.endswith("json") else picture("b")) for name in names.split(" ")]
+
+
+TEXT = ("b.json", caption("b"))
+LINK = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE)
+BAD = [
+    (named("b.001.jpg b.002.json"), r"holds \.001\.jpg beside \.002\.json, which are of two", BAD_NAME),
+    ([("b.heic", b"?"), ("b.json", CHAT)], r"\.heic is no kind of picture that is read", NO_PICTURE),
+    (named("b.npy b.json"), r"\.npy is no kind of picture that is read", NO_PICTURE),
+    ([("b.jpg", "a.jpg", LINK[0]), TEXT], "its .jpg is a link to 'a.jpg', .* --dereference", NO_PICTURE),
+    ([TEXT, ("b.jpg", "a.jpg", LINK[1])], "its .jpg is a link to 'a.jpg', not a file", NO_PICTURE),
+    ([("b.jpg", "a.jpg", LINK[2]), TEXT], "its .jpg is a device or pipe", NO_PICTURE),
+    (named("b.jpg b.mask.png b.json"), "holds 2 pictures", SEVERAL_PICTURES),
+    (named("b.jpg b.jpg b.json"), "holds two members .jpg; keep one", BAD_RECORD),
+    (named("b.jpg"), r"lacks its \.json or \.txt", NO_CAPTION),
+    (named("b.jpg b.json b.json"), "holds two members .json", BAD_RECORD),
+    (named("b.jpg b.0.txt b.1.txt"), r"holds 2 members \.txt \(\.0\.txt, \.1\.txt\)", BAD_RECORD),
+    (sample("b", record=b"{"), "its text is not usable", BAD_RECORD),
+    (sample("b", record=b"[]"), "not an object", BAD_RECORD),
+    ([("b.jpg", b"j"), ("b.txt", b"\xff")], "its text is not usable: not UTF-8 at byte 0", BAD_TEXT),
+    (sample("b", record=b'{"url": "x"}'), "has no caption, nor conversations", NO_CAPTION),
+    ([("b.jpg", b""), TEXT], "a picture of 0 bytes", UNDECODABLE),
+    ([*sample("y"), *sample("a")], "key 'a' is given to two samples", KEY_TWICE),
+    (named("../b.json"), "not KEY.EXTENSION inside the archive", BAD_NAME),
+    (named("/b.json"), "not KEY.EXTENSION inside the archive", BAD_NAME),
+    (named("b"), "not KEY.EXTENSION inside the archive", BAD_NAME),
+    (named("b\n.json"), "its name is not UTF-8, or has control characters; rename it", BAD_NAME),
+]
+
+
+@pytest.mark.parametrize(("members", "message", "reason"), BAD, ids=range(len(BAD)))
+def test_bad_samples_are_named_or_left_out(tmp_path, members, message, reason):
+    path = tar(tmp_path / "a.tar", *sample("a"), *members, *sample("z"))
+    assert check(path, "ayz" if reason == KEY_TWICE else "az", 1, message) == [reason]
+
+
+def test_what_other_programs_leave_beside_files_is_no_sample(tmp_path):
+    own = [*sample("a"), *sample("b", ending="png")]
+    names = ["._a.jpg", "._a.json", ".DS_Store", "__MACOSX/._a.jpg", "__MACOSX/a.json", "Thumbs.db"]
+    names += ["x/.hidden.jpg", "PaxHeader/a.jpg", "PaxHeaders.12/a.json", "./PaxHeaders/b.txt"]
+    others = [(name, b"junk") for name in (*names, "desktop.ini", "__meta__/x.json")]
+    for place in range(len(own) + 1):
+        folder = ("folder.jpg", "", tarfile.DIRTYPE)
+        check(tar(tmp_path / "a.tar", *own[:place], *others, folder, *own[place:]), "ab", 0)
+
+
+@pytest.mark.parametrize("order", ["pictures first", "texts first", "two folders"])
+@pytest.mark.parametrize("record", [caption, lambda key: CHAT], ids=["captions", "chats"])
+def test_members_that_do_not_stand_side_by_side(tmp_path, order, record):
+    """Records of chats do not speak of a picture; that another member has their key tells of one."""
+    in_folders = order == "two folders"
+    pictures = [(f"{'i/' * in_folders}{key}.jpg", picture(key)) for key in "abc"]
+    texts = [(f"{'t/' * in_folders}{key}.json", record(key)) for key in "abc"]
+    path = tar(tmp_path / "a.tar", *([*texts, *pictures] if order == "texts first" else [*pictures, *texts]))
+    table = scan_shard(path, skip_bad=True)
+    if in_folders and record is not caption:
+        # Of other keys: only the pictures are told.
+        assert (len(table.rows), table.num_pictures, len(table.bad)) == (3, 0, 3)
+    else:
+        assert (len(table.rows), len(table.bad)) == (0, 6)
+    with pytest.raises(UserError, match=r"side by side|without a picture"):
+        scan_shard(path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_order_of_members_gives_another_picture(tmp_path, data):
+    """Any order, with members missing or doubled: a caption has its own picture, or is left out."""
+    whole = [member for key in "abc" for member in sample(key)]
+    members = data.draw(st.lists(st.sampled_from(whole), max_size=8))
+    path = tar(tmp_path / "a.tar", *members)
+    found = found_in(path, scan_shard(path, skip_bad=True))
+    assert found == {key: picture(key) for key in found}
+    neighbours = {a[0][0] for a, b in itertools.pairwise(members) if a[0][0] == b[0][0] and a[0] != b[0]}
+    assert set(found) <= neighbours
+    if members == whole[: len(members)] and len(members) % 2 == 0:
+        assert set(found) == neighbours
+
+
+@pytest.mark.parametrize("padding", [10240, 1024, 512, 5 * 1024 * 1024])
+def test_tars_joined_by_cat_are_read_to_the_end(tmp_path, padding):
+    parts = []
+    for key in "abc":
+        part = tar(tmp_path / f"{key}.tar", *sample(key)).read_bytes().rstrip(b"\0")
+        parts.append(part + bytes(-len(part) % 512 + padding))
+    path = tmp_path / "joined.tar"
+    path.write_bytes(b"".join(parts))
+    check(path, "abc", 0)
+    # The sample that follows an archive's end is none of the one before it.
+    split = [tar(tmp_path / "x.tar", member) for member in sample("d")]
+    path.write_bytes(b"".join([*parts, *(part.read_bytes() for part in split)]))
+    check(path, "abc", 2, r"lacks its \.json|without a picture")
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda data: data + b"junk" * 200, ""),
+        (lambda data: data + b"\0" * 700 + b"x" * 3000, ""),
+        (lambda data: data[: len(data) // 2], ""),
+        (lambda data: data.rstrip(b"\0").ljust(6 * 2048, b"\0"), "its end is missing"),
+        (lambda data: data[:1000], ""),
+        (lambda data: b"", "copy it again"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer: git lfs pull"),
+        (lambda data: b"\n<!DOCTYPE html><html>" + b"x" * 600, "a web page"),
+        (lambda data: b"\x1f\x8b" + bytes(600), "packed by gzip: unpack it"),
+    ],
+)
+def test_no_whole_tar(tmp_path, damage, told):
+    path = tar(tmp_path / "a.tar", *(member for key in "abcdef" for member in sample(key)))
+    path.write_bytes(damage(path.read_bytes()))
+    for skip_bad in (False, True):
+        with pytest.raises(UserError, match=rf"a\.tar: not a whole, uncompressed tar: .*{told}"):
+            scan_shard(path, skip_bad=skip_bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("a.jpg", ("a", "jpg")),
+        ("v1.0/x y/ü é.JPG", ("v1.0/x y/ü é", "jpg")),
+        ("s0.input.Jpg", ("s0", "input.jpg")),
+        ("./a/b.json", ("a/b", "json")),
+        ("a/.b.json", None),
+    ],
+)
+def test_names(name, parts):
+    assert split_name(name) == parts
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_img2dataset_and_long_names(tmp_path, form):
+    long = "x" * (180 if form != tarfile.USTAR_FORMAT else 80)
+    record = b'{"caption": "From json.", "key": "000000000", "width": 3}'
+    first = [("000000000.jpg", b"j"), ("000000000.json", record), ("000000000.txt", b"From txt.")]
+    deep = [("deep/er/1.JPG", b"j"), ("deep/er/1.JSON", b'{"caption": "Alone."}')]
+    others = [(f"{long}.gif", b"g"), (f"{long}.txt", "Länge".encode()), ("naïve.json", CHAT)]
+    path = tar(tmp_path / "a.tar", *first, *deep, *others, form=form, encoding="latin-1")
+    table = scan_shard(path, skip_bad=True)
+    # A name that is no UTF-8 is refused; pax writes it as UTF-8 in any case.
+    assert len(table.bad) == (form != tarfile.PAX_FORMAT)
+    assert table.text_lengths.tolist()[:3] == [9, 6, 5]
+    members = [parse_members(path.read_bytes()[o : o + size], "") for o, size, _, _ in table.rows.tolist()]
+    assert [m["__key__"] for m in members[:3]] == ["000000000", "deep/er/1", long]
+    assert read_record(members[0]).record["captions"] == ["From txt."]
 
 
 def row(number: int, *, size: int = 700, **record) -> ShardRow:
@@ -37,214 +263,74 @@ def row(number: int, *, size: int = 700, **record) -> ShardRow:
     return ShardRow(key=f"row{number}", members=members)
 
 
-def write_tar(path, *members, form=tarfile.USTAR_FORMAT):
-    """Members as (name, bytes), as another program would write them."""
-    with tarfile.open(path, "w", format=form) as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
-
-
 def test_what_is_written_is_scanned(tmp_path):
     path = tmp_path / "a.tar"
-    problem = {"question": "Why?", "choices": ["a", "bc"], "answer": 1, "hint": "", "grade": "grade2"}
+    problem = {"question": "Why?", "choices": ["a", "bc"], "answer": 1, "hint": "x", "grade": "grade2"}
     problem |= {"subject": "social science"}
-    table = write_shard([row(0), row(1), row(2, size=0, captions=[], image_id=None, **problem)], path)
-    assert table.rows[:, 2].tolist() == [2, 2, 0]
-    assert (table.num_pictures, table.tasks) == (2, {"caption": 2, "scienceqa": 1})
-    assert table.text_lengths.tolist() == [11, 7, 12, 7, 7]
-    assert table.num_bytes == path.stat().st_size
-    assert [find_key(path, int(value)) for value in table.key_hashes] == ["row0", "row1", "row2"]
-    assert table.key_hashes.tolist() == hash_keys(["row0", "row1", "row2"]).tolist()
-    offset, size = table.rows[1, :2].tolist()
-    members = parse_members(path.read_bytes()[offset : offset + size], "here")
-    assert members["jpg"] == row(1).members["jpg"]
-    again = scan_shard(path)
-    assert (again.sha256, again.rows.tolist()) == (table.sha256, table.rows.tolist())
-
-
-def test_same_rows_same_bytes(tmp_path):
-    for name in ("a.tar", "b.tar"):
-        write_shard([row(0), row(1)], tmp_path / name)
-    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
-
-
-def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path):
-    path = tmp_path / "a.tar"
+    records = {"p": problem, "c": {"conversations": TURNS}}
+    bare = [ShardRow(key=key, members={"json": json.dumps(r).encode()}) for key, r in records.items()]
 
     def rows():
         yield row(0)
+        # It has its name only when it is whole.
         assert not path.exists()
-        assert temporary_name(path).exists()
-        yield row(1)
+        assert part_of(path).exists()
+        yield from (row(1), *bare)
 
-    write_shard(rows(), path)
+    table = write_shard(rows(), path)
     assert [file.name for file in tmp_path.iterdir()] == ["a.tar"]
+    assert table.rows[:, 2].tolist() == [2, 2, 0, 0]
+    assert (table.num_pictures, table.tasks) == (2, {"caption": 2, "scienceqa": 1, "chat": 1})
+    assert table.text_lengths.tolist() == [11, 7, 12, 7, 8, 11]
+    assert table.num_bytes == path.stat().st_size
+    assert [find_key(path, int(value)) for value in table.key_hashes] == ["row0", "row1", "p", "c"]
+    assert table.key_hashes.tolist() == hash_keys(["row0", "row1", "p", "c"]).tolist()
+    offset, size = table.rows[1, :2].tolist()
+    assert parse_members(path.read_bytes()[offset : offset + size], "")["jpg"] == row(1).members["jpg"]
+    assert write_shard([row(0), row(1), *bare], tmp_path / "b.tar").sha256 == table.sha256
 
 
 @pytest.mark.parametrize("key", ["", "a.b", "a/b", "a b", "../a", "/a", "a\n"])
 def test_keys_that_do_not_fit(tmp_path, key):
     with pytest.raises(UserError, match="empty, or has a dot, slash or space"):
         write_shard([ShardRow(key=key, members={"json": b"{}"})], tmp_path / "a.tar")
-    assert not (tmp_path / "a.tar").exists()
+    assert not list(tmp_path.iterdir())
 
 
-GOOD = b'{"captions": ["One."]}'
-
-
-def sample(key, record=GOOD):
-    return [(f"{key}.jpg", b"j"), (f"{key}.json", record)]
-
-
-BAD_SAMPLES = {
-    "no text": ([("b.jpg", b"j")], "lacks its .json"),
-    "not JSON": (sample("b", b"{"), "its text is not usable"),
-    "a list": (sample("b", b"[]"), "not an object"),
-    "not UTF-8": (sample("b", b'{"a": "\xff"}'), "its text is not usable"),
-    "txt not UTF-8": ([("b.jpg", b"j"), ("b.txt", b"\xff")], "its text is not usable: not UTF-8 at byte 0"),
-    "txt of UTF-16": ([("b.jpg", b"j"), ("b.txt", "a dog".encode("utf-16"))], "it looks like UTF-16"),
-    "empty caption": ([("b.jpg", b"j"), ("b.txt", b"  ")], "has an empty caption"),
-    "number as caption": (sample("b", b'{"captions": [3]}'), "has an empty caption, or one that is no text"),
-    "captions a text": (sample("b", b'{"captions": "One."}'), "captions is str, not a list"),
-    "nothing to learn": (sample("b", b'{"url": "x"}'), "has no caption, nor conversations"),
-    "key twice": ([*sample("b"), *sample("c"), *sample("b")], "key 'b' is given to two samples"),
-    "member twice": ([*sample("b"), ("b.json", GOOD)], "holds two members .json"),
-    "a name that leaves": ([("../b.json", GOOD)], "inside the archive"),
-    "no ending": ([("b", GOOD)], "inside the archive"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_SAMPLES)
-def test_bad_samples_are_named_or_left_out(tmp_path, name):
-    members, message = BAD_SAMPLES[name]
-    path = write_tar(tmp_path / "a.tar", *sample("a"), *members, *sample("z"))
-    with pytest.raises(UserError, match=message) as caught:
-        scan_shard(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-    table = scan_shard(path, skip_bad=True)
-    assert len(table.bad) == 1
-    assert message in table.bad[0].line
-    keys = [find_key(path, int(value)) for value in table.key_hashes]
-    assert (keys[0], keys[-1]) == ("a", "z")
-
-
-def test_damage_is_called_by_the_shown_name(tmp_path):
-    path = write_tar(tmp_path / "a.tar", ("a.json", b"{"))
-    with pytest.raises(UserError, match=r"shown\.tar: sample a: its text"):
-        scan_shard(path, shown_as=tmp_path / "shown.tar")
-
-
-@pytest.mark.parametrize("name", ["../a.json", "/a.json", "x/../../a.json", "no_extension"])
-def test_members_that_leave_the_archive(tmp_path, name):
-    path = write_tar(tmp_path / "a.tar", (name, GOOD))
-    with pytest.raises(UserError, match="inside the archive"):
-        scan_shard(path)
-    assert [bad.reason for bad in scan_shard(path, skip_bad=True).bad] == ["with an unusable name"]
-
-
-def test_img2dataset_and_long_names(tmp_path):
-    members = [
-        ("000000000.jpg", b"j"),
-        ("000000000.json", b'{"caption": "From json.", "key": "000000000", "width": 3}'),
-        ("000000000.txt", b"From txt."),
-        ("deep/er/000000001.JPG", b"j"),
-        ("deep/er/000000001.JSON", b'{"caption": "Alone."}'),
-        ("x" * 180 + ".gif", b"g"),
-        ("x" * 180 + ".txt", "Länge".encode()),
-    ]
-    for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        if form == tarfile.USTAR_FORMAT:
-            path = write_tar(tmp_path / "a.tar", *members[:5], form=form)
-        else:
-            path = write_tar(tmp_path / "a.tar", *members, form=form)
-        table = scan_shard(path)
-        assert table.text_lengths.tolist()[:2] == [9, 6]
-        data = path.read_bytes()
-        offset, size = table.rows[-1, :2].tolist()
-        assert set(parse_members(data[offset : offset + size], "")) >= {"__key__"}
-        assert parse_record(parse_members(data[: table.rows[0, 1]], ""))["captions"] == ["From txt."]
-
-
-def test_text_lengths():
-    assert text_lengths({"captions": ["abc", "d"]}) == (2, (3, 1))
-    assert text_lengths({"question": "ab", "hint": "c", "choices": ["d", "ef"]}) == (0, (6,))
-    assert text_lengths(
-        {"conversations": [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "c"}]}
-    ) == (
-        0,
-        (3,),
-    )
-    assert text_lengths({}) == (0, (0,))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: data[: len(data) // 2],
-        lambda data: data[: data.rindex(b"ustar") - 257],
-        lambda data: data[:1000],
-        lambda data: b"",
-        lambda data: b"no tar" * 999,
-    ],
-)
-def test_no_whole_tar(tmp_path, damage):
-    path = tmp_path / "a.tar"
-    write_shard([row(i) for i in range(NUM_ROWS)], path)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=r"a\.tar"):
-        scan_shard(path)
-    with pytest.raises(UserError, match="not a whole, uncompressed tar"):
-        scan_shard(path, skip_bad=True)
-
-
-def test_a_compressed_tar_is_refused(tmp_path):
-    path = tmp_path / "a.tar"
-    with tarfile.open(path, "w:gz") as archive:
-        archive.addfile(tarfile.TarInfo("a.json"))
-    with pytest.raises(UserError, match=r"not a whole, uncompressed tar.*packed by gzip: unpack it"):
-        scan_shard(path)
-
-
-def test_empty_archive(tmp_path):
-    assert len(scan_shard(write_tar(tmp_path / "a.tar")).rows) == 0
+def test_an_empty_archive_has_nothing_to_index(tmp_path):
+    table = scan_shard(tar(tmp_path / "a.tar"))
     with pytest.raises(UserError, match="no sample"):
-        write_index(tmp_path, ["a.tar"], [scan_shard(tmp_path / "a.tar")], {})
+        write_index(tmp_path, ["a.tar"], [table], {})
 
 
-def mutate(data: bytes, random_: random.Random) -> bytes:
-    """Flipped bytes, a cut, two blocks swapped, some doubled, some removed, zeros, noise, another header."""
+def mutate(data: bytes, draw: random.Random) -> bytes:
+    """Flipped bytes, a cut, blocks swapped, doubled or removed, zeros, noise, another header."""
     content, block = bytearray(data), tarfile.BLOCKSIZE
     places = range(len(data) // block)
-    kind = random_.randrange(8)
-    at, other = (random_.choice(places) * block for _ in range(2))
+    at, other = (draw.choice(places) * block for _ in range(2))
+    kind = draw.randrange(8)
     if kind == 0:
-        for _ in range(random_.choice((1, 1, 4))):
-            content[random_.randrange(len(content))] ^= 1 << random_.randrange(8)
+        for _ in range(draw.choice((1, 1, 4))):
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     elif kind == 1:
-        del content[random_.choice((at, random_.randrange(len(content)))) :]
+        del content[draw.choice((at, draw.randrange(len(content)))) :]
     elif kind == 2:
-        content[at : at + block], content[other : other + block] = (
-            data[other : other + block],
-            data[at : at + block],
-        )
+        first, second = data[at : at + block], data[other : other + block]
+        content[at : at + block], content[other : other + block] = second, first
     elif kind == 3:
-        content[at:at] = data[other : other + random_.randint(1, 6) * block]
+        content[at:at] = data[other : other + draw.randint(1, 6) * block]
     elif kind == 4:
-        del content[at : at + random_.randint(1, 6) * block]
+        del content[at : at + draw.randint(1, 6) * block]
     elif kind == 5:
         content[at : at + block] = bytes(block)
     elif kind == 6:
-        content[at : at + block] = random_.randbytes(block)
+        content[at : at + block] = draw.randbytes(block)
     else:
         # A header whose sum is right and whose name, size or kind is another.
-        headers = [o * block for o in places if data[o * block + 257 : o * block + 262] == b"ustar"]
-        at = random_.choice(headers)
+        at = draw.choice([o * block for o in places if data[o * block + 257 : o * block + 262] == b"ustar"])
         header = content[at : at + block]
-        start, stop = random_.choice([(3, 4), (4, 6), (128, 135), (156, 157), (345, 350)])
-        value = random_.choice([b"0", b"9", b"7777", b"../", b"L", b"x", b"S", b"-1", b"\xff", b"row3.jpg"])
+        start, stop = draw.choice([(3, 4), (4, 6), (128, 135), (156, 157), (345, 350)])
+        value = draw.choice([b"0", b"9", b"7777", b"../", b"L", b"x", b"S", b"-1", b"\xff", b"row3.jpg"])
         header[start:stop] = value[: stop - start].ljust(stop - start, b"0")
         header[148:156] = b" " * 8
         header[148:156] = f"{sum(header):06o}\0 ".encode()
@@ -253,106 +339,43 @@ def mutate(data: bytes, random_: random.Random) -> bytes:
 
 
 def test_damage_gives_the_right_sample_or_one_error(tmp_path):
-    """No mutation gives a traceback, or another sample's picture."""
+    """Of shard or index: no change gives a traceback, or another sample's picture."""
     source, work = tmp_path / "source", tmp_path / "work"
     rows = [row(i) for i in range(NUM_ROWS)]
-    expected = {r.key: r.members for r in rows}
     write_shards(rows, source, name="a", samples_per_shard=NUM_ROWS, builder={})
     shutil.copytree(source, work)
-    path, whole = work / "a-000000.tar", (source / "a-000000.tar").read_bytes()
-    refused = read_right = 0
+    path, whole, table = work / "a-000000.tar", (source / "a-000000.tar").read_bytes(), None
     messages: list[str] = []
-    for seed in range(NUM_MUTATIONS):
-        mutated = mutate(whole, random.Random(seed))
-        path.write_bytes(mutated)
-        with ShardIndexOf(work) as index:
-            for number in range(NUM_ROWS):
-                try:
-                    members = index.read(number)
-                except DamagedSample as error:
-                    refused += 1
-                    messages.append(str(error))
-                else:
-                    read_right += 1
-                    assert members["__key__"] == f"row{number}", seed
-                    assert {name: members[name] for name in ("jpg", "json")} == expected[f"row{number}"], seed
+    read_right, num_tries = 0, 300
+    for seed in range(num_tries):
+        draw = random.Random(seed)
+        if seed % 5:
+            path.write_bytes(mutate(whole, draw))
+        else:
+            # Offset, size, captions, checksum.
+            path.write_bytes(whole)
+            table = np.load(source / "index.npy")
+            table[draw.randrange(NUM_ROWS), draw.randrange(4)] ^= 1 << draw.randrange(61)
+        np.save(work / "index.npy", np.load(source / "index.npy") if seed % 5 or table is None else table)
+        index = ShardIndex(work)
+        for number in range(NUM_ROWS):
+            try:
+                members = index.read(number)
+            except DamagedSample as error:
+                messages.append(str(error))
+            else:
+                read_right += 1
+                assert members["__key__"] == f"row{number}", seed
+                assert {name: members[name] for name in ("jpg", "json")} == rows[number].members, seed
+        index.close()
         for skip_bad in (False, True):
             try:
-                table = scan_shard(path, skip_bad=skip_bad)
+                scanned = scan_shard(path, skip_bad=skip_bad)
             except UserError as error:
                 messages.append(str(error))
                 continue
-            assert len(table.rows) == len(table.key_hashes), seed
-            for offset, size, _, _ in table.rows.tolist():
-                assert set(parse_members(mutated[offset : offset + size], "")) > {"__key__"}, seed
-    assert min(refused, read_right) > NUM_MUTATIONS
+            for offset, size, _, _ in scanned.rows.tolist():
+                assert set(parse_members(path.read_bytes()[offset : offset + size], "")) > {"__key__"}, seed
+    assert read_right > num_tries
+    assert len(messages) > num_tries
     assert all(message and "\n" not in message for message in messages)
-
-
-class ShardIndexOf:
-    def __init__(self, directory):
-        self.index = ShardIndex(directory)
-
-    def __enter__(self):
-        return self.index
-
-    def __exit__(self, *_):
-        self.index.close()
-
-
-def test_a_flipped_index_gives_no_other_sample(tmp_path):
-    """Offsets and sizes of the index are changed instead of the shard."""
-    rows = [row(i) for i in range(NUM_ROWS)]
-    write_shards(rows, tmp_path, name="a", samples_per_shard=NUM_ROWS, builder={})
-    whole = np.load(tmp_path / "index.npy")
-    random_ = random.Random(0)
-    for _ in range(60):
-        table = whole.copy()
-        # Offset, size, captions, checksum; the low 20 bits of each.
-        place = random_.randrange(NUM_ROWS), random_.randrange(4)
-        table[place] ^= 1 << random_.randrange(20)
-        np.save(tmp_path / "index.npy", table)
-        with ShardIndexOf(tmp_path) as index:
-            for number in range(NUM_ROWS):
-                try:
-                    members = index.read(number)
-                except UserError:
-                    continue
-                assert members["jpg"] == rows[number].members["jpg"]
-
-
-def test_an_index_of_huge_sizes(tmp_path):
-    write_shards([row(0)], tmp_path, name="a", samples_per_shard=1, builder={})
-    table = np.load(tmp_path / "index.npy")
-    table[0, 1] = 1 << 60
-    np.save(tmp_path / "index.npy", table)
-    with ShardIndexOf(tmp_path) as index, pytest.raises(UserError):
-        index.read(0)
-
-
-FOREIGN_RECORDS = {
-    "choices a number": b'{"question": "Why?", "choices": 5}',
-    "turns a number": b'{"conversations": 5}',
-    "turn without a text": b'{"conversations": [{"from": "human"}]}',
-    "deep": b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "half a surrogate": b'{"captions": ["\\ud800"]}',
-    "huge number": b'{"a": ' + b"9" * 5000 + b"}",
-    "captions an object": b'{"captions": {"a": 1}}',
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN_RECORDS)
-def test_odd_records_are_taken_or_refused(tmp_path, name):
-    path = write_tar(tmp_path / "a.tar", *sample("a", FOREIGN_RECORDS[name]))
-    table = scan_shard(path, skip_bad=True)
-    assert len(table.rows) + len(table.bad) == 1
-
-
-def test_a_name_that_is_no_utf8(tmp_path):
-    path = tmp_path / "a.tar"
-    with tarfile.open(path, "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as archive:
-        info = tarfile.TarInfo("naïve.json")
-        info.size = len(GOOD)
-        archive.addfile(info, io.BytesIO(GOOD))
-    table = scan_shard(path, skip_bad=True)
-    assert len(table.rows) + len(table.bad) == 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import io
 import os
 import re
@@ -20,25 +19,32 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dehvf_ds.atomic import sha256_of
 from dehvf_ds.config import UserError
 from dehvf_ds.data.chat import TURN_FORM
-from dehvf_ds.data.damage import BAD_NAME, BAD_RECORD, KEY_TWICE, NO_CAPTION, DamagedSample, counted, one_line
 from dehvf_ds.data.records import check_record, pictures_named
+from dehvf_ds.data.shards import BAD_NAME, BAD_RECORD, KEY_TWICE, NO_CAPTION, DamagedSample, one_line
 from dehvf_ds.data.text import decode_text, is_text, parse_json
 
 MAX_NAMED = 20
 """Most rows that are named as left out."""
 
+# What a table's columns of pictures and captions may be called, in any case; the first that is there counts.
 PICTURE_COLUMNS = (
     *("image", "image_name", "image_path", "image_file", "filepath", "file_path", "filename", "file_name"),
     *("file", "path", "img", "img_path", "picture", "photo"),
 )
-"""Names that a table's column of pictures may have, in any case; the first that is there is taken."""
-
 CAPTION_COLUMNS = (
-    *("caption", "captions", "comment", "title", "text", "description", "sentence", "raw", "alt_text"),
+    "caption",
+    "captions",
+    "comment",
+    "title",
+    "text",
+    "description",
+    "sentence",
+    "raw",
+    "alt_text",
 )
-"""Names that a table's column of captions may have."""
 
 # A field that pandas quoted in a table of bars: it holds a quote, doubled.
 _QUOTED = re.compile(r'\s*"((?:[^"]|"")*""(?:[^"]|"")*)"\s*')
@@ -78,12 +84,9 @@ class BadRows:
         self._first: list[tuple[str, str]] = []
 
     def add(self, name: str, line: str, reason: str) -> None:
-        """Leaves a row out, or raises a ``UserError`` where that was not asked for.
+        """Leaves a row out, or raises a ``UserError`` of the line where that was not asked for.
 
-        Args:
-            name: the row, without this machine's paths; the manifest keeps it.
-            line: what is wrong, with file and row.
-            reason: a word to count it by.
+        The manifest keeps the name, which has no paths of this machine; rows are counted by the reason.
         """
         if not self.skip:
             raise UserError(f"{line}; {self._remedy}")
@@ -107,7 +110,9 @@ class BadRows:
         for _, line in self._first:
             note(f"left out {line}")
         if total := sum(self.counts.values()):
-            note(f"left out {total} of {num_rows}: {counted(self.counts).partition(': ')[2]}")
+            parts = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
+            reasons = ", ".join(f"{count} {reason}" for reason, count in parts)
+            note(f"left out {total} of {num_rows}: {reasons}")
         for what, count in sorted(self.notes.items()):
             note(f"{count} times: {what}")
 
@@ -208,10 +213,8 @@ def read_scienceqa(
         root: holds ``problems.json``, ``pid_splits.json`` and the pictures as ``images/SPLIT/PID/NAME``,
             SPLIT being the problem's own field.
         split: a split of ``pid_splits.json``.
-        captions: the official ``captions.json``; its captions become ``image_caption`` of the problems that
-            have a picture.
-        allow_missing_images: a problem whose picture is not there becomes text only, with
-            ``image_missing``: true.
+        captions: the official ``captions.json``, for the ``image_caption`` of problems with a picture.
+        allow_missing_images: a problem whose picture is not there gets ``image_missing``: true.
         bad: takes problems that could not be trained on or scored.
     """
     file = root / "problems.json"
@@ -256,11 +259,8 @@ def read_scienceqa(
 def read_llava(annotations: Path, images: Path, *, bad: BadRows) -> list[SourceRow]:
     """Reads conversations as LLaVA and ShareGPT publish them, in the file's order.
 
-    Args:
-        annotations: a ``.json`` list, or a ``.jsonl`` with one on each line, of
-            ``{"id": .., "image": NAME or absent, "conversations": [{"from": .., "value": ..}, ..]}``.
-        images: directory of the pictures.
-        bad: takes rows that cannot be used.
+    They are a ``.json`` list, or a ``.jsonl`` with one on each line, of
+    ``{"id": .., "image": NAME or absent, "conversations": [{"from": .., "value": ..}, ..]}``.
     """
     in_lines = annotations.suffix.lower() in (".jsonl", ".ndjson")
     entries: Any = read_text(annotations).split("\n") if in_lines else _read_json(annotations)
@@ -304,8 +304,7 @@ def inside(directory: Path, *parts: str) -> Path:
 
 def describe_file(path: Path) -> dict[str, str]:
     """A file's name and hash: what a manifest says of it, the same on every machine."""
-    with path.open("rb") as file:
-        return {"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"name": path.name, "sha256": sha256_of(path)}
 
 
 def read_text(path: Path) -> str:

@@ -15,20 +15,18 @@ import numpy as np
 
 from dehvf_ds import __version__
 from dehvf_ds.config import UserError
+from dehvf_ds.data.building.scan import check_sample, run_tasks, scan_shard, write_index
 from dehvf_ds.data.building.sources import BadRows, note
-from dehvf_ds.data.building.writer import PLAN_NAME, alone_in, run_tasks
-from dehvf_ds.data.damage import DamagedSample, one_line
-from dehvf_ds.data.manifest import (
+from dehvf_ds.data.building.writer import PLAN_NAME, alone_in
+from dehvf_ds.data.index import (
     INDEX_NAME,
     LENGTHS_NAME,
     MANIFEST_NAME,
     PLAIN_FILE_NAME,
-    open_table,
+    open_tables,
     read_manifest,
-    write_index,
 )
-from dehvf_ds.data.members import parse_members
-from dehvf_ds.data.shards import check_sample, scan_shard
+from dehvf_ds.data.shards import DamagedSample, one_line, parse_members
 
 _PACKED = re.compile(
     r".+\.(?:tar\.(?:gz|bz2|xz|zst|zstd|lz4|lzma|lzo|z|br)|tgz|tbz2?|txz|tzst)", re.IGNORECASE
@@ -38,19 +36,10 @@ _PACKED = re.compile(
 def adopt_shards(
     directory: Path, *, skip_bad: bool, overwrite: bool, decode: bool, num_workers: int
 ) -> dict[str, Any]:
-    """Indexes all ``*.tar`` of a directory, in the order of their names; other files are left alone.
+    """Indexes all ``*.tar`` of a directory, in the order of their names; returns the manifest.
 
-    Where shards number their keys anew, a sample's key becomes SHARD/KEY.
-
-    Args:
-        directory: holds the shards, as img2dataset and other tools of WebDataset write them.
-        skip_bad: leave unusable samples out of the index.
-        overwrite: index anew what has a manifest.
-        decode: decode every picture.
-        num_workers: processes.
-
-    Returns:
-        The manifest.
+    Shards are as img2dataset and other tools of WebDataset write them; other files are left alone. Where
+    shards number their keys anew, a sample's key becomes SHARD/KEY.
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
@@ -72,15 +61,10 @@ def adopt_shards(
 
 
 def verify_shards(directory: Path, *, decode: bool, num_workers: int) -> tuple[dict[str, Any], list[str]]:
-    """Reads everything again: hashes, members, records, pictures, against manifest and index.
-
-    Returns:
-        The manifest, and a line for each shard or sample that is damaged.
-    """
+    """Reads everything again, against manifest and index; returns a line for each damaged shard or sample."""
     manifest = read_manifest(directory)
     shards = manifest["shards"]
-    rows = open_table(directory / INDEX_NAME, np.int64, (manifest["num_samples"], 4))
-    lengths = open_table(directory / LENGTHS_NAME, np.int32, (sum(s["examples"] for s in shards),))
+    rows, lengths = open_tables(directory, manifest)
     tasks, first_row, first_text = [], 0, 0
     for shard in shards:
         end_row, end_text = first_row + shard["samples"], first_text + shard["examples"]

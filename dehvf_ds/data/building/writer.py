@@ -11,79 +11,58 @@ import contextlib
 import fcntl
 import io
 import json
-import multiprocessing
 import os
 import re
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import forkserver
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
 from PIL import Image
-from tqdm import tqdm
 
 from dehvf_ds import __version__
+from dehvf_ds.atomic import atomic_file
 from dehvf_ds.config import UserError
-from dehvf_ds.data.building.sources import BadRows, SourceRow, note
-from dehvf_ds.data.damage import BAD_RECORD, NO_PICTURE, UNDECODABLE, DamagedSample, one_line
-from dehvf_ds.data.images import decode_image
-from dehvf_ds.data.manifest import (
-    INDEX_NAME,
-    MANIFEST_NAME,
-    PLAIN_FILE_NAME,
-    read_manifest,
-    shard_name,
-    write_index,
-)
-from dehvf_ds.data.members import IMAGE_MEMBERS
-from dehvf_ds.data.shards import (
-    ShardRow,
+from dehvf_ds.data.building.scan import (
     ShardTable,
     check_picture,
     hash_keys,
-    publish,
+    run_tasks,
     scan_shard,
-    temporary_name,
+    shard_name,
+    write_index,
     write_shard,
+)
+from dehvf_ds.data.building.sources import BadRows, SourceRow, note
+from dehvf_ds.data.images import decode_image
+from dehvf_ds.data.index import INDEX_NAME, MANIFEST_NAME, PLAIN_FILE_NAME, read_manifest
+from dehvf_ds.data.shards import (
+    IMAGE_MEMBERS,
+    NO_PICTURE,
+    UNDECODABLE,
+    DamagedSample,
+    ShardRow,
+    one_line,
 )
 
 PLAN_NAME = ".build.json"
 """Arguments of a build that is not finished; the manifest takes them over."""
 
-LINE_EVERY_S = 30.0
-"""How often progress is told where there is no terminal; a shorter build says nothing."""
-
 MAX_KEY_LENGTH = 80
 STAT_THREADS = 16
 _MEMBER_OF_SUFFIX = {f".{kind}": kind for kind in IMAGE_MEMBERS} | {".jpeg": "jpg"}
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
-
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSettings:
-    """How rows become shards.
-
-    Attributes:
-        samples_per_shard: samples of a shard; None where ``bytes_per_shard`` says when one is full.
-        bytes_per_shard: largest sum of the source files' sizes in a shard (a single larger row is one, too).
-        shorter_side: pictures with a longer one are resized to this shorter side and stored as JPEG.
-        jpeg_quality: quality of those, 1 to 100.
-        skip_bad: leave out rows that cannot be used.
-        decode: decode every picture, to find those that are not whole.
-    """
+    """How rows become shards; the flags of ``build_shards.py`` say what each is."""
 
     samples_per_shard: int | None = 1000
+    """None where ``bytes_per_shard`` says when one is full."""
     bytes_per_shard: int | None = None
     shorter_side: int | None = None
     jpeg_quality: int = 90
@@ -155,50 +134,42 @@ def build_shards(
             note("the pictures are no longer there; they were not compared with the shards")
             return finished, True
         plan = plan_shards(rows, settings, bad)
-        tasks = [
-            _ShardTask(output / shard_name(name, number), tuple(shard), settings)
-            for number, shard in enumerate(plan)
-        ]
+        paths = (output / shard_name(name, number) for number in range(len(plan)))
+        tasks = [_ShardTask(path, tuple(shard), settings) for path, shard in zip(paths, plan, strict=True)]
         if finished:
             _check_unchanged(output, finished, tasks)
             return finished, True
-        plan_file = output / PLAN_NAME
-        temporary_name(plan_file).write_text(json.dumps(builder, indent=2) + "\n", encoding="utf-8")
-        publish(plan_file)
+        with atomic_file(output / PLAN_NAME) as part:
+            part.write_text(json.dumps(builder, indent=2) + "\n", encoding="utf-8")
         title = "Writing shards" if progress else None
         built = run_tasks(_build_shard, tasks, num_workers=num_workers, title=title)
-        for shard in built:
-            for key, line in shard.left_out:
-                bad.add(key, line, UNDECODABLE)
+        for key, line in (row for _, left_out in built for row in left_out):
+            bad.add(key, line, UNDECODABLE)
         bad.tell(num_rows)
         names, tables = [], []
-        for task, shard in zip(tasks, built, strict=True):
-            if len(shard.table.rows):
+        for task, (table, _) in zip(tasks, built, strict=True):
+            if len(table.rows):
                 names.append(task.path.name)
-                tables.append(shard.table)
+                tables.append(table)
             else:
                 task.path.unlink()
         manifest = write_index(output, names, tables, {**builder, **bad.fields()})
-        plan_file.unlink()
+        (output / PLAN_NAME).unlink()
     return manifest, False
 
 
 def plan_shards(rows: Sequence[SourceRow], settings: BuildSettings, bad: BadRows) -> list[list[PlannedRow]]:
     """Gives every row its key and its shard; looks at every picture's size and at no picture's bytes.
 
-    ``bad`` takes rows whose picture is missing, of an unknown kind or empty, or whose record cannot be
-    stored. Keys do not depend on which rows are left out.
+    ``bad`` takes rows whose picture is missing, of an unknown kind or empty. Keys do not depend on which rows
+    are left out.
     """
     with ThreadPoolExecutor(STAT_THREADS) as pool:
         sizes = list(pool.map(_picture_bytes, rows))
     missing = sum(size is None for size in sizes)
     shards, filled = [[]], 0
     for row, key, size in zip(rows, _unique_keys(row.name for row in rows), sizes, strict=True):
-        try:
-            record = json.dumps(row.record, ensure_ascii=False, sort_keys=True).encode()
-        except ValueError as error:
-            bad.add(key, f"sample {key}: its record is not fit for UTF-8: {one_line(error)}", BAD_RECORD)
-            continue
+        record = json.dumps(row.record, ensure_ascii=False, sort_keys=True).encode()
         if size is None:
             absent = f"no such picture ({missing} of {len(rows)} are missing)"
             bad.add(key, f"{row.image}: {absent}; look at --images or --root", NO_PICTURE)
@@ -217,37 +188,6 @@ def plan_shards(rows: Sequence[SourceRow], settings: BuildSettings, bad: BadRows
         shards[-1].append(PlannedRow(key, record, row.image, size))
         filled += size + len(record)
     return shards
-
-
-def run_tasks(
-    function: Callable[[Task], Result], tasks: Sequence[Task], *, num_workers: int, title: str | None
-) -> list[Result]:
-    """Results of ``function(task)`` in the tasks' order, under a bar with this title (None: no bar).
-
-    With one worker, or one task, in this process. An error ends everything; among several it is that of the
-    earliest task, whatever the number of workers. No process outlives the call, however it ends.
-    """
-    if num_workers < 1:
-        raise UserError(f"--num-workers {num_workers}: must be at least 1")
-    every = 0.1 if sys.stderr.isatty() else LINE_EVERY_S
-    bar = tqdm(
-        total=len(tasks),
-        desc=title,
-        unit=" shards",
-        disable=title is None,
-        mininterval=every,
-        maxinterval=max(every, 10.0),
-        delay=every,
-    )
-    with bar, contextlib.ExitStack() as stack:
-        run = map
-        if min(num_workers, len(tasks)) > 1:
-            run = stack.enter_context(_worker_pool(num_workers)).map
-        results = []
-        for result in run(function, tasks):
-            results.append(result)
-            bar.update()
-    return results
 
 
 @contextlib.contextmanager
@@ -309,14 +249,8 @@ class _ShardTask:
                 yield ShardRow(key=row.key, members=members)
 
 
-class _BuiltShard(NamedTuple):
+def _build_shard(task: _ShardTask) -> tuple[ShardTable, list[tuple[str, str]]]:
     """A shard's scan, and the rows whose picture cannot be decoded (key and line)."""
-
-    table: ShardTable
-    left_out: list[tuple[str, str]]
-
-
-def _build_shard(task: _ShardTask) -> _BuiltShard:
     if task.path.exists():
         try:
             table = scan_shard(task.path)
@@ -330,13 +264,13 @@ def _build_shard(task: _ShardTask) -> _BuiltShard:
                 and task.has_sizes(kept, table.rows[:, 1])
                 and not task.touched_since()
             ):
-                return _BuiltShard(table, [(row.key, f"{row.image}: not a readable picture") for row in gone])
+                return table, [(row.key, f"{row.image}: not a readable picture") for row in gone]
             reason = "its samples are not the planned ones, or a picture is newer than it"
         except (UserError, OSError) as error:
             reason = one_line(error)
         note(f"{task.path}: built again ({reason})")
     left_out: list[tuple[str, str]] = []
-    return _BuiltShard(write_shard(task.read(left_out), task.path), left_out)
+    return write_shard(task.read(left_out), task.path), left_out
 
 
 def _read_picture(path: Path, settings: BuildSettings) -> tuple[str, bytes]:
@@ -446,41 +380,6 @@ def _sha256_now(task: _ShardTask) -> str | None:
         return table.sha256 if len(table.rows) else None
     finally:
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
-    # Workers come from a small server process: this one may hold threads, which a fork does not survive.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(num_workers, context, initializer=_end_with_parent)
-    # The server and, from it, its workers inherit the block: they never see Ctrl-C, and this process does.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    try:
-        yield pool
-    except BrokenProcessPool:
-        remedy = "is there enough memory? Call again, with a smaller --num-workers"
-        raise UserError(f"a worker process was killed; {remedy}") from None
-    finally:
-        for worker in set(multiprocessing.active_children()).difference(others):
-            worker.terminate()
-            worker.join()
-        pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """Ends this worker when the process that started it is gone, however that ended."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _is_part(path: Path) -> bool:

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.members import IMAGE_MEMBERS, picture_name
 from dehvf_ds.data.records import parse_record
 from dehvf_ds.data.samples import read_sample
+from dehvf_ds.data.shards import picture_name
 
 NAN = float("nan")
-CAPTIONS = {
-    "a.jpg": ["A."],
-    "gone.jpg": ["A."],
-    "cut.jpg": ["A."],
-    "empty.jpg": ["A."],
-    "odd.heic": ["A."],
-    "none.jpg": [],
-    "blank.jpg": [" "],
-    "null.jpg": [None],
-    "nan.jpg": [NAN],
-    "half.jpg": ["half \ud83d"],
-    "../up.jpg": ["A."],
-    "b.jpg": [" B. ", ""],
-}
+CAPTIONS = {name: ["A."] for name in ("a.jpg", "gone.jpg", "cut.jpg", "empty.jpg", "odd.heic")}
+CAPTIONS |= {"none.jpg": [], "blank.jpg": [" "], "null.jpg": [None], "nan.jpg": [NAN]}
+CAPTIONS |= {"half.jpg": ["half \ud83d"], "../up.jpg": ["A."], "b.jpg": [" B. ", ""]}
 REASONS = {
     "without a picture": 1,
     "undecodable": 3,
@@ -122,15 +112,21 @@ LAYOUTS = [coco, karpathy, csv, llava, scienceqa]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_skip_bad_leaves_out_every_kind_and_counts_it(run, tmp_path, images, layout):
+def test_bad_rows_are_one_line_or_left_out_and_counted(run, tmp_path, images, layout):
     arguments, reasons = layout(tmp_path, images)
-    arguments += ["--output", tmp_path / "out", "--skip-bad"]
+    arguments += ["--output", tmp_path / "out"]
     code, _, err = run(*arguments)
+    errors = [line for line in err.splitlines() if not line.startswith("note: ")]
+    assert (code, len(errors)) == (2, 1)
+    assert errors[0].startswith(f"error: {tmp_path}")
+    assert "--skip-bad" in errors[0]
+    assert not list((tmp_path / "out").glob("*.tar"))
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    code, _, err = run(*arguments, "--skip-bad")
     assert code == 0, err
     index = ShardIndex(tmp_path / "out")
     assert [index.read(i)["__key__"] for i in range(len(index))] == ["a", "b"]
-    left_out = sum(reasons.values())
-    builder = index.manifest["builder"]
+    left_out, builder = sum(reasons.values()), index.manifest["builder"]
     assert builder["left_out_reasons"] == reasons
     assert builder["left_out"] == left_out == len(builder["left_out_first"])
     assert str(tmp_path) not in json.dumps(index.manifest)
@@ -143,39 +139,30 @@ def test_skip_bad_leaves_out_every_kind_and_counts_it(run, tmp_path, images, lay
     for row, path in enumerate(pictures):
         members, sample = index.read(row), read_sample(index, row)
         assert sample.record == parse_record(members) == json.loads(members["json"])
+        name = picture_name(members)
         if path is None:
-            assert sample.image is None
-            assert picture_name(members) is None
+            assert sample.image is name is None
         else:
-            assert members[picture_name(members)] == (tmp_path / path).read_bytes()
+            assert members[name] == (tmp_path / path).read_bytes()
             assert sample.image.tobytes() == Image.open(tmp_path / path).convert("RGB").tobytes()
     if layout in (coco, karpathy, csv):
         assert parse_record(index.read(1))["captions"] == ["B."]
     # The same call again knows that nothing changed.
-    assert "complete already: 2 samples" in run(*arguments)[1]
+    assert "complete already: 2 samples" in run(*arguments, "--skip-bad")[1]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_without_it_the_first_is_one_line(run, tmp_path, images, layout):
-    arguments, _ = layout(tmp_path, images)
-    code, _, err = run(*arguments, "--output", tmp_path / "out")
-    errors = [line for line in err.splitlines() if not line.startswith("note: ")]
-    assert (code, len(errors)) == (2, 1)
-    assert errors[0].startswith(f"error: {tmp_path}")
-    assert "--skip-bad" in errors[0]
-    assert not list((tmp_path / "out").glob("*.tar"))
-
-
-@pytest.mark.parametrize("ending", ["jpg", "JPEG", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "ppm"])
-def test_kinds_of_pictures_are_built_and_read(run, tmp_path, encoded, ending):
-    kind = {"jpg": "JPEG", "tif": "TIFF", "jp2": "JPEG2000"}.get(ending, ending.upper())
-    (tmp_path / f"p.{ending}").write_bytes(encoded(kind=kind))
-    (tmp_path / "t.csv").write_text(f"image,caption\np.{ending},A.\n")
+def test_kinds_of_pictures_are_built_and_read(run, tmp_path, encoded):
+    kinds = {"jpg": "JPEG", "JPEG": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}
+    kinds |= {"tif": "TIFF", "tiff": "TIFF", "jp2": "JPEG2000", "ppm": "PPM"}
+    for ending, kind in kinds.items():
+        (tmp_path / f"p.{ending}").write_bytes(encoded(kind=kind))
+    rows = "".join(f"p.{ending},A.\n" for ending in kinds)
+    (tmp_path / "t.csv").write_text(f"image,caption\n{rows}")
     arguments = ["csv", "--captions", tmp_path / "t.csv", "--images", tmp_path, "--output", tmp_path / "out"]
     assert run(*arguments)[0] == 0
-    members = ShardIndex(tmp_path / "out").read(0)
-    assert picture_name(members) in IMAGE_MEMBERS
-    assert members[picture_name(members)] == (tmp_path / f"p.{ending}").read_bytes()
+    for row, ending in enumerate(kinds):
+        members = ShardIndex(tmp_path / "out").read(row)
+        assert members[picture_name(members)] == (tmp_path / f"p.{ending}").read_bytes()
 
 
 FLICKR = Path(__file__).parents[4] / "shared" / "data" / "flickr8k"

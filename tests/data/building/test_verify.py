@@ -15,8 +15,7 @@ from PIL import Image
 from webdataset import ShardWriter
 
 from dehvf_ds.data.building.writer import PLAN_NAME
-from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.manifest import MANIFEST_NAME
+from dehvf_ds.data.index import MANIFEST_NAME, ShardIndex
 from dehvf_ds.data.records import parse_record
 
 
@@ -100,22 +99,17 @@ def test_shards_that_number_their_keys_anew(run, tmp_path, encoded):
     assert run("verify", tmp_path)[0] == 0
 
 
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:3000])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            lambda d: (d / "00001.tar").write_bytes((d / "00001.tar").read_bytes()[:3000]),
-            "00001.tar: not a whole",
-        ),
-        (
-            lambda d: shutil.copy(d / "00000.tar", d / "00001.tar"),
-            "stands in 00000.tar and, the same bytes, in",
-        ),
+        (lambda d: truncate(d / "00001.tar"), "00001.tar: not a whole"),
+        (lambda d: shutil.copy(d / "00000.tar", d / "00001.tar"), "in 00000.tar and, the same bytes, in"),
         (lambda d: (d / "00001.tar").rename(d / "a b.tar"), "a shard's name has letters"),
-        (
-            lambda d: [p.rename(f"{p}.gz") for p in d.glob("*.tar")],
-            "00000.tar.gz (and 1 others) is compressed",
-        ),
+        (lambda d: [p.rename(f"{p}.gz") for p in d.glob("*.tar")], "00000.tar.gz (and 1 others) is compre"),
         (lambda d: (d / "00001.tar").rename(d / "00001.tgz"), "00001.tgz is compressed"),
         (lambda d: (d / "00000.tar").rename(d / "00000.TAR.ZST"), "00000.TAR.ZST is compressed"),
         (lambda d: [p.rename(d / "train" / p.name) for p in d.glob("*.tar")], "2 tars in folders below, as "),
@@ -166,35 +160,28 @@ def change_index(out, column, name="index.npy"):
 
 TAR = "csv-000000.tar"
 CHANGED = r"csv-000000\.tar: its bytes are not those that manifest.json was made of \({}"
-DAMAGE = {
-    "missing": (lambda out: (out / TAR).unlink(), [r"csv-000000\.tar: cannot be read: No such file"]),
-    "cut": (
-        lambda out: edit(out / TAR, lambda d: d.__delitem__(slice(4000, None))),
-        [CHANGED.format("2 of 3")],
-    ),
-    "flipped": (
-        lambda out: edit(out / TAR, lambda d: d.__setitem__(d.index(b"Text b"), 7)),
-        [CHANGED.format(r"1 of 3 samples changed, as \[1\]")],
-    ),
-    "padding": (lambda out: edit(out / TAR, lambda d: d.__setitem__(-1, 1)), [CHANGED.format("0 of 3")]),
-    "swapped": (
-        swap,
-        ["holds what manifest.json calls csv-000001", "holds what manifest.json calls csv-000000"],
-    ),
-    "index offset": (lambda out: change_index(out, 0), [r"index\.npy: not what csv-000000\.tar holds"]),
-    "index size": (lambda out: change_index(out, 1), [r"index\.npy: not what csv-000000\.tar holds"]),
-    "index captions": (
-        lambda out: change_index(out, 2),
-        [r"index\.npy: not what csv-0", "num_captions is not"],
-    ),
-    "index checksum": (lambda out: change_index(out, 3), [r"index\.npy: not what csv-000000\.tar holds"]),
-    "lengths": (lambda out: change_index(out, 0, "text_lengths.npy"), [r"text_lengths\.npy: not what csv-0"]),
-}
+INDEX = r"index\.npy: not what csv-000000\.tar holds"
 
 
-@pytest.mark.parametrize("name", DAMAGE)
-def test_verify_names_the_damage(run, table, tmp_path, name):
-    damage, patterns = DAMAGE[name]
+@pytest.mark.parametrize(
+    ("damage", "patterns"),
+    [
+        (lambda out: (out / TAR).unlink(), [r"csv-000000\.tar: cannot be read: No such file"]),
+        (lambda out: edit(out / TAR, lambda d: d.__delitem__(slice(4000, None))), [CHANGED.format("2 of 3")]),
+        (
+            lambda out: edit(out / TAR, lambda d: d.__setitem__(d.index(b"Text b"), 7)),
+            [CHANGED.format(r"1 of 3 samples changed, as \[1\]")],
+        ),
+        (lambda out: edit(out / TAR, lambda d: d.__setitem__(-1, 1)), [CHANGED.format("0 of 3")]),
+        (swap, ["holds what manifest.json calls csv-000001", "holds what manifest.json calls csv-000000"]),
+        (lambda out: change_index(out, 0), [INDEX]),
+        (lambda out: change_index(out, 1), [INDEX]),
+        (lambda out: change_index(out, 2), [INDEX, "num_captions is not"]),
+        (lambda out: change_index(out, 3), [INDEX]),
+        (lambda out: change_index(out, 0, "text_lengths.npy"), [r"text_lengths\.npy: not what csv-0"]),
+    ],
+)
+def test_verify_names_the_damage(run, table, tmp_path, damage, patterns):
     assert run(*table, "--output", tmp_path / "out")[0] == 0
     damage(tmp_path / "out")
     code, out, err = run("verify", tmp_path / "out")
@@ -206,18 +193,12 @@ def test_verify_names_the_damage(run, table, tmp_path, name):
         assert problem.startswith(str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda out: (out / MANIFEST_NAME).unlink(), "manifest.json: no such file"),
-        (lambda out: (out / "index.npy").write_bytes(b"x"), "index.npy: not an index"),
-        (lambda out: np.save(out / "index.npy", np.zeros((3, 4), np.int64)), "promises int64 (4, 4)"),
-    ],
-)
-def test_verify_needs_manifest_and_index(run, table, tmp_path, damage, message):
+def test_verify_needs_manifest_and_index(run, table, tmp_path):
     assert run(*table, "--output", tmp_path / "out")[0] == 0
-    damage(tmp_path / "out")
-    assert message in run("verify", tmp_path / "out")[2]
+    (tmp_path / "out" / "index.npy").write_bytes(b"x")
+    assert "index.npy: not an index" in run("verify", tmp_path / "out")[2]
+    (tmp_path / "out" / MANIFEST_NAME).unlink()
+    assert "manifest.json: no such file" in run("verify", tmp_path / "out")[2]
 
 
 def test_verify_finds_any_flipped_bit_and_never_fails_itself(run, table, tmp_path):

@@ -19,11 +19,11 @@ import pytest
 from PIL import Image
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.building import writer
+from dehvf_ds.data.building import scan
+from dehvf_ds.data.building.scan import run_tasks
 from dehvf_ds.data.building.sources import BadRows, SourceRow
-from dehvf_ds.data.building.writer import PLAN_NAME, BuildSettings, alone_in, plan_shards, run_tasks
-from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.manifest import MANIFEST_NAME
+from dehvf_ds.data.building.writer import PLAN_NAME, BuildSettings, alone_in, plan_shards
+from dehvf_ds.data.index import MANIFEST_NAME, ShardIndex
 
 SCRIPT = Path(__file__).parents[3] / "tools" / "build_shards.py"
 STRICT = BadRows(skip=False)
@@ -220,7 +220,7 @@ def double(task):
 
 
 def test_tasks_of_several_processes(capsys, monkeypatch):
-    monkeypatch.setattr(writer, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(scan, "LINE_EVERY_S", 0.0)
     assert run_tasks(double, range(20), num_workers=3, title="Doubling") == list(range(0, 40, 2))
     assert "Doubling: 100%" in capsys.readouterr().err
     assert run_tasks(double, [], num_workers=3, title=None) == []
