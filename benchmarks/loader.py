@@ -19,9 +19,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dehvf_ds.config import DataConfig
+from dehvf_ds.data.collate import build_image_transform, load_tokenizer
+from dehvf_ds.data.examples import open_examples
 from dehvf_ds.data.loader import TrainingLoader, build_loader
-from dehvf_ds.data.tokenizer import load_tokenizer
-from dehvf_ds.data.transforms import build_image_transform
 
 
 def main() -> None:
@@ -51,6 +51,7 @@ def build(args: argparse.Namespace, workers: int) -> TrainingLoader:
     config = replace(DataConfig(train=args.data), num_workers=workers)
     return build_loader(
         config,
+        open_examples(config, seed=0),
         load_tokenizer(args.language_model),
         build_image_transform(args.vision_tower, None),
         seed=0,

@@ -85,7 +85,7 @@ def run_case(args: argparse.Namespace, rows: int, checkpointing: bool) -> dict[s
     import deepspeed  # noqa: F401  counts as an import, not as the run's
 
     from dehvf_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-    from dehvf_ds.data.transforms import build_image_transform
+    from dehvf_ds.data.collate import build_image_transform
     from dehvf_ds.distributed import init_process_group, read_world
     from dehvf_ds.planning.memory import FP32_BYTES, build_on_meta, step_bytes
     from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json

@@ -22,9 +22,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dehvf_ds.config import DataConfig
-from dehvf_ds.data.loader import open_examples
+from dehvf_ds.data.examples import open_examples
 from dehvf_ds.data.manifest import FORMAT_VERSION, INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME
-from dehvf_ds.data.stream import SampleOrder, micro_batches
+from dehvf_ds.data.order import MicroBatches, SampleOrder
 
 
 def main() -> None:
@@ -78,13 +78,13 @@ def write_synthetic(directory: Path, num_shards: int, samples: int) -> None:
 def measure(args: argparse.Namespace) -> None:
     """Opens, looks at the files' sizes, and plans one global batch for one rank; prints the seconds."""
     started = time.perf_counter()
-    index, examples = open_examples(DataConfig(train=args.measure), seed=0)
+    examples = open_examples(DataConfig(train=args.measure), seed=0)
     opened = time.perf_counter()
-    index.check_sizes()
+    examples.index.check_sizes()
     checked = time.perf_counter()
     order = SampleOrder(examples.shard_sizes, seed=0, window=4096)
-    batches = micro_batches(
-        order,
+    batches = MicroBatches(
+        order=order,
         rank=0,
         world_size=1,
         micro_batch_size=args.batch,
@@ -92,7 +92,7 @@ def measure(args: argparse.Namespace) -> None:
         start_sample=args.start,
         num_steps=1,
     )
-    planned = [examples.resolve(epoch, example) for epoch, example in next(batches)]
+    planned = [examples.resolve(epoch, example) for epoch, example in next(iter(batches))]
     assert len(set(planned)) == args.batch
     done = time.perf_counter()
     print(json.dumps({"open": opened - started, "sizes": checked - opened, "resume": done - checked}))

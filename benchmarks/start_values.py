@@ -27,11 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dehvf_ds.batch import Batch, Sample
 from dehvf_ds.config import TrainConfig
-from dehvf_ds.data.collate import Collator
+from dehvf_ds.data.collate import Collator, build_image_transform, load_tokenizer
+from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.loader import read_sample
-from dehvf_ds.data.tokenizer import load_tokenizer
-from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.demo.outcome import score_words
 from dehvf_ds.model import DehvfForConditionalGeneration, visual_ffn
 from dehvf_ds.model.backbones import build_config, load_model

@@ -16,13 +16,11 @@ from tiny_tokenizers import TOKENIZERS, build_tokenizer
 from transformers import AutoProcessor, BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from dehvf_ds.batch import IGNORE_INDEX, Sample
-from dehvf_ds.data.collate import Collator, encode
+from dehvf_ds.data.collate import Collator, ImageTransform, encode, load_tokenizer
+from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.prompts import QCM_A
-from dehvf_ds.data.samples import read_sample
 from dehvf_ds.data.shards import ShardRow
-from dehvf_ds.data.tokenizer import load_tokenizer
-from dehvf_ds.data.transforms import ImageTransform
 from dehvf_ds.evaluation.dataset import open_questions
 from dehvf_ds.evaluation.generate import read_picture
 from dehvf_ds.model import DehvfProcessor

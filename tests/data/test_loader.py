@@ -16,6 +16,7 @@ from dehvf_ds.batch import IGNORE_INDEX
 from dehvf_ds.config import DataConfig, UserError
 from dehvf_ds.data import records
 from dehvf_ds.data.damage import DamagedSample
+from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.loader import (
     build_loader,
@@ -24,7 +25,6 @@ from dehvf_ds.data.loader import (
     open_examples,
     read_all,
 )
-from dehvf_ds.data.samples import read_sample
 from dehvf_ds.data.shards import ShardRow
 
 

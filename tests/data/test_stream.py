@@ -5,11 +5,11 @@ from itertools import chain, pairwise
 
 import numpy as np
 import pytest
+from dehvf_ds.data.stream import MAX_STREAMS, Bucketing, SampleOrder, micro_batches
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dehvf_ds.data.examples import Examples
-from dehvf_ds.data.stream import MAX_STREAMS, Bucketing, SampleOrder, micro_batches
 
 few = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 GLOBAL_BATCH = 24

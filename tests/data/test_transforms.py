@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.transforms import build_image_transform
+from dehvf_ds.data.collate import build_image_transform
 
 DINOV2 = {
     "image_processor_type": "BitImageProcessor",
