@@ -93,11 +93,6 @@ def parse_conversation(record: Mapping[str, Any], *, needs_answer: bool = True) 
     return [messages[i] for i in kept]
 
 
-def begins_with_answer(record: Mapping[str, Any]) -> bool:
-    """Whether ``parse_conversation`` drops a turn of the assistant that stands before the first question."""
-    return len(parse_conversation(record, needs_answer=False)) < len(record["conversations"])
-
-
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, max_tokens: int
 ) -> tuple[list[int], list[int]]:

@@ -241,7 +241,8 @@ class Collator:
 
     def _chat_row(self, sample: Sample) -> tuple[list[int], list[int]]:
         try:
-            messages = parse_conversation(sample.record, needs_answer=not self.for_generation)
+            needs_answer = not self.for_generation
+            messages = sample.messages or parse_conversation(sample.record, needs_answer=needs_answer)
             if self.for_generation:
                 return _without_labels(encode_chat_prompt(self.tokenizer, messages))
             return encode_chat(self.tokenizer, messages, self.max_tokens)

@@ -186,7 +186,14 @@ def read_sample(
         if caption >= len(record.get("captions", ())):
             raise DamagedSample(f"{where}: has fewer captions than its index says; make the index again")
         record["caption"] = record["captions"][caption]
-    return Sample(key=members["__key__"], image=image, record=record, epoch=epoch, example=example)
+    return Sample(
+        key=members["__key__"],
+        image=image,
+        record=record,
+        messages=checked.messages,
+        epoch=epoch,
+        example=example,
+    )
 
 
 def _firsts(sizes: Sequence[int]) -> Int64[np.ndarray, " shards+1"]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.chat import PLACEHOLDER, begins_with_answer, parse_conversation
+from dehvf_ds.data.chat import PLACEHOLDER, Messages, parse_conversation
 from dehvf_ds.data.damage import (
     BAD_CHAT,
     BAD_PROBLEM,
@@ -63,11 +63,13 @@ class CheckedRecord(NamedTuple):
         record: cleaned; the captions of a caption row stand in ``captions``.
         task: what it is for.
         notes: what was put right in it, a word each.
+        messages: a conversation's turns, parsed.
     """
 
     record: dict[str, Any]
     task: Task
     notes: tuple[str, ...] = ()
+    messages: Messages = ()
 
 
 def parse_record(members: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def pictures_named(record: Mapping[str, Any]) -> list[str]:
 
 
 def _check(record: dict[str, Any], has_picture: bool) -> CheckedRecord:
-    notes = _gather_captions(record)
+    notes, messages = _gather_captions(record), ()
     task = task_of(record)
     if task is None:
         fields = ", ".join(map(str, list(record)[:8])) or "nothing"
@@ -193,7 +195,8 @@ def _check(record: dict[str, Any], has_picture: bool) -> CheckedRecord:
         if task == "scienceqa" and isinstance(choices := record.get("choices"), list):
             record["choices"] = [clean_text(c) if isinstance(c, str) else c for c in choices]
         if task == "chat":
-            notes += _check_chat(record, has_picture)
+            messages, odd = _check_chat(record, has_picture)
+            notes += odd
     except ValueError as error:
         raise DamagedSample(f"its text {_as_clause(error)}; correct it", BAD_TEXT) from None
     if task == "scienceqa":
@@ -207,7 +210,7 @@ def _check(record: dict[str, Any], has_picture: bool) -> CheckedRecord:
         right = record["choices"][record["answer"] :][:1]
         if right and record["choices"].count(right[0]) > 1:
             notes.append(SAME_CHOICE)
-    return CheckedRecord(record, task, tuple(notes))
+    return CheckedRecord(record, task, tuple(notes), messages)
 
 
 def _gather_captions(record: dict[str, Any]) -> list[str]:
@@ -291,7 +294,7 @@ def _notes_on_text(text: str, caption: Any) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _check_chat(record: dict[str, Any], has_picture: bool) -> list[str]:
+def _check_chat(record: dict[str, Any], has_picture: bool) -> tuple[Messages, list[str]]:
     turns = record["conversations"]
     for turn in turns if isinstance(turns, list) else ():
         if isinstance(turn, dict) and isinstance(turn.get("value"), str):
@@ -300,7 +303,7 @@ def _check_chat(record: dict[str, Any], has_picture: bool) -> list[str]:
         messages = parse_conversation(record)
     except UserError as error:
         raise DamagedSample(str(error), BAD_CHAT) from None
-    notes = [UNASKED_TURN] if begins_with_answer(record) else []
+    notes = [UNASKED_TURN] if len(messages) < len(turns) else []
     if (
         has_picture
         and sum(len(PLACEHOLDER.findall(text)) for text in _texts_of(record, ("human", "user"))) > 1
@@ -311,7 +314,7 @@ def _check_chat(record: dict[str, Any], has_picture: bool) -> list[str]:
         notes.append(NULL_ANSWER)
     if any(map(PLACEHOLDER.search, answers)):
         notes.append(MARKED_ANSWER)
-    return notes
+    return messages, notes
 
 
 def _parse_json(data: bytes) -> dict[str, Any]:
