@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,8 +30,7 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a directory or hub id; one without a pad token pads with its end of text.
 
-    Raises:
-        UserError: there is none, or prompts and targets cannot be made with it (``tokenizer_traits``).
+    One that prompts and targets cannot be made with is refused (``tokenizer_traits``).
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -92,11 +91,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, answer_prefix
 
 
 def letter_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The last token of ``The answer is X`` for each letter X from A to Z; those before it are the same.
-
-    Raises:
-        UserError: the tokenizer makes another text of a letter than one token at the end.
-    """
+    """The last token of ``The answer is X`` for each letter X from A to Z; those before it are the same."""
     rows = [
         encode_prompt(tokenizer, "Response:", f"{SCIENCEQA_ANSWER_PREFIX} {letter}")
         for letter in ascii_uppercase
@@ -116,14 +111,15 @@ class ImageTransform:
 
     def __init__(self, processor: BaseImageProcessor):
         """Learns the output size from trial pictures, and refuses pictures that are not square."""
-        self.processor = processor
-        trial, other = (self(Image.new("RGB", size)).shape for size in ((40, 20), (20, 40)))
-        if trial != other or trial[-1] != trial[-2]:
+        sizes = _output_sizes(processor)
+        if len({side for size in sizes for side in size}) > 1:
+            found = " and ".join(f"{height} x {width}" for height, width in sizes)
             raise UserError(
-                f"the vision tower's image processor gives pictures of {trial[-2]} x {trial[-1]} and "
-                f"{other[-2]} x {other[-1]} pixels, not one square; set model.image_size"
+                f"the vision tower's image processor gives pictures of {found} pixels, not one square; set "
+                "model.image_size"
             )
-        self.image_size: int = trial[-1]
+        self.processor = processor
+        self.image_size = sizes[0][0]
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
         """Resizes, crops and normalises a picture (float32), see ``to_pixels``."""
@@ -137,18 +133,20 @@ def build_image_transform(vision_tower_dir: str | Path, image_size: int | None) 
         vision_tower_dir: local directory or hub id of the tower.
         image_size: side of the output in pixels. None, or the size that the processor makes anyway, keeps
             its own way of resizing; for another the shortest edge is resized to it and the centre cropped.
-
-    Raises:
-        UserError: there is no such file, or it is not an image processor's.
     """
     directory = Path(vision_tower_dir)
     if directory.is_dir() and not any((directory / name).is_file() for name in _PROCESSOR_FILES):
         raise UserError(f"{directory}: no {_PROCESSOR_FILES[0]}; copy it from where the vision tower came")
+    load = partial(AutoImageProcessor.from_pretrained, str(vision_tower_dir), backend="pil")
     try:
-        processor = AutoImageProcessor.from_pretrained(str(vision_tower_dir), backend="pil")
-        if image_size is not None and _output_size(processor) != image_size:
-            sizes = _sizes_for(processor.size, image_size)
-            processor = AutoImageProcessor.from_pretrained(str(vision_tower_dir), backend="pil", **sizes)
+        processor = load()
+        if image_size is not None and set(_output_sizes(processor)) != {(image_size, image_size)}:
+            square, own = {"height": image_size, "width": image_size}, processor.size
+            # A tower that squashes to a square (SigLIP) keeps to it.
+            squashes = own is not None and own["height"]
+            crops = {"size": {"shortest_edge": image_size}, "do_center_crop": True}
+            sizes = {"size": square} if squashes else crops
+            processor = load(do_resize=True, crop_size=square, **sizes)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -157,20 +155,10 @@ def build_image_transform(vision_tower_dir: str | Path, image_size: int | None) 
     return ImageTransform(processor)
 
 
-def _output_size(processor: BaseImageProcessor) -> int | None:
-    try:
-        return ImageTransform(processor).image_size
-    except UserError:
-        return None
-
-
-def _sizes_for(own_size: Mapping[str, Any] | Any, image_size: int) -> dict[str, Any]:
-    square = {"height": image_size, "width": image_size}
-    sizes: dict[str, Any] = {"do_resize": True, "crop_size": square}
-    if own_size is not None and own_size["height"]:
-        # A tower that squashes to a square (SigLIP) keeps to it.
-        return sizes | {"size": square}
-    return sizes | {"size": {"shortest_edge": image_size}, "do_center_crop": True}
+def _output_sizes(processor: BaseImageProcessor) -> list[tuple[int, int]]:
+    """Height and width that a wide and a tall picture become."""
+    trials = (Image.new("RGB", size) for size in ((40, 20), (20, 40)))
+    return [(pixels.shape[1], pixels.shape[2]) for pixels in (to_pixels(processor, t) for t in trials)]
 
 
 @dataclass(frozen=True)
@@ -206,11 +194,7 @@ class Collator:
         return self.image_transform.image_size
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Collates samples into a batch.
-
-        Raises:
-            UserError: a conversation is damaged or does not suit the tokenizer; the line names the sample.
-        """
+        """Collates samples into a batch; a conversation that does not suit the tokenizer names its sample."""
         rows = [self._row(sample) for sample in samples]
         width = max(len(ids) for ids, _ in rows)
         input_ids = torch.full((len(rows), width), tokenizer_traits(self.tokenizer).pad_id)

@@ -127,11 +127,7 @@ class Examples:
 
 
 def open_examples(config: DataConfig, *, seed: int) -> Examples:
-    """Opens the training shards; their ``len`` is what an epoch goes through.
-
-    Raises:
-        UserError: the directory is unusable or holds rows of another task.
-    """
+    """Opens the training shards, if they hold rows of the task and no others."""
     index = ShardIndex.of_training(config)
     index.check_task(config.task)
     # Manifests of format 2 do not count tasks.

@@ -93,7 +93,6 @@ class TrainingLoader(DataLoader):
         drawn: MicroBatches | list[list[tuple[int, int]]],
         *,
         num_workers: int,
-        seed: int = 0,
         again: bool = False,
     ):
         """Puts a reader to work on micro-batches as they are drawn, in this process, for each iteration.
@@ -114,7 +113,7 @@ class TrainingLoader(DataLoader):
             persistent_workers=again and num_workers > 0,
             prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
             # Its own generator: an iteration must not draw from the one that dropout uses.
-            generator=torch.Generator().manual_seed(seed),
+            generator=torch.Generator(),
         )
 
     def start(self) -> None:
@@ -220,7 +219,7 @@ def build_loader(
     side = round(image_transform.image_size / config.augment.min_crop**0.5)
     max_substitutes = MAX_SUBSTITUTES if config.on_bad == "replace" else 0
     reader = BatchReader(examples, collator, shorter_side=side, max_substitutes=max_substitutes)
-    return TrainingLoader(reader, drawn, num_workers=config.num_workers, seed=seed)
+    return TrainingLoader(reader, drawn, num_workers=config.num_workers)
 
 
 def open_validation(config: DataConfig) -> Examples | None:

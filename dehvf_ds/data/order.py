@@ -55,15 +55,11 @@ def random_words(
     return np.random.PCG64(entropy).random_raw(count)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bucketing:
-    """Rows of similar length in each optimizer step.
+class Bucketing(NamedTuple):
+    """Rows of similar length in each optimizer step: inside windows of ``steps`` steps they change places.
 
-    Attributes:
-        steps: optimizer steps of a window, inside which the rows change places.
-        global_batch_size: rows of an optimizer step. A part of the order, which without bucketing does not
-            depend on it.
-        lengths: lengths of an epoch's examples in any unit, as ``Examples.lengths``.
+    ``global_batch_size`` becomes a part of the order, which else does not depend on it; ``lengths`` are those
+    of an epoch's examples in any unit, as ``Examples.lengths``.
     """
 
     steps: int
@@ -72,10 +68,7 @@ class Bucketing:
 
 
 class _Stretch(NamedTuple):
-    """A stream's examples in one epoch: pieces of shards in their drawn order.
-
-    Of its places, ``left_out`` from ``hole`` on are not used in this epoch.
-    """
+    """A stream's pieces of shards in an epoch's order; ``left_out`` places from ``hole`` on are not used."""
 
     ends: Int64[np.ndarray, " pieces"]
     offsets: Int64[np.ndarray, " pieces"]
@@ -90,7 +83,7 @@ class _Stretch(NamedTuple):
         return max(begin, 0), min(begin + self.block, int(self.ends[-1]))
 
     def examples(self, places: Int64[np.ndarray, " places"]) -> Int64[np.ndarray, " places"]:
-        """The examples at places of the pieces' row."""
+        """The examples at these places."""
         return places + self.offsets[np.searchsorted(self.ends, places, side="right")]
 
 
@@ -116,7 +109,7 @@ class SampleOrder:
         epoch_length: int | None = None,
         bucketing: Bucketing | None = None,
     ):
-        """Prepares the order.
+        """Prepares the order; see the module.
 
         Args:
             shard_sizes: examples of each shard, in stored order.
