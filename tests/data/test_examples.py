@@ -125,10 +125,8 @@ CAPTIONS = {"captions": ["x"]}
 
 def write(directory, *given, older=False):
     """Shards as they are indexed, or as an earlier version did: without a look at the pictures."""
-    rows = [
-        ShardRow(key=f"r{i}", members={"json": json.dumps(record).encode(), **({"png": png} if png else {})})
-        for i, (record, png) in enumerate(given)
-    ]
+    members = [{"json": json.dumps(record).encode()} | ({"png": png} if png else {}) for record, png in given]
+    rows = [ShardRow(key=f"r{number}", members=each) for number, each in enumerate(members)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "_require_no_picture", lambda *_: None)
         write_shards(rows, directory, name="s", samples_per_shard=5, builder={})
