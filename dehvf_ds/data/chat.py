@@ -61,14 +61,8 @@ def parse_conversation(record: Mapping[str, Any], *, needs_answer: bool = True) 
     of visual tokens, and there are none. Space around a turn goes too. A turn of the assistant before the
     first question answers nothing and is dropped, as LLaVA's own loader does.
 
-    Args:
-        record: ``{"conversations": [{"from": "human", "value": ".."}, {"from": "gpt", "value": ".."}, ..]}``.
-        needs_answer: whether a conversation without an assistant's turn, or with an empty one, is an error,
-            as it is in training.
-
-    Raises:
-        UserError: there are no turns, or no answer; a turn is not of ``TURN_FORM``, or empty; a speaker has
-            two in a row.
+    Refused is a record without turns, or with a turn that is not of ``TURN_FORM`` or empty, or with two turns
+    of one speaker in a row; where it ``needs_answer``, as in training, also one without an answer.
     """
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
@@ -106,13 +100,8 @@ def encode_chat(
     A special token spelled out in a turn gets a zero-width space behind its first character. It reads the
     same, but whoever types one can neither end a turn nor fake an answer.
 
-    Args:
-        tokenizer: the LLM's tokenizer; without a chat template it gets ``PLAIN_CHAT_TEMPLATE``.
-        messages: the turns, as ``parse_conversation`` gives them.
-        max_tokens: longest row; what is above it is cut off at the end.
-
-    Returns:
-        ids and labels, equally long; ``IGNORE_INDEX`` at positions that are not supervised.
+    A tokenizer without a chat template gets ``PLAIN_CHAT_TEMPLATE``. What is above ``max_tokens`` is cut off
+    at the end. Labels are ``IGNORE_INDEX`` at positions that are not supervised.
     """
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer_name(tokenizer)}: gives no character offsets; it needs a tokenizer.json")

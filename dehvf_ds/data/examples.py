@@ -154,7 +154,7 @@ def read_sample(
         row: the row's number.
         epoch: epoch in which it was drawn.
         example: its number among the epoch's examples.
-        caption: number of the caption to learn; it becomes the record's field ``caption``.
+        caption: number of the caption to learn, which becomes the record's field ``caption``.
         shorter_side: pixels that the transform will keep of the shorter side; lets large JPEGs decode faster.
         task: what the row must be for; None takes any.
 

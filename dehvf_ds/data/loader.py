@@ -38,17 +38,10 @@ class BatchReader(Dataset):
     def __init__(
         self, examples: Examples, collator: Collator, *, shorter_side: int, max_substitutes: int = 0
     ):
-        """Reads nothing yet.
-
-        Args:
-            examples: which row and caption an example is.
-            collator: makes the samples of a micro-batch tensors.
-            shorter_side: as of ``read_sample``.
-            max_substitutes: other samples of its shard that are tried in a damaged one's place.
-        """
+        """Reads nothing yet; ``shorter_side`` is that of ``read_sample``."""
         self._examples = examples
         self._collator = collator
-        self._shorter_side = shorter_side
+        self._how: dict[str, Any] = {"shorter_side": shorter_side, "task": collator.task}
         self._max_substitutes = max_substitutes
 
     def __getitem__(self, drawn: Sequence[tuple[int, int]]) -> Batch | UserError:
@@ -78,8 +71,7 @@ class BatchReader(Dataset):
     def _read_one(self, epoch: int, example: int) -> Sample:
         row, caption = self._examples.resolve(epoch, example)
         place = {"epoch": epoch, "example": example, "caption": caption}
-        how = {"shorter_side": self._shorter_side, "task": self._collator.task}
-        return read_sample(self._examples.index, row, **place, **how)
+        return read_sample(self._examples.index, row, **place, **self._how)
 
 
 class TrainingLoader(DataLoader):
@@ -193,9 +185,7 @@ def build_loader(
     order and of augmentation.
     """
     global_batch_size = micro_batch_size * accumulation * world_size
-    bucketing = Bucketing(
-        steps=config.bucket_steps, global_batch_size=global_batch_size, lengths=examples.lengths
-    )
+    bucketing = Bucketing(config.bucket_steps, global_batch_size, examples.lengths)
     order = SampleOrder(
         examples.shard_sizes,
         seed=seed,

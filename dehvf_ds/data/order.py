@@ -7,13 +7,10 @@ positions, so every step is full on all ranks, and the state to resume from is o
 consumed. Ours; the streams are after MosaicML Streaming's canonical nodes.
 
 A rank whose world size divides C reads the shards of its own C / world size streams, nearly the same ones in
-every epoch. A stream goes through its shards one after another, in a random order inside the ``window``, so
-about C / world size x (1 + window / examples of a shard) shards are in use at a time. The window holds
-numbers, not samples. A longer one spreads the captions of a picture further apart, and the reads over more
-shards.
-
-Bucketing makes the rows of a step alike in length, and in whatever goes along with length, such as the source
-of a row. Which rows a window of steps holds stays as drawn, and how many each stream gives to a step.
+every epoch: about C / world size x (1 + window / examples of a shard) shards are in use at a time. The window
+holds numbers, not samples; a longer one spreads the captions of a picture further apart, and the reads over
+more shards. Bucketing makes the rows of a step alike in length, and in whatever goes along with it, such as
+the source of a row.
 """
 
 from __future__ import annotations
@@ -109,16 +106,17 @@ class SampleOrder:
         epoch_length: int | None = None,
         bucketing: Bucketing | None = None,
     ):
-        """Prepares the order; see the module.
+        """Prepares the order.
 
         Args:
             shard_sizes: examples of each shard, in stored order.
-            seed: seed of the run.
+            seed: of the run.
             window: examples among which a stream's order is drawn: shards are permuted, then every example
                 moves by less than this. A window as long as the stream shuffles it whole.
             epoch_length: examples of an epoch, all of them if None. With fewer, others are left out of each
                 epoch, one run of neighbours in each stream's order.
-            bucketing: lets the rows of each stream change places for steps of similar length.
+            bucketing: changes places inside each stream; which rows a window of steps holds stays as drawn,
+                and how many each stream gives to a step.
         """
         # Repeated ends are those of empty shards.
         self._shard_ends = np.unique(np.cumsum(shard_sizes, dtype=np.int64))
