@@ -12,8 +12,7 @@ import torch
 from bench import MIB, flags
 
 from dehvf_ds.config import InsideConfig, ScienceqaConfig
-from dehvf_ds.data.tokenizer import load_tokenizer
-from dehvf_ds.data.transforms import build_image_transform
+from dehvf_ds.data.collate import build_image_transform, load_tokenizer
 from dehvf_ds.distributed import World
 from dehvf_ds.evaluation.dataset import open_questions
 from dehvf_ds.model.adapter import find_trained

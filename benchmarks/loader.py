@@ -15,9 +15,9 @@ import torch
 from bench import flags
 
 from dehvf_ds.config import DataConfig
+from dehvf_ds.data.collate import build_image_transform, load_tokenizer
+from dehvf_ds.data.examples import open_examples
 from dehvf_ds.data.loader import TrainingLoader, build_loader
-from dehvf_ds.data.tokenizer import load_tokenizer
-from dehvf_ds.data.transforms import build_image_transform
 
 
 def main() -> None:
@@ -42,8 +42,10 @@ def main() -> None:
 
 def build(args: argparse.Namespace, workers: int) -> TrainingLoader:
     """A loader of the flags' data; its augmentation is off."""
+    config = DataConfig(train=args.data, num_workers=workers)
     return build_loader(
-        DataConfig(train=args.data, num_workers=workers),
+        config,
+        open_examples(config, seed=0),
         load_tokenizer(args.language_model),
         build_image_transform(args.vision_tower, None),
         seed=0,

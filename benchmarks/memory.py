@@ -28,7 +28,7 @@ import deepspeed
 import torch
 from bench import MIB, REPOSITORY, flags, random_batch, run_config
 
-from dehvf_ds.data.transforms import build_image_transform
+from dehvf_ds.data.collate import build_image_transform
 from dehvf_ds.distributed import init_process_group, read_world
 from dehvf_ds.planning.memory import FP32_BYTES, build_on_meta, step_bytes
 from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json

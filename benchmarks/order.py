@@ -21,9 +21,9 @@ import numpy as np
 from bench import flags
 
 from dehvf_ds.config import DataConfig
+from dehvf_ds.data.examples import open_examples
 from dehvf_ds.data.index import FORMAT_VERSION, INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME
-from dehvf_ds.data.loader import open_examples
-from dehvf_ds.data.stream import SampleOrder, micro_batches
+from dehvf_ds.data.order import MicroBatches, SampleOrder
 
 
 def main() -> None:
@@ -69,12 +69,12 @@ def write_synthetic(directory: Path, num_shards: int, samples: int) -> None:
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """Seconds of opening, of a look at the files' sizes, and of planning one global batch for one rank."""
     times = [time.perf_counter()]
-    index, examples = open_examples(DataConfig(train=args.measure), seed=0)
+    examples = open_examples(DataConfig(train=args.measure), seed=0)
     times.append(time.perf_counter())
-    index.check_sizes()
+    examples.index.check_sizes()
     times.append(time.perf_counter())
-    batches = micro_batches(
-        SampleOrder(examples.shard_sizes, seed=0, window=4096),
+    batches = MicroBatches(
+        order=SampleOrder(examples.shard_sizes, seed=0, window=4096),
         rank=0,
         world_size=1,
         micro_batch_size=args.batch,
@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         start_sample=args.start,
         num_steps=1,
     )
-    planned = [examples.resolve(epoch, example) for epoch, example in next(batches)]
+    planned = [examples.resolve(epoch, example) for epoch, example in next(iter(batches))]
     assert len(set(planned)) == args.batch
     times.append(time.perf_counter())
     return dict(zip(("open", "sizes", "resume"), np.diff(times).tolist(), strict=True))

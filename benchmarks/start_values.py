@@ -25,11 +25,9 @@ from torch import Tensor
 
 from dehvf_ds.batch import Batch, Sample
 from dehvf_ds.config import TrainConfig
-from dehvf_ds.data.collate import Collator
+from dehvf_ds.data.collate import Collator, build_image_transform, load_tokenizer
+from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.loader import read_sample
-from dehvf_ds.data.tokenizer import load_tokenizer
-from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.demo.outcome import score_words
 from dehvf_ds.evaluation.decode import Decoding, decode
 from dehvf_ds.model import DehvfForConditionalGeneration, ffn

@@ -8,6 +8,7 @@ one level (class token and patches), ``vision_dim``, ``rank`` width of the visua
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ class Sample:
         key: the sample's unique ``__key__`` within its data set.
         image: the picture in mode RGB, or None for a text-only row.
         record: the row's ``.json`` member; its fields depend on the task.
+        messages: the turns of a conversation that was read from a shard, as ``chat.Messages``.
         epoch: epoch in which it was drawn; augmentation and caption choice are seeded by it.
         example: its number among the epoch's examples, for the same purpose.
     """
@@ -36,6 +38,7 @@ class Sample:
     key: str
     image: Image.Image | None
     record: dict[str, Any]
+    messages: Sequence[Mapping[str, str]] = ()
     epoch: int = 0
     example: int = 0
 

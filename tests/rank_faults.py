@@ -30,7 +30,7 @@ import torch
 import dehvf_ds.eval
 import dehvf_ds.train
 from dehvf_ds.config import UserError
-from dehvf_ds.data import samples
+from dehvf_ds.data import loader
 from dehvf_ds.distributed import gather_to_main, meet, on_main, read_world, run_entry
 from dehvf_ds.evaluation import predict
 from dehvf_ds.model import ModelError
@@ -82,7 +82,7 @@ def unreadable_sample() -> None:
         note()
         return error
 
-    samples.SampleReader.__getitem__ = read
+    loader.BatchReader.__getitem__ = read
 
 
 def send(*numbers: signal.Signals) -> Callable[[], None]:

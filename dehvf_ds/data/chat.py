@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 from jinja2 import TemplateError
@@ -53,50 +54,37 @@ _ZERO_WIDTH_SPACE = "\u200b"
 
 
 def parse_conversation(record: Mapping[str, Any], *, needs_answer: bool = True) -> list[dict[str, str]]:
-    """Reads ``conversations`` of a LLaVA or ShareGPT record.
+    """Reads ``conversations`` of a LLaVA or ShareGPT record: its turns, as chat templates take them.
 
-    ``<image>``, ``<video>`` and their like (``PLACEHOLDER``) leave a user's turn, with the line break or
-    space beside them: they mark the place of visual tokens, and there are none. Space around a turn goes too.
-    A turn of the assistant that answers nothing, before the first question, is dropped, as LLaVA's own loader
-    does.
+    Speakers are human or user, gpt or assistant, and system, in any case. ``<image>``, ``<video>`` and their
+    like (``PLACEHOLDER``) leave a user's turn, with the line break or space beside them: they mark the place
+    of visual tokens, and there are none. Space around a turn goes too. A turn of the assistant before the
+    first question answers nothing and is dropped, as LLaVA's own loader does.
 
-    Args:
-        record: ``{"conversations": [{"from": "human", "value": ".."}, {"from": "gpt", "value": ".."}, ..]}``;
-            speakers are human or user, gpt or assistant, and system, in any case.
-        needs_answer: whether a conversation without an assistant's turn, or with an empty one, is an error,
-            as it is in training.
-
-    Returns:
-        The turns, as chat templates take them.
-
-    Raises:
-        UserError: no turns, an unknown speaker, a text that is no string, an empty question, two turns of one
-            speaker in a row, or no answer.
+    Refused is a record without turns, or with a turn that is not of ``TURN_FORM`` or empty, or with two turns
+    of one speaker in a row; where it ``needs_answer``, as in training, also one without an answer.
     """
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
         held = f"{type(turns).__name__}, not a list of {TURN_FORM}" if turns else "empty or missing"
         raise UserError(f"the conversation has no turns (conversations is {held})")
     messages = [_parse_turn(turn, number) for number, turn in enumerate(turns, start=1)]
-    _check_order([message["role"] for message in messages])
-    first = _unasked_turn(messages)
-    for place, (turn, message) in enumerate(zip(turns, messages, strict=True)):
+    roles = [message["role"] for message in messages]
+    for number, (before, role) in enumerate(pairwise(roles), start=2):
+        if role == before:
+            raise UserError(f"turn {number} of the conversation: {role} speaks twice in a row")
+    first = next((i for i, role in enumerate(roles) if role != "system"), None)
+    unasked = first if first is not None and roles[first] == "assistant" else None
+    kept = [i for i in range(len(turns)) if i != unasked]
+    for i in kept:
         # A question that is ``<image>`` alone asks for a caption.
-        is_question = message["role"] == "user"
-        matters = is_question or (needs_answer and message["role"] == "assistant")
-        if matters and place != first and not is_text(turn["value"]):
-            what = "question" if is_question else "answer"
-            raise UserError(f"turn {place + 1} of the conversation: the {what} is empty")
-    if first is not None:
-        del messages[first]
-    if needs_answer and all(message["role"] != "assistant" for message in messages):
+        matters = roles[i] == "user" or (needs_answer and roles[i] == "assistant")
+        if matters and not is_text(turns[i]["value"]):
+            what = "question" if roles[i] == "user" else "answer"
+            raise UserError(f"turn {i + 1} of the conversation: the {what} is empty")
+    if needs_answer and all(roles[i] != "assistant" for i in kept):
         raise UserError("the conversation has no turn of the assistant, so nothing is to be learnt of it")
-    return messages
-
-
-def begins_with_answer(record: Mapping[str, Any]) -> bool:
-    """Whether ``parse_conversation`` drops a turn of the assistant that stands before the first question."""
-    return _unasked_turn([_parse_turn(turn, 0) for turn in record["conversations"]]) is not None
+    return [messages[i] for i in kept]
 
 
 def encode_chat(
@@ -112,17 +100,8 @@ def encode_chat(
     A special token spelled out in a turn gets a zero-width space behind its first character. It reads the
     same, but whoever types one can neither end a turn nor fake an answer.
 
-    Args:
-        tokenizer: the LLM's tokenizer; without a chat template it gets ``PLAIN_CHAT_TEMPLATE``.
-        messages: the turns, as ``parse_conversation`` gives them.
-        max_tokens: longest row; what is above it is cut off at the end.
-
-    Returns:
-        ids and labels, equally long; ``IGNORE_INDEX`` at positions that are not supervised.
-
-    Raises:
-        UserError: the template refuses the conversation or does not write it turn by turn; or the tokenizer
-            gives no character offsets, or joins an answer's first characters with those before it.
+    A tokenizer without a chat template gets ``PLAIN_CHAT_TEMPLATE``. What is above ``max_tokens`` is cut off
+    at the end. Labels are ``IGNORE_INDEX`` at positions that are not supervised.
     """
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer_name(tokenizer)}: gives no character offsets; it needs a tokenizer.json")
@@ -154,9 +133,6 @@ def encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -
     """The ids to generate the assistant's next turn from; an answer that closes ``messages`` is left out.
 
     Never cut: a conversation without its end asks another question.
-
-    Raises:
-        UserError: the template refuses the conversation.
     """
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     text = _render(tokenizer, _defuse(tokenizer, asked), for_generation=True)
@@ -165,29 +141,13 @@ def encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -
 
 def _parse_turn(turn: Any, number: int) -> dict[str, str]:
     speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
-    if not isinstance(turn, Mapping) or "from" not in turn:
-        held = ", ".join(map(str, turn)) if isinstance(turn, Mapping) else type(turn).__name__
-        raise UserError(f"turn {number} of the conversation: not {TURN_FORM} (it holds {held})")
     role = _ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
-    if role is None:
+    if role is None or not isinstance(text, str):
         raise UserError(
-            f"turn {number} of the conversation: unknown speaker {speaker!r}; known: {', '.join(_ROLES)}"
+            f"turn {number} of the conversation is {turn!r:.80}, not {TURN_FORM}; known speakers: "
+            f"{', '.join(_ROLES)}"
         )
-    if not isinstance(text, str):
-        raise UserError(f"turn {number} of the conversation: value is {type(text).__name__}, not a text")
     return {"role": role, "content": (PLACEHOLDER.sub("", text) if role == "user" else text).strip()}
-
-
-def _check_order(roles: Sequence[str]) -> None:
-    for number, (role, before) in enumerate(zip(roles[1:], roles, strict=False), start=2):
-        if role == before:
-            raise UserError(f"turn {number} of the conversation: {role} speaks twice in a row")
-
-
-def _unasked_turn(messages: Messages) -> int | None:
-    """Place of the assistant's turn before the first question, if there is one."""
-    first = next((i for i, message in enumerate(messages) if message["role"] != "system"), None)
-    return first if first is not None and messages[first]["role"] == "assistant" else None
 
 
 def _answer_places(

@@ -1,8 +1,9 @@
-"""What one epoch goes through: every caption of every row, or every row once."""
+"""What one epoch goes through, every caption of every row or every row once; and how a row is read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import count
 from math import gcd
 from typing import Literal, NamedTuple
@@ -10,11 +11,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from dehvf_ds.data.draw import Purpose, random_words
-from dehvf_ds.data.stream import Recent
-
-# Shards whose counts are kept: more than the streams of one rank are reading from at a time.
-_KEPT_SHARDS = 2 * 64
+from dehvf_ds.batch import Sample
+from dehvf_ds.config import DataConfig, UserError
+from dehvf_ds.data.images import decode_image
+from dehvf_ds.data.index import ShardIndex
+from dehvf_ds.data.order import MAX_STREAMS, Purpose, random_words
+from dehvf_ds.data.prompts import Task
+from dehvf_ds.data.records import read_record
+from dehvf_ds.data.shards import UNDECODABLE, DamagedSample, picture_name
 
 
 class _Shard(NamedTuple):
@@ -28,55 +32,37 @@ class _Shard(NamedTuple):
 class Examples:
     """The examples of a data set by number.
 
-    In mode ``all`` the number counts rows in stored order, the captions of a row next to one another; in
-    mode ``one`` it is the row's. Both arrays are sliced shard by shard, as shards are touched, so that
-    memory maps of any length stay on disk.
+    In mode ``all`` a row of k captions is k examples (one, if it has none), and the number counts them in
+    stored order; in mode ``one`` it is the row's, and one caption is drawn for each epoch. What is known of
+    the rows is read shard by shard, as shards are touched, so that memory maps of any length stay on disk.
+
+    Attributes:
+        index: the opened shards.
+        shard_sizes: examples of each shard, as ``SampleOrder`` takes them.
     """
 
-    def __init__(
-        self,
-        captions: Integer[np.ndarray, " rows"],
-        shard_rows: Sequence[int],
-        shard_examples: Sequence[int],
-        text_lengths: Integer[np.ndarray, " texts"],
-        *,
-        mode: Literal["all", "one"],
-        seed: int,
-    ):
-        """Keeps where the shards begin.
-
-        Args:
-            captions: captions of each row; 0 counts as one example without a caption.
-            shard_rows: rows of each shard.
-            shard_examples: examples of each shard in mode ``all``: the sum of max(captions, 1) over its rows.
-            text_lengths: characters of each example's text in the numbering of mode ``all``.
-            mode: ``all`` makes k examples of a row of k captions, ``one`` a single one.
-            seed: seed of the caption choice of ``one``.
-        """
-        self._captions = captions
-        self._text_lengths = text_lengths
+    def __init__(self, index: ShardIndex, *, mode: Literal["all", "one"], seed: int):
+        """Keeps where the shards begin; ``seed`` draws the captions of ``one``."""
+        self.index = index
+        self.shard_sizes = index.shard_examples if mode == "all" else index.shard_rows
         self._mode = mode
         self._seed = seed
-        self.shard_sizes: tuple[int, ...] = tuple(shard_examples if mode == "all" else shard_rows)
-        """Examples of each shard, as ``SampleOrder`` takes them."""
-        self._first_rows = _firsts(shard_rows)
-        self._first_texts = _firsts(shard_examples)
+        self._captions = index.captions
+        self._first_rows, self._first_texts = _firsts(index.shard_rows), _firsts(index.shard_examples)
         self._firsts = self._first_texts if mode == "all" else self._first_rows
-        self._shards = Recent(self._count_shard, _KEPT_SHARDS)
-        self._chosen = Recent(self._choose_texts, _KEPT_SHARDS)
+        # More shards than the streams of one rank are reading from at a time.
+        cached = lru_cache(maxsize=2 * MAX_STREAMS)
+        self._shard = cached(self._count_shard)
+        self._chosen = cached(self._choose_texts)
 
     def __len__(self) -> int:
         """Examples to go through in an epoch."""
         return int(self._firsts[-1])
 
     def resolve(self, epoch: int, example: int) -> tuple[int, int | None]:
-        """The row of an example and which of its captions to take; None where the row has none.
-
-        Raises:
-            IndexError: there is no such example.
-        """
+        """The row of an example and which of its captions to take; None where the row has none."""
         shard, place = self._locate(example)
-        captions, counts, ends = self._shards(shard)
+        captions, counts, ends = self._shard(shard)
         text = place if self._mode == "all" else int(self._chosen(epoch, shard)[place])
         row = int(np.searchsorted(ends, text, side="right"))
         caption = text - int(ends[row] - counts[row]) if captions[row] else None
@@ -92,36 +78,28 @@ class Examples:
             if self._mode == "one":
                 texts = self._chosen(epoch, shard)[texts]
             first, end = self._first_texts[shard : shard + 2].tolist()
-            lengths[mine] = np.asarray(self._text_lengths[first:end])[texts]
+            lengths[mine] = np.asarray(self.index.text_lengths[first:end])[texts]
         return lengths
 
-    def alternative(self, example: int, attempt: int) -> int:
-        """The example that stands in for a damaged one: another of its shard for each attempt.
+    def substitutes(self, example: int) -> Iterator[int]:
+        """What may stand in for a damaged example: each other one of its shard, always in one order.
 
-        Attempts leave the row at once, with a different target for each of its captions, and come back to
-        its other captions last.
-
-        Args:
-            example: the damaged example.
-            attempt: 0 is the example itself; the further ones are each of the shard's others once.
-
-        Raises:
-            IndexError: there is no such example, or the shard has no further one.
+        It leaves the row at once, to a different one for each of its captions, and comes to the row's other
+        captions last.
         """
         shard, place = self._locate(example)
-        size = self.shard_sizes[shard]
-        if not 0 <= attempt < size:
-            raise IndexError(f"attempt {attempt}: shard {shard} holds {size} examples")
-        if attempt == 0:
-            return example
-        end, own = self._row_around(shard, place)
-        others = size - own
-        if attempt <= others:
+        size, begin, end = self.shard_sizes[shard], place, place + 1
+        if self._mode == "all":
+            _, counts, ends = self._shard(shard)
+            row = int(np.searchsorted(ends, place, side="right"))
+            begin, end = int(ends[row] - counts[row]), int(ends[row])
+        first, own = int(self._firsts[shard]), end - begin
+        if others := size - own:
             stride = next(stride for stride in count(own) if gcd(stride, others) == 1)
-            moved = end + (place - (end - own) + (attempt - 1) * stride) % others
-        else:
-            moved = end - own + (place - (end - own) + attempt - others) % own
-        return int(self._firsts[shard]) + moved % size
+            for k in range(others):
+                yield first + (end + (place - begin + k * stride) % others) % size
+        for k in range(1, own):
+            yield first + begin + (place - begin + k) % own
 
     def _locate(self, example: int) -> tuple[int, int]:
         """An example's shard and its place there."""
@@ -129,14 +107,6 @@ class Examples:
             raise IndexError(f"example {example} of {len(self)}")
         shard = int(np.searchsorted(self._firsts, example, side="right")) - 1
         return shard, example - int(self._firsts[shard])
-
-    def _row_around(self, shard: int, place: int) -> tuple[int, int]:
-        """Where the examples of the row at ``place`` end in the shard, and how many they are."""
-        if self._mode == "one":
-            return place + 1, 1
-        _, counts, ends = self._shards(shard)
-        row = int(np.searchsorted(ends, place, side="right"))
-        return int(ends[row]), int(counts[row])
 
     def _count_shard(self, shard: int) -> _Shard:
         first, end = self._first_rows[shard : shard + 2].tolist()
@@ -149,10 +119,76 @@ class Examples:
 
     def _choose_texts(self, epoch: int, shard: int) -> Int64[np.ndarray, " rows"]:
         """The text of each row of a shard for an epoch."""
-        _, counts, ends = self._shards(shard)
+        _, counts, ends = self._shard(shard)
         words = random_words(self._seed, Purpose.CAPTION, epoch, shard, 0, len(counts))
         # The remainder's bias, count / 2**64, is nothing.
         return ends - counts + (words % counts.astype(np.uint64)).astype(np.int64)
+
+
+def open_examples(config: DataConfig, *, seed: int) -> Examples:
+    """Opens the training shards, if they hold rows of the task and no others."""
+    index = ShardIndex.of_training(config)
+    index.check_task(config.task)
+    # Manifests of format 2 do not count tasks.
+    if index.num_without_captions != (0 if config.task == "caption" else len(index)):
+        held = "rows without captions" if config.task == "caption" else "captions"
+        raise UserError(f"{config.train}: holds {held}, not rows as data.task {config.task} needs")
+    return Examples(index, mode=config.captions, seed=seed)
+
+
+def read_sample(
+    index: ShardIndex,
+    row: int,
+    *,
+    epoch: int = 0,
+    example: int = 0,
+    caption: int | None = None,
+    shorter_side: int | None = None,
+    task: Task | None = None,
+) -> Sample:
+    """Reads and decodes one row.
+
+    Args:
+        index: the data set.
+        row: the row's number.
+        epoch: epoch in which it was drawn.
+        example: its number among the epoch's examples.
+        caption: number of the caption to learn, which becomes the record's field ``caption``.
+        shorter_side: pixels that the transform will keep of the shorter side; lets large JPEGs decode faster.
+        task: what the row must be for; None takes any.
+
+    Raises:
+        DamagedSample: the row is damaged, of another task, or lacks its picture.
+    """
+    members = index.read(row)
+    where = f"{members['__url__']} ({members['__key__']})"
+    try:
+        checked = read_record({**members, "__url__": where})
+    except DamagedSample as error:
+        remedy = f"tools/build_shards.py index {index.directory} --overwrite --skip-bad"
+        raise DamagedSample(
+            f"{error}; build the shards again, or leave such samples out: {remedy}", error.reason
+        ) from None
+    if task is not None and checked.task != task:
+        raise DamagedSample(f"{where}: a row for data.task {checked.task}, not {task}")
+    record, name = checked.record, picture_name(members)
+    try:
+        image = None if name is None else decode_image(members[name], shorter_side=shorter_side)
+    except ValueError as error:
+        message = f"{where}: {error}; repair the picture and build the shards again"
+        raise DamagedSample(message, UNDECODABLE) from error
+    if caption is not None:
+        if caption >= len(record.get("captions", ())):
+            raise DamagedSample(f"{where}: has fewer captions than its index says; make the index again")
+        record["caption"] = record["captions"][caption]
+    return Sample(
+        key=members["__key__"],
+        image=image,
+        record=record,
+        messages=checked.messages,
+        epoch=epoch,
+        example=example,
+    )
 
 
 def _firsts(sizes: Sequence[int]) -> Int64[np.ndarray, " shards+1"]:

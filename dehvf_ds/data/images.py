@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dehvf_ds.batch import Sample
 from dehvf_ds.config import AugmentConfig
-from dehvf_ds.data.draw import Purpose, random_words
+from dehvf_ds.data.order import Purpose, random_words
 from dehvf_ds.data.shards import FOREIGN_FILES, one_line, told_by_first_bytes
 from dehvf_ds.model.pictures import upright_rgb
 

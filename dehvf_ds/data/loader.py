@@ -1,67 +1,159 @@
-"""One rank's micro-batches in the order of ``stream.py``, read and decoded by ``workers.py``."""
+"""One rank's micro-batches in the order of ``order.py``, read and collated by worker processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
+from typing import Any
 
-import numpy as np
-from PIL import Image
+import torch
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dehvf_ds.batch import Sample
-from dehvf_ds.config import DataConfig, UserError
-from dehvf_ds.data.collate import Collator
-from dehvf_ds.data.examples import Examples
+from dehvf_ds.batch import IGNORE_INDEX, Batch, Sample
+from dehvf_ds.config import DataConfig, JobError, UserError
+from dehvf_ds.data.collate import Collator, ImageTransform
+from dehvf_ds.data.examples import Examples, open_examples, read_sample
 from dehvf_ds.data.images import build_augment
-from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.samples import PADDING_ROW, SampleReader, read_sample
-from dehvf_ds.data.stream import Bucketing, SampleOrder, micro_batches
-from dehvf_ds.data.transforms import ImageTransform
-from dehvf_ds.data.workers import TrainingLoader, build_torch_loader
+from dehvf_ds.data.order import Bucketing, MicroBatches, SampleOrder
+from dehvf_ds.data.shards import DamagedSample
+
+MAX_SUBSTITUTES = 15
+"""Other samples of its shard that are tried in a damaged one's place."""
+
+PREFETCHED_BATCHES = 4
+
+# Number of an example that is read for its shape alone: the first one.
+_PADDING = -1
 
 
-def read_all(index: ShardIndex, *, rank: int = 0, world_size: int = 1) -> Iterator[Sample]:
-    """Yields a rank's share of all rows for evaluation, in stored order: rank, rank + world_size, ..."""
-    for row in range(rank, len(index), world_size):
-        yield read_sample(index, row)
+class BatchReader(Dataset):
+    """Micro-batches by what was drawn for them. A ``UserError`` is returned: torch wraps what is raised."""
+
+    def __init__(
+        self, examples: Examples, collator: Collator, *, shorter_side: int, max_substitutes: int = 0
+    ):
+        """Reads nothing yet; ``shorter_side`` is that of ``read_sample``."""
+        self._examples = examples
+        self._collator = collator
+        self._how: dict[str, Any] = {"shorter_side": shorter_side, "task": collator.task}
+        self._max_substitutes = max_substitutes
+
+    def __getitem__(self, drawn: Sequence[tuple[int, int]]) -> Batch | UserError:
+        try:
+            rows = [self._read(epoch, max(example, 0)) for epoch, example in drawn]
+            batch = self._collator([sample for sample, _ in rows])
+        except UserError as error:
+            return UserError(str(error))
+        batch.labels[[example == _PADDING for _, example in drawn]] = IGNORE_INDEX
+        return replace(batch, replaced=tuple(damage for _, damage in rows if damage))
+
+    def _read(self, epoch: int, example: int) -> tuple[Sample, tuple[str, str] | None]:
+        """The sample, or the one in its place with the damaged one's shard and what is wrong with it."""
+        try:
+            return self._read_one(epoch, example), None
+        except DamagedSample as error:
+            if not self._max_substitutes:
+                raise
+            damage = str(error)
+        row, _ = self._examples.resolve(epoch, example)
+        shard = self._examples.index.locate(row)[0]
+        for other in islice(self._examples.substitutes(example), self._max_substitutes):
+            with contextlib.suppress(DamagedSample):
+                return self._read_one(epoch, other), (shard, damage)
+        raise UserError(f"{damage} (nor could {self._max_substitutes} others of its shard take its place)")
+
+    def _read_one(self, epoch: int, example: int) -> Sample:
+        row, caption = self._examples.resolve(epoch, example)
+        place = {"epoch": epoch, "example": example, "caption": caption}
+        return read_sample(self._examples.index, row, **place, **self._how)
 
 
-def open_examples(config: DataConfig, *, seed: int) -> tuple[ShardIndex, Examples]:
-    """Opens the training shards and counts what an epoch goes through (``len`` of the second).
+class TrainingLoader(DataLoader):
+    """A DataLoader of ``Batch`` whose workers outlive signals, but not their rank."""
 
-    Raises:
-        UserError: the directory is unusable or holds rows of another task.
-    """
-    index = ShardIndex.of_training(config)
-    if config.task == "caption" and index.num_without_captions:
-        row = int(np.argmin(index.captions))
-        raise UserError(
-            f"data.train {config.train}: sample {row} has no caption, as data.task caption needs; "
-            "set data.task to the shards' own task, or data.train to caption shards"
+    _started: Iterator[Any] | None = None
+
+    def __init__(
+        self,
+        reader: BatchReader,
+        drawn: MicroBatches | list[list[tuple[int, int]]],
+        *,
+        num_workers: int,
+        again: bool = False,
+    ):
+        """Puts a reader to work on micro-batches as they are drawn, in this process, for each iteration.
+
+        ``again`` says that it is iterated more than once; the same workers then serve every iteration.
+        """
+        if num_workers:
+            # Workers are forked after the tokenizer has run; without this it prints a warning in each.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        super().__init__(
+            reader,
+            batch_size=None,
+            sampler=drawn,
+            num_workers=num_workers,
+            # Forked workers share the maps of the index; started anew they would each open it.
+            multiprocessing_context="fork" if num_workers else None,
+            worker_init_fn=_init_worker,
+            persistent_workers=again and num_workers > 0,
+            prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
+            # Its own generator: an iteration must not draw from the one that dropout uses.
+            generator=torch.Generator(),
         )
-    if config.task != "caption" and index.num_without_captions < len(index):
-        raise UserError(
-            f"data.train {config.train}: holds captions, not rows as data.task {config.task} needs"
-        )
-    index.check_task(config.task)
-    examples = Examples(
-        index.captions,
-        index.shard_rows,
-        index.shard_examples,
-        index.text_lengths,
-        mode=config.captions,
-        seed=seed,
-    )
-    return index, examples
+
+    def start(self) -> None:
+        """Forks the workers, which begin to read the first iteration; without workers it does nothing.
+
+        To be called before the backends start and the model is built: a process forked while a thread of it
+        makes or ends a Python thread state hangs in CPython's own clean-up for ever (seen with 3.11, at a
+        validation's start), and CUDA's, NCCL's and gloo's threads are no better to fork beside.
+        """
+        if self.num_workers:
+            self._started = self._fork()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the micro-batches in order; the first unusable sample is a ``UserError``."""
+        batches, self._started = self._fork() if self._started is None else self._started, None
+        try:
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise UserError(str(batch))
+                yield batch
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise JobError(
+                f"a process that reads data died ({error}); killed for the memory it took, perhaps: "
+                "data.num_workers sets how many there are"
+            ) from None
+        finally:
+            # The last reference: workers end here, not in a garbage collection that waits 5 s for each.
+            del batches
+
+    def _fork(self):
+        # Workers begin with SIGTERM blocked. Blocked later, it would kill by way of a thread that a library
+        # started before: one of torch's `set_num_threads` took it in a preempted job.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        on_child = signal.getsignal(signal.SIGCHLD)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if threading.current_thread() is threading.main_thread():
+                # Torch's raises wherever this process is when a worker dies, in what cleans up after an error
+                # too. Who waits for a batch looks after the workers every five seconds.
+                signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
 
 
 def epoch_samples(config: DataConfig, num_examples: int, global_batch_size: int) -> int:
-    """Samples that an epoch consumes: all, or with ``tail: drop`` those that fill its batches.
-
-    Raises:
-        UserError: they do not fill one batch.
-    """
+    """Samples that an epoch consumes: all, or with ``tail: drop`` those that fill its batches."""
     if config.tail == "wrap":
         return num_examples
     if num_examples < global_batch_size:
@@ -74,6 +166,7 @@ def epoch_samples(config: DataConfig, num_examples: int, global_batch_size: int)
 
 def build_loader(
     config: DataConfig,
+    examples: Examples,
     tokenizer: PreTrainedTokenizerBase,
     image_transform: ImageTransform,
     *,
@@ -88,60 +181,47 @@ def build_loader(
     """Builds one rank's loader of ``num_steps * accumulation`` micro-batches.
 
     The order is drawn in this process, so the number of workers changes nothing but the speed. The state
-    to resume from is the number of samples that all ranks have consumed.
-
-    Args:
-        config: shards, task and workers.
-        tokenizer: the LLM's tokenizer.
-        image_transform: the tower's transform.
-        seed: seed of the order, of the choice of captions and of augmentation.
-        rank: this rank.
-        world_size: number of ranks.
-        micro_batch_size: rows of a micro-batch.
-        accumulation: micro-batches of an optimizer step.
-        start_sample: samples consumed before, by all ranks.
-        num_steps: optimizer steps to deliver.
-
-    Raises:
-        UserError: the shards or the tokenizer are unusable. In iteration: a damaged sample, in one line, when
-            ``config.on_bad`` is ``raise`` or no other sample of its shard can be read either.
+    to resume from is ``start_sample``, the samples that all ranks have consumed. ``seed`` is that of the
+    order and of augmentation.
     """
-    index, examples = open_examples(config, seed=seed)
     global_batch_size = micro_batch_size * accumulation * world_size
-    bucketing = None
-    if config.bucket_steps:
-        bucketing = Bucketing(
-            steps=config.bucket_steps, global_batch_size=global_batch_size, lengths=examples.lengths
-        )
+    bucketing = Bucketing(config.bucket_steps, global_batch_size, examples.lengths)
     order = SampleOrder(
         examples.shard_sizes,
         seed=seed,
         window=config.shuffle_window,
         epoch_length=epoch_samples(config, len(examples), global_batch_size),
-        bucketing=bucketing,
+        bucketing=bucketing if config.bucket_steps else None,
+    )
+    drawn = MicroBatches(
+        order=order,
+        rank=rank,
+        world_size=world_size,
+        micro_batch_size=micro_batch_size,
+        accumulation=accumulation,
+        start_sample=start_sample,
+        num_steps=num_steps,
+    )
+    collator = replace(
+        _build_collator(config, tokenizer, image_transform), augment=build_augment(config.augment, seed=seed)
     )
     # A random crop shows a part of the picture at the tower's size.
-    shorter_side = round(image_transform.image_size / config.augment.min_crop**0.5)
-    return build_torch_loader(
-        SampleReader(index, examples, shorter_side, task=config.task, replace_bad=config.on_bad == "replace"),
-        _build_collator(config, tokenizer, image_transform, build_augment(config.augment, seed=seed)),
-        lambda: micro_batches(
-            order,
-            rank=rank,
-            world_size=world_size,
-            micro_batch_size=micro_batch_size,
-            accumulation=accumulation,
-            start_sample=start_sample,
-            num_steps=num_steps,
-        ),
-        num_batches=num_steps * accumulation,
-        num_workers=config.num_workers,
-        seed=seed,
-    )
+    side = round(image_transform.image_size / config.augment.min_crop**0.5)
+    max_substitutes = MAX_SUBSTITUTES if config.on_bad == "replace" else 0
+    reader = BatchReader(examples, collator, shorter_side=side, max_substitutes=max_substitutes)
+    return TrainingLoader(reader, drawn, num_workers=config.num_workers)
+
+
+def open_validation(config: DataConfig) -> Examples | None:
+    """Opens the validation shards, of which every caption is an example; None where there are none."""
+    if config.val is None:
+        return None
+    return open_examples(replace(config, train=config.val, location=None, captions="all"), seed=0)
 
 
 def build_validation_loader(
     config: DataConfig,
+    examples: Examples,
     tokenizer: PreTrainedTokenizerBase,
     image_transform: ImageTransform,
     *,
@@ -149,47 +229,24 @@ def build_validation_loader(
     world_size: int,
     micro_batch_size: int,
 ) -> TrainingLoader:
-    """Builds one rank's loader of the validation rows, in stored order; every caption is one.
+    """Builds one rank's loader of the first ``val_samples`` validation examples, in stored order.
 
     Every rank gets equally many micro-batches: where the rows do not fill them, rows without anything
     supervised follow, so that the summed loss and token count are those of the rows alone. It can be
     iterated again and again; ``start`` it before the training.
-
-    Args:
-        config: ``val`` and ``val_samples`` among the rest.
-        tokenizer: the LLM's tokenizer.
-        image_transform: the tower's transform.
-        rank: this rank.
-        world_size: number of ranks.
-        micro_batch_size: rows of a micro-batch.
-
-    Raises:
-        UserError: the shards are unusable or hold rows of another task.
     """
-    assert config.val is not None
-    config = replace(config, train=config.val, location=None, captions="all")
-    index, examples = open_examples(config, seed=0)
     num_rows = min(len(examples), config.val_samples or len(examples))
     num_batches = -(-num_rows // (micro_batch_size * world_size))
     own = range(rank, num_batches * micro_batch_size * world_size, world_size)
-    drawn = [(0, row if row < num_rows else PADDING_ROW) for row in own]
-    batches = [drawn[i : i + micro_batch_size] for i in range(0, len(drawn), micro_batch_size)]
-    return build_torch_loader(
-        SampleReader(index, examples, image_transform.image_size, task=config.task, replace_bad=False),
-        _build_collator(config, tokenizer, image_transform, None),
-        lambda: iter(batches),
-        num_batches=len(batches),
-        num_workers=min(config.num_workers, 1),
-        seed=0,
-        again=True,
-    )
+    rows = [(0, row if row < num_rows else _PADDING) for row in own]
+    drawn = [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
+    collator = _build_collator(config, tokenizer, image_transform)
+    reader = BatchReader(examples, collator, shorter_side=collator.image_size)
+    return TrainingLoader(reader, drawn, num_workers=min(config.num_workers, 1), again=True)
 
 
 def _build_collator(
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    image_transform: ImageTransform,
-    augment: Callable[[Image.Image, Sample], Image.Image] | None,
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, image_transform: ImageTransform
 ) -> Collator:
     return Collator(
         tokenizer,
@@ -198,5 +255,24 @@ def _build_collator(
         max_tokens=config.max_tokens,
         prompt=config.prompt,
         scienceqa=config.scienceqa,
-        augment=augment,
     )
+
+
+def _init_worker(worker_id: int) -> None:
+    """Leaves the signals of an ending job to the rank's own process, which saves and then ends its workers.
+
+    SLURM and terminals signal every process of a job; a worker that died of it would take the rank's save
+    along. Only the parent's SIGTERM counts (it is blocked in all threads, and one waits for it), and a worker
+    whose parent is gone ends by torch's watchdog.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    torch.set_num_threads(1)
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -15,7 +15,7 @@ from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.chat import PLACEHOLDER, begins_with_answer, parse_conversation
+from dehvf_ds.data.chat import PLACEHOLDER, Messages, parse_conversation
 from dehvf_ds.data.prompts import Task
 from dehvf_ds.data.shards import (
     BAD_CHAT,
@@ -64,11 +64,15 @@ _GRADE = re.compile(r"grade([1-9]|1[0-2])")
 
 
 class CheckedRecord(NamedTuple):
-    """A record that can be trained on, cleaned; a caption row's captions stand in ``captions``."""
+    """A record that can be trained on, cleaned.
+
+    A caption row's captions are in ``captions``, and a conversation's turns, parsed, in ``messages``.
+    """
 
     record: dict[str, Any]
     task: Task
     notes: tuple[str, ...] = ()
+    messages: Messages = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +205,7 @@ def problem_of(record: Mapping[str, Any], key: str, has_image: bool) -> Problem:
 
 
 def _check(record: dict[str, Any], has_picture: bool) -> CheckedRecord:
-    notes = _gather_captions(record)
+    notes, messages = _gather_captions(record), ()
     if record.get("captions"):
         task: Task = "caption"
     elif "conversations" in record:
@@ -228,7 +232,8 @@ def _check(record: dict[str, Any], has_picture: bool) -> CheckedRecord:
         if task == "scienceqa" and isinstance(choices := record.get("choices"), list):
             record["choices"] = [clean_text(c) if isinstance(c, str) else c for c in choices]
         if task == "chat":
-            notes += _check_chat(record, has_picture)
+            messages, odd = _check_chat(record, has_picture)
+            notes += odd
     except ValueError as error:
         raise DamagedSample(f"its text {one_line(error)}; correct it", BAD_TEXT) from None
     if task == "scienceqa":
@@ -241,7 +246,7 @@ def _check(record: dict[str, Any], has_picture: bool) -> CheckedRecord:
             raise DamagedSample(str(error), BAD_PROBLEM) from None
         if record["choices"].count(record["choices"][problem.answer]) > 1:
             notes.append(SAME_CHOICE)
-    return CheckedRecord(record, task, tuple(notes))
+    return CheckedRecord(record, task, tuple(notes), messages)
 
 
 def _gather_captions(record: dict[str, Any]) -> list[str]:
@@ -315,7 +320,7 @@ def _notes_on_text(text: str, caption: Any) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _check_chat(record: dict[str, Any], has_picture: bool) -> list[str]:
+def _check_chat(record: dict[str, Any], has_picture: bool) -> tuple[Messages, list[str]]:
     turns = record["conversations"]
     for turn in turns if isinstance(turns, list) else ():
         if isinstance(turn, dict) and isinstance(turn.get("value"), str):
@@ -327,9 +332,9 @@ def _check_chat(record: dict[str, Any], has_picture: bool) -> list[str]:
     marks = sum(len(PLACEHOLDER.findall(text)) for text in _texts_of(record, ("human", "user")))
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     found = {
-        UNASKED_TURN: begins_with_answer(record),
+        UNASKED_TURN: len(messages) < len(turns),
         SEVERAL_MARKS: has_picture and marks > 1,
         NULL_ANSWER: any(map(is_null, answers)),
         MARKED_ANSWER: any(map(PLACEHOLDER.search, answers)),
     }
-    return [note for note, is_there in found.items() if is_there]
+    return messages, [note for note, is_there in found.items() if is_there]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import re
 import warnings
@@ -33,14 +34,9 @@ _SHOWN = 24
 
 
 def decode_text(data: bytes, *, command: str = "") -> str:
-    """Decodes UTF-8, with or without a byte order mark.
+    """Decodes UTF-8, with or without a byte order mark; ``command`` is what a shell calls the file.
 
-    Args:
-        data: a file's bytes.
-        command: what the file is called in the remedy's command line; empty where there is no file.
-
-    Raises:
-        ValueError: it is of another encoding; says where, which it may be and how to convert it.
+    A ``ValueError`` says where it is of another encoding, which it may be and how to convert it.
     """
     if kind := told_by_first_bytes(data, _NO_TEXTS):
         raise ValueError(f"not a text in UTF-8: it is {kind}")
@@ -50,10 +46,9 @@ def decode_text(data: bytes, *, command: str = "") -> str:
     if encoding == "UTF-16":
         raise ValueError(f"not UTF-8 at byte {max(0, data.find(0))}: it looks like UTF-16{remedy}")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode().removeprefix(_BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
-        # "utf-8-sig" counts from behind the mark.
-        at = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
+        at = error.start
         line = data.count(b"\n", 0, at) + 1
         raise ValueError(
             f"not UTF-8 at byte {at}, line {line} (0x{data[at]:02x}): it may be Latin-1 or "
@@ -62,12 +57,7 @@ def decode_text(data: bytes, *, command: str = "") -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Parses JSON.
-
-    Raises:
-        ValueError: it is none, or an object has a name twice: the last would win without a word.
-        RecursionError: it is nested too deeply.
-    """
+    """Parses JSON; an object that has a name twice is refused, for the last would win without a word."""
     return json.loads(text, object_pairs_hook=_once)
 
 
@@ -83,9 +73,8 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 def clean_text(text: str) -> str:
     """A text without byte order marks.
 
-    Raises:
-        ValueError: it holds control characters or half a surrogate pair, as text does that was cut or decoded
-            wrongly; nothing sensible can be learnt of it.
+    Control characters and half a surrogate pair are a ``ValueError``: texts have them that were cut or
+    decoded wrongly, and nothing sensible can be learnt of those.
     """
     if found := _DAMAGE.search(text):
         around = text[max(0, found.start() - _SHOWN) : found.start() + _SHOWN]
@@ -108,16 +97,14 @@ def is_value(text: str) -> bool:
     """Whether a text is a value of a program written out: ``['A dog.', 'A cat.']``, ``b'A dog.'``, ``{}``."""
     if not _VALUE.match(text):
         return False
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        try:
-            # JSON has true, false and null, too.
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            return False
-    return isinstance(value, list | tuple | set | dict | bytes)
+    # JSON has true, false and null, too.
+    for read in (ast.literal_eval, json.loads):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError),
+        ):
+            return isinstance(read(text.strip()), list | tuple | set | dict | bytes)
+    return False
 
 
 def is_null(text: str) -> bool:

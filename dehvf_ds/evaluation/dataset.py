@@ -26,13 +26,12 @@ from dehvf_ds.data.building.sources import (
     read_scienceqa,
 )
 from dehvf_ds.data.building.writer import BuildSettings, build_shards
-from dehvf_ds.data.collate import Collator, letter_ids
+from dehvf_ds.data.collate import Collator, ImageTransform, letter_ids
+from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.loader import read_sample
 from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX, Task
 from dehvf_ds.data.records import parse_record
 from dehvf_ds.data.shards import DamagedSample
-from dehvf_ds.data.transforms import ImageTransform
 from dehvf_ds.evaluation.decode import MAX_NEW_TOKENS, Decoding, decode, likeliest_options, require_positions
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
 

@@ -18,12 +18,11 @@ from PIL import Image
 from dehvf_ds.atomic import atomic_file
 from dehvf_ds.config import EvalConfig, ScienceqaConfig, UserError, load_run_config, require, to_plain
 from dehvf_ds.data.building.sources import describe_file
+from dehvf_ds.data.collate import build_image_transform, load_tokenizer
+from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.loader import read_sample
 from dehvf_ds.data.prompts import build_prompt
 from dehvf_ds.data.shards import DamagedSample
-from dehvf_ds.data.tokenizer import load_tokenizer
-from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.distributed import has_fast_bf16, init_process_group, meet, on_main, read_world
 from dehvf_ds.evaluation import dataset, predict
 from dehvf_ds.evaluation.coco import CaptionScorer

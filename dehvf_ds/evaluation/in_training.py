@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from dehvf_ds.config import InsideConfig, UserError
-from dehvf_ds.data.loader import read_sample
+from dehvf_ds.data.examples import read_sample
 from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, on_main
 from dehvf_ds.evaluation.coco import require_java
 from dehvf_ds.evaluation.dataset import TASKS, Prediction, Questions, open_questions

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from dehvf_ds.batch import Sample
 from dehvf_ds.config import UserError, require
-from dehvf_ds.data.loader import read_sample
+from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.shards import DamagedSample
 from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, on_main
 from dehvf_ds.evaluation.dataset import Prediction, Questions, digest_of

@@ -14,12 +14,10 @@ from transformers import AutoModelForImageTextToText
 
 from dehvf_ds.batch import Batch
 from dehvf_ds.config import UserError
-from dehvf_ds.data.collate import Collator
+from dehvf_ds.data.collate import Collator, build_image_transform, load_tokenizer
+from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.prompts import CAPTION_PROMPT, Task
-from dehvf_ds.data.samples import read_sample
-from dehvf_ds.data.tokenizer import load_tokenizer
-from dehvf_ds.data.transforms import build_image_transform
 from dehvf_ds.model import DehvfForConditionalGeneration, DehvfProcessor
 from dehvf_ds.model.adapter import TrainedModel
 from dehvf_ds.model.ffn import fold_lora

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from dehvf_ds.batch import Batch
 from dehvf_ds.config import InsideConfig, RunConfig, UserError
-from dehvf_ds.data.transforms import build_image_transform
+from dehvf_ds.data.collate import build_image_transform
 from dehvf_ds.distributed import World
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
 from dehvf_ds.training.deepspeed_json import compute_dtype

@@ -17,7 +17,7 @@ from rich.table import Table
 from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, PreTrainedConfig
 
 from dehvf_ds.config import DEEPSPEED_DIR, ModelConfig, RunConfig, UserError, find_deepspeed_json
-from dehvf_ds.data.transforms import build_image_transform
+from dehvf_ds.data.collate import build_image_transform
 from dehvf_ds.model import DehvfConfig
 from dehvf_ds.planning.memory import (
     GIB,

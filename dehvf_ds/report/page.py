@@ -13,8 +13,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.loader import read_sample
 from dehvf_ds.data.shards import DamagedSample
 from dehvf_ds.evaluation.coco import CAPTION_METRICS
 from dehvf_ds.evaluation.scienceqa import COLUMNS

@@ -8,13 +8,22 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dehvf_ds.config import RunConfig, UserError
-from dehvf_ds.data.collate import tokenizer_traits
+from dehvf_ds.data.collate import (
+    ImageTransform,
+    build_image_transform,
+    check_tokenizer,
+    load_tokenizer,
+)
+from dehvf_ds.data.examples import Examples, open_examples
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.loader import build_loader, build_validation_loader, epoch_samples, open_examples
+from dehvf_ds.data.loader import (
+    TrainingLoader,
+    build_loader,
+    build_validation_loader,
+    epoch_samples,
+    open_validation,
+)
 from dehvf_ds.data.prompts import CAPTION_PROMPT
-from dehvf_ds.data.tokenizer import check_tokenizer, load_tokenizer
-from dehvf_ds.data.transforms import ImageTransform, build_image_transform
-from dehvf_ds.data.workers import TrainingLoader
 from dehvf_ds.distributed import World
 from dehvf_ds.model import DehvfConfig, ModelError
 from dehvf_ds.model.backbones import check_bases, load_backbone_config
@@ -34,7 +43,8 @@ class ResolvedRun:
         model_config: the model's configuration.
         tokenizer: the language model's.
         transform: the vision tower's picture transform.
-        index: the training shards.
+        examples: of the training shards.
+        validation: the examples of the validation shards, if there are any.
         samples_per_epoch: rows that an epoch consumes.
         num_steps: optimizer steps of the whole run.
     """
@@ -45,14 +55,21 @@ class ResolvedRun:
     model_config: DehvfConfig
     tokenizer: PreTrainedTokenizerBase
     transform: ImageTransform
-    index: ShardIndex
+    examples: Examples
+    validation: Examples | None
     samples_per_epoch: int
     num_steps: int
+
+    @property
+    def index(self) -> ShardIndex:
+        """The training shards."""
+        return self.examples.index
 
     def training_batches(self, start_sample: int, num_steps: int) -> TrainingLoader:
         """This rank's loader of ``num_steps`` steps from ``start_sample`` on."""
         return build_loader(
             self.config.data,
+            self.examples,
             self.tokenizer,
             self.transform,
             **self._place(),
@@ -64,9 +81,11 @@ class ResolvedRun:
 
     def validation_batches(self) -> TrainingLoader | None:
         """This rank's loader of the validation rows; None where there are none."""
-        if self.config.data.val is None:
+        if self.validation is None:
             return None
-        return build_validation_loader(self.config.data, self.tokenizer, self.transform, **self._place())
+        return build_validation_loader(
+            self.config.data, self.validation, self.tokenizer, self.transform, **self._place()
+        )
 
     def notes(self) -> list[str]:
         """What the settings do not do, though they look as if they did."""
@@ -109,18 +128,16 @@ def resolve(config: RunConfig, world: World) -> ResolvedRun:
             f"set it to {longest} at most"
         )
     tokenizer = load_tokenizer(model.language_model)
-    tokenizer_traits(tokenizer)
     check_tokenizer(tokenizer, model_config.text_config.vocab_size)
     if world.is_main:
         try:
             check_bases(model_config, model.language_model, model.vision_tower)
         except ModelError as error:
             raise UserError(f"model: {error}") from None
-    index, examples = open_examples(data, seed=config.seed)
-    if data.val is not None:
-        ShardIndex(data.val)
+    examples = open_examples(data, seed=config.seed)
+    validation = open_validation(data)
     if world.is_main:
-        index.check_sizes()
+        examples.index.check_sizes()
     samples_per_epoch = epoch_samples(data, len(examples), config.train.global_batch_size)
     return ResolvedRun(
         config=config,
@@ -129,7 +146,8 @@ def resolve(config: RunConfig, world: World) -> ResolvedRun:
         model_config=model_config,
         tokenizer=tokenizer,
         transform=transform,
-        index=index,
+        examples=examples,
+        validation=validation,
         samples_per_epoch=samples_per_epoch,
         num_steps=planned_steps(config, samples_per_epoch),
     )

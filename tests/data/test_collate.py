@@ -1,45 +1,83 @@
+"""Prompts, label masks and pixels with the tokenizers and processors that backbones come with."""
+
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from transformers import PreTrainedTokenizerFast
+from sentencepiece import SentencePieceProcessor
 
 from dehvf_ds.batch import IGNORE_INDEX, Sample
 from dehvf_ds.config import ScienceqaConfig, UserError
-from dehvf_ds.data.chat import encode_chat, encode_chat_prompt, parse_conversation
+from dehvf_ds.data.chat import parse_conversation
 from dehvf_ds.data.collate import (
     Collator,
+    build_image_transform,
+    check_tokenizer,
     encode,
     encode_prompt,
-    tokenizer_traits,
+    letter_ids,
+    load_tokenizer,
 )
+from dehvf_ds.model.processing import tokenizer_traits
 
+TOKENIZERS = ["byte_bpe", "byte_bpe_with_bos", "llama", "llama_legacy"]
 PROMPT, TARGET = "Caption of the picture:", "The dog runs."
+
+# Invented.
 PROBLEM = {
-    "question": "a",
-    "choices": ["b", "a"],
-    "answer": 0,
-    "image_caption": "a dog",
-    "lecture": "The dog runs.",
-    "solution": "A child.",
+    "question": "Which is a dog?",
+    "choices": ["the wind", "Rex"],
+    "answer": 1,
+    "hint": "",
+    "image_caption": "a dog runs",
+    "lecture": "Dogs run.",
+    "solution": "Rex runs.",
 }
 TALK = {
     "conversations": [
-        {"from": "human", "value": "<image>\nThe dog?"},
-        {"from": "gpt", "value": "A child."},
-        {"from": "human", "value": "A dress?"},
-        {"from": "gpt", "value": "The dog runs."},
-    ]
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A dog."},
+        {"from": "human", "value": "A pink dog?"},
+        {"from": "gpt", "value": "No."},
+    ],
 }
+RECORDS = {"caption": {"caption": "A child in a\npink dress. 😀"}, "scienceqa": PROBLEM, "chat": TALK}
+# What is read, and in brackets what is learnt of it.
+ROWS = {
+    "caption": "Caption of the picture: [A child in a pink dress. 😀{eos}]",
+    "scienceqa": "Question: Which is a dog?\nContext: a dog runs\nOptions: (A) the wind (B) Rex\n"
+    "Response: [The answer is B. BECAUSE: Dogs run. Rex runs.{eos}]",
+    "chat": "USER: What is it? ASSISTANT: [A dog.{eos}] USER: A pink dog? ASSISTANT: [No.{eos}]",
+}
+# One sign a token, X where it is supervised; a begin-of-text token puts one more in front.
+MASKS = {
+    ("byte_bpe", "caption"): ".....XXXXXXXXXXXXX",
+    ("byte_bpe", "scienceqa"): "." * 42 + "XXXXXXXXXXXXXXXXXXXXXXXXXX",
+    ("byte_bpe", "chat"): "........................XXXX....................XXXX",
+    ("llama", "caption"): "......XXXXXXXXXXXXX",
+    ("llama", "scienceqa"): "." * 36 + "XXXXXXXXXXXXXXXXXXXXXXXX",
+    ("llama", "chat"): ".........XXXX........XXXX",
+}
+FORM = ScienceqaConfig(image_captions=True, lecture=True, solution=True)
 
 
-@pytest.fixture(params=["byte_bpe", "byte_bpe_with_bos", "sentencepiece_like"])
+@pytest.fixture(params=TOKENIZERS)
 def tokenizer(request):
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def collator(byte_bpe, tiny_transform):
+    return Collator(byte_bpe, tiny_transform, task="caption", max_tokens=64)
 
 
 def row(key="a", caption=TARGET, image=True):
@@ -47,193 +85,207 @@ def row(key="a", caption=TARGET, image=True):
     return Sample(key=key, image=picture, record={"caption": caption})
 
 
-def test_traits_are_found_by_behaviour(byte_bpe, byte_bpe_with_bos, sentencepiece_like):
-    assert (tokenizer_traits(byte_bpe).bos, tokenizer_traits(byte_bpe).seam) == ((), " ")
-    assert (tokenizer_traits(byte_bpe_with_bos).bos, tokenizer_traits(byte_bpe_with_bos).seam) == ((0,), " ")
-    assert (tokenizer_traits(sentencepiece_like).bos, tokenizer_traits(sentencepiece_like).seam) == ((1,), "")
-    assert tokenizer_traits(byte_bpe).pad_id == byte_bpe.eos_token_id
-    assert tokenizer_traits(sentencepiece_like).pad_id == sentencepiece_like.pad_token_id
+def make_row(tokenizer, transform, task, **how):
+    collator = Collator(tokenizer, transform, task=task, max_tokens=512, scienceqa=FORM, **how)
+    batch = collator([Sample(key="a", image=None, record=RECORDS[task])])
+    return batch.input_ids[0].tolist(), batch.labels[0].tolist()
 
 
-def test_seam_equals_the_whole_text(tokenizer):
-    ids, labels = encode(tokenizer, PROMPT, TARGET, 64)
-    assert ids == [*tokenizer(f"{PROMPT} {TARGET}").input_ids, tokenizer.eos_token_id]
-    supervised = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
-    assert supervised == list(range(len(tokenizer(PROMPT).input_ids), len(ids)))
-    assert all(labels[i] == ids[i] for i in supervised)
-    assert tokenizer.decode([ids[i] for i in supervised[:-1]]).strip() == TARGET
+def mask(labels):
+    return "".join("." if label == IGNORE_INDEX else "X" for label in labels)
 
 
-def test_golden_tokens(byte_bpe, sentencepiece_like):
-    ids, labels = encode(byte_bpe, "a", "The answer is A.", 64)
-    assert byte_bpe.convert_ids_to_tokens(ids) == ["a", "ĠThe", "Ġanswer", "Ġis", "ĠA", ".", "<eos>"]
+def decode(tokenizer, ids):
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("task", RECORDS)
+def test_golden_rows(tokenizer, tiny_transform, task):
+    ids, labels = make_row(tokenizer, tiny_transform, task)
+    assert all(label in (i, IGNORE_INDEX) for i, label in zip(ids, labels, strict=True))
+    row = ROWS[task].format(eos=tokenizer.eos_token)
+    bos = len(tokenizer_traits(tokenizer).bos)
+    assert decode(tokenizer, ids[bos:]) == row.replace("[", "").replace("]", "")
+    runs = [list(run) for learnt, run in groupby(labels, lambda label: label != IGNORE_INDEX) if learnt]
+    learnt = [part.partition("]")[0] for part in row.split("[")[1:]]
+    assert [decode(tokenizer, run).strip() for run in runs] == learnt
+    # Generation begins where the last answer does.
+    assert make_row(tokenizer, tiny_transform, task, for_generation=True)[0] == ids[: -len(runs[-1])]
+
+
+@pytest.mark.parametrize(("name", "task"), MASKS)
+def test_golden_masks(name, task, request, tiny_transform):
+    twin = {"byte_bpe": "byte_bpe_with_bos", "llama": "llama_legacy"}[name]
+    more = "." if twin == "byte_bpe_with_bos" else ""
+    for tokenizer, golden in ((name, MASKS[name, task]), (twin, more + MASKS[name, task])):
+        assert mask(make_row(request.getfixturevalue(tokenizer), tiny_transform, task)[1]) == golden
+
+
+# "▁" is sentencepiece's sign for a space, and reads as one.
+words = st.lists(
+    st.one_of(
+        st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="▁"), min_size=1, max_size=8),
+        st.sampled_from(["dog", "42", "7th", "...", "👩‍👩‍👧", "e\u0301", "</s>", "<eos>", "'s", "(A)", "ﬁ"]),
+    ),
+    min_size=1,
+    max_size=6,
+).map(" ".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=words.filter(lambda text: "</s>" not in text))
+@pytest.mark.parametrize("name", ["llama", "llama_legacy"])
+def test_llama_tokenises_as_sentencepiece_itself(name, request, text):
+    tokenizer = request.getfixturevalue(name)
+    reference = SentencePieceProcessor(model_file=str(Path(tokenizer.name_or_path) / "tokenizer.model"))
+    assert tokenizer(text).input_ids == [reference.bos_id(), *reference.encode(text)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=words, target=words, size=st.integers(1, 40))
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_any_target_is_supervised_whole_and_alone(name, request, prompt, target, size):
+    tokenizer = request.getfixturevalue(name)
+    ids, labels = encode(tokenizer, prompt, target, 10_000)
+    head = encode_prompt(tokenizer, prompt)
+    assert mask(labels) == "." * len(head) + "X" * (len(ids) - len(head))
+    assert ids[: len(head)] == head
+    assert labels[-1] == tokenizer.eos_token_id
+    if tokenizer.eos_token not in prompt + target:
+        assert ids[:-1] == tokenizer(f"{prompt} {target}").input_ids
+    assert decode(tokenizer, labels[len(head) : -1]).removeprefix(" ") == target
+    assert encode(tokenizer, prompt, target, size) == (ids[:size], labels[:size])
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "\n"])
+def test_an_end_of_text_stands_for_the_begin_of_an_empty_prompt(byte_bpe, prompt):
+    ids, labels = encode(byte_bpe, prompt, TARGET, 64)
+    assert ids == [byte_bpe.eos_token_id, *byte_bpe(TARGET).input_ids, byte_bpe.eos_token_id]
     assert labels == [IGNORE_INDEX, *ids[1:]]
-    ids, labels = encode(sentencepiece_like, "a", "The answer is A.", 64)
-    assert sentencepiece_like.convert_ids_to_tokens(ids) == [
-        *["<s>", "▁a", "▁The", "▁answer", "▁is", "▁A.", "</s>"]
-    ]
-    assert labels == [IGNORE_INDEX, IGNORE_INDEX, *ids[2:]]
 
 
-def test_long_target_loses_its_end_and_eos(tokenizer):
-    ids, labels = encode(tokenizer, PROMPT, TARGET, 64)
-    for size in range(len(tokenizer(PROMPT).input_ids) + 1, len(ids)):
-        cut_ids, cut_labels = encode(tokenizer, PROMPT, TARGET, size)
-        assert (cut_ids, cut_labels) == (ids[:size], labels[:size])
-        assert tokenizer.eos_token_id not in cut_ids
-    assert encode(tokenizer, PROMPT, TARGET, len(ids)) == (ids, labels)
+def test_letters_that_are_no_tokens_of_their_own_are_refused(tokenizer):
+    with pytest.raises(UserError, match="a letter after the prompt is not one token of its own"):
+        letter_ids(tokenizer)
 
 
-def test_special_tokens_in_a_target_are_plain_text(byte_bpe):
-    ids, _ = encode(byte_bpe, PROMPT, "a <eos> b", 64)
-    assert ids.count(byte_bpe.eos_token_id) == 1
-
-
-def test_empty_prompt_supervises_all_that_can_be_predicted(byte_bpe, byte_bpe_with_bos):
-    # An end of text stands for the begin that the tokenizer has not: generation must begin from something.
-    eos = byte_bpe.eos_token_id
-    for prompt in ("", " ", "\n"):
-        ids, labels = encode(byte_bpe, prompt, TARGET, 64)
-        assert ids == [eos, *byte_bpe(TARGET).input_ids, eos]
-        assert labels == [IGNORE_INDEX, *ids[1:]]
-        assert encode_prompt(byte_bpe, prompt) == [eos]
-    ids, labels = encode(byte_bpe_with_bos, "", TARGET, 64)
-    assert labels == [IGNORE_INDEX, *ids[1:]]
-
-
-def test_generation_begins_as_training_does(tokenizer):
-    ids, _ = encode(tokenizer, "Response:", "The answer is A.", 64)
-    start = encode_prompt(tokenizer, "Response:", "The answer is")
-    assert ids[: len(start)] == start
-    assert encode_prompt(tokenizer, "Response:") == tokenizer("Response:").input_ids
-
-
-def test_training_batch(byte_bpe, tiny_transform):
-    collator = Collator(byte_bpe, tiny_transform, task="caption", max_tokens=64, prompt="a")
-    batch = collator([row("x"), row("y", "The dog", image=False)])
+def test_training_batch(collator, byte_bpe):
+    samples = [row("x"), row("y", "The dog", image=False)]
+    batch = replace(collator, prompt="a")(samples)
     long, short = encode(byte_bpe, "a", TARGET, 64), encode(byte_bpe, "a", "The dog", 64)
     gap = len(long[0]) - len(short[0])
     assert gap > 0
     assert batch.input_ids.tolist() == [long[0], short[0] + [byte_bpe.eos_token_id] * gap]
     assert batch.labels.tolist() == [long[1], short[1] + [IGNORE_INDEX] * gap]
-    assert batch.attention_mask.sum(1).tolist() == [len(long[0]), len(short[0])]
-    assert batch.attention_mask[1].tolist() == [1] * len(short[0]) + [0] * gap
+    assert batch.attention_mask.tolist() == [[1] * len(long[0]), [1] * len(short[0]) + [0] * gap]
     assert batch.keys == ("x", "y")
     assert batch.has_image.tolist() == [True, False]
-    assert batch.has_image.dtype == torch.bool
-    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
     assert batch.pixel_values.shape == (2, 3, 4, 4)
     assert batch.pixel_values[:, :, 0, 0].tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    assert replace(collator, prompt="Caption of " * 40)(samples).num_unsupervised_rows() == 2
 
 
 def test_generation_batch(byte_bpe_with_bos, tiny_transform):
     tokenizer = byte_bpe_with_bos
-    rows = [
-        Sample(key=str(i), image=None, record={**PROBLEM, "hint": hint})
-        for i, hint in enumerate(["", "a b a b"])
-    ]
-    collator = Collator(
-        tokenizer,
-        tiny_transform,
-        task="scienceqa",
-        max_tokens=8,
-        for_generation=True,
-        answer_prefix="The answer is",
-    )
-    batch = collator(rows)
+    rows = [Sample(key=hint, image=None, record={**PROBLEM, "hint": hint}) for hint in ("", "a b a b")]
+    form = {"task": "scienceqa", "max_tokens": 8, "for_generation": True}
+    batch = Collator(tokenizer, tiny_transform, **form, answer_prefix="The answer is")(rows)
     assert (batch.labels == IGNORE_INDEX).all()
     assert batch.attention_mask[:, -1].tolist() == [1, 1]
     assert batch.attention_mask.sum(1).unique().numel() == 2
-    for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
-        kept = ids[mask.bool()]
-        assert kept[0] == tokenizer.bos_token_id
-        assert tokenizer.decode(kept).endswith("Response: The answer is")
-        assert (ids[~mask.bool()] == tokenizer.eos_token_id).all()
+    for ids, kept in zip(batch.input_ids, batch.attention_mask.bool(), strict=True):
+        assert ids[kept][0] == tokenizer.bos_token_id
+        assert tokenizer.decode(ids[kept]).endswith("Response: The answer is")
+        assert (ids[~kept] == tokenizer.eos_token_id).all()
 
 
-@pytest.mark.parametrize(
-    ("form", "text"),
-    [
-        (None, "Context: N/A\nOptions: (A) b (B) a\nResponse: The answer is A."),
-        (
-            ScienceqaConfig(image_captions=True),
-            "Context: a dog\nOptions: (A) b (B) a\nResponse: The answer is A.",
-        ),
-        (
-            ScienceqaConfig(lecture=True, solution=True),
-            "Context: N/A\nOptions: (A) b (B) a\nResponse: The answer is A. BECAUSE: The dog runs. A child.",
-        ),
-    ],
-)
-def test_scienceqa_form(byte_bpe, tiny_transform, form, text):
-    """The picture's caption is shown to the model only where the configuration says so."""
-    settings = {} if form is None else {"scienceqa": form}
-    collator = Collator(byte_bpe, tiny_transform, task="scienceqa", max_tokens=512, **settings)
-    batch = collator([Sample(key="a", image=None, record=PROBLEM)])
-    assert byte_bpe.decode(batch.input_ids[0]) == f"Question: a\n{text}<eos>"
-
-
-def test_chat_batches(tokenizer, tiny_transform):
-    samples = [Sample(key="a", image=None, record=TALK), row("b")]
-    samples[1].record.update(TALK, conversations=TALK["conversations"][:2])
-    messages = parse_conversation(TALK)
-    batch = Collator(tokenizer, tiny_transform, task="chat", max_tokens=512)(samples)
-    whole, short = encode_chat(tokenizer, messages, 512), encode_chat(tokenizer, messages[:2], 512)
-    assert (batch.input_ids[0].tolist(), batch.labels[0].tolist()) == whole
-    assert batch.labels[1].tolist() == short[1] + [IGNORE_INDEX] * (len(whole[1]) - len(short[1]))
-    assert batch.has_image.tolist() == [False, True]
-    batch = Collator(tokenizer, tiny_transform, task="chat", max_tokens=8, for_generation=True)(samples)
-    assert batch.input_ids[0].tolist() == encode_chat_prompt(tokenizer, messages)
-    question = encode_chat_prompt(tokenizer, messages[:1])
-    assert batch.input_ids[1].tolist()[-len(question) :] == question
-    assert (batch.labels == IGNORE_INDEX).all()
-
-
-def test_damaged_conversation_names_its_sample(byte_bpe, tiny_transform):
-    collator = Collator(byte_bpe, tiny_transform, task="chat", max_tokens=64)
+def test_a_chat_is_taken_as_it_was_parsed_or_parsed_here(collator):
+    collator = replace(collator, task="chat", max_tokens=512)
+    sample = Sample(key="x7", image=None, record=TALK)
+    parsed = replace(sample, record={}, messages=parse_conversation(TALK))
+    assert torch.equal(*(collator([each]).labels for each in (sample, parsed)))
     with pytest.raises(UserError, match=r"^sample x7: the conversation has no turns"):
-        collator([Sample(key="x7", image=None, record={})])
+        collator([replace(sample, record={})])
 
 
-def test_augmented_in_training_only(byte_bpe, tiny_transform):
+def test_augmented_in_training_only(collator):
     def to_green(image, sample):
         assert (image.getpixel((0, 0)), sample.epoch) == ((255, 0, 0), 3)
         return Image.new("RGB", image.size, (0, 255, 0))
 
     samples = [replace(row("a"), epoch=3), replace(row("b", image=False), epoch=3)]
     for for_generation, colour in ((False, [0.0, 1.0, 0.0]), (True, [1.0, 0.0, 0.0])):
-        collator = Collator(
-            byte_bpe,
-            tiny_transform,
-            task="caption",
-            max_tokens=64,
-            augment=to_green,
-            for_generation=for_generation,
-        )
-        pixels = collator(samples).pixel_values
+        pixels = replace(collator, augment=to_green, for_generation=for_generation)(samples).pixel_values
         assert pixels[:, :, 0, 0].tolist() == [colour, [0.0, 0.0, 0.0]]
 
 
-def test_rows_without_supervision_are_counted_not_dropped(byte_bpe, tiny_transform):
-    collator = Collator(byte_bpe, tiny_transform, task="caption", max_tokens=8, prompt="Caption of " * 8)
-    batch = collator([row(), row()])
-    assert batch.input_ids.shape == (2, 8)
-    assert batch.num_unsupervised_rows() == 2
-    whole = Collator(byte_bpe, tiny_transform, task="caption", max_tokens=64)([row()])
-    assert whole.num_unsupervised_rows() == 0
-
-
-def test_long_text_prints_nothing(byte_bpe, caplog):
-    byte_bpe.model_max_length = 4
-    try:
-        with caplog.at_level(logging.WARNING):
-            encode(byte_bpe, PROMPT, TARGET, 8)
-    finally:
-        byte_bpe.model_max_length = int(1e30)
+def test_long_text_prints_nothing(byte_bpe, caplog, monkeypatch):
+    monkeypatch.setattr(byte_bpe, "model_max_length", 4)
+    with caplog.at_level(logging.WARNING):
+        encode(byte_bpe, PROMPT, TARGET, 8)
     assert caplog.records == []
 
 
-def test_tokenizer_without_eos(byte_bpe):
-    bare = PreTrainedTokenizerFast(tokenizer_object=byte_bpe.backend_tokenizer)
+def test_tokenizers_that_cannot_be_used(byte_bpe, tmp_path):
+    with pytest.raises(UserError, match=f"no tokenizer at {tmp_path}: "):
+        load_tokenizer(str(tmp_path))
+    byte_bpe.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    check_tokenizer(tokenizer, len(tokenizer) + 100)
+    for num_embeddings, message in ((100, "has id .* has 100 embeddings"), (1000, "knows .* has 1000 emb")):
+        with pytest.raises(UserError, match=message):
+            check_tokenizer(tokenizer, num_embeddings)
+    path = tmp_path / "tokenizer_config.json"
+    config = {name: value for name, value in json.loads(path.read_text()).items() if name != "eos_token"}
+    path.write_text(json.dumps(config))
     with pytest.raises(UserError, match="no end-of-text token; set eos_token"):
-        tokenizer_traits(bare)
+        load_tokenizer(str(tmp_path))
+
+
+DINOV2 = {
+    "image_processor_type": "BitImageProcessor",
+    "size": {"shortest_edge": 256},
+    "crop_size": {"height": 224, "width": 224},
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+
+
+@pytest.fixture
+def tower(tmp_path):
+    def make(config):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return make
+
+
+def test_tower_of_dinov2(tower):
+    assert build_image_transform(tower(DINOV2), None).image_size == 224
+    transform = build_image_transform(tower(DINOV2), 98)
+    pixels = transform(Image.new("RGB", (50, 30), (255, 0, 128)))
+    assert (pixels.dtype, tuple(pixels.shape), transform.image_size) == (torch.float32, (3, 98, 98), 98)
+    expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (128 / 255 - 0.406) / 0.225]
+    torch.testing.assert_close(pixels.mean((1, 2)), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    image = Image.new("RGB", (60, 20), (255, 255, 255))
+    image.paste((0, 0, 0), (20, 0, 40, 20))
+    assert build_image_transform(tower(DINOV2), 20)(image).max() < 0  # the middle third and nothing else
+
+
+@pytest.mark.parametrize("kind", ["CLIPImageProcessor", "CLIPImageProcessorFast", "SiglipImageProcessor"])
+@pytest.mark.parametrize("size", [None, 32])
+def test_other_towers(tower, kind, size):
+    transform = build_image_transform(tower({"image_processor_type": kind}), size)
+    assert transform(Image.new("RGB", (50, 30))).shape == (3, size or 224, size or 224)
+
+
+def test_towers_that_cannot_be_used(tower, tmp_path):
+    with pytest.raises(UserError, match=r"no preprocessor_config.json; copy it"):
+        build_image_transform(tmp_path, 224)
+    with pytest.raises(UserError, match="no usable image processor"):
+        build_image_transform(tower({"image_processor_type": "NoSuchProcessor"}), 224)
+    config = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False}
+    with pytest.raises(UserError, match=r"not one square; set model\.image_size"):
+        build_image_transform(tower(config), None)
+    assert build_image_transform(tower(config), 32).image_size == 32

@@ -10,7 +10,6 @@ from dehvf_ds.config import ScienceqaConfig
 from dehvf_ds.data.prompts import QCM_A, build_prompt, build_target
 
 PROBLEMS = Path(__file__).resolve().parents[3] / "shared/data/scienceqa/problems.json"
-CAPTIONED = ScienceqaConfig(image_captions=True)
 
 # All of these are invented.
 KITE = {
@@ -32,93 +31,53 @@ PLANETS = {
     "lecture": "",
     "solution": "The Sun gives light of its own.",
 }
+HINT = "Ada runs along the beach.\nHer kite pulls at the string."
+PLANET_OPTIONS = "Options: (A) the Moon (B) Mars (C) Venus (D) Saturn's rings (E) the Sun"
 
-GOLDEN_PROMPTS = {
-    "hint": (
-        KITE,
-        QCM_A,
-        "Question: Which of these makes the kite rise?\n"
-        "Context: Ada runs along the beach.\nHer kite pulls at the string.\n"
-        "Options: (A) the wind (B) the string\n"
-        "Response:",
-    ),
-    "hint and caption": (
-        KITE,
-        CAPTIONED,
-        "Question: Which of these makes the kite rise?\n"
-        "Context: Ada runs along the beach.\nHer kite pulls at the string. a child with a red kite\n"
-        "Options: (A) the wind (B) the string\n"
-        "Response:",
-    ),
-    "no hint but caption": (
-        KITE | {"hint": ""},
-        CAPTIONED,
-        "Question: Which of these makes the kite rise?\n"
-        "Context: a child with a red kite\n"
-        "Options: (A) the wind (B) the string\n"
-        "Response:",
-    ),
-    "neither": (
-        KITE | {"hint": None, "image_caption": " "},
-        CAPTIONED,
-        "Question: Which of these makes the kite rise?\n"
-        "Context: N/A\n"
-        "Options: (A) the wind (B) the string\n"
-        "Response:",
-    ),
-    "no image, five choices": (
-        PLANETS,
-        CAPTIONED,
-        "Question: Which of these is a star?\n"
-        "Context: N/A\n"
-        "Options: (A) the Moon (B) Mars (C) Venus (D) Saturn's rings (E) the Sun\n"
-        "Response:",
-    ),
-}
+
+@pytest.mark.parametrize(
+    ("problem", "with_caption", "context"),
+    [
+        (KITE, False, HINT),
+        (KITE, True, f"{HINT} a child with a red kite"),
+        (KITE | {"hint": ""}, True, "a child with a red kite"),
+        (KITE | {"hint": None, "image_caption": " "}, True, "N/A"),
+        (PLANETS, True, "N/A"),
+    ],
+)
+def test_scienceqa_prompt(problem, with_caption, context):
+    options = PLANET_OPTIONS if problem is PLANETS else "Options: (A) the wind (B) the string"
+    form = ScienceqaConfig(image_captions=with_caption)
+    assert build_prompt(problem, "scienceqa", scienceqa=form) == (
+        f"Question: {problem['question']}\nContext: {context}\n{options}\nResponse:"
+    )
+
 
 LECTURE, SOLUTION = ScienceqaConfig(lecture=True), ScienceqaConfig(solution=True)
 BOTH = ScienceqaConfig(lecture=True, solution=True)
-GOLDEN_TARGETS = {
-    "A": (KITE, QCM_A, "The answer is A."),
-    "AL": (
-        KITE,
-        LECTURE,
-        "The answer is A. BECAUSE: A force is a push or a pull. Moving air pushes. It is called wind.",
-    ),
-    "AE": (KITE, SOLUTION, "The answer is A. BECAUSE: The wind pushes the kite up."),
-    "ALE": (
-        KITE,
-        BOTH,
-        "The answer is A. BECAUSE: A force is a push or a pull. Moving air pushes. It is called wind. "
-        "The wind pushes the kite up.",
-    ),
-    "ALE without a lecture": (PLANETS, BOTH, "The answer is E. BECAUSE: The Sun gives light of its own."),
-    "AL without a lecture": (PLANETS, LECTURE, "The answer is E."),
-    "ALE without either": ({"answer": 1, "lecture": None, "solution": " \n"}, BOTH, "The answer is B."),
-}
+WHY = "A force is a push or a pull. Moving air pushes. It is called wind."
+
+
+@pytest.mark.parametrize(
+    ("problem", "form", "target"),
+    [
+        (KITE, QCM_A, "The answer is A."),
+        (KITE, LECTURE, f"The answer is A. BECAUSE: {WHY}"),
+        (KITE, SOLUTION, "The answer is A. BECAUSE: The wind pushes the kite up."),
+        (KITE, BOTH, f"The answer is A. BECAUSE: {WHY} The wind pushes the kite up."),
+        (PLANETS, BOTH, "The answer is E. BECAUSE: The Sun gives light of its own."),
+        (PLANETS, LECTURE, "The answer is E."),
+        ({"answer": 1, "lecture": None, "solution": " \n"}, BOTH, "The answer is B."),
+    ],
+)
+def test_scienceqa_target(problem, form, target):
+    assert build_target(problem, "scienceqa", scienceqa=form) == target
 
 
 def test_caption():
     assert build_prompt({}, "caption") == "Caption of the picture:"
     assert build_prompt({}, "caption", prompt="Describe it: ") == "Describe it:"
     assert build_target({"caption": " A  dog\nruns. "}, "caption") == "A dog runs."
-
-
-@pytest.mark.parametrize("name", GOLDEN_PROMPTS)
-def test_scienceqa_prompt(name):
-    problem, config, golden = GOLDEN_PROMPTS[name]
-    assert build_prompt(problem, "scienceqa", scienceqa=config) == golden
-
-
-@pytest.mark.parametrize("name", GOLDEN_TARGETS)
-def test_scienceqa_target(name):
-    problem, config, golden = GOLDEN_TARGETS[name]
-    assert build_target(problem, "scienceqa", scienceqa=config) == golden
-
-
-def test_defaults_are_qcm_a():
-    assert build_prompt(KITE, "scienceqa") == GOLDEN_PROMPTS["hint"][2]
-    assert build_target(KITE, "scienceqa") == "The answer is A."
 
 
 @pytest.mark.skipif(not PROBLEMS.is_file(), reason=f"no ScienceQA problems at {PROBLEMS}")
@@ -134,6 +93,6 @@ def test_all_real_problems_have_the_protocols_form():
         assert ("\nContext: N/A\n" in prompt) == (not problem["hint"].strip())
         short, long = (build_target(problem, "scienceqa", scienceqa=form) for form in (QCM_A, BOTH))
         assert short == f"The answer is {ascii_uppercase[problem['answer']]}."
-        assert long == " ".join(long.split())
         told = f"{problem['lecture']} {problem['solution']}".split()
         assert long.split() == short.split() + (["BECAUSE:", *told] if told else [])
+        assert long == " ".join(long.split())

@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_entries import arguments, read_metrics, start, steps
 
 from dehvf_ds.config import EvalConfig, InsideConfig, UserError, parse_run_config
-from dehvf_ds.data.damage import DamagedSample
 from dehvf_ds.data.index import ShardIndex
+from dehvf_ds.data.shards import DamagedSample
 from dehvf_ds.distributed import World
 from dehvf_ds.evaluation import in_training
 from dehvf_ds.evaluation.coco import METRICS, CaptionScorer

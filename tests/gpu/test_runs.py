@@ -13,7 +13,7 @@ from gpu.runs import SAVED, STEPS, Runs
 from tiny_entries import read_metrics
 
 from dehvf_ds.config import parse_run_config
-from dehvf_ds.data.loader import read_sample
+from dehvf_ds.data.examples import read_sample
 from dehvf_ds.distributed import World
 from dehvf_ds.model.adapter import find_trained
 from dehvf_ds.model.backbones import load_model

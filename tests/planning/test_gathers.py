@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
 import torch
-from tiny_models import text_config, vision_config
 from processes import run_ranks
+from tiny_models import text_config, vision_config
 from training.zero_worker import GLOBAL_BATCH, make_rows, run_config, take
 from transformers import AutoModel, AutoModelForCausalLM
 

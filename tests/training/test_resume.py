@@ -23,7 +23,7 @@ from training.resume_world import build_world, recipe
 
 from dehvf_ds.batch import Batch
 from dehvf_ds.config import UserError, parse_run_config
-from dehvf_ds.data.loader import open_examples
+from dehvf_ds.data.examples import open_examples
 from dehvf_ds.distributed import World
 from dehvf_ds.training.checkpoint import STATE_FILE, Checkpoint
 from dehvf_ds.training.run_dir import choose_start
@@ -214,7 +214,7 @@ def test_what_would_be_another_run_is_refused(world: Path, whole: Path, capsys) 
 def start_of(args: list[str]) -> Checkpoint | None:
     """What a run with these arguments would go on from."""
     config = parse_run_config(args)
-    return choose_start(config, open_examples(config.data, seed=0)[0].digest)
+    return choose_start(config, open_examples(config.data, seed=0).index.digest)
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.records import parse_record
-from dehvf_ds.data.samples import read_sample
 from dehvf_ds.data.shards import picture_name
 
 NAN = float("nan")

@@ -1,72 +1,62 @@
 """The order of the samples: a pure function of (seed, epoch), the same on any number of ranks and workers.
 
-A fixed number C of canonical streams share the examples: each owns a stretch of shards, permutes it anew
-every epoch, and is read in turn with the others. That gives one global sequence of positions without an end:
-position p belongs to stream p mod C, and the epochs follow one another in it. Each optimizer step takes the
-next ``global_batch_size`` positions, so all ranks take equally many steps, every step is full, and the state
-to resume from is one number: the samples consumed. Ours; the streams are after MosaicML Streaming's
-canonical nodes.
+C canonical streams share the examples: each owns a stretch of shards, permutes it anew every epoch, and is
+read in turn with the others. That gives one global sequence without an end: position p belongs to stream
+p mod C, and the epochs follow one another in it. Each optimizer step takes the next ``global_batch_size``
+positions, so every step is full on all ranks, and the state to resume from is one number, the samples
+consumed. Ours; the streams are after MosaicML Streaming's canonical nodes.
 
-What reading costs: a rank whose world size divides C reads the shards of its own C / world size streams,
-nearly the same ones in every epoch: the stretches' bounds move by fewer than 2 C examples, or stay where C
-divides the epoch. With another world size a rank reads from other ranks' streams too. A stream goes through
-its shards one after another, and inside the ``window`` examples stand in a random order: each is one read,
-scattered over about the window's length. So about C / world size x (1 + window / examples of a shard) shards
-are in use at a time. The window holds numbers, not samples: 16 bytes for each of its examples and streams. A
-longer one spreads the captions of a picture further apart and scatters the reads over more shards.
-
-Bucketing reads nothing but the lengths of a window of steps ahead. It makes the rows of a step alike: long
-texts stand together, and with them whatever else goes along with length, such as the source of a row. Which
-rows a window of steps holds stays as drawn, and how many each stream gives to a step.
+A rank whose world size divides C reads the shards of its own C / world size streams, nearly the same ones in
+every epoch: about C / world size x (1 + window / examples of a shard) shards are in use at a time. The window
+holds numbers, not samples; a longer one spreads the captions of a picture further apart, and the reads over
+more shards. Bucketing makes the rows of a step alike in length, and in whatever goes along with it, such as
+the source of a row.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from enum import IntEnum
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
-
-from dehvf_ds.data.draw import Purpose, random_words
+from jaxtyping import Int64, UInt64
 
 MAX_STREAMS = 64
 """Canonical streams. A part of the order: a change of this number changes every run's samples."""
 
-Value = TypeVar("Value")
+
+class Purpose(IntEnum):
+    """What random words are for. A change of a number changes what every run draws."""
+
+    SHARDS = 0
+    FIRST_PASS = 1
+    SECOND_PASS = 2
+    LEFT_OUT = 3
+    STEPS = 4
+    CAPTION = 5
+    VIEW = 6
 
 
-class Recent(Generic[Value]):
-    """Values of integer keys, made on first touch; the longest unused leaves when there are too many."""
+def random_words(
+    seed: int, purpose: Purpose, epoch: int, group: int, number: int, count: int
+) -> UInt64[np.ndarray, " count"]:
+    """Random 64-bit words as a pure function of what they are drawn for; no generator's state is kept.
 
-    def __init__(self, make: Callable[..., Value], size: int):
-        """Keeps at most ``size`` values of ``make(*key)``."""
-        self._make = make
-        self._size = size
-        self._kept: OrderedDict[tuple[int, ...], Value] = OrderedDict()
-
-    def __call__(self, *key: int) -> Value:
-        """The key's value."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        else:
-            self._kept[key] = self._make(*key)
-            if len(self._kept) > self._size:
-                self._kept.popitem(last=False)
-        return self._kept[key]
+    Raw words: numpy promises those across versions, not ``Generator``'s methods. ``group`` is a stream or
+    shard, ``number`` a block, a window or an example. Of the seed 64 bits count.
+    """
+    entropy = np.random.SeedSequence([seed & (2**64 - 1), int(purpose), epoch, group, number])
+    return np.random.PCG64(entropy).random_raw(count)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bucketing:
-    """Rows of similar length in each optimizer step.
+class Bucketing(NamedTuple):
+    """Rows of similar length in each optimizer step: inside windows of ``steps`` steps they change places.
 
-    Attributes:
-        steps: optimizer steps of a window, inside which the rows change places.
-        global_batch_size: rows of an optimizer step. A part of the order, which without bucketing does not
-            depend on it.
-        lengths: lengths of an epoch's examples in any unit, as ``Examples.lengths``.
+    ``global_batch_size`` becomes a part of the order, which else does not depend on it; ``lengths`` are those
+    of an epoch's examples in any unit, as ``Examples.lengths``.
     """
 
     steps: int
@@ -75,10 +65,7 @@ class Bucketing:
 
 
 class _Stretch(NamedTuple):
-    """A stream's examples in one epoch: pieces of shards in their drawn order.
-
-    Of its places, ``left_out`` from ``hole`` on are not used in this epoch.
-    """
+    """A stream's pieces of shards in an epoch's order; ``left_out`` places from ``hole`` on are not used."""
 
     ends: Int64[np.ndarray, " pieces"]
     offsets: Int64[np.ndarray, " pieces"]
@@ -93,7 +80,7 @@ class _Stretch(NamedTuple):
         return max(begin, 0), min(begin + self.block, int(self.ends[-1]))
 
     def examples(self, places: Int64[np.ndarray, " places"]) -> Int64[np.ndarray, " places"]:
-        """The examples at places of the pieces' row."""
+        """The examples at these places."""
         return places + self.offsets[np.searchsorted(self.ends, places, side="right")]
 
 
@@ -123,15 +110,13 @@ class SampleOrder:
 
         Args:
             shard_sizes: examples of each shard, in stored order.
-            seed: seed of the run.
+            seed: of the run.
             window: examples among which a stream's order is drawn: shards are permuted, then every example
                 moves by less than this. A window as long as the stream shuffles it whole.
             epoch_length: examples of an epoch, all of them if None. With fewer, others are left out of each
                 epoch, one run of neighbours in each stream's order.
-            bucketing: lets the rows of each stream change places for steps of similar length.
-
-        Raises:
-            ValueError: ``epoch_length`` is not between 1 and the number of examples.
+            bucketing: changes places inside each stream; which rows a window of steps holds stays as drawn,
+                and how many each stream gives to a step.
         """
         # Repeated ends are those of empty shards.
         self._shard_ends = np.unique(np.cumsum(shard_sizes, dtype=np.int64))
@@ -145,10 +130,11 @@ class SampleOrder:
         self._window = window
         self._bucketing = bucketing
         # Streams are read in turn: each keeps what it reads from now, and what an epoch's bound adds.
-        self._stretches = Recent(self._draw_stretch, 2 * self.num_streams)
-        self._first_passes = Recent(self._draw_first_pass, 2 * self.num_streams)
-        self._blocks = Recent(self._draw_block, 2 * self.num_streams)
-        self._buckets = Recent(self._draw_bucket, 2 * self.num_streams)
+        cached = lru_cache(maxsize=2 * self.num_streams)
+        self._stretch = cached(self._draw_stretch)
+        self._first_pass = cached(self._draw_first_pass)
+        self._block = cached(self._draw_block)
+        self._bucket = cached(self._draw_bucket)
 
     def sample_at(self, position: int) -> tuple[int, int]:
         """The epoch and the example at a global position (0 is the run's first)."""
@@ -160,14 +146,14 @@ class SampleOrder:
         window = position // span
         # The stream's first position in the window is less than C after the window's begin in the epoch.
         turn = min(position - window * span, index) // self.num_streams
-        return epoch, int(self._buckets(epoch, stream, window)[turn])
+        return epoch, int(self._bucket(epoch, stream, window)[turn])
 
     def _example(self, epoch: int, stream: int, turn: int) -> int:
         """The stream's example number ``turn`` of the epoch, before bucketing."""
-        stretch = self._stretches(epoch, stream)
+        stretch = self._stretch(epoch, stream)
         place = turn if turn < stretch.hole else turn + stretch.left_out
         number = (place + stretch.shift) // stretch.block
-        return int(self._blocks(epoch, stream, number)[place - stretch.bounds(number)[0]])
+        return int(self._block(epoch, stream, number)[place - stretch.bounds(number)[0]])
 
     def _draw_stretch(self, epoch: int, stream: int) -> _Stretch:
         used = self._deal(self.epoch_length, epoch)
@@ -202,19 +188,19 @@ class SampleOrder:
 
     def _draw_block(self, epoch: int, stream: int, number: int) -> Int64[np.ndarray, " examples"]:
         """A block of the second pass, which stands half a block before those of the first."""
-        stretch = self._stretches(epoch, stream)
+        stretch = self._stretch(epoch, stream)
         begin, end = stretch.bounds(number)
         places = begin + self._permute(Purpose.SECOND_PASS, epoch, stream, number, end - begin)
         # Without a shift one pass says all: the block is the whole stretch, or a single example.
         if stretch.shift:
             first = begin // stretch.block
             before = range(first, (end - 1) // stretch.block + 1)
-            passed = np.concatenate([self._first_passes(epoch, stream, b) for b in before])
+            passed = np.concatenate([self._first_pass(epoch, stream, b) for b in before])
             places = passed[places - first * stretch.block]
         return stretch.examples(places)
 
     def _draw_first_pass(self, epoch: int, stream: int, number: int) -> Int64[np.ndarray, " places"]:
-        stretch = self._stretches(epoch, stream)
+        stretch = self._stretch(epoch, stream)
         begin = number * stretch.block
         end = min(begin + stretch.block, int(stretch.ends[-1]))
         return begin + self._permute(Purpose.FIRST_PASS, epoch, stream, number, end - begin)
@@ -243,31 +229,29 @@ class SampleOrder:
         return np.argsort(words, kind="stable")
 
 
-def micro_batches(
-    order: SampleOrder,
-    *,
-    rank: int,
-    world_size: int,
-    micro_batch_size: int,
-    accumulation: int,
-    start_sample: int,
-    num_steps: int,
-) -> Iterator[list[tuple[int, int]]]:
-    """Yields one rank's micro-batches, ``accumulation`` to an optimizer step.
+@dataclass(frozen=True, kw_only=True)
+class MicroBatches:
+    """One rank's micro-batches, each a list of (epoch, example); ``accumulation`` to an optimizer step.
 
     Step s takes positions [start_sample + s G, start_sample + (s + 1) G), G = micro_batch_size x accumulation
-    x world_size; rank r takes every world_size-th from its r-th on, in rising order. A rank keeps its streams
-    over a resumption if ``start_sample`` is a multiple of the world size.
-
-    Args:
-        order: the global sequence.
-        rank: this rank.
-        world_size: number of ranks.
-        micro_batch_size: rows of a micro-batch.
-        accumulation: micro-batches of an optimizer step.
-        start_sample: samples consumed before, by any number of ranks and with any batch size.
-        num_steps: steps to yield.
+    x world_size; rank r takes every world_size-th from its r-th on, in rising order. ``start_sample`` are
+    the samples consumed before, by any number of ranks and with any batch size; a rank keeps its streams over
+    a resumption if it is a multiple of the world size.
     """
-    for first in range(0, num_steps * accumulation * micro_batch_size, micro_batch_size):
-        begin = start_sample + first * world_size + rank
-        yield [order.sample_at(begin + i * world_size) for i in range(micro_batch_size)]
+
+    order: SampleOrder
+    rank: int
+    world_size: int
+    micro_batch_size: int
+    accumulation: int
+    start_sample: int
+    num_steps: int
+
+    def __len__(self) -> int:
+        return self.num_steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rows = range(self.micro_batch_size)
+        for first in range(0, len(self) * self.micro_batch_size, self.micro_batch_size):
+            begin = self.start_sample + first * self.world_size + self.rank
+            yield [self.order.sample_at(begin + i * self.world_size) for i in rows]

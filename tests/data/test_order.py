@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain, pairwise
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dehvf_ds.data import order as order_module
+from dehvf_ds.data.order import MAX_STREAMS, Bucketing, MicroBatches, SampleOrder
+
+few = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+GLOBAL_BATCH = 24
+
+# Empty shards, shards of one example, and enough of them for one, several and all streams.
+shard_sizes = st.one_of(
+    st.lists(st.integers(0, 30), min_size=1, max_size=12),
+    st.lists(st.integers(0, 3), min_size=70, max_size=90),
+    st.lists(st.sampled_from([0, 1, 60]), min_size=2, max_size=8),
+).filter(lambda sizes: sum(sizes) > GLOBAL_BATCH)
+cases = st.fixed_dictionaries(
+    {
+        "sizes": shard_sizes,
+        "seed": st.integers(-5, 2**63),
+        "window": st.sampled_from([1, 2, 5, 8, 33, 100_000]),
+        "tail": st.sampled_from(["wrap", "drop"]),
+    }
+)
+
+
+def text_lengths(epoch, examples):
+    return (examples * 7919 + epoch) % 101
+
+
+def build(sizes, *, window=8, seed=0, tail="wrap", bucket_steps=0, global_batch=GLOBAL_BATCH):
+    bucketing = Bucketing(steps=bucket_steps, global_batch_size=global_batch, lengths=text_lengths)
+    return SampleOrder(
+        sizes,
+        seed=seed,
+        window=window,
+        epoch_length=sum(sizes) // global_batch * global_batch if tail == "drop" else None,
+        bucketing=bucketing if bucket_steps else None,
+    )
+
+
+def read(order, begin, end):
+    return [order.sample_at(position) for position in range(begin, end)]
+
+
+def read_epoch(order, epoch):
+    return [
+        example for _, example in read(order, epoch * order.epoch_length, (epoch + 1) * order.epoch_length)
+    ]
+
+
+@given(cases, st.sampled_from([0, 1, 3]), st.integers(0, 4))
+@settings(few, max_examples=60)
+def test_an_epoch_holds_no_example_twice(case, bucket_steps, epoch):
+    order, num_examples = build(**case, bucket_steps=bucket_steps), sum(case["sizes"])
+    length = num_examples if case["tail"] == "wrap" else num_examples // GLOBAL_BATCH * GLOBAL_BATCH
+    drawn = read(order, epoch * length, (epoch + 1) * length)
+    assert {e for e, _ in drawn} == {epoch}
+    examples = {example for _, example in drawn}
+    assert len(examples) == length
+    assert examples <= set(range(num_examples))
+
+
+@pytest.mark.parametrize("sizes", [[1000], [7] * 64, [1] * 70, [50, 0, 3, 900]])
+@pytest.mark.parametrize("window", [4, 100_000])
+def test_others_are_left_out_in_each_epoch(sizes, window):
+    order = build(sizes, window=window, tail="drop")
+    left = sum(sizes) - order.epoch_length
+    missing = [frozenset(range(sum(sizes))) - set(read_epoch(order, epoch)) for epoch in range(40)]
+    assert {len(examples) for examples in missing} == {left}
+    assert left > 0
+    assert len(set(missing)) > 30
+    # 40 epochs leave out 40 x left examples; none of them again and again.
+    assert max(Counter(chain(*missing)).values()) < 40 * left / sum(sizes) + 15
+
+
+@pytest.mark.parametrize("epoch_length", [0, 13])
+def test_an_epoch_longer_than_the_data_is_refused(epoch_length):
+    with pytest.raises(ValueError, match="out of 12 examples"):
+        SampleOrder([4] * 3, seed=0, window=8, epoch_length=epoch_length)
+
+
+@given(
+    cases, st.sampled_from([0, 3]), st.sampled_from([1, 2, 3, 4, 8]), st.integers(0, 999), st.integers(1, 4)
+)
+@settings(few, max_examples=60)
+def test_ranks_share_one_global_sequence_from_any_sample_on(case, bucket_steps, world_size, start, num_steps):
+    """Fresh orders find any position: what a resumption on other ranks reads is the rest."""
+    case["bucket_steps"] = bucket_steps
+    sequence = read(build(**case), 0, start + num_steps * GLOBAL_BATCH)[start:]
+    accumulation = 1 if world_size == 8 else 2
+    ranks = []
+    for rank in range(world_size):
+        batches = MicroBatches(
+            order=build(**case),
+            rank=rank,
+            world_size=world_size,
+            micro_batch_size=GLOBAL_BATCH // world_size // accumulation,
+            accumulation=accumulation,
+            start_sample=start,
+            num_steps=num_steps,
+        )
+        assert len(list(batches)) == len(batches) == num_steps * accumulation
+        assert {len(batch) for batch in batches} == {batches.micro_batch_size}
+        ranks.append(list(chain(*batches)))
+    assert [sample for row in zip(*ranks, strict=True) for sample in row] == sequence
+
+
+@given(cases, st.integers(0, 5))
+@few
+def test_a_position_names_its_stream_in_every_epoch(case, epoch):
+    """Each stream's examples lie in about one C-th of the data, the same in every epoch."""
+    order = build(**case)
+    streams, ideal = order.num_streams, order.num_examples / order.num_streams
+    for position in range(epoch * order.epoch_length, (epoch + 1) * order.epoch_length):
+        stream, drawn = position % streams, order.sample_at(position)[1]
+        assert ideal * stream - 2 * streams < drawn < ideal * (stream + 1) + 2 * streams
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ({}, [2, 26, 73, 78, 3, 28, 72, 76, 7, 32, 74, 77]),
+        ({"tail": "drop"}, [10, 37, 59, 90, 15, 34, 54, 85, 9, 38, 61, 84]),
+        ({"bucket_steps": 2}, [3, 28, 72, 78, 2, 26, 73, 76, 6, 33, 55, 80]),
+        ({"window": 1000}, [16, 35, 66, 92, 4, 39, 61, 96, 0, 47, 73, 76]),
+    ],
+)
+def test_order_golden(case, expected):
+    order = build([40, 30, 1, 29], seed=11, **case)
+    assert order.num_streams == 4
+    assert [example for _, example in read(order, 1000, 1012)] == expected
+
+
+@pytest.mark.parametrize(
+    ("shards", "streams"), [(1, 1), (2, 2), (3, 2), (7, 4), (64, 64), (65, 64), (500, MAX_STREAMS)]
+)
+def test_number_of_streams_depends_on_the_shards_alone(shards, streams):
+    assert build([100] * shards).num_streams == build([100] * shards + [0] * 50).num_streams == streams
+
+
+@pytest.mark.parametrize("tail", ["wrap", "drop"])
+@pytest.mark.parametrize("bucket_steps", [0, 4])
+def test_a_rank_owns_whole_streams_and_keeps_its_shards(tail, bucket_steps):
+    order = build([100] * 63 + [70], window=1000, tail=tail, bucket_steps=bucket_steps, global_batch=64)
+    epochs = 5 * order.epoch_length // 8 * 8
+    touched = [{order.sample_at(p)[1] // 100 for p in range(rank, epochs, 8)} for rank in range(8)]
+    # 64 shards in 64 streams over 8 ranks: 8 shards each, and where the stretches' bounds cut one.
+    assert all(len(shards) <= 16 for shards in touched)
+    assert sorted(set().union(*touched)) == list(range(64))
+
+
+def test_a_stream_reads_its_shards_one_after_another():
+    order = build([1000] * 20, window=100)
+    stream = [order.sample_at(p)[1] // 1000 for p in range(0, order.num_examples, order.num_streams)]
+    for begin in range(0, len(stream) - 100, 50):
+        assert len(set(stream[begin : begin + 100])) <= 3
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 50, 51, 4999])
+def test_window_bounds_how_far_an_example_moves(window):
+    moved = np.abs(np.array(read_epoch(build([5000], window=window), 0)) - np.arange(5000))
+    assert moved.max() < window
+    assert moved.mean() > window / 6 - 1
+
+
+def test_a_window_mixes_over_the_bounds_of_its_blocks():
+    counts = np.zeros((200, 200))
+    for seed in range(300):
+        counts[np.arange(200), read_epoch(build([200], window=80, seed=seed), 0)] += 1
+    # Every place of the middle is filled from 80 examples about equally often.
+    middle = counts[60:140]
+    assert ((middle > 0).sum(1) >= 65).all()
+    assert middle.max() < 25
+
+
+def test_a_window_as_long_as_the_stream_shuffles_it_whole():
+    first = Counter(build([100], window=100, seed=seed).sample_at(0)[1] for seed in range(200))
+    assert len(first) > 70
+    assert max(first.values()) < 12
+
+
+def test_a_stop_in_a_large_data_set_draws_a_few_blocks_only(monkeypatch):
+    drawn, draw = [], order_module.random_words
+    monkeypatch.setattr(order_module, "random_words", lambda *args: drawn.append(args[-1]) or draw(*args))
+    order = build([1000] * 20_000, window=4096, bucket_steps=2, global_batch=1024, tail="drop")
+    start = 9_765_000 // 1024 * 1024
+    assert len(set(read(order, start, start + 2048))) == 2048
+    # For each stream its shards and up to two blocks of half a window, with the three blocks below them.
+    assert max(drawn) <= 2048
+    assert sum(drawn) <= MAX_STREAMS * 6 * 2048
+
+
+@given(cases, st.sampled_from([1, 2, 3, 5]))
+@few
+def test_bucketing_against_a_plain_reference(case, steps):
+    """A window's samples of each stream stay; one step holds the shortest of them, another the next ones."""
+    drawn, bucketed = build(**case), build(**case, bucket_steps=steps)
+    streams, span, length = drawn.num_streams, steps * GLOBAL_BATCH, drawn.epoch_length
+    for begin in range(0, 3 * length, span):
+        inside = begin // length == (begin + span - 1) // length
+        for stream in range(streams):
+            positions = [p for p in range(begin, begin + span) if p % streams == stream]
+            found = {p: bucketed.sample_at(p) for p in positions}
+            expected = [drawn.sample_at(p) for p in positions]
+            assert Counter(found.values()) == Counter(expected)
+            assert [epoch for epoch, _ in found.values()] == [epoch for epoch, _ in expected]
+            lengths = {p: text_lengths(*sample) for p, sample in found.items()}
+            rows = [[n for p, n in lengths.items() if p // GLOBAL_BATCH % steps == s] for s in range(steps)]
+            if inside:
+                assert all(row == sorted(row) for row in rows)
+                assert all(a[-1] <= b[0] for a, b in pairwise(sorted(row for row in rows if row)))
+
+
+@pytest.mark.parametrize(("bucket_steps", "least", "most"), [(0, 0.45, 0.6), (20, 0, 0.2)])
+def test_bucketing_saves_padding(bucket_steps, least, most):
+    order = build([500] * 64, window=64, global_batch=128, bucket_steps=bucket_steps)
+    lengths = np.array([text_lengths(*sample) for sample in read(order, 0, 60 * 128)]).reshape(60, 128)
+    assert least < 1 - lengths.sum() / (lengths.max(1).sum() * 128) < most
+    # The steps of a window come in a drawn order.
+    assert 4 <= (np.diff(lengths[:20].mean(1)) > 0).sum() <= 15
