@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from training.launch import REPOSITORY
+from processes import REPOSITORY
 
 from dehvf_ds.config import (
     DEEPSPEED_DIR,
