@@ -295,7 +295,7 @@ def _agree(one: str, other: str) -> bool:
     (shape, *values), (other_shape, *other_values) = one.split(), other.split()
     if one == other or shape != other_shape:
         return one == other
-    a, b = (torch.tensor([float(v) for v in each]) for each in (values, other_values))
+    a, b = (torch.tensor([float(v) for v in each], dtype=torch.float32) for each in (values, other_values))
     formats = [f for f in _FORMATS if torch.equal(a.to(f).float(), a) or torch.equal(b.to(f).float(), b)]
     a, b = a.double(), b.double()
     largest, infinite = torch.maximum(a.abs(), b.abs()), a.isinf() | b.isinf()

@@ -167,6 +167,8 @@ def _kernels(*, zero3: bool) -> Iterator[None]:
     """Attention by the kernel that a GPU takes for padded rows, and linear maps as under the ZeRO stage."""
     own = F.linear, F.scaled_dot_product_attention
     F.scaled_dot_product_attention = _attention
+    # torch's own, also where DeepSpeed has put another in its place.
+    F.linear = torch._C._nn.linear  # pyright: ignore[reportAttributeAccessIssue]
     if zero3:
         from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
