@@ -138,7 +138,7 @@ def shown(text: str) -> str:
 
 
 class _WholeShard:
-    """A file read at random; reads keep no position, so forked workers may share it."""
+    """A file read at random."""
 
     def __init__(self, path: Path):
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
