@@ -4,7 +4,8 @@
 
 ``a`` fills the scales of the queries (the spread of the scores), ``b`` over sqrt(M) those of the read (its
 size); ``lr``, ``steps`` and ``seed`` may follow. Plain torch, fp32 masters beside bf16 weights; the tower
-runs once, for its outputs do not change. Prints a JSON line a spec: loss a token and F1 of the words for colour, texture and shape in greedy captions, on scenes that were never shown.
+runs once, for its outputs do not change. Prints a JSON line a spec: loss a
+token and F1 of the words for colour, texture and shape in greedy captions, on scenes that were never shown.
 """
 
 from __future__ import annotations
