@@ -3,8 +3,8 @@
     python benchmarks/start_values.py --spec a=36,b=1 --spec a=36,b=4,lr=4e-3 [--device cuda] [--output FILE]
 
 ``a`` fills the scales of the queries (the spread of the scores), ``b`` over sqrt(M) those of the read (its
-size); ``lr``, ``steps``, ``seed`` and ``norm=0`` (queries as they come) may follow. Plain torch, fp32 masters
-beside bf16 weights; the tower runs once, for its outputs do not change. Prints a JSON line a spec: loss a
+size); ``lr``, ``steps`` and ``seed`` may follow. Plain torch, fp32 masters beside bf16 weights; the tower
+runs once, for its outputs do not change. Prints a JSON line a spec: loss a
 token and F1 of the words for colour, texture and shape in greedy captions, on scenes that were never shown.
 """
 
