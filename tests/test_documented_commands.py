@@ -93,7 +93,7 @@ WITHOUT_FLAGS = ("dehvf_ds.config", "dehvf_ds.demo.outcome")
 HELP = (
     *("tools/make_scenes.py", "tools/prepare_backbones.py", "dehvf_ds.demo.make_scenes"),
     *("dehvf_ds.demo.prepare_backbones", "dehvf_ds.export", "dehvf_ds.report", "dehvf_ds.data.building"),
-    "dehvf_ds.doctor.nodes",
+    "dehvf_ds.cluster.node_check",
 )
 """Programs that are asked for their help alone."""
 
