@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,10 +14,9 @@ from training.launch import REPOSITORY
 FAKES = {
     # Every task at once, each on a node of its own; the largest exit code.
     "srun": """
-        echo "srun $*" >>"$FAKE/calls"
-        if [ "$1" = --help ]; then cat "$FAKE/srun_help"; exit; fi
         while [[ "$1" == --* ]]; do
           case "$1" in
+            --help) cat "$FAKE/srun_help"; exit ;;
             --ntasks=*) tasks="${1#*=}" ;;
             --overlap) exit 1 ;;
           esac
@@ -32,32 +32,16 @@ FAKES = {
         exit "$code"
     """,
     "scontrol": """
-        if [ "$1 $2" = "show hostnames" ]; then echo n1 n2; exit; fi
-        if [ "$1 $2" = "show job" ]; then
-          echo "JobId=7 JobState=RUNNING Restarts=$(<"$FAKE/restarts") ExcNodeList=(null) StdOut=$FAKE/log"
-          exit
-        fi
-        echo "scontrol $*" >>"$FAKE/calls"
-        if [ "$1" = requeue ]; then
-          if [ -s "$FAKE/refusal" ]; then cat "$FAKE/refusal" >&2; exit 1; fi
-          echo 1 >"$FAKE/restarts"
-        fi
+        case "$1 $2" in
+          "show hostnames") echo n1 n2 ;;
+          "show job") echo "JobState=RUNNING Restarts=$(<$FAKE/restarts) ExcNodeList=(null) StdOut=$FAKE/log" ;;
+          requeue*) cat $FAKE/refusal >&2; [ -s $FAKE/refusal ] && exit 1; echo 1 >$FAKE/restarts ;;
+        esac
     """,
-    "scancel": """
-        echo "scancel $*" >>"$FAKE/calls"
-        kill -USR2 "$(<"$FAKE/pid.0")" "$(<"$FAKE/pid.1")"
-    """,
-    "apptainer": """
-        echo "apptainer $*" >>"$FAKE/calls"
-        while [ "$1" != image ]; do shift; done
-        shift
-        exec "$@"
-    """,
+    "scancel": 'kill -USR2 "$(<"$FAKE/pid.0")" "$(<"$FAKE/pid.1")"',
+    "apptainer": 'while [ "$1" != image ]; do shift; done; shift; exec "$@"',
     # What ranks are.
-    "python": """
-        echo "python $*" >>"$FAKE/calls"
-        if [ "$2" = dehvf_ds.cluster.node_check ]; then eval "$CHECK"; else eval "$RANK"; fi
-    """,
+    "python": 'if [ "$2" = dehvf_ds.cluster.node_check ]; then eval "$CHECK"; else eval "$RANK"; fi',
 }
 
 
@@ -69,56 +53,54 @@ class FakeJob:
         self._started: list[subprocess.Popen[bytes]] = []
         (root / "bin").mkdir()
         for name, text in FAKES.items():
-            (root / "bin" / name).write_text(f"#!/bin/bash\n{text}")
+            (root / "bin" / name).write_text(f'#!/bin/bash\necho "{name} $*" >>"$FAKE/calls"\n{text}')
             (root / "bin" / name).chmod(0o755)
         (root / "bin/python3").symlink_to(sys.executable)
-        (root / "venv/bin").mkdir(parents=True)
-        (root / "venv/bin/activate").write_text(f"PATH={root}/bin:$PATH\n")
-        for name, text in {"restarts": "0", "refusal": "", "srun_help": "", "calls": ""}.items():
+        (root / "bin/activate").write_text(f"PATH={root}/bin:$PATH\n")
+        for name, text in {"restarts": "0", "refusal": "", "srun_help": ""}.items():
             (root / name).write_text(text)
 
-    def start(self, command: list[str], **env: str) -> subprocess.Popen[bytes]:
+    def start(self, *command: str, **env: str) -> subprocess.Popen[bytes]:
         """Starts a program as a part of the job; its output is the job's log."""
-        given = os.environ | {
-            "FAKE": str(self.root),
+        paths = {"FAKE": self.root, "LOG_DIR": self.logs, "RUN_DIR": self.run_dir, "DEHVF_VENV": self.root}
+        given = {name: str(path) for name, path in paths.items()} | {
             "PATH": f"{self.root}/bin:{os.environ['PATH']}",
             "SLURM_JOB_ID": "7",
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_NTASKS_PER_NODE": "1",
             "SLURM_JOB_NODELIST": "n[1-2]",
-            "LOG_DIR": str(self.logs),
-            "RUN_DIR": str(self.run_dir),
-            "DEHVF_VENV": str(self.root / "venv"),
             "HEALTH_CHECK": "0",
             "LINGER_S": "1",
             "RANK": "exit 0",
         }
         with (self.root / "log").open("ab") as log:
-            self._started.append(
-                subprocess.Popen(
-                    command, cwd=REPOSITORY, env=given | env, stdout=log, stderr=log, start_new_session=True
-                )
+            process = subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                env=os.environ | given | env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
-        return self._started[-1]
+        self._started.append(process)
+        return process
 
     def run(self, *flags: str, script: str = "slurm/train_coco.sh", **env: str) -> int:
         """Runs a job's script; returns its exit code."""
-        return self.start(["bash", script, *flags], **env).wait(timeout=60)
+        return self.start("bash", script, *flags, **env).wait(timeout=60)
 
     @property
     def log(self) -> str:
         return (self.root / "log").read_text()
 
-    def calls(self, program: str) -> list[str]:
-        """What was asked of one of the stand-ins."""
+    def calls(self, program: str, word: str = "") -> list[str]:
+        """What was asked of one of the stand-ins; of scontrol, what it was told to do."""
         lines = (self.root / "calls").read_text().splitlines()
-        return [line for line in lines if line.startswith(f"{program} ")]
+        wanted = [line for line in lines if line.startswith(f"{program} ") and word in line]
+        return [line for line in wanted if not line.startswith("scontrol show")]
 
     def stop(self) -> None:
         for process in self._started:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-            finally:
-                process.wait()
+            process.wait()
