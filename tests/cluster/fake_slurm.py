@@ -34,7 +34,9 @@ FAKES = {
     "scontrol": """
         case "$1 $2" in
           "show hostnames") echo n1 n2 ;;
-          "show job") echo "JobState=RUNNING Restarts=$(<$FAKE/restarts) ExcNodeList=(null) StdOut=$FAKE/log" ;;
+          "show job")
+            echo "JobState=RUNNING Restarts=$(<$FAKE/restarts) ExcNodeList=(null) StdOut=$FAKE/log"
+            ;;
           requeue*) cat $FAKE/refusal >&2; [ -s $FAKE/refusal ] && exit 1; echo 1 >$FAKE/restarts ;;
         esac
     """,

@@ -200,6 +200,13 @@ def test_what_runs_and_where(job: FakeJob) -> None:
     assert f"--kill-on-bad-exit=0 --cpus-per-task=1 --ntasks=2 {options} python " in started
 
 
+def test_the_login_node_looks_before(job: FakeJob) -> None:
+    assert job.run("--check", "--train.lr", "1", RANK="exit 2", SLURM_JOB_ID="") == 2
+    flags = "--deepspeed ds_configs/zero2.json --config coco_llama13b --train.lr 1 --dry-run"
+    assert job.calls("python") == [f"python dehvf_ds/train.py {flags}"]
+    assert not job.calls("srun")
+
+
 def test_arrays_and_other_folders_are_refused(job: FakeJob, tmp_path: Path) -> None:
     assert job.run(SLURM_ARRAY_JOB_ID="7") == 2
     assert "error: these scripts requeue whole jobs, so no job arrays" in job.log

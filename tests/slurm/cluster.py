@@ -126,19 +126,21 @@ class Cluster:
         _send(tasks | managers, number)
         return tasks | managers
 
-    def signal_shells(self, name: str, number: signal.Signals) -> None:
-        """Signals the ranks' shells on a node alone, as SLURM does with proctrack/cgroup."""
-        for pid in _processes(f"SLURMD_NODENAME={name}"):
+    def signal_ranks(self, number: signal.Signals) -> None:
+        """Signals the first process of every task alone, as SLURM does with proctrack/cgroup."""
+        for pid in _processes("SLURM_CLUSTER_NAME=dehvf"):
             if "slurmstepd" in _command(_parent(pid)) and "supervise.py rank" in _command(pid):
                 os.kill(pid, number)
 
     def loader_workers(self, name: str, job: str) -> set[int]:
         """A job's DataLoader processes on a node, by the name that torch gives them."""
-        return {pid for pid in _of_job(name, job) if "data_worker" in _text(f"/proc/{pid}/comm")}
+        found = _processes(f"SLURMD_NODENAME={name}", f"SLURM_JOB_ID={job}")
+        return {pid for pid in found if "data_worker" in _text(f"/proc/{pid}/comm")}
 
     def ranks(self, name: str, job: str) -> set[int]:
         """The processes that train on a node."""
-        trainers = {pid for pid in _of_job(name, job) if _command(pid).split()[1:2] == ["dehvf_ds/train.py"]}
+        found = _processes(f"SLURMD_NODENAME={name}", f"SLURM_JOB_ID={job}")
+        trainers = {pid for pid in found if _command(pid).split()[1:2] == ["dehvf_ds/train.py"]}
         return {pid for pid in trainers if _parent(pid) not in trainers}
 
     def stop(self) -> None:
@@ -232,10 +234,6 @@ def _free_ports() -> tuple[int, int, int]:
                 continue
         return base, base + 1, base + 2
     raise AssertionError("no free ports")
-
-
-def _of_job(name: str, job: str) -> set[int]:
-    return _processes(f"SLURMD_NODENAME={name}", f"SLURM_JOB_ID={job}")
 
 
 def _processes(*settings: str) -> set[int]:
