@@ -37,5 +37,5 @@ fi
 if [ -z "${DEHVF_CONTAINER:-}" ]; then source "$activate"; fi
 
 supervise() {
-  exec python3 dehvf_ds/cluster/supervise.py "$@"
+  exec python3 -S dehvf_ds/cluster/supervise.py "$@"
 }

@@ -204,7 +204,7 @@ class Supervisor:
     def __init__(self) -> None:
         self.job, self._terminated = Job(), False
         # SIGUSR1 (--signal, scancel) is for the ranks alone. SIGTERM may come here too, before they end.
-        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGTERM, lambda number, frame: setattr(self, "_terminated", True))
         signal.signal(signal.SIGUSR1, lambda number, frame: None)
         # A rank runs in a container of srun's (pyxis, enroot), in one of its own (apptainer), or as it is.
         self._options, self._inside, self._python = [], [], sys.executable
@@ -245,9 +245,6 @@ class Supervisor:
         """Evaluates; returns the exit code. Predictions are kept as they come, and taken up again."""
         return self._finish(self._launch("python", "dehvf_ds/eval.py", *flags), self.job.log_dir)
 
-    def _note(self, number: int, frame: object) -> None:
-        self._terminated = True
-
     def _launch(self, *command: str, deadline_s: float = float("inf")) -> int:
         """Runs a command in every task of the job; returns its exit code."""
         job, linger_s = self.job, float(os.environ.get("LINGER_S", "30"))
@@ -257,7 +254,8 @@ class Supervisor:
         # srun does not inherit --cpus-per-task on every version of SLURM.
         options = ["--kill-on-bad-exit=0", f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', '1')}"]
         options += [f"--ntasks={job.num_nodes * job.tasks_per_node}", *self._options]
-        rank = [self._python, __file__, "rank", *self._inside]
+        # Without site-packages, which start slowly from a shared file system.
+        rank = [self._python, "-S", __file__, "rank", *self._inside]
         srun = subprocess.Popen(["srun", *options, *rank, *command], stdin=subprocess.DEVNULL)
         running_s = since_failure_s = 0
         while True:

@@ -110,18 +110,12 @@ def start_tasks(folder: Path, port: int, flags: list[str], num: int = 2) -> list
     ]
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_two_tasks_look_and_communicate(world: Path, tmp_path: Path, port: int, wrong: bool) -> None:
+def test_two_tasks_look_and_communicate(world: Path, tmp_path: Path, port: int) -> None:
     flags = ["--config", str(world / "recipe.yaml"), "--run_dir", str(tmp_path / "run")]
-    flags += ["--deepspeed", str(world / "ds.json"), *(["--data.train", "/nowhere"] if wrong else [])]
-    tasks = start_tasks(tmp_path / "reports", port, flags)
+    tasks = start_tasks(tmp_path / "reports", port, [*flags, "--deepspeed", str(world / "ds.json")])
     outputs = [task.communicate(timeout=120)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [2 * wrong] * 2, outputs
-    if wrong:
-        assert "error: /nowhere: no such directory" in outputs[0]
-        assert "error: " not in outputs[1]
-    else:
-        assert "2 nodes ready; first all-reduce after" in outputs[0]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert "2 nodes ready; first all-reduce after" in outputs[0]
 
 
 def test_a_signal_while_it_waits_asks_for_a_requeue(world: Path, tmp_path: Path, port: int) -> None:
