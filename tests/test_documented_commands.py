@@ -80,7 +80,6 @@ FLAGS: dict[str, Callable[[list[str]], None]] = {
 
 WHOLE = {
     "dehvf_ds.doctor": (0, 1),
-    "dehvf_ds.config": (0,),
     "dehvf_ds.demo.outcome": (2,),
     "tools/build_shards.py": (2,),
     "tools/merge_adapters.py": (2,),
@@ -88,7 +87,7 @@ WHOLE = {
 }
 """Programs that are started whole, far from a clone, and the codes they may end with: 2 for missing files."""
 
-WITHOUT_FLAGS = ("dehvf_ds.config", "dehvf_ds.demo.outcome")
+WITHOUT_FLAGS = ("dehvf_ds.demo.outcome",)
 
 HELP = (
     *("tools/make_scenes.py", "tools/prepare_backbones.py", "dehvf_ds.demo.make_scenes"),

@@ -154,11 +154,17 @@ class NodeCheck:
             communicate(world, lambda: self._reach("connected"))
             self._reach("reduced")
         except Exception:
-            # The others fail as well, or wait until the deadline; so does the first.
+            # The others fail as well, or wait until the deadline.
             traceback.print_exc()
+        deadline.cancel()
         seconds = time.monotonic() - started
         if world.is_main:
             self._wait_for_all({"reduced"}, REDUCE_S - seconds)
+        # A task that failed and ended before the first has judged would take that one along (LINGER_S).
+        while self._report.stage != "reduced" and not (world.is_main or (self._folder / "sick").exists()):
+            if time.monotonic() > started + 2 * REDUCE_S:
+                break
+            time.sleep(0.5)
         code = self._judge_communication()
         if world.is_main and code == 0:
             print(f"{len(self._nodes)} nodes ready; first all-reduce after {seconds:.1f} s", flush=True)
