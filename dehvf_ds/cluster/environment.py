@@ -5,7 +5,7 @@ Each check imports what it needs by itself, so that a broken environment still g
 
 from __future__ import annotations
 
-import ctypes.util
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -148,7 +148,9 @@ def check_torch() -> Line | str:
 
     cuda = torch.version.cuda
     found = f"{torch.__version__}, {f'CUDA {cuda}' if cuda else 'CPU build'}"
-    if ctypes.util.find_library("cuda") is None:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
         remedy = "fine for the demo; the recipes for LLaMA want GPUs"
         return Line("warn", "torch", f"{found}, no NVIDIA driver", remedy)
     with warnings.catch_warnings(record=True) as caught:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes.util
+import ctypes
 import importlib.metadata
 import os
 import shutil
@@ -34,8 +34,11 @@ def test_torch_and_its_gpus(monkeypatch, lacks: str) -> None:
             warnings.warn("The driver is too old", stacklevel=1)
         return lacks != "newer driver"
 
-    library = None if lacks == "driver" else "libcuda.so.1"
-    monkeypatch.setattr(ctypes.util, "find_library", lambda name: library)
+    def load(name: str) -> None:
+        if lacks == "driver":
+            raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "NVIDIA H100")
