@@ -22,10 +22,6 @@
 
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$PWD}"
-if [ ! -f slurm/env.sh ]; then
-  echo "error: $PWD/slurm/env.sh: no such file; submit from the repository's root" >&2
-  exit 2
-fi
+[ -f slurm/env.sh ] || { echo "error: no $PWD/slurm/env.sh; submit from the repository's root" >&2; exit 2; }
 source slurm/env.sh
-
-evaluate "$@"
+supervise eval "$@"

@@ -19,21 +19,13 @@
 #     sbatch --nodes 4 slurm/train_coco.sh --train.micro_batch_size 8
 #     bash slurm/train_coco.sh --check            # on the login node, before
 #
-# Arguments go to train.py. The settings below are also taken from the environment (slurm/README.md). plan.py recommends
-# this DeepSpeed JSON for GPUs of 80 GB, onto which it loads the weights of 13B; zero3.json and zero3_hpz.json, for
-# smaller ones, load through 27 GB of host memory a node. --mem=0 asks for all that a node has.
+# Arguments go to train.py; the environment sets the rest (slurm/README.md). --mem=0 asks for all that a node has.
+# plan.py recommends this DeepSpeed JSON for GPUs of 80 GB; smaller ones want zero3.json, or zero3_hpz.json over several
+# nodes, which load the weights through 27 GB of host memory a node.
 RECIPE="${RECIPE:-coco_llama13b}"
 DS_CONFIG="${DS_CONFIG:-ds_configs/zero2.json}"
-# RUN_DIR=runs/coco_llama13b        results and checkpoints, on a file system that all nodes share
-# DEHVF_VENV=$PWD/.venv             Python environment, or DEHVF_CONTAINER=image and DEHVF_MOUNTS=/data:/data
-# DEHVF_STAGE=/tmp/shards           a folder on the nodes' own disks, to which the training shards are copied first
-
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$PWD}"
-if [ ! -f slurm/env.sh ]; then
-  echo "error: $PWD/slurm/env.sh: no such file; submit from the repository's root" >&2
-  exit 2
-fi
+[ -f slurm/env.sh ] || { echo "error: no $PWD/slurm/env.sh; submit from the repository's root" >&2; exit 2; }
 source slurm/env.sh
-
-train "$RECIPE" "$@"
+supervise train --deepspeed "$DS_CONFIG" --config "$RECIPE" "$@"

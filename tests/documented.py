@@ -12,8 +12,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 
 PAGES = ("README.md", "docs/*.md", "slurm/README.md", "ds_configs/README.md")
-PROGRAMS = ("dehvf_ds/*.py", "dehvf_ds/*/cli.py", "dehvf_ds/*/*/cli.py", "dehvf_ds/doctor/*.py")
-PROGRAMS += ("dehvf_ds/config/__main__.py", "dehvf_ds/demo/*.py", "tools/*.py")
+PROGRAMS = ("dehvf_ds/*.py", "dehvf_ds/*/cli.py", "dehvf_ds/*/*/cli.py", "dehvf_ds/cluster/*.py")
+PROGRAMS += ("dehvf_ds/demo/*.py", "tools/*.py")
 
 STARTERS = ("python", "deepspeed", "torchrun", "srun", "sbatch", "bash", "make", "pip")
 """What a command begins with; one that begins with a script is no command that a shell finds."""

@@ -78,7 +78,6 @@ FLAGS: dict[str, Callable[[list[str]], None]] = {
 
 WHOLE = {
     "dehvf_ds.doctor": (0, 1),
-    "dehvf_ds.config": (0,),
     "dehvf_ds.demo.outcome": (2,),
     "tools/build_shards.py": (2,),
     "tools/merge_adapters.py": (2,),
@@ -86,12 +85,12 @@ WHOLE = {
 }
 """Programs that are started whole, far from a clone, and the codes they may end with: 2 for missing files."""
 
-WITHOUT_FLAGS = ("dehvf_ds.config", "dehvf_ds.demo.outcome")
+WITHOUT_FLAGS = ("dehvf_ds.demo.outcome",)
 
 HELP = (
     *("tools/make_scenes.py", "tools/prepare_backbones.py", "dehvf_ds.demo.make_scenes"),
     *("dehvf_ds.demo.prepare_backbones", "dehvf_ds.export", "dehvf_ds.report", "dehvf_ds.data.building"),
-    "dehvf_ds.doctor.nodes",
+    "dehvf_ds.cluster.node_check",
 )
 """Programs that are asked for their help alone."""
 

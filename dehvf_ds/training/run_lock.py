@@ -45,8 +45,8 @@ class RunLock:
             self._lock = FileLock(run_dir / LOCK_FILE, thread_local=False)
             self._acquire(_read(self._holder))
             self._holder.write_text(json.dumps(self._describe()) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"run_dir {run_dir}: {error.strerror or error}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"run_dir {run_dir}: {getattr(error, 'strerror', None) or error}") from None
 
     def check(self) -> None:
         """Makes sure, before each write, that the directory is still this job's; UserError if not."""

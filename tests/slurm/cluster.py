@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,31 +121,26 @@ class Cluster:
         daemon = self._daemons.pop(name)
         daemon.kill()
         daemon.wait()
-        tasks = _processes_of_node(name)
+        tasks = _processes(f"SLURMD_NODENAME={name}")
         managers = {parent for parent in map(_parent, tasks) if "slurmstepd" in _command(parent)}
         _send(tasks | managers, number)
         return tasks | managers
 
-    def signal_shells(self, name: str, number: signal.Signals) -> None:
-        """Signals the ranks' shells on a node alone, as SLURM does with proctrack/cgroup."""
-        for pid in _processes_of_node(name):
-            if "slurmstepd" in _command(_parent(pid)) and "rank.sh" in _command(pid):
+    def signal_ranks(self, number: signal.Signals) -> None:
+        """Signals the first process of every task alone, as SLURM does with proctrack/cgroup."""
+        for pid in _processes("SLURM_CLUSTER_NAME=dehvf"):
+            if "slurmstepd" in _command(_parent(pid)) and "supervise.py rank" in _command(pid):
                 os.kill(pid, number)
 
-    def loader_workers(self, name: str) -> set[int]:
-        """The DataLoader's processes on a node, by the name that torch gives them."""
-        return {
-            pid for pid in _processes_of_node(name) if "data_worker" in Path(f"/proc/{pid}/comm").read_text()
-        }
+    def loader_workers(self, name: str, job: str) -> set[int]:
+        """A job's DataLoader processes on a node, by the name that torch gives them."""
+        found = _processes(f"SLURMD_NODENAME={name}", f"SLURM_JOB_ID={job}")
+        return {pid for pid in found if "data_worker" in _text(f"/proc/{pid}/comm")}
 
-    def ranks(self, name: str) -> set[int]:
+    def ranks(self, name: str, job: str) -> set[int]:
         """The processes that train on a node."""
-        begin = f"{sys.prefix}/bin/python", "python"
-        trainers = {
-            pid
-            for pid in _processes_of_node(name)
-            if _command(pid).startswith(tuple(f"{python} dehvf_ds/train.py" for python in begin))
-        }
+        found = _processes(f"SLURMD_NODENAME={name}", f"SLURM_JOB_ID={job}")
+        trainers = {pid for pid in found if _command(pid).split()[1:2] == ["dehvf_ds/train.py"]}
         return {pid for pid in trainers if _parent(pid) not in trainers}
 
     def stop(self) -> None:
@@ -165,13 +159,7 @@ class Cluster:
     def call(self, *command: str, check: bool = True, cwd: Path | None = None, **env: str) -> str:
         """Runs one of SLURM's commands and returns what it prints."""
         found = subprocess.run(
-            command,
-            env=self._environment | env,
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
+            command, env=self._environment | env, cwd=cwd, capture_output=True, text=True, timeout=60
         )
         assert not check or found.returncode == 0, f"{command}: {found.stdout}{found.stderr}"
         return found.stdout
@@ -189,13 +177,7 @@ class Cluster:
     def wait(self, job: str, timeout_s: float = 120) -> dict[str, str]:
         """Waits until a job has ended for good."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        try:
-            wait_for(lambda: self.show(job)["JobState"] in ended, timeout_s, f"the end of job {job}")
-        except AssertionError as error:
-            log = Path(self.show(job)["StdOut"])
-            said = log.read_text() if log.exists() else "no log"
-            known = self.call("scontrol", "show", "job", job, "-o") + self.call("sinfo", "-N", "-l")
-            raise AssertionError(f"{error}\n{known}{said}") from None
+        wait_for(lambda: self.show(job)["JobState"] in ended, timeout_s, f"end of job {job}")
         return self.show(job)
 
     def _run_daemon(self, name: str, *command: str) -> None:
@@ -208,11 +190,7 @@ PATIENCE = 2
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-    """Asks until it holds.
-
-    Raises:
-        AssertionError: it did not in time.
-    """
+    """Asks until it holds."""
     end = time.monotonic() + PATIENCE * timeout_s
     while not condition():
         assert time.monotonic() < end, f"no {what} within {PATIENCE * timeout_s:g} s"
@@ -242,14 +220,16 @@ def _free_ports() -> tuple[int, int, int]:
     raise AssertionError("no free ports")
 
 
-def _processes_of_node(name: str) -> set[int]:
-    wanted = f"SLURMD_NODENAME={name}".encode()
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if wanted in path.read_bytes().split(b"\0"):
-                found.add(int(path.parent.name))
-    return found
+def _processes(*settings: str) -> set[int]:
+    """Those whose environment has all of these."""
+    found = {path.parent.name: _text(path).split("\0") for path in Path("/proc").glob("[0-9]*/environ")}
+    return {int(pid) for pid, lines in found.items() if set(settings) <= set(lines)}
+
+
+def _text(path: str | Path) -> str:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text(errors="replace")
+    return ""
 
 
 def _send(pids: set[int], number: signal.Signals) -> None:
@@ -259,12 +239,8 @@ def _send(pids: set[int], number: signal.Signals) -> None:
 
 
 def _parent(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
+    return int([*_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[1:2], 0][0])
 
 
 def _command(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-    return ""
+    return _text(f"/proc/{pid}/cmdline").replace("\0", " ")

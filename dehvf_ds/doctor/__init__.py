@@ -1,1 +1,0 @@
-"""Is this machine ready for a run? ``python -m dehvf_ds.doctor`` prints what it finds."""

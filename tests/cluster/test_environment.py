@@ -1,0 +1,146 @@
+"""The doctor's report: of machines and recipes that lack one thing each, and of a bare Python."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from training.launch import REPOSITORY
+
+from dehvf_ds import doctor
+from dehvf_ds.cluster import environment
+from dehvf_ds.cluster.environment import Line, check_backbone, check_run_dir, run_check
+
+
+def look(check) -> Line:
+    (line,) = run_check(("checked", check))
+    return line
+
+
+@pytest.mark.parametrize("lacks", ["nothing", "driver", "newer driver", "NCCL"])
+def test_torch_and_its_gpus(monkeypatch, lacks: str) -> None:
+    def is_available() -> bool:
+        if lacks == "newer driver":
+            warnings.warn("The driver is too old", stacklevel=1)
+        return lacks != "newer driver"
+
+    def load(name: str) -> None:
+        if lacks == "driver":
+            raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "NVIDIA H100")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: lacks != "NCCL")
+    line = look(environment.check_torch)
+    assert line.level == {"nothing": "ok", "driver": "warn"}.get(lacks, "FAIL")
+    assert ("2 x NVIDIA H100" in line.found) == (lacks in ("nothing", "NCCL"))
+    assert ("The driver is too old" in line.found) == (lacks == "newer driver")
+
+
+@pytest.mark.parametrize(
+    ("mib", "levels"), [(64, "FAIL FAIL warn"), (500, "warn warn warn"), (4096, "ok ok ok")]
+)
+def test_room(monkeypatch, tmp_path: Path, mib: int, levels: str) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=mib << 20))
+    checks = (environment.check_shared_memory, environment.check_temporary_space)
+    found = [look(check).level for check in (*checks, lambda: check_run_dir(str(tmp_path / "run")))]
+    assert " ".join(found) == levels
+
+
+def test_what_breaks_is_a_failing_line() -> None:
+    def breaks() -> str:
+        raise FileNotFoundError("No usable\ndirectory")
+
+    assert str(look(breaks)) == "FAIL  checked             FileNotFoundError: No usable directory"
+    assert look(lambda: sys.exit(3)).level == "FAIL"
+
+
+def test_an_installed_package_names_what_the_checkout_does(monkeypatch) -> None:
+    expected = [str(needed) for needed in environment.read_requirements()]
+    given = [*expected[1:], 'ruff>=99; extra == "dev"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: given)
+    monkeypatch.setattr(environment, "PYPROJECT", Path("/nowhere"))
+    assert [str(needed) for needed in environment.read_requirements()] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "needs"),
+    [
+        # A build of NVIDIA's.
+        ("torch", "2.6.0a0+ecf3bae", ""),
+        ("transformers", "6.0.0.dev1", "<6,>=5.0"),
+        ("peft", "", ">=0.18"),
+        ("Python", "3.10.4", ">=3.11"),
+    ],
+)
+def test_a_wrong_version_fails_with_its_remedy(monkeypatch, name, version, needs) -> None:
+    found = environment.installed_version
+    monkeypatch.setattr(environment, "installed_version", lambda n: version if n == name else found(n))
+    failing = [line for line in environment.check_packages() if line.level == "FAIL"]
+    told = f"{version or 'not installed'}; needs {needs}"
+    assert failing == ([Line("FAIL", name, told, f"pip install '{name}{needs}'")] if needs else [])
+
+
+@pytest.mark.parametrize(
+    ("replaced", "what", "found"),
+    [
+        ("", "", ""),
+        ("llm", "language model", "/nowhere/x: no such directory"),
+        ("tower", "vision tower", "/nowhere/x: no such directory"),
+        ("train", "training shards", "/nowhere/x"),
+        ("ds.json", "DeepSpeed JSON", "/nowhere/x: no such file"),
+    ],
+)
+def test_what_a_recipe_lacks_fails_alone(world, tmp_path, capsys, monkeypatch, replaced, what, found) -> None:
+    monkeypatch.setattr(doctor, "environment_checks", lambda: iter(()))
+    paths = {name: world / name for name in ("llm", "tower", "train", "ds.json")} | {replaced: "/nowhere/x"}
+    (tmp_path / "recipe.yaml").write_text(
+        f"run_dir: {tmp_path}/run\n"
+        f"model: {{language_model: {paths['llm']}, vision_tower: {paths['tower']}}}\n"
+        f"data: {{train: {paths['train']}}}\n"
+        f"deepspeed: {paths['ds.json']}\n"
+    )
+    code = doctor.main(["--config", str(tmp_path / "recipe.yaml")])
+    lines = {line[6:24].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert list(lines)[:3] == ["recipe", "language model", "vision tower"]
+    assert list(lines)[3:] == ["training shards", "run directory", "DeepSpeed JSON"]
+    assert [name for name, line in lines.items() if line.startswith("FAIL")] == ([what] if what else [])
+    assert found in lines.get(what, "")
+    assert code == bool(what)
+
+
+def test_backbones_without_weights_and_on_the_hub(world: Path, tmp_path: Path, monkeypatch) -> None:
+    shutil.copy(world / "llm/config.json", tmp_path)
+    assert look(lambda: check_backbone("language model", str(tmp_path))).found.endswith("without weights")
+    for cached, level in (("/cache/config.json", "ok"), (None, "warn")):
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, cached=cached: cached)
+        assert look(lambda: check_backbone("language model", "owner/some-7b")).level == level
+
+
+def test_a_run_directory_that_cannot_be_written(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    assert look(lambda: check_run_dir(str(tmp_path / "file/run"))).level == "FAIL"
+    # Root may write everywhere, and tests may run as root.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert look(lambda: check_run_dir(str(tmp_path / "a/b"))).level == "FAIL"
+
+
+def test_a_bare_interpreter_gets_its_report_too() -> None:
+    """No package of ours, torch included: an isolated interpreter without site-packages."""
+    command = [sys.executable, "-I", "-S", str(REPOSITORY / "dehvf_ds/doctor.py"), "--config", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert all(f"FAIL  {what} " in done.stdout for what in ("packages", "torch", "recipe")), done.stdout
+    assert "shared memory" in done.stdout
