@@ -14,7 +14,7 @@ help:
 	@echo "make demo    prepare, train, evaluate, export and show the demo (about 20 minutes on two CPU cores)"
 	@echo "make test    install and run every test"
 	@echo "make test-gpu   what needs a GPU (skips where there is none; some four minutes)"
-	@echo "make test-slurm  the job scripts on a SLURM of two nodes, started here (root; some nine minutes)"
+	@echo "make test-slurm  the job scripts on a SLURM of two nodes, started here (root; some six minutes)"
 	@echo "make check   ruff, pyright, import-linter, shellcheck"
 
 # --- set-up ---
@@ -68,7 +68,7 @@ demo: $(DATA)/backbones/.done $(DATA)/scenes/.done
 	@$(BIN)/python dehvf_ds/eval.py --model runs/demo-none --data $(DATA)/scenes/shards/test
 	@echo "[7/7] merging DEHVF's weights into a model that plain transformers loads"
 	@$(BIN)/python tools/merge_adapters.py --checkpoint runs/demo --output runs/demo/merged --dtype fp32 --force
-	@$(BIN)/python -m dehvf_ds.demo.show
+	@$(BIN)/python -c 'from dehvf_ds.demo.outcome import show; show()'
 
 # --- checks ---
 

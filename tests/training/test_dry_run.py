@@ -83,10 +83,10 @@ def test_a_dry_run_finds_that_the_runs_folder_cannot_be_had(world, alone, tmp_pa
 
 
 def test_a_dry_run_opens_the_scorer_and_leaves_no_folder(world, alone, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("dehvf_ds.evaluation.coco.find_spec", lambda name: None)
-    asked = ["--data.val", str(world / "test"), "--eval.every_steps", "1", "--eval.tokenizer", "simple"]
+    monkeypatch.setenv("PATH", "")
+    asked = ["--data.val", str(world / "test"), "--eval.every_steps", "1"]
     place = ["--dry-run", "--data.num_workers", "0", "--run_dir", str(tmp_path / "some/run")]
-    with pytest.raises(UserError, match="pycocoevalcap, which is not there"):
+    with pytest.raises(UserError, match="needs Java"):
         train.main(arguments(world, "dry", *asked, *place))
     assert not any(tmp_path.iterdir())
 
