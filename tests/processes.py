@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -51,6 +52,8 @@ class Process:
 
     def __init__(self, connection: socket.socket, out: IO[bytes], err: IO[bytes]) -> None:
         self._connection, self._out, self._err = connection, out, err
+        for file in (connection, out, err):
+            weakref.finalize(self, file.close)
         self.returncode: int | None = None
         self.pid = self._read()
 
@@ -64,7 +67,6 @@ class Process:
             if not select.select([self._connection], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
             self.returncode = self._read()
-            self._connection.close()
         return self.returncode
 
     def poll(self) -> int | None:

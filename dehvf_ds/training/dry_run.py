@@ -99,7 +99,7 @@ def _look_at_run_dir(run: ResolvedRun) -> Checkpoint | None:
         RunLock(run_dir).release()
     finally:
         for path in made:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 path.unlink() if path.name == LOCK_FILE else path.rmdir()
     return choose_start(run.config, run.index.digest)
 
