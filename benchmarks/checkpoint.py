@@ -56,7 +56,7 @@ def measure(config: RunConfig, deepspeed: str) -> None:
     fixed = dict.fromkeys(("train/loss", "lr", "seconds", "samples_per_s", "tokens_per_s"), 1.0)
     runs = {
         "metrics": lambda: [writer.write({"step": step, **fixed}) for step in range(1, 101)],
-        "levels": lambda: router_metrics(model, result.level_weights),
+        "feature_layers": lambda: router_metrics(model, result.router_weights),
     }
     (seconds,) = seconds_in_turn(runs, 1, warm_ups=0)
     writer.close()
@@ -65,7 +65,7 @@ def measure(config: RunConfig, deepspeed: str) -> None:
         "save_s": saves,
         "checkpoint_mb": round(num_bytes / 1e6, 1),
         "metrics_ms_a_step": round(10 * seconds["metrics"], 3),
-        "levels_ms_a_call": round(1000 * seconds["levels"], 3),
+        "levels_ms_a_call": round(1000 * seconds["feature_layers"], 3),
     }
     print(json.dumps(found))
 

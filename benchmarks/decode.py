@@ -95,7 +95,7 @@ def without_pictures(merged: DehvfForConditionalGeneration) -> torch.nn.Module:
     tensors = {
         name.replace(".mlp.ffn.", ".mlp."): tensor
         for name, tensor in merged.language_model.state_dict().items()
-        if not name.rpartition(".")[2].startswith("gain_")
+        if not name.rpartition(".")[2].startswith("scale_")
     }
     bare.load_state_dict(tensors, assign=True)
     bare.get_decoder().rotary_emb = merged.get_decoder().rotary_emb

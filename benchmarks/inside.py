@@ -11,7 +11,7 @@ import psutil
 import torch
 from bench import MIB, flags
 
-from dehvf_ds.config import InsideConfig, ScienceqaConfig
+from dehvf_ds.config import InTrainingConfig, ScienceqaConfig
 from dehvf_ds.data.collate import build_image_transform, load_tokenizer
 from dehvf_ds.distributed import World
 from dehvf_ds.evaluation.dataset import open_questions
@@ -36,7 +36,7 @@ def main() -> None:
         prompt=trained.config.prompt,
         scienceqa=ScienceqaConfig(),
     )
-    settings = InsideConfig(every_steps=1)
+    settings = InTrainingConfig(every_steps=1)
     # What libraries take at their first use is not the copy's.
     questions.ask(model, [0])
     before = resident()

@@ -60,7 +60,7 @@ class Scenes:
         for first in range(0, len(rows), 50):
             images = [read_sample(self.index, row).image for row in rows[first : first + 50]]
             pixels = torch.stack([transform(image) for image in images if image]).to(device).to(DTYPE)
-            parts.append(visual_features(model.vision_tower, pixels, model.config.levels))
+            parts.append(visual_features(model.vision_tower, pixels, model.config.feature_layers))
         self.features = torch.cat(parts)
         settings: dict[str, Any] = {"task": "caption", "max_tokens": 48}
         self.collators = {
@@ -108,15 +108,15 @@ def run(spec: str, data: Path, device: str) -> dict[str, Any]:
     given = dict(part.split("=") for part in spec.split(","))
     seed = int(given.get("seed", 0))
     bases = [str(data / "backbones" / name) for name in ("smollm2-135m", "dinov2-small")]
-    config = build_config(*bases, num_levels=6, image_size=224, lora=LORA)
+    config = build_config(*bases, num_feature_layers=6, image_size=224, lora=LORA)
     model: Any = load_model(config, *bases, dtype=DTYPE, seed=seed).to(device)
     model.__class__ = SeenModel
     if given.get("norm") == "0":
         ffn.F = SimpleNamespace(silu=torch.nn.functional.silu, rms_norm=lambda x, *_, **__: x)
     for name, parameter in model.trainable_parameters().items():
-        if name.endswith("gain_in") and "a" in given:
+        if name.endswith("scale_in") and "a" in given:
             parameter.data.fill_(float(given["a"]))
-        if name.endswith("gain_out"):
+        if name.endswith("scale_out"):
             size = float(given.get("b", ffn.READ_SIZE))
             parameter.data.fill_(size * model.config.num_slots**-0.5)
     tokenizer = load_tokenizer(bases[0])

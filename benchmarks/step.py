@@ -46,7 +46,7 @@ def build_variant(args: argparse.Namespace, settings: str) -> Callable[[], None]
     if "prefix_tokens" in given:
         given["prefix_tokens"] = int(given["prefix_tokens"])
     bases = (args.language_model, args.vision_tower)
-    config = build_config(*bases, num_levels=6, image_size=args.image_size, lora=LORA, **given)
+    config = build_config(*bases, num_feature_layers=6, image_size=args.image_size, lora=LORA, **given)
     model = load_model(config, *bases, dtype=dtype)
     batch = random_batch(args.batch, args.tokens, image_size=args.image_size).to(torch.device("cpu"), dtype)
 

@@ -5,7 +5,7 @@ Importing it registers the model with transformers' Auto classes.
 
 import warnings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 try:
     from dehvf_ds import model as model

@@ -1,8 +1,8 @@
 """What travels from the data to the model: one sample, one batch, and the names of their axes.
 
 Axes, as they stand in annotations everywhere: ``batch`` rows, ``tokens`` text positions, ``vocab``,
-``dim`` LLM width, ``layers`` LLM layers, ``levels`` chosen vision depths, ``slots`` visual tokens of
-one level (class token and patches), ``vision_dim``, ``rank`` width of the visual memory.
+``dim`` LLM width, ``layers`` LLM layers, ``feature_layers`` chosen depths of the tower, ``slots``
+visual tokens of one of them (class token and patches), ``vision_dim``, ``rank`` width of the visual memory.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Batch:
         supervised: where a loss is taken, as positions in the rows laid end to end, each before its label's;
             None until the batch moves.
         keys: the samples' keys, in row order.
-        replaced: for each damaged sample in whose place another stands, its shard and what is wrong.
+        substituted: for each damaged sample in whose place another stands, its shard and what is wrong.
     """
 
     input_ids: Int[Tensor, "batch tokens"]
@@ -67,7 +67,7 @@ class Batch:
     has_image: Bool[Tensor, " batch"]
     supervised: Int[Tensor, " chosen"] | None = None
     keys: tuple[str, ...] = ()
-    replaced: tuple[tuple[str, str], ...] = ()
+    substituted: tuple[tuple[str, str], ...] = ()
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """Moves the tensors; ``dtype`` applies to ``pixel_values`` alone.

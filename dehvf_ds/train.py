@@ -18,7 +18,7 @@ if not __package__:
 from dehvf_ds.config import ignored_settings, parse_run_config
 from dehvf_ds.distributed import meet, on_main, read_world, run_entry
 from dehvf_ds.evaluation.in_training import InTrainingEvaluation
-from dehvf_ds.planning.memory import check_inside
+from dehvf_ds.planning.memory import check_evaluation_memory
 from dehvf_ds.training.dry_run import dry_run
 from dehvf_ds.training.run import resolve
 from dehvf_ds.training.run_dir import is_finished
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
             told = f"finished already, all {run.num_steps} steps; --overwrite true trains anew"
             print(f"{config.run_dir}: {told}", flush=True)
         return 0
-    on_main(world, lambda: check_inside(config, run.ds_config, world))
+    on_main(world, lambda: check_evaluation_memory(config, run.ds_config, world))
     if config.dry_run:
         return dry_run(run, None if evaluation is None else evaluation.describe)
     return Trainer(run, evaluation).fit()

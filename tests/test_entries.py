@@ -166,7 +166,7 @@ def damage(directory: Path, share: int) -> None:
 
 
 @pytest.mark.slow
-def test_damaged_samples_stop_the_run_or_are_replaced_and_counted(world: Path) -> None:
+def test_damaged_samples_stop_the_run_or_are_substituted_and_counted(world: Path) -> None:
     shards = world / "damaged"
     shutil.copytree(world / "train", shards)
     damage(shards, 3)
@@ -177,14 +177,14 @@ def test_damaged_samples_stop_the_run_or_are_replaced_and_counted(world: Path) -
     assert "not the bytes that the index was made of" in line
     assert "Traceback" not in result.stderr
 
-    replacing = [*data, "--data.on_bad", "replace", "--data.max_bad_share"]
+    replacing = [*data, "--data.on_bad", "substitute", "--data.max_bad_share"]
     outputs = run_ranks(REPOSITORY / "dehvf_ds/train.py", arguments(world, "replace", *replacing, "0.5"), 2)
     lines = (world / "runs/replace/metrics.jsonl").read_text().splitlines()
-    replaced = json.loads(lines[-1])["replaced"]
+    substituted = json.loads(lines[-1])["substituted"]
     assert len(lines) == 4
-    assert 4 < replaced < 20
-    assert f"replaced {replaced} damaged samples; by shard: coco-00000" in outputs[0]
-    assert "".join(outputs).count("replaced a damaged sample: ") == replaced
+    assert 4 < substituted < 20
+    assert f"substituted {substituted} damaged samples; by shard: coco-00000" in outputs[0]
+    assert "".join(outputs).count("substituted a damaged sample: ") == substituted
 
     result = start("dehvf_ds/train.py", arguments(world, "too-bad", *replacing, "0.001"))
     assert result.returncode == 1
@@ -226,7 +226,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_keep_the_artifact(world: Pa
         ("train", ["--eval.every_steps", "2"], "needs rows to ask: give eval.data or data.val"),
         ("train", ["--eval.every_steps", "2", "--data.task", "chat"], "chat has no scores"),
         ("train", ["--eval.every_steps", "2", "--eval.data", "{world}/scienceqa"], "cannot score"),
-        ("train", ["--model.num_levels", "9"], "9 vision levels asked of a tower with 4 blocks"),
+        ("train", ["--model.num_feature_layers", "9"], "9 feature layers asked of a tower with 4 blocks"),
         ("eval", ["--model", "/nowhere", "--data", "{world}/test"], "/nowhere: no such directory"),
         ("eval", ["--model", "{world}", "--data", "/nowhere"], "/nowhere"),
         ("generate", ["--model", "{world}", "--image", "/nowhere.png"], "/nowhere.png"),
@@ -274,7 +274,7 @@ def test_a_dry_run_walks_the_whole_road_and_writes_nothing(world: Path) -> None:
     )
     (world / "home").mkdir()
     before = sorted(world.rglob("*"))
-    more = ["--dry-run", "--data.val", str(world / "test"), "--model.levels", "[2, 4]"]
+    more = ["--dry-run", "--data.val", str(world / "test"), "--model.feature_layers", "[2, 4]"]
     more += ["--deepspeed", str(world / "dry.json"), "--data.cache_dir", "~/cache"]
     result = start("dehvf_ds/train.py", arguments(world, "dry", *more), home=world / "home")
     assert result.returncode == 0, result.stderr

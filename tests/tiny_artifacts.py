@@ -43,7 +43,7 @@ def trained_model(
     bases: dict[str, str], *, scale: float = 0.3, **settings: Any
 ) -> DehvfForConditionalGeneration:
     """A model over them, fp32, whose trainables have all left their start values by noise."""
-    settings = {"num_levels": 2, "rank": 8, "router_dim": 4, "lora": LORA} | settings
+    settings = {"num_feature_layers": 2, "rank": 8, "router_dim": 4, "lora": LORA} | settings
     model = load_model(build_config(**bases, **settings), **bases, dtype=torch.float32, seed=1).eval()
     torch.manual_seed(2)
     for parameter in model.trainable_parameters().values():

@@ -38,7 +38,7 @@ def save_bin(state: dict[str, Tensor], directory: Path, *, zipped: bool = True, 
     (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def sketch(state: dict[str, Tensor], *, vision: bool = False) -> dict[str, str]:
+def fingerprint_of(state: dict[str, Tensor], *, vision: bool = False) -> dict[str, str]:
     """The sketch of a checkpoint with these tensors."""
     with tempfile.TemporaryDirectory() as directory:
         save_file({n: t.contiguous() for n, t in state.items()}, Path(directory) / "model.safetensors")

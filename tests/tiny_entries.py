@@ -57,7 +57,8 @@ def build_world(root: Path) -> Path:
     (root / "recipe.yaml").write_text(
         f"""
 run_dir: {root}/runs/recipe
-model: {{language_model: {root}/llm, vision_tower: {root}/tower, rank: 8, router_dim: 4, num_levels: 2}}
+model:
+  {{language_model: {root}/llm, vision_tower: {root}/tower, rank: 8, router_dim: 4, num_feature_layers: 2}}
 data: {{train: {root}/train, max_tokens: 64, num_workers: 1}}
 train: {{steps: 4, global_batch_size: 8, micro_batch_size: 2, save_every: 3, warmup_steps: 1, log_every: 1}}
 """

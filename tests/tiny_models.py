@@ -60,7 +60,7 @@ def build_model(
     text: str = "llama", vision: str = "clip", *, seed: int = 0, trained: bool = False, **settings
 ) -> DehvfForConditionalGeneration:
     """A tiny model. ``trained`` moves every trainable off its start value, so that the branch acts."""
-    settings = {"rank": 8, "router_dim": 4, "levels": [1, 2, 4], "lora": LORA} | settings
+    settings = {"rank": 8, "router_dim": 4, "feature_layers": [1, 2, 4], "lora": LORA} | settings
     torch.manual_seed(seed)
     model = DehvfForConditionalGeneration(
         DehvfConfig(text_config=text_config(text), vision_config=vision_config(vision), **settings)

@@ -15,7 +15,7 @@ BackbonePath = Annotated[LocalPath | None, Field(description="where it lies now;
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
-class InsideConfig:
+class InTrainingConfig:
     """In-training evaluation: answers and scores, by a full copy of the model on every rank."""
 
     every_steps: AtLeastZero = 0

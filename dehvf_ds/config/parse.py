@@ -28,6 +28,13 @@ RECIPES_DIR = _PACKAGE / "recipes"
 # A wheel has them inside the package, a clone beside it.
 DEEPSPEED_DIR = (_PACKAGE if (_PACKAGE / "ds_configs").is_dir() else _PACKAGE.parent) / "ds_configs"
 
+RENAMED = {
+    "model.levels": "model.feature_layers",
+    "model.num_levels": "model.num_feature_layers",
+    "train.levels_every": "train.router_every",
+}
+"""Settings that had another name before 0.2, in files that were written then."""
+
 _FLAG = re.compile(r"\A--[\w.-]+(?=(?:=|\Z))")
 
 
@@ -101,6 +108,8 @@ def looked_in(path: str | Path) -> str:
 
 def suggestion(name: str, known: Collection[str]) -> str:
     """Ends a message about a name that is not known: the nearest one that is."""
+    if name in RENAMED:
+        return f"; it is {RENAMED[name]} now"
     last = name.rpartition(".")[2]
     near = difflib.get_close_matches(name, known, n=1) or [k for k in known if k.rpartition(".")[2] == last]
     return f"; did you mean {near[0]}?" if near else ""

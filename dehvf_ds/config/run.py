@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from dehvf_ds.config.answers import InsideConfig
+from dehvf_ds.config.answers import InTrainingConfig
 from dehvf_ds.config.values import (
     CHECKS,
     AtLeastZero,
@@ -54,10 +54,10 @@ class ModelConfig:
     """ffn is DEHVF; prefix puts projected patches before the text; none is text only"""
     router: Literal["layer", "static", "last"] = "layer"
     """how an LLM layer weighs the tower's feature layers"""
-    num_levels: Positive = 6
+    num_feature_layers: Positive = 6
     """number of feature layers, evenly spaced, the last block included"""
-    levels: Annotated[tuple[Positive, ...] | None, Listed] = None
-    """feature layers by block number (1 is the first block); overrides num_levels"""
+    feature_layers: Annotated[tuple[Positive, ...] | None, Listed] = None
+    """feature layers by block number (1 is the first block); overrides num_feature_layers"""
     rank: Positive = 96
     """width of the visual memory"""
     router_dim: Positive = 32
@@ -71,8 +71,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         trained = self.fusion != "none" or self.lora.rank > 0
         require(trained, "model.fusion none with model.lora.rank 0 leaves nothing to train; set one of them")
-        rising = self.levels is None or (self.levels and list(self.levels) == sorted(set(self.levels)))
-        require(bool(rising), "model.levels must be rising block numbers, 1 the first")
+        layers = self.feature_layers
+        rising = layers is None or (layers and list(layers) == sorted(set(layers)))
+        require(bool(rising), "model.feature_layers must be rising block numbers, 1 the first")
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -125,10 +126,10 @@ class DataConfig:
     """optimizer steps among which rows are sorted into steps of similar length; 0 keeps the drawn order"""
     tail: Literal["wrap", "drop"] = "wrap"
     """an epoch's last, partial batch: wrap fills it with the next epoch's first rows, drop leaves it out"""
-    on_bad: Literal["raise", "replace"] = "raise"
-    """a damaged sample: raise stops the run, replace substitutes another of its shard"""
+    on_bad: Literal["raise", "substitute"] = "raise"
+    """a damaged sample: raise stops the run, substitute takes another of its shard"""
     max_bad_share: ShareBelowOne = 0.01
-    """with on_bad replace, share of substituted samples (after the first 1,000) that stops the run"""
+    """with on_bad substitute, share of substituted samples (after the first 1,000) that stops the run"""
     num_workers: Annotated[int, Field(ge=0, le=256)] = 2
     """loader processes a rank"""
     val: LocalPath | None = None
@@ -173,7 +174,7 @@ class TrainConfig:
     """checkpoints in a row that could not be written after which the run stops"""
     eval_every: AtLeastZero = 0
     """optimizer steps between validations on data.val; 0 validates at the end only"""
-    levels_every: AtLeastZero = 50
+    router_every: AtLeastZero = 50
     """optimizer steps between records of the fuser's layer weights and scales; 0 leaves them out"""
     timeout_minutes: PositiveNumber = 30.0
     """how long a rank waits for a silent other in training before the job fails"""
@@ -208,7 +209,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig = field(default_factory=TrainConfig)
-    eval: InsideConfig = field(default_factory=InsideConfig)
+    eval: InTrainingConfig = field(default_factory=InTrainingConfig)
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """seed of initial values, order and augmentation"""
     deepspeed: LocalPath = "ds_configs/zero3.json"
@@ -233,10 +234,10 @@ class RunConfig:
 _IDLE: tuple[tuple[str, Callable[[object], bool], str], ...] = (
     ("model.fusion", lambda fusion: fusion != "prefix", "model.prefix_tokens"),
     ("model.fusion", lambda fusion: fusion != "ffn", "model.router model.router_dim model.rank"),
-    ("model.fusion", lambda fusion: fusion != "ffn", "model.levels model.num_levels"),
+    ("model.fusion", lambda fusion: fusion != "ffn", "model.feature_layers model.num_feature_layers"),
     ("model.fusion", lambda fusion: fusion == "none", "model.image_size"),
     ("model.router", lambda router: router != "layer", "model.router_dim"),
-    ("model.levels", lambda levels: levels is not None, "model.num_levels"),
+    ("model.feature_layers", lambda layers: layers is not None, "model.num_feature_layers"),
     ("model.lora.rank", lambda rank: rank == 0, "model.lora.alpha model.lora.dropout model.lora.targets"),
     ("data.task", lambda task: task != "caption", "data.prompt data.captions"),
     ("data.task", lambda task: task != "scienceqa", "data.scienceqa.image_captions"),

@@ -51,7 +51,7 @@ class BatchReader(Dataset):
         except UserError as error:
             return UserError(str(error))
         batch.labels[[example == _PADDING for _, example in drawn]] = IGNORE_INDEX
-        return replace(batch, replaced=tuple(damage for _, damage in rows if damage))
+        return replace(batch, substituted=tuple(damage for _, damage in rows if damage))
 
     def _read(self, epoch: int, example: int) -> tuple[Sample, tuple[str, str] | None]:
         """The sample, or the one in its place with the damaged one's shard and what is wrong with it."""
@@ -207,7 +207,7 @@ def build_loader(
     )
     # A random crop shows a part of the picture at the tower's size.
     side = round(image_transform.image_size / config.augment.min_crop**0.5)
-    max_substitutes = MAX_SUBSTITUTES if config.on_bad == "replace" else 0
+    max_substitutes = MAX_SUBSTITUTES if config.on_bad == "substitute" else 0
     reader = BatchReader(examples, collator, shorter_side=side, max_substitutes=max_substitutes)
     return TrainingLoader(reader, drawn, num_workers=config.num_workers)
 

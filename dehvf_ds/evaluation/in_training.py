@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from dehvf_ds.config import InsideConfig, UserError
+from dehvf_ds.config import InTrainingConfig, UserError
 from dehvf_ds.data.examples import read_sample
 from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, on_main
 from dehvf_ds.evaluation.coco import require_java
@@ -26,7 +26,7 @@ SCORE = {"coco": "CIDEr", "scienceqa": "accuracy"}
 class InTrainingEvaluation:
     """Asks a fixed set of rows, scores the answers and draws examples, all into the run's ``samples``."""
 
-    def __init__(self, config: InsideConfig, questions: Questions, world: World, run_dir: Path) -> None:
+    def __init__(self, config: InTrainingConfig, questions: Questions, world: World, run_dir: Path) -> None:
         self.config, self.questions, self.world, self.run_dir = config, questions, world, run_dir
         self.scorer: Scorer | None = None
 

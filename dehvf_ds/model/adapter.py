@@ -44,10 +44,10 @@ _LOOSE_FIELDS = {
 def base_fingerprint(source: str, *, vision: bool, weights: bool = True) -> dict[str, Any]:
     """What tells one base model (directory or hub id) from another, as JSON values.
 
-    ``path``; ``config``, fields that shape the weights; ``sketch``, its ``weights_fingerprint``, if in use.
+    ``path``; ``config``, fields that shape the weights; ``fingerprint``, that of its weights, if in use.
     """
     found: dict[str, Any] = {"path": source, "config": _config_fields(source, vision=vision)}
-    return found | ({"sketch": weights_fingerprint(source, vision=vision)} if weights else {})
+    return found | ({"fingerprint": weights_fingerprint(source, vision=vision)} if weights else {})
 
 
 def check_base(identity: Mapping[str, Any], source: str, *, vision: bool, owner: str) -> None:
@@ -62,9 +62,9 @@ def check_base(identity: Mapping[str, Any], source: str, *, vision: bool, owner:
             f"{source} is not the {'vision tower' if vision else 'language model'} that {owner} was trained "
             f"on: {', '.join(differing)} differ"
         )
-    if "sketch" not in identity:
+    if "fingerprint" not in identity:
         return
-    names = differences(identity["sketch"], weights_fingerprint(source, vision=vision))
+    names = differences(identity["fingerprint"], weights_fingerprint(source, vision=vision))
     if names:
         others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         raise ModelError(

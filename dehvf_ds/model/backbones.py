@@ -22,7 +22,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
-from .configuration import DehvfConfig, ModelError, spaced_levels, square_side
+from .configuration import DehvfConfig, ModelError, spaced_layers, square_side
 from .fingerprint import LANGUAGE_PARTS, StoredFile, bare_name, is_weight, stored_tensors
 from .modeling import DehvfForConditionalGeneration, refuse_incomplete
 from .trial import MISFITS, try_backbones
@@ -191,17 +191,19 @@ def _has_own_head(config: PreTrainedConfig, source: str) -> bool:
 
 
 def build_config(
-    language_model: str, vision_tower: str, *, num_levels: int | None = None, **settings: Any
+    language_model: str, vision_tower: str, *, num_feature_layers: int | None = None, **settings: Any
 ) -> DehvfConfig:
     """Builds the model's configuration over two backbones, given as directories or hub ids.
 
-    ``settings`` are the other arguments of ``DehvfConfig``; where they name no feature layers, ``num_levels``
-    evenly spaced ones are taken.
+    ``settings`` are the other arguments of ``DehvfConfig``; if they name no feature layers, as many as
+    ``num_feature_layers`` are taken, evenly spaced.
     """
     vision_config = load_backbone_config(vision_tower, vision=True)
     _check_image_size(settings.get("image_size"), vision_config, vision_tower)
-    if not settings.get("levels") and num_levels is not None:
-        settings["levels"] = spaced_levels(getattr(vision_config, "num_hidden_layers", 0), num_levels)
+    if not settings.get("feature_layers") and num_feature_layers is not None:
+        settings["feature_layers"] = spaced_layers(
+            getattr(vision_config, "num_hidden_layers", 0), num_feature_layers
+        )
     text_config = load_backbone_config(language_model, vision=False)
     parts = ("vision_config", "audio_config", "text_config")
     alone = not getattr(text_config, "is_encoder_decoder", False)

@@ -15,7 +15,7 @@ except ImportError:
     if not TYPE_CHECKING:
         Bool = Float = Int = None
 
-FUNCTION_VERSION = 2
+FUNCTION_VERSION = 3
 """What the model computes from its weights. Version 1 did not normalise the visual FFN's queries; weights
 trained under another version would load and compute something else."""
 
@@ -26,19 +26,19 @@ class ModelError(ValueError):
     """A backbone, a size or an artifact that DEHVF cannot be built from; the message is for users."""
 
 
-def spaced_levels(num_blocks: int, num_levels: int) -> list[int]:
+def spaced_layers(num_blocks: int, num_feature_layers: int) -> list[int]:
     """Chooses feature layers of a tower: evenly spaced block numbers, from 1, the last block included."""
-    if not 1 <= num_levels <= num_blocks:
-        raise ModelError(f"{num_levels} vision levels asked of a tower with {num_blocks} blocks")
-    return [round(num_blocks * (i + 1) / num_levels) for i in range(num_levels)]
+    if not 1 <= num_feature_layers <= num_blocks:
+        raise ModelError(f"{num_feature_layers} feature layers asked of a tower with {num_blocks} blocks")
+    return [round(num_blocks * (i + 1) / num_feature_layers) for i in range(num_feature_layers)]
 
 
 def check_version(version: int, owner: str) -> None:
     """Refuses weights that belong to another function than this program's."""
     if version != FUNCTION_VERSION:
         raise ModelError(
-            f"{owner} was trained by a version of the program whose visual FFN computes something else "
-            f"({version}, not {FUNCTION_VERSION}): train it anew, or use that version"
+            f"{owner} was trained by a version of the program with other names or another function of the "
+            f"trained weights ({version}, not {FUNCTION_VERSION}): train it anew, or use that version"
         )
 
 
@@ -57,7 +57,7 @@ class DehvfConfig(PreTrainedConfig):
         vision_config: of the HF vision tower.
         fusion: ``ffn`` (DEHVF), ``prefix`` (projected patches before the text) or ``none``.
         router: how an LLM layer weighs the feature layers: ``layer``, ``static`` or ``last``.
-        levels: feature layers of the tower by block number, rising; None takes six, evenly spaced. ``last``
+        feature_layers: their block numbers in the tower, rising; None takes six, evenly spaced. ``last``
             keeps the deepest alone.
         rank: width r of the visual memory.
         router_dim: width k of the router's queries and keys.
@@ -78,7 +78,7 @@ class DehvfConfig(PreTrainedConfig):
         vision_config: PreTrainedConfig | dict[str, Any] | None = None,
         fusion: str = "ffn",
         router: str = "layer",
-        levels: Sequence[int] | None = None,
+        feature_layers: Sequence[int] | None = None,
         rank: int = 96,
         router_dim: int = 32,
         image_size: int | None = None,
@@ -102,11 +102,13 @@ class DehvfConfig(PreTrainedConfig):
         self.fusion, self.router = fusion, router
         self.rank, self.router_dim = rank, router_dim
         num_blocks = self.vision_config.num_hidden_layers
-        self.levels = list(levels) if levels else spaced_levels(num_blocks, min(6, num_blocks))
-        if max(self.levels) > num_blocks:
-            raise ModelError(f"vision level {max(self.levels)} of a tower with {num_blocks} blocks")
+        self.feature_layers = (
+            list(feature_layers) if feature_layers else spaced_layers(num_blocks, min(6, num_blocks))
+        )
+        if max(self.feature_layers) > num_blocks:
+            raise ModelError(f"feature layer {max(self.feature_layers)} of a tower with {num_blocks} blocks")
         if router == "last":
-            self.levels = self.levels[-1:]  # the others would be projected and weighed 0
+            self.feature_layers = self.feature_layers[-1:]  # the others would be projected and weighed 0
         side = image_size or square_side(getattr(self.vision_config, "image_size", None))
         if side is None or square_side(getattr(self.vision_config, "patch_size", None)) is None:
             raise ModelError(

@@ -16,7 +16,7 @@ from .configuration import Float, ModelError, square_side
 
 def visual_features(
     tower: PreTrainedModel, pixel_values: Float[Tensor, "batch 3 height width"], layers: Sequence[int]
-) -> Float[Tensor, "batch levels slots vision_dim"]:
+) -> Float[Tensor, "batch feature_layers slots vision_dim"]:
     """Runs the frozen tower and stacks the chosen feature layers, in its dtype, without gradient.
 
     Layers are block numbers; 1 is the first block's output. Each is layer-normed without weights, so that no
@@ -78,8 +78,8 @@ class Projector(nn.Module):
         self.bias = nn.Parameter(torch.zeros(rank))
 
     def forward(
-        self, features: Float[Tensor, "batch levels slots vision_dim"]
-    ) -> Float[Tensor, "batch levels slots rank"]:
+        self, features: Float[Tensor, "batch feature_layers slots vision_dim"]
+    ) -> Float[Tensor, "batch feature_layers slots rank"]:
         """Projects once per picture."""
         return F.silu(features @ self.w_down + self.bias)
 

@@ -63,8 +63,8 @@ class MemoryReader(nn.Module):
         self,
         x: Float[Tensor, "batch tokens dim"],
         memory: Float[Tensor, "batch *2 slots rank"],
-        gain_in: Float[Tensor, " rank"],
-        gain_out: Float[Tensor, " rank"],
+        scale_in: Float[Tensor, " rank"],
+        scale_out: Float[Tensor, " rank"],
     ) -> Float[Tensor, "batch tokens dim"]:
         """Reads a layer's visual memory S for every FFN input x, with the layer's scales a and b (ours).
 
@@ -81,18 +81,18 @@ class MemoryReader(nn.Module):
         if memory.ndim == 4:
             keys, values = memory.unbind(dim=1)
             return F.silu(query @ keys.transpose(1, 2)) @ values @ self.w_out
-        query = query * gain_in
+        query = query * scale_in
         scores = query @ (memory + self.key_positions).transpose(1, 2) * memory.shape[-1] ** -0.5
         read = F.silu(scores) @ (memory + self.value_positions)
-        return (read * gain_out) @ self.w_out
+        return (read * scale_out) @ self.w_out
 
     def prepare(
-        self, memory: Float[Tensor, "batch slots rank"], gain_in: Tensor, gain_out: Tensor
+        self, memory: Float[Tensor, "batch slots rank"], scale_in: Tensor, scale_out: Tensor
     ) -> Float[Tensor, "batch 2 slots rank"]:
         """Keys (S + P_k) * a / sqrt(r) and values (S + P_v) * b, which decoding reads for every token."""
         to = memory.device
-        keys = (memory + self.key_positions.to(to)) * (gain_in.to(to) * memory.shape[-1] ** -0.5)
-        values = (memory + self.value_positions.to(to)) * gain_out.to(to)
+        keys = (memory + self.key_positions.to(to)) * (scale_in.to(to) * memory.shape[-1] ** -0.5)
+        values = (memory + self.value_positions.to(to)) * scale_out.to(to)
         return torch.stack([keys, values], dim=1)
 
 
@@ -106,8 +106,8 @@ class VisualFFN(nn.Module):
     def __init__(self, ffn: nn.Module, reader: MemoryReader, num_slots: int, rank: int) -> None:
         super().__init__()
         self.ffn = ffn
-        self.gain_in = nn.Parameter(torch.full((rank,), SCORE_SPREAD))
-        self.gain_out = nn.Parameter(torch.full((rank,), READ_SIZE * num_slots**-0.5))
+        self.scale_in = nn.Parameter(torch.full((rank,), SCORE_SPREAD))
+        self.scale_out = nn.Parameter(torch.full((rank,), READ_SIZE * num_slots**-0.5))
         self._reader = (reader,)
         self.memory: Tensor | None = None
 
@@ -115,7 +115,7 @@ class VisualFFN(nn.Module):
         """The layer's FFN plus the visual branch."""
         if self.memory is None:
             raise RuntimeError("no visual memory is set; call the DEHVF model, not its language model")
-        visual = self._reader[0](x, self.memory, self.gain_in, self.gain_out)
+        visual = self._reader[0](x, self.memory, self.scale_in, self.scale_out)
         return self.ffn(x) + visual.to(x.device)
 
 

@@ -24,7 +24,7 @@ class HierarchicalFuser(nn.Module):
     """
 
     def __init__(
-        self, num_layers: int, num_levels: int, vision_dim: int, router_dim: int, router: str
+        self, num_layers: int, num_feature_layers: int, vision_dim: int, router_dim: int, router: str
     ) -> None:
         super().__init__()
         self.num_layers = num_layers
@@ -36,26 +36,26 @@ class HierarchicalFuser(nn.Module):
             self.w_query = nn.Parameter(torch.zeros(router_dim, router_dim))
             self.w_key = nn.Parameter(torch.randn(vision_dim, router_dim) / vision_dim**0.5)
         elif router == "static":
-            self.level_logits = nn.Parameter(torch.zeros(num_layers, num_levels))
+            self.router_logits = nn.Parameter(torch.zeros(num_layers, num_feature_layers))
 
     def forward(
         self,
-        class_tokens: Float[Tensor, "batch levels vision_dim"],
-        projected: Float[Tensor, "batch levels slots rank"],
+        class_tokens: Float[Tensor, "batch feature_layers vision_dim"],
+        projected: Float[Tensor, "batch feature_layers slots rank"],
         has_image: Bool[Tensor, " batch"],
-    ) -> tuple[Float[Tensor, "batch layers slots rank"], Float[Tensor, "batch layers levels"]]:
+    ) -> tuple[Float[Tensor, "batch layers slots rank"], Float[Tensor, "batch layers feature_layers"]]:
         """Fuses for all LLM layers at once; returns their memory S and the weights, which sum to 1.
 
         Rows without a picture are multiplied by 0, so that every parameter has a gradient there, too.
         """
         weights = self._weights(class_tokens)
-        batch, levels, slots, rank = projected.shape
+        batch, num_feature_layers, slots, rank = projected.shape
         masked = weights.to(projected.dtype) * has_image.to(projected.dtype)[:, None, None]
-        fused = masked @ projected.reshape(batch, levels, slots * rank)
+        fused = masked @ projected.reshape(batch, num_feature_layers, slots * rank)
         return fused.reshape(batch, self.num_layers, slots, rank), weights
 
     def _weights(self, class_tokens: Tensor) -> Tensor:
-        batch, levels, _ = class_tokens.shape
+        batch, num_feature_layers, _ = class_tokens.shape
         if self.router == "layer":
             embedding = self.layer_embedding
             queries = embedding + F.silu(embedding @ self.w_hidden) @ self.w_query
@@ -63,7 +63,7 @@ class HierarchicalFuser(nn.Module):
             scores = torch.einsum("lk,bjk->blj", queries.float(), keys.float()) / queries.shape[-1] ** 0.5
             return scores.softmax(dim=-1)
         if self.router == "static":
-            return self.level_logits.float().softmax(dim=-1).expand(batch, -1, -1)
-        last = torch.zeros(levels, device=class_tokens.device)
+            return self.router_logits.float().softmax(dim=-1).expand(batch, -1, -1)
+        last = torch.zeros(num_feature_layers, device=class_tokens.device)
         last[-1] = 1.0
-        return last.expand(batch, self.num_layers, levels)
+        return last.expand(batch, self.num_layers, num_feature_layers)

@@ -36,8 +36,8 @@ class DehvfOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
-    level_weights: Tensor | None = None
-    """the fuser's ``[batch, layers, levels]``, when pictures were encoded"""
+    router_weights: Tensor | None = None
+    """the fuser's ``[batch, layers, feature_layers]``, when pictures were encoded"""
 
 
 class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -77,7 +77,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if config.fusion == "ffn":
             self.projector = Projector(vision_dim, config.rank)
             self.fuser = HierarchicalFuser(
-                config.num_layers, len(config.levels), vision_dim, config.router_dim, config.router
+                config.num_layers, len(config.feature_layers), vision_dim, config.router_dim, config.router
             )
             self.reader = MemoryReader(text_dim, config.num_slots, config.rank)
             for layer in layers:
@@ -134,12 +134,12 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def encode_images(
         self, pixel_values: Float[Tensor, "batch 3 height width"], has_image: Bool[Tensor, " batch"] | None
-    ) -> tuple[Float[Tensor, "batch layers slots rank"], Float[Tensor, "batch layers levels"]]:
+    ) -> tuple[Float[Tensor, "batch layers slots rank"], Float[Tensor, "batch layers feature_layers"]]:
         """The visual memory of every LLM layer, zero on rows without a picture, and the fuser's weights.
 
         Of ``fusion: ffn``, once per picture. Without ``has_image`` all rows have one.
         """
-        features = visual_features(self.vision_tower, pixel_values, self.config.levels)
+        features = visual_features(self.vision_tower, pixel_values, self.config.feature_layers)
         if has_image is None:
             has_image = pixel_values.new_ones(len(pixel_values), dtype=torch.bool)
         return self.fuser(features[:, :, 0], self.projector(features), has_image)
@@ -152,11 +152,11 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         A model whose weights are not all at hand (offloaded, partitioned) gets the memory as it is.
         """
         ffns = [layer.mlp for layer in decoder_layers(self.language_model)]
-        needed = (self.reader.key_positions, self.reader.value_positions, *(ffn.gain_in for ffn in ffns))
+        needed = (self.reader.key_positions, self.reader.value_positions, *(ffn.scale_in for ffn in ffns))
         if memory.ndim == 5 or any(p.is_meta or not p.numel() for p in needed):
             return memory
         layers = zip(ffns, memory.unbind(dim=1), strict=True)
-        return torch.stack([self.reader.prepare(one, f.gain_in, f.gain_out) for f, one in layers], dim=1)
+        return torch.stack([self.reader.prepare(one, f.scale_in, f.scale_out) for f, one in layers], dim=1)
 
     def set_memory(self, memory: Float[Tensor, "batch layers *slots rank"] | None) -> None:
         """Hands each layer its memory, prepared or not, until the next call."""
@@ -187,7 +187,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         prepared or not, takes the place of pictures that are encoded already. Without either, rows are
         text-only. Without ``has_image`` every row's picture counts.
         """
-        level_weights = wanted = None
+        router_weights = wanted = None
         if labels is not None:
             if supervised is None:
                 supervised = F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten().nonzero()[:, 0]
@@ -195,7 +195,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             wanted = labels.flatten()[supervised + 1]
         embeds: Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.fusion == "ffn":
-            memory, level_weights = self._memory_of(embeds, pixel_values, has_image, visual_memory)
+            memory, router_weights = self._memory_of(embeds, pixel_values, has_image, visual_memory)
             self.set_memory(memory)
         elif self.config.fusion == "prefix" and pixel_values is not None:
             num_tokens = embeds.shape[1]
@@ -219,13 +219,13 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 past_key_values=out.past_key_values,
                 hidden_states=out.get("hidden_states"),
                 attentions=out.get("attentions"),
-                level_weights=level_weights,
+                router_weights=router_weights,
             )
         logits = self.logits_at(supervised, embeds, attention_mask, position_ids)
         loss_sum = F.cross_entropy(logits.float(), wanted.to(logits.device), reduction="sum")
         count = torch.full((), len(wanted), device=loss_sum.device)
         loss = loss_sum / max(1, len(wanted))
-        return DehvfOutput(loss=loss, loss_sum=loss_sum, num_tokens=count, level_weights=level_weights)
+        return DehvfOutput(loss=loss, loss_sum=loss_sum, num_tokens=count, router_weights=router_weights)
 
     def logits_at(
         self,
@@ -268,14 +268,14 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self, embeds: Tensor, pixel_values: Tensor | None, has_image: Tensor | None, memory: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The rows' memory: given, of their pictures, or zeros; with the fuser's weights of pictures."""
-        level_weights = None
+        router_weights = None
         if memory is None and pixel_values is not None:
-            memory, level_weights = self.encode_images(pixel_values, has_image)
+            memory, router_weights = self.encode_images(pixel_values, has_image)
         if memory is None:
             config = self.config
             memory = embeds.new_zeros(len(embeds), config.num_layers, config.num_slots, config.rank)
         _require_a_picture_a_row(memory, embeds)
-        return memory, level_weights
+        return memory, router_weights
 
     def _prepend_prefix(
         self, embeds: Tensor, mask: Tensor | None, pixel_values: Tensor, has_image: Tensor | None

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import flop_registry
 
 from dehvf_ds.batch import Batch
-from dehvf_ds.config import InsideConfig, RunConfig, UserError
+from dehvf_ds.config import InTrainingConfig, RunConfig, UserError
 from dehvf_ds.data.collate import build_image_transform
 from dehvf_ds.distributed import World
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
@@ -375,7 +375,7 @@ def checkpoint_bytes(parameters: Parameters) -> int:
 
 
 def evaluation_bytes(
-    config: DehvfConfig, parameters: Parameters, sharding: Sharding, settings: InsideConfig
+    config: DehvfConfig, parameters: Parameters, sharding: Sharding, settings: InTrainingConfig
 ) -> dict[str, int]:
     """What one GPU holds while it evaluates in the middle of a run, training's activations being gone.
 
@@ -393,7 +393,7 @@ def evaluation_bytes(
     }
 
 
-def check_inside(config: RunConfig, ds_config: dict[str, Any], world: World) -> None:
+def check_evaluation_memory(config: RunConfig, ds_config: dict[str, Any], world: World) -> None:
     """Refuses an in-training evaluation that would not fit beside the run, before any weight is loaded.
 
     On a GPU its own memory counts, on a CPU what is free now.

@@ -226,7 +226,7 @@ def _head_lines(plan: Plan) -> list[str]:
         f"step: {train.global_batch_size} rows = {place.world} GPUs x {plan.step.rows} rows x "
         f"{train.accumulation(place.world)} micro-steps; "
         f"{place.tokens or plan.config.data.max_tokens} tokens a row, "
-        f"{plan.model_config.num_slots} visual tokens a level, "
+        f"{plan.model_config.num_slots} visual tokens a feature layer, "
         f"{'bf16' if plan.dtype == torch.bfloat16 else 'fp32'}",
         *(f"note: {note}" for note in plan.notes),
     ]

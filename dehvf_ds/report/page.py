@@ -49,8 +49,8 @@ CURVES: tuple[tuple[str, str, str, Axis], ...] = (
 """Name in metrics.jsonl, title, and label and kind of the value axis."""
 
 LAYERS: tuple[tuple[str, str, str], ...] = (
-    ("levels/entropy", "Entropy of the feature layers' weights", "entropy (nats)"),
-    ("visual/gain", "Scale of the visual branch", "Frobenius norm"),
+    ("router/entropy", "Entropy of the feature layers' weights", "entropy (nats)"),
+    ("visual/scale", "Scale of the visual branch", "Frobenius norm"),
 )
 """As ``CURVES``: what is recorded for each layer of the language model, from zero."""
 
@@ -75,7 +75,7 @@ def build_page(runs: Sequence[Run]) -> str:
         last = [(np.array(numbers), grid[:, -1:].ravel()) for numbers, _, grid in families]
         layers[title] = line_chart(title, last, "LLM layer", label, "from zero")
     tasks = dict.fromkeys(e.task for run in runs for e in run.evaluations)
-    weights = {run.name: found for run in runs if (found := run.family("levels/mean"))[1]}
+    weights = {run.name: found for run in runs if (found := run.family("router/mean"))[1]}
     every = np.concatenate([grid.ravel() for _, _, grid in weights.values()] or [np.zeros(1)])
     low, high = np.nanmin(every), max(np.nanmax(every), np.nanmin(every) + MIN_RANGE)
     return environment.get_template("page.html.j2").render(

@@ -37,7 +37,7 @@ from dehvf_ds.training.step import StepResult
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 STATE_FILE = "state.safetensors"
 INFO_FILE = "state.json"
 LATEST, BEST = "latest", "best"
@@ -54,7 +54,7 @@ class Progress:
         skipped: steps that were not taken.
         skipped_in_a_row: of these, how many the last ones.
         unsupervised_rows: rows without a token to learn.
-        replaced: damaged samples for which others were substituted.
+        substituted: damaged samples for which others were substituted.
         best_loss: lowest validation loss so far.
         best_score: highest score of the in-training evaluations so far.
         best_step: step of the highest score; where nothing is scored, of the lowest validation loss.
@@ -66,7 +66,7 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     unsupervised_rows: int = 0
-    replaced: int = 0
+    substituted: int = 0
     best_loss: float | None = None
     best_score: float | None = None
     best_step: int | None = None
@@ -79,7 +79,7 @@ class Progress:
         self.skipped += not taken
         self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
         self.unsupervised_rows += result.num_unsupervised_rows
-        self.replaced += result.num_replaced
+        self.substituted += result.num_substituted
 
 
 @dataclass(frozen=True)

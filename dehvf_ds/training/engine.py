@@ -31,10 +31,10 @@ def build_model_config(
         built = build_config(
             config.language_model,
             config.vision_tower,
-            num_levels=config.num_levels,
+            num_feature_layers=config.num_feature_layers,
             fusion=config.fusion,
             router=config.router,
-            levels=config.levels,
+            feature_layers=config.feature_layers,
             rank=config.rank,
             router_dim=config.router_dim,
             image_size=image_size,

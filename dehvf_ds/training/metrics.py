@@ -111,33 +111,33 @@ def step_speed(
 
 
 def router_metrics(
-    model: DehvfForConditionalGeneration, weights: Float[Tensor, "layers levels"] | None
+    model: DehvfForConditionalGeneration, weights: Float[Tensor, "layers feature_layers"] | None
 ) -> dict[str, float]:
     """Router weights and branch scales by name. Every rank must call it.
 
-    ``levels/mean/BLOCK``: mean weight of a feature layer over the decoder's layers; ``levels/entropy/LAYER``:
-    in nats, from 0 (one feature layer alone) to log of their number; ``visual/gain/LAYER``: Frobenius norm of
-    diag(b_l) W_o, zero at the start. Ours. ``weights`` are averaged over some pictures; None leaves theirs
+    ``router/mean/BLOCK``: mean weight of a feature layer over the decoder's layers; ``router/entropy/LAYER``:
+    in nats, from 0 (one feature layer alone) to log of their number; ``visual/scale/LAYER``: Frobenius norm
+    of diag(b_l) W_o, zero at the start. Ours. ``weights`` are averaged over some pictures; None leaves theirs
     out.
     """
     found = {}
     if weights is not None:
         weights = weights.float().cpu()
-        blocks, means = model.config.levels, weights.mean(dim=0).tolist()
-        found |= {f"levels/mean/{block:02d}": mean for block, mean in zip(blocks, means, strict=True)}
+        blocks, means = model.config.feature_layers, weights.mean(dim=0).tolist()
+        found |= {f"router/mean/{block:02d}": mean for block, mean in zip(blocks, means, strict=True)}
         entropies = torch.special.entr(weights).sum(dim=1).tolist()
-        found |= {f"levels/entropy/{layer:02d}": entropy for layer, entropy in enumerate(entropies)}
+        found |= {f"router/entropy/{layer:02d}": entropy for layer, entropy in enumerate(entropies)}
     scales = {
         name: parameter
         for name, parameter in model.trainable_parameters().items()
-        if name.endswith(("gain_out", "reader.w_out"))
+        if name.endswith(("scale_out", "reader.w_out"))
     }
     if scales:
         values = gather_trainables(scales)
         row_norms = values.pop("reader.w_out").norm(dim=1)
         for name, scale in values.items():
             layer = next(part for part in name.split(".") if part.isdigit())
-            found[f"visual/gain/{int(layer):02d}"] = (scale * row_norms).norm().item()
+            found[f"visual/scale/{int(layer):02d}"] = (scale * row_norms).norm().item()
     return found
 
 
@@ -150,9 +150,9 @@ class SubstitutionLog:
 
     def add(self, micro_batches: Sequence[Batch]) -> None:
         """Counts the batches' damaged samples and prints what was wrong with them."""
-        for shard, message in (damage for batch in micro_batches for damage in batch.replaced):
+        for shard, message in (damage for batch in micro_batches for damage in batch.substituted):
             if self._counts.total() < MAX_SUBSTITUTION_LINES:
-                print(f"replaced a damaged sample: {message}", file=sys.stderr, flush=True)
+                print(f"substituted a damaged sample: {message}", file=sys.stderr, flush=True)
             self._counts[shard] += 1
 
     def by_shard(self) -> str:

@@ -24,7 +24,7 @@ FREE_KEYS = frozenset(
     run_dir deepspeed overwrite resume dry_run init_from model.language_model model.vision_tower
     data.train data.location data.cache_dir data.cache_gb data.on_bad data.max_bad_share data.num_workers
     data.val data.val_samples train.micro_batch_size train.activation_checkpointing train.max_bad_steps
-    train.save_every train.keep_checkpoints train.max_failed_saves train.eval_every train.levels_every
+    train.save_every train.keep_checkpoints train.max_failed_saves train.eval_every train.router_every
     train.log_every train.trackers train.timeout_minutes train.start_timeout_minutes eval.every_steps
     eval.data eval.max_samples eval.batch_size eval.max_new_tokens eval.num_beams eval.tokenizer
     """.split()  # noqa: SIM905
@@ -32,7 +32,7 @@ FREE_KEYS = frozenset(
 """Settings that may differ between the parts of one run: paths, speed, and what is looked at."""
 
 WEIGHT_KEYS = (
-    *("fusion", "router", "levels", "rank", "router_dim", "image_size", "prefix_tokens"),
+    *("fusion", "router", "feature_layers", "rank", "router_dim", "image_size", "prefix_tokens"),
     *("lora.rank", "lora.alpha", "lora.targets"),
 )
 """Model settings that decide what trained weights compute."""

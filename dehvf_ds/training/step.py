@@ -28,11 +28,11 @@ class StepResult:
         num_supervised: tokens that the loss was taken at; at least 1.
         num_tokens: text tokens that went through the model.
         num_unsupervised_rows: rows without a token to learn.
-        num_replaced: damaged samples for which others were substituted.
+        num_substituted: damaged samples for which others were substituted.
         num_stopping: ranks that were asked to stop.
         rows_crc: equal in two runs whose step saw the same rows, on whatever ranks (``Batch.checksum``,
             modulo 2 ** 24, which TensorBoard's fp32 holds exactly).
-        level_weights: the router's weights in this rank's last micro-batch with a picture, averaged over its
+        router_weights: the router's weights in this rank's last micro-batch with a picture, averaged over its
             pictures; None without any.
     """
 
@@ -40,10 +40,10 @@ class StepResult:
     num_supervised: int
     num_tokens: int
     num_unsupervised_rows: int
-    num_replaced: int
+    num_substituted: int
     num_stopping: int
     rows_crc: int
-    level_weights: Float[Tensor, "layers levels"] | None = None
+    router_weights: Float[Tensor, "layers feature_layers"] | None = None
 
 
 def train_step(
@@ -75,11 +75,11 @@ def train_step(
         UnsupervisedError: no row of any rank has a token to learn; nothing was changed.
     """
     counts = (
-        (b.num_supervised(), b.num_tokens(), b.num_unsupervised_rows(), len(b.replaced), b.checksum())
+        (b.num_supervised(), b.num_tokens(), b.num_unsupervised_rows(), len(b.substituted), b.checksum())
         for b in micro_batches
     )
     own = [float(sum(column)) for column in zip(*counts, strict=True)]
-    num_supervised, num_tokens, unsupervised, replaced, checksum, num_stopping = all_reduce_sum(
+    num_supervised, num_tokens, unsupervised, substituted, checksum, num_stopping = all_reduce_sum(
         [*own, float(stopping)], world.device
     )
     if not num_supervised:
@@ -96,18 +96,18 @@ def train_step(
         engine.backward(output.loss_sum * (world.size / num_supervised), scale_wrt_gas=False)
         engine.step()
         own_loss += output.loss_sum.detach().double()
-        if output.level_weights is not None and batch.has_image.any():
-            weights = output.level_weights.detach()[batch.has_image.to(world.device)].mean(dim=0)
+        if output.router_weights is not None and batch.has_image.any():
+            weights = output.router_weights.detach()[batch.has_image.to(world.device)].mean(dim=0)
     (loss_sum,) = all_reduce_sum([own_loss.item()], world.device)
     return StepResult(
         loss=loss_sum / num_supervised,
         num_supervised=int(num_supervised),
         num_tokens=int(num_tokens),
         num_unsupervised_rows=int(unsupervised),
-        num_replaced=int(replaced),
+        num_substituted=int(substituted),
         num_stopping=int(num_stopping),
         rows_crc=int(checksum) % 2**24,
-        level_weights=weights,
+        router_weights=weights,
     )
 
 

@@ -177,9 +177,9 @@ class Trainer:
             every, best = self.config.train.save_every, self.progress.best_step == step
             if every and (step % every == 0 or best or last):
                 self._save_or_give_up(last)
-        if self.progress.replaced:
+        if self.progress.substituted:
             by_shard = self.substitutions.by_shard()
-            line = f"replaced {self.progress.replaced} damaged samples; by shard: {by_shard}"
+            line = f"substituted {self.progress.substituted} damaged samples; by shard: {by_shard}"
             self._print(line, file=sys.stderr)
         return True
 
@@ -219,15 +219,15 @@ class Trainer:
             **speed,
             "skipped": progress.skipped,
             "unsupervised_rows": progress.unsupervised_rows,
-            "replaced": progress.replaced,
+            "substituted": progress.substituted,
             "rows_crc": result.rows_crc,
         }
 
     def _measure(self, step: int, result: StepResult, last: bool) -> dict[str, float]:
         """What is not measured in every step: the router, the validation loss, scores."""
         train, found = self.config.train, {}
-        if train.levels_every and (step % train.levels_every == 0 or step == 1 or last):
-            found |= router_metrics(self.model, result.level_weights)
+        if train.router_every and (step % train.router_every == 0 or step == 1 or last):
+            found |= router_metrics(self.model, result.router_weights)
         if last or (train.eval_every and step % train.eval_every == 0):
             found |= self.validate()
         if self.evaluation is not None and (last or step % self.config.eval.every_steps == 0):
@@ -294,10 +294,10 @@ class Trainer:
                 f"stopped at step {progress.step}, weights as of step "
                 f"{progress.step - progress.skipped_in_a_row} are saved"
             )
-        if progress.replaced > limit * max(progress.samples, MIN_SAMPLES_OF_SHARE):
+        if progress.substituted > limit * max(progress.samples, MIN_SAMPLES_OF_SHARE):
             self.finish()
             raise TrainingError(
-                f"{progress.replaced} of {progress.samples} samples are damaged, more than "
+                f"{progress.substituted} of {progress.samples} samples are damaged, more than "
                 f"data.max_bad_share {limit:g} of them; by shard: {self.substitutions.by_shard()}"
             )
 

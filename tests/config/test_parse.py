@@ -71,7 +71,7 @@ def test_a_text_arrives_as_it_was_given(text: str, tmp_path: Path) -> None:
 )
 def test_what_is_saved_reads_back_equal(tmp_path_factory, prompt: str | None, lr: float, name: str) -> None:
     base = parse_run_config(["--config=demo"])
-    data, model = replace(base.data, prompt=prompt, train=name), replace(base.model, levels=(1, 3))
+    data, model = replace(base.data, prompt=prompt, train=name), replace(base.model, feature_layers=(1, 3))
     config = replace(base, run_dir=name, data=data, model=model, train=replace(base.train, lr=lr))
     path = tmp_path_factory.getbasetemp() / "saved.yaml"
     save_run_config(config, path)
@@ -88,7 +88,7 @@ def test_what_is_saved_reads_back_equal(tmp_path_factory, prompt: str | None, lr
         ("train.warmup_steps: 010", "train.warmup_steps", 10),
         ("train.warmup_steps: 1_000", "train.warmup_steps", 1000),
         ("train.betas: [.8, 9e-1]", "train.betas", (0.8, 0.9)),
-        ("model.levels: 1, 3", "model.levels", (1, 3)),
+        ("model.feature_layers: 1, 3", "model.feature_layers", (1, 3)),
         ("train.activation_checkpointing: yes", "train.activation_checkpointing", True),
         ("train: {steps: null}", "train.steps", None),
         ("train.steps:", "train.steps", None),
@@ -126,6 +126,7 @@ def test_a_value_in_a_file_is_what_its_setting_takes(tmp_path: Path, written: st
         ("train: {<<: {lr: 1}}\n", "line 7: no setting train.<<"),
         ("train:\n  learning_rate: 1\n", "line 8: no setting train.learning_rate"),
         ("lr: 1\n", "line 7: no setting lr; did you mean train.lr?"),
+        ("train: {levels_every: 1}\n", "line 7: no setting train.levels_every; it is train.router_every now"),
         ("train: {steps: 1\n", "line 8"),
         ("---\nrun_dir: y\n", "line 7"),
         ("train: *nowhere\n", "nowhere"),
@@ -162,7 +163,9 @@ def test_switches_dashes_and_lists_are_taken() -> None:
     )
     assert (config.dry_run, config.overwrite, config.init_from) == (True, False, "runs/a-b")
     assert config.train.micro_batch_size == 4
-    assert parse_run_config(["--train.betas", "[0.8, 0.9]", "--model.levels=1,2"]).model.levels == (1, 2)
+    assert parse_run_config(
+        ["--train.betas", "[0.8, 0.9]", "--model.feature_layers=1,2"]
+    ).model.feature_layers == (1, 2)
     images = ["--image", "a.jpg", "b c.jpg", "--choices=[x, y]", "--image", "d.jpg", "--choices=-1"]
     answers = parse_generate_config(["--model=m", *images])
     assert (answers.image, answers.choices) == (["a.jpg", "b c.jpg", "d.jpg"], ["[x, y]", "-1"])
@@ -182,8 +185,8 @@ def test_switches_dashes_and_lists_are_taken() -> None:
         (["--model.router", "token"], "--model.router is 'token'; it should be 'layer', 'static' or 'last'"),
         (["--run_dir="], "--run_dir is ''; it should be a path"),
         (["--train.global_batch_size", "33"], "global_batch_size 33 is not a multiple of"),
-        (["--model.levels", "[3,2]"], "rising block numbers"),
-        (["--model.levels", "[]"], "rising block numbers"),
+        (["--model.feature_layers", "[3,2]"], "rising block numbers"),
+        (["--model.feature_layers", "[]"], "rising block numbers"),
         (["--model.fusion=none", "--model.lora.rank=0"], "leaves nothing to train"),
         (["--eval.every_steps=1"], "needs rows to ask"),
         (["--eval.every_steps=1", "--data.task=chat"], "data.task chat has no scores"),
@@ -268,7 +271,10 @@ def test_flags_of_the_tools_are_expanded_too(tmp_path: Path) -> None:
     [
         ("--model.fusion=none --model.rank=8", "model.rank 8 has no effect: model.fusion is none"),
         ("--model.router=last --model.router_dim=8", "model.router_dim 8 has no effect: model.router is"),
-        ("--model.levels=1 --model.num_levels=2", "model.num_levels 2 has no effect: model.levels is (1,)"),
+        (
+            "--model.feature_layers=1 --model.num_feature_layers=2",
+            "model.num_feature_layers 2 has no effect: model.feature_layers is (1,)",
+        ),
         ("--model.lora.rank=0 --model.lora.alpha=2", "model.lora.alpha 2.0 has no effect: model.lora."),
         ("--data.scienceqa.lecture", "data.scienceqa.lecture True has no effect: data.task is caption"),
         ("--train.eval_every=3", "train.eval_every 3 has no effect: data.val is None"),

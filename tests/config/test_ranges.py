@@ -35,7 +35,7 @@ NUMBERS = [
 MAY_BE_ZERO = """
 data.augment.flip data.bucket_steps data.max_bad_share data.num_workers data.val_samples eval.every_steps
 min_new_tokens model.lora.dropout model.lora.rank overhead_gib seed train.betas train.eval_every
-train.levels_every train.max_grad_norm train.min_lr_ratio train.save_every train.warmup_steps
+train.router_every train.max_grad_norm train.min_lr_ratio train.save_every train.warmup_steps
 train.weight_decay
 """
 ZERO_IS_A_VALUE = set(MAY_BE_ZERO.split())
@@ -45,7 +45,7 @@ WRONG += ["1,5,9"]
 
 def test_the_settings_are_found() -> None:
     names = {name for _, name in NUMBERS}
-    assert names >= ZERO_IS_A_VALUE | {"train.lr", "model.levels", "model.lora.alpha", "num_beams"}
+    assert names >= ZERO_IS_A_VALUE | {"train.lr", "model.feature_layers", "model.lora.alpha", "num_beams"}
     assert len(NUMBERS) > 45
 
 
@@ -57,7 +57,7 @@ def test_a_number_outside_its_range_is_one_line_that_names_it(
     zeros = ["0", "0.0"]
     wrong = WRONG + (zeros if name not in ZERO_IS_A_VALUE else [])
     for text in wrong:
-        if text == "1,5,9" and name == "model.levels":
+        if text == "1,5,9" and name == "model.feature_layers":
             continue
         text = f"[{text}, 0.9]" if name == "train.betas" else text
         path.write_text(f"{name}: {json.dumps(text)}\n")
@@ -65,7 +65,7 @@ def test_a_number_outside_its_range_is_one_line_that_names_it(
             with pytest.raises(UserError) as error:
                 parse_config(config_class, [*needed, *given], "")
             assert name in str(error.value), text
-            assert place in str(error.value) or name == "model.levels", text
+            assert place in str(error.value) or name == "model.feature_layers", text
             assert "\n" not in str(error.value)
     if name in ZERO_IS_A_VALUE:
         parse_config(config_class, [*needed, f"--{name}={'0, 0' if name == 'train.betas' else 0}"], "")

@@ -111,14 +111,14 @@ def damage(directory, rows):
         (directory / name).write_bytes(bytes(data))
 
 
-def test_damaged_samples_are_replaced_by_others_of_their_shard(make_shards, build):
+def test_damaged_samples_make_way_for_others_of_their_shard(make_shards, build):
     directory = make_shards(10, 4)
     sound = list(build(data_config(directory), num_steps=5))
     damage(directory, [1, 5, 6])
-    config = replace(data_config(directory, on_bad="replace"), num_workers=2)
+    config = replace(data_config(directory, on_bad="substitute"), num_workers=2)
     found = list(build(config, num_steps=5))
     alone = build(replace(config, num_workers=0), num_steps=5)
-    assert [(batch.keys, batch.replaced) for batch in alone] == [(b.keys, b.replaced) for b in found]
+    assert [(batch.keys, batch.substituted) for batch in alone] == [(b.keys, b.substituted) for b in found]
     drawn = (
         [int(key.removeprefix("row")) for batch in batches for key in batch.keys]
         for batches in (sound, found)
@@ -127,7 +127,7 @@ def test_damaged_samples_are_replaced_by_others_of_their_shard(make_shards, buil
     damaged = [(old, new) for old, new in pairs if old in (1, 5, 6)]
     assert all(new not in (1, 5, 6) and new // 4 == old // 4 for old, new in damaged)
     assert all(old == new for old, new in pairs if (old, new) not in damaged)
-    notes = [note for batch in found for note in batch.replaced]
+    notes = [note for batch in found for note in batch.substituted]
     for (old, _), (shard, message) in zip(damaged, notes, strict=True):
         assert shard == f"tiny-00000{old // 4}.tar"
         assert f"sample {old} (" in message
@@ -138,7 +138,7 @@ def test_a_shard_without_a_sound_sample_stops_the_run(make_shards, build):
     directory = make_shards(8, 4)
     damage(directory, range(4, 8))
     with pytest.raises(UserError, match=r"nor could 15 others of its shard take its place"):
-        list(build(data_config(directory, on_bad="replace"), num_steps=4))
+        list(build(data_config(directory, on_bad="substitute"), num_steps=4))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -16,7 +16,7 @@ from processes import REPOSITORY, run_ranks, start_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_entries import arguments, read_metrics, start, steps
 
-from dehvf_ds.config import EvalConfig, InsideConfig, UserError, parse_run_config
+from dehvf_ds.config import EvalConfig, InTrainingConfig, UserError, parse_run_config
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.shards import DamagedSample
 from dehvf_ds.distributed import World
@@ -25,7 +25,7 @@ from dehvf_ds.evaluation.coco import METRICS, CaptionScorer
 from dehvf_ds.evaluation.dataset import Questions, is_published, published_shards
 from dehvf_ds.evaluation.decode import Decoding
 from dehvf_ds.evaluation.in_training import InTrainingEvaluation
-from dehvf_ds.planning.memory import check_inside
+from dehvf_ds.planning.memory import check_evaluation_memory
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.metrics import Evaluated
 from dehvf_ds.training.stop import StopRequest
@@ -139,10 +139,10 @@ def test_published_layouts_become_the_shards_of_the_same_rows(world: Path, tmp_p
 def test_an_evaluation_that_does_not_fit_is_refused_with_its_numbers(world: Path, monkeypatch) -> None:
     config = parse_run_config(arguments(world, "big", *INSIDE, "--eval.data", str(world / "test")))
     ds_config = read_deepspeed_json(config.deepspeed, config, 1, 1)
-    check_inside(config, ds_config, ALONE)
+    check_evaluation_memory(config, ds_config, ALONE)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(UserError, match=r"the copy 0\.0, decoding 2 rows 0\.0 make .* GiB a rank, and 0\.0"):
-        check_inside(config, ds_config, ALONE)
+        check_evaluation_memory(config, ds_config, ALONE)
 
 
 class Evaluation:
@@ -169,7 +169,7 @@ class Evaluation:
             tokenizer=None,  # pyright: ignore[reportArgumentType]
             decoding=Decoding(max_new_tokens=2),
         )
-        config = InsideConfig(every_steps=1, batch_size=1, tokenizer="simple")
+        config = InTrainingConfig(every_steps=1, batch_size=1, tokenizer="simple")
         evaluation = InTrainingEvaluation(config, questions, ALONE, self.said.parents[1])
         evaluation.open()
         return evaluation(None, 7, self.stop)  # pyright: ignore[reportArgumentType]

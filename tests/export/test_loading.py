@@ -184,7 +184,7 @@ def changed(export: Path, tmp_path: Path, change) -> Path:
 
 
 OF_EVERY_KIND = [
-    *("projector.bias", "mlp.gain_in", "ffn.up_proj.weight", "lm_head.weight", "class_embedding"),
+    *("projector.bias", "mlp.scale_in", "ffn.up_proj.weight", "lm_head.weight", "class_embedding"),
     *("gate_proj.lora_A.default.weight", "gate_proj.base_layer.weight"),  # of an unfolded export
 ]
 
@@ -205,8 +205,8 @@ def test_a_missing_tensor_is_named(export, tmp_path, end) -> None:
         (lambda t: t.update({"fuser.w_kee": torch.ones(2)}), r"holds 1 weights, fuser\.w_kee among"),
         (lambda t: t.update({"reader.w_out": torch.ones(2)}), r"reader\.w_out has shape .2., not"),
         (
-            lambda t: t["language_model.model.layers.1.mlp.gain_in"].view(-1)[5:].fill_(torch.inf),
-            r"gain_in holds values .* not finite",
+            lambda t: t["language_model.model.layers.1.mlp.scale_in"].view(-1)[5:].fill_(torch.inf),
+            r"scale_in holds values .* not finite",
         ),
         (lambda t: t["reader.w_out"].view(-1)[5:].fill_(torch.nan), r"w_out holds values .* not finite"),
     ],

@@ -55,7 +55,7 @@ def test_forward_stays_on_the_device(router: str) -> None:
     model = build_model(router=router)
     with FakeTensorMode(), torch.no_grad():
         out = on_fake_gpu(model)(**fake_inputs())
-        assert out.logits.device.type == out.level_weights.device.type == "cuda"
+        assert out.logits.device.type == out.router_weights.device.type == "cuda"
         assert out.logits.shape == (ROWS, TOKENS, 64)
 
 

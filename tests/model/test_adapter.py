@@ -81,7 +81,7 @@ def test_weights_of_another_versions_function_are_refused(tmp_path, bases) -> No
         content = json.loads(file.read_text())
         assert content.pop("version") == 2
         file.write_text(json.dumps(content))
-        with pytest.raises(ModelError, match=r"computes something else \(1, not 2\)"):
+        with pytest.raises(ModelError, match=r"another function of the trained weights \(2, not 3\)"):
             find_trained(file.parent)
 
 

@@ -91,7 +91,9 @@ def test_a_head_of_its_own_under_a_tied_configuration_is_trained_and_exported(tm
     rewrite(tmp_path / "llm", lambda tensors: None, tied=True)
     ids = torch.randint(3, 200, (2, 6))
     expected = AutoModelForCausalLM.from_pretrained(bases["language_model"]).eval()(input_ids=ids).logits
-    start = load_model(build_config(**bases, num_levels=2, rank=8), **bases, dtype=torch.float32).eval()
+    start = load_model(
+        build_config(**bases, num_feature_layers=2, rank=8), **bases, dtype=torch.float32
+    ).eval()
     assert torch.equal(start(input_ids=ids).logits, expected)
     model = trained_model(bases, task="caption", prompt="Picture:")
     model.config.text_config.tie_word_embeddings = model.config.tie_word_embeddings = says_tied
@@ -112,7 +114,7 @@ def test_a_head_that_differs_in_one_value_is_one_of_its_own(tmp_path) -> None:
     rewrite(
         tmp_path / "llm", lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] + one_value}), tied=True
     )
-    config = build_config(**bases, num_levels=2, rank=8)
+    config = build_config(**bases, num_feature_layers=2, rank=8)
     settle_head(config, bases["language_model"])
     assert config.tie_word_embeddings is config.text_config.tie_word_embeddings is False
     check_bases(config, **bases)
@@ -132,7 +134,7 @@ def test_a_head_that_is_the_embedding_stays_tied(tmp_path, layout) -> None:
         save_bin(tensors, tmp_path / "bin")
         (tmp_path / "bin/pytorch_model.bin").rename(llm / "pytorch_model.bin")
         (llm / "model.safetensors").unlink()
-    config = build_config(**bases, num_levels=2, rank=8)
+    config = build_config(**bases, num_feature_layers=2, rank=8)
     model = load_model(config, **bases, dtype=torch.float32)
     assert config.text_config.tie_word_embeddings is True
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -143,7 +145,7 @@ def test_a_checkpoint_without_a_weight_is_refused(tmp_path, name) -> None:
     bases = build_bases(tmp_path)
     save(trained_model(bases), bases, tmp_path / "run/adapter")
     rewrite(tmp_path / "llm", lambda tensors: tensors.pop(name), tied=False)
-    config = build_config(**bases, num_levels=2, rank=8)
+    config = build_config(**bases, num_feature_layers=2, rank=8)
     lacking = rf"llm: the checkpoint lacks 1 weights, {name} among them"
     with pytest.raises(ModelError, match=lacking):
         load_model(config, **bases, dtype=torch.float32)

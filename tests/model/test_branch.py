@@ -48,7 +48,7 @@ def test_router_weights_follow_their_formulas() -> None:
     assert not torch.allclose(weights[0, 0], weights[0, 1]), "the layer counts"
     assert not torch.allclose(weights[0, 0], weights[2, 0]), "and the picture"
     fuser, *batch = build_fuser("static")
-    torch.testing.assert_close(fuser(*batch)[1], fuser.level_logits.softmax(-1).expand(BATCH, -1, -1))
+    torch.testing.assert_close(fuser(*batch)[1], fuser.router_logits.softmax(-1).expand(BATCH, -1, -1))
     fuser, *batch = build_fuser("last")
     torch.testing.assert_close(fuser(*batch)[0][0, 1], batch[1][0, -1])
     assert list(fuser.parameters()) == []
@@ -65,17 +65,17 @@ def build_reader(
     shapes = {
         "x": (BATCH, TOKENS, dim),
         "memory": (BATCH, slots, rank),
-        "gain_in": (rank,),
-        "gain_out": (rank,),
+        "scale_in": (rank,),
+        "scale_out": (rank,),
     }
     return reader, {name: torch.randn(shape).requires_grad_() for name, shape in shapes.items()}
 
 
-def materialised(reader: MemoryReader, x, memory, gain_in, gain_out) -> Tensor:
+def materialised(reader: MemoryReader, x, memory, scale_in, scale_out) -> Tensor:
     """The plain reference: an FFN whose M hidden units have d-wide keys and values."""
     spread = ((x @ reader.w_query).square().mean(dim=-1, keepdim=True) + 1e-8).sqrt()
-    keys = ((memory + reader.key_positions) * gain_in) @ reader.w_query.T
-    values = ((memory + reader.value_positions) * gain_out) @ reader.w_out
+    keys = ((memory + reader.key_positions) * scale_in) @ reader.w_query.T
+    values = ((memory + reader.value_positions) * scale_out) @ reader.w_out
     hidden = F.silu(torch.einsum("btd,bmd->btm", x, keys) / spread / memory.shape[-1] ** 0.5)
     return torch.einsum("btm,bmd->btd", hidden, values)
 
@@ -94,7 +94,7 @@ def test_rank_space_equals_the_materialised_ffn_memory_forward_and_backward() ->
 def test_a_prepared_memory_and_inputs_of_any_size_are_read_alike() -> None:
     reader, given = build_reader()
     expected = reader(**given)
-    prepared = reader.prepare(given["memory"], given["gain_in"], given["gain_out"])
+    prepared = reader.prepare(given["memory"], given["scale_in"], given["scale_out"])
     assert prepared.shape == (BATCH, 2, SLOTS, RANK)
     torch.testing.assert_close(reader(**given | {"memory": prepared}), expected, rtol=1e-5, atol=1e-5)
     for size in (0.01, 0.14, 40.0):

@@ -9,7 +9,7 @@ from tiny_models import text_config, vision_config
 from transformers import AutoConfig, AutoModel
 
 from dehvf_ds.model import DehvfConfig, ModelError
-from dehvf_ds.model.configuration import spaced_levels
+from dehvf_ds.model.configuration import spaced_layers
 from dehvf_ds.model.features import hidden_states, visual_features
 from dehvf_ds.model.trial import try_backbones
 
@@ -40,9 +40,11 @@ def config_of(kind: str, pictures: int | None = None, **settings) -> DehvfConfig
     [(12, 6, [2, 4, 6, 8, 10, 12]), (4, 1, [4]), (4, 4, [1, 2, 3, 4])],
 )
 def test_spaced_layers_end_at_the_last_block(blocks: int, number: int, expected: list[int]) -> None:
-    assert spaced_levels(blocks, number) == expected
-    with pytest.raises(ModelError, match=f"{blocks + 1} vision levels asked of a tower with {blocks} blocks"):
-        spaced_levels(blocks, blocks + 1)
+    assert spaced_layers(blocks, number) == expected
+    with pytest.raises(
+        ModelError, match=f"{blocks + 1} feature layers asked of a tower with {blocks} blocks"
+    ):
+        spaced_layers(blocks, blocks + 1)
 
 
 @pytest.mark.parametrize("kind", ["clip", "dino", "siglip"])
@@ -67,8 +69,8 @@ def test_a_tower_sees_pictures_of_any_size_of_whole_patches(kind: str, image_siz
     try_backbones(config)
     tower = AutoModel.from_config(config.vision_config).eval()
     side = config.image_size
-    features = visual_features(tower, torch.randn(2, 3, side, side), config.levels)
-    assert features.shape == (2, len(config.levels), (side // 8) ** 2 + 1, 32)
+    features = visual_features(tower, torch.randn(2, 3, side, side), config.feature_layers)
+    assert features.shape == (2, len(config.feature_layers), (side // 8) ** 2 + 1, 32)
     assert features.shape[2] == config.num_slots
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import llama, save_bin, sketch, state_of
+from tiny_checkpoints import fingerprint_of, llama, save_bin, state_of
 from tiny_models import text_config, vision_config
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
@@ -52,7 +52,7 @@ def test_it_holds_the_values_at_the_positions_of_every_kind_of_tensor(tmp_path) 
         "scalar": torch.tensor(0.5),
         "empty": torch.zeros(0, 3),
     }
-    text = sketch({name: tensor.detach().clone() for name, tensor in state.items()})
+    text = fingerprint_of({name: tensor.detach().clone() for name, tensor in state.items()})
     shape, *values = text["turned"].split()
     assert shape == "10x6"
     assert torch.tensor([float(v) for v in values]).equal(whole.t().flatten()[sample_positions(60)])
@@ -93,12 +93,12 @@ def test_a_copy_in_another_dtype_or_layout_is_the_same_base(tmp_path, base, dtyp
 def test_roundings_on_different_ways_agree_and_what_fp16_cannot_hold_is_no_difference() -> None:
     state = state_of(llama())
     half = {name: tensor.half() for name, tensor in state.items()}
-    one = sketch({name: tensor.bfloat16() for name, tensor in state.items()})
-    assert same(one, sketch({name: tensor.bfloat16() for name, tensor in half.items()}))
-    assert same(one, sketch(half))
+    one = fingerprint_of({name: tensor.bfloat16() for name, tensor in state.items()})
+    assert same(one, fingerprint_of({name: tensor.bfloat16() for name, tensor in half.items()}))
+    assert same(one, fingerprint_of(half))
     large = torch.tensor([1e-9, 1e6, -1e6, 3e-6])
-    assert not differences(sketch({"w": large}), sketch({"w": large.half()}))
-    assert differences(sketch({"w": -large}), sketch({"w": large.half()})) == ["w"]
+    assert not differences(fingerprint_of({"w": large}), fingerprint_of({"w": large.half()}))
+    assert differences(fingerprint_of({"w": -large}), fingerprint_of({"w": large.half()})) == ["w"]
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.lm_head.weight"])
@@ -106,10 +106,10 @@ def test_a_tied_head_may_be_stored_or_not(name) -> None:
     state = state_of(llama(tied=True))
     del state["lm_head.weight"]
     stored = state | {name: state["model.embed_tokens.weight"].clone()}
-    assert same(sketch(state), sketch(stored))
+    assert same(fingerprint_of(state), fingerprint_of(stored))
     untied = state | {name: 2 * state["model.embed_tokens.weight"]}
-    assert differences(sketch(stored), sketch(untied)) == [name]
-    assert differences(sketch(state), sketch(untied)) == [f"{name} (added)"]
+    assert differences(fingerprint_of(stored), fingerprint_of(untied)) == [name]
+    assert differences(fingerprint_of(state), fingerprint_of(untied)) == [f"{name} (added)"]
 
 
 def test_other_prefixes_and_words_in_names_and_old_buffers_are_no_difference() -> None:
@@ -118,9 +118,9 @@ def test_other_prefixes_and_words_in_names_and_old_buffers_are_no_difference() -
     renamed = {name.replace("self_attn", "attention"): tensor for name, tensor in state.items()}
     old = state | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     for other in (shorter, renamed, old):
-        assert same(sketch(state), sketch(other))
+        assert same(fingerprint_of(state), fingerprint_of(other))
     name = "model.layers.1.attention.q_proj.weight"
-    assert differences(sketch(state), sketch(renamed | {name: 1.05 * renamed[name]})) == [
+    assert differences(fingerprint_of(state), fingerprint_of(renamed | {name: 1.05 * renamed[name]})) == [
         f"{name} (added)",
         "model.layers.1.self_attn.q_proj.weight (missing)",
     ]
@@ -135,7 +135,7 @@ def test_rounding_never_differs(values, dtypes, number) -> None:
     rounded = exact = torch.tensor(values)
     for dtype in dtypes[:number]:
         rounded = rounded.to(dtype)
-    assert same(sketch({"w": exact}), sketch({"w": rounded}))
+    assert same(fingerprint_of({"w": exact}), fingerprint_of({"w": rounded}))
 
 
 # --- other weights ---
@@ -144,8 +144,8 @@ def test_rounding_never_differs(values, dtypes, number) -> None:
 @given(st.lists(ordinary, min_size=1, max_size=12), st.sampled_from(DTYPES), st.sampled_from(DTYPES))
 def test_scaling_always_differs(values, one, other) -> None:
     tensor = torch.tensor(values)
-    scaled = sketch({"w": (1.05 * tensor).to(other)})
-    assert differences(sketch({"w": tensor.to(one)}), scaled) == ["w"]
+    scaled = fingerprint_of({"w": (1.05 * tensor).to(other)})
+    assert differences(fingerprint_of({"w": tensor.to(one)}), scaled) == ["w"]
 
 
 def test_a_noised_layer_is_refused_by_name(tmp_path, base) -> None:
@@ -167,7 +167,7 @@ def test_tensors_missing_added_or_of_another_shape_are_named() -> None:
     state = state_of(llama())
     other = state | {FIRST: state[FIRST][:16], "model.layers.10.extra.weight": torch.randn(4, 4)}
     del other["model.layers.3.mlp.down_proj.weight"]
-    assert differences(sketch(state), sketch(other)) == [
+    assert differences(fingerprint_of(state), fingerprint_of(other)) == [
         f"{FIRST} (shape 16x32, not 32x32)",
         "model.layers.3.mlp.down_proj.weight (missing)",
         "model.layers.10.extra.weight (added)",
@@ -199,7 +199,7 @@ def test_of_a_multimodal_checkpoint_only_the_decoder_counts(tmp_path) -> None:
     model.model.language_model.load_state_dict(decoder.model.state_dict())
     model.lm_head.load_state_dict(decoder.lm_head.state_dict())
     model.save_pretrained(tmp_path / "llava")
-    assert same(weights_fingerprint(str(tmp_path / "llava"), vision=False), sketch(state_of(decoder)))
+    assert same(weights_fingerprint(str(tmp_path / "llava"), vision=False), fingerprint_of(state_of(decoder)))
 
 
 # --- files ---

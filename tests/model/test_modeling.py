@@ -25,7 +25,7 @@ def test_at_the_start_hidden_states_equal_the_base_models(
         {
             name.replace(".ffn.", ".").replace(".base_layer", ""): value
             for name, value in model.language_model.state_dict().items()
-            if "lora_" not in name and "gain_" not in name
+            if "lora_" not in name and "scale_" not in name
         }
     )
     seen = []
@@ -39,10 +39,10 @@ def test_the_trainable_set_is_exactly_the_branch_and_the_adapters() -> None:
     model = build_model()
     ffns = [f"language_model.model.layers.{i}.mlp" for i in range(4)]
     lora = [f"{ffn}.ffn.down_proj.lora_{side}.default.weight" for ffn in ffns for side in "AB"]
-    gains = [f"{ffn}.gain_{end}" for ffn in ffns for end in ("in", "out")]
+    scales = [f"{ffn}.scale_{end}" for ffn in ffns for end in ("in", "out")]
     fuser = [f"fuser.{name}" for name in ("layer_embedding", "w_hidden", "w_query", "w_key")]
     reader = [f"reader.{name}" for name in ("w_query", "w_out", "key_positions", "value_positions")]
-    expected = {*lora, *gains, *fuser, *reader, "projector.w_down", "projector.bias"}
+    expected = {*lora, *scales, *fuser, *reader, "projector.w_down", "projector.bias"}
     assert set(model.trainable_parameters()) == expected
     assert {n for n, p in model.named_parameters() if p.requires_grad} == expected
     count = 4 * 2 * (48 + 32) + 4 * 2 * 8 + (4 * 4 + 2 * 16 + 24 * 4) + (2 * 32 * 8 + 2 * 17 * 8) + 25 * 8
@@ -128,8 +128,8 @@ def test_saved_and_loaded_weights_are_the_same_bits(tmp_path, fusion: str) -> No
 
 def test_the_router_last_projects_the_deepest_level_alone(inputs) -> None:
     model = build_model(router="last", trained=True)
-    assert model.config.levels == [4]
-    assert model(**inputs).level_weights.shape == (3, 4, 1)
+    assert model.config.feature_layers == [4]
+    assert model(**inputs).router_weights.shape == (3, 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_the_router_last_projects_the_deepest_level_alone(inputs) -> None:
     [
         ({"fusion": "soup"}, "fusion 'soup' is not one of"),
         ({"router": "token"}, "router 'token' is not one of"),
-        ({"levels": [9]}, "vision level 9 of a tower with 4 blocks"),
+        ({"feature_layers": [9]}, "vision level 9 of a tower with 4 blocks"),
         ({"fusion": "prefix", "prefix_tokens": 5}, "prefix_tokens 5 does not pool 4x4 patches"),
         ({"lora": LORA | {"targets": ["fc1"]}}, "no linear map 'fc1'; it has gate_proj, up_proj, down_proj"),
     ],

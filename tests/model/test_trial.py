@@ -153,7 +153,7 @@ def layer_without_ffn_module(self, hidden_states, *_, **__):
         (LlamaForCausalLM, scaled_logits, r"differ by 1\.0e-03 of the largest"),
         (LlamaForCausalLM, of_other_states, "something else than the hidden states of its layers"),
         (LlamaForCausalLM, without_its_decoder, "something else than the hidden states of its layers"),
-        (LlamaDecoderLayer, layer_without_ffn_module, r"no gradient reaches .*gain_in"),
+        (LlamaDecoderLayer, layer_without_ffn_module, r"no gradient reaches .*scale_in"),
     ],
 )
 def test_a_decoder_that_differs_is_refused(monkeypatch, owner, forward, message) -> None:

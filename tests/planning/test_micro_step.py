@@ -19,7 +19,7 @@ ROWS, TOKENS = 8, 32
 
 
 def config_of(**settings) -> DehvfConfig:
-    settings = {"rank": 8, "router_dim": 4, "levels": [1, 2, 4], "lora": LORA} | settings
+    settings = {"rank": 8, "router_dim": 4, "feature_layers": [1, 2, 4], "lora": LORA} | settings
     text = text_config(hidden_size=64, intermediate_size=160, vocab_size=96)
     return DehvfConfig(text_config=text, vision_config=vision_config(), **settings)
 

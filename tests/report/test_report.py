@@ -73,8 +73,8 @@ def make_run(path: Path, base: float = 1.0, steps: int = 3, torn: str = "") -> P
         row = {"step": step, "samples": 16 * step, "train/loss": loss, "lr": noise, "samples_per_s": noise}
         row |= {"train/grad_norm": 5000 if step == 30 else base + noise, "skipped": 3 * (step > 12)}
         if step % 20 == 0:
-            row |= {f"levels/mean/{block:02d}": 0.1 * block + base / 100 for block in range(1, 4)}
-            row |= {"levels/entropy/00": 0.9, "eval/CIDEr": base * step, "val/loss": base + 1 / step}
+            row |= {f"router/mean/{block:02d}": 0.1 * block + base / 100 for block in range(1, 4)}
+            row |= {"router/entropy/00": 0.9, "eval/CIDEr": base * step, "val/loss": base + 1 / step}
         rows.append(row)
     write_lines(path / "metrics.jsonl", rows, torn)
     return path
@@ -239,7 +239,7 @@ def test_runs_and_data_of_one_name_are_told_apart(tmp_path):
 def test_numbers_that_are_none_stop_no_page(tmp_path):
     run = make_run(tmp_path / "run")
     odd = ("NaN", "-Infinity", "1" + "0" * 400, "1e308", '"x"', "[1]", "null", "true", "\x00")
-    curves = ("train/loss", "val/loss", "eval/CIDEr", "lr", "samples", "skipped", "levels/mean/01")
+    curves = ("train/loss", "val/loss", "eval/CIDEr", "lr", "samples", "skipped", "router/mean/01")
     metrics = ("num_samples", "num_empty", "CIDEr", "missing", "decoding", "data", "accuracy", "comparable")
 
     def values(names: tuple[str, ...], value: str) -> str:

@@ -43,11 +43,11 @@ model:
   vision_tower: {world}/tower
   rank: 7
   router_dim: 5
-  levels: [1, 3, 4]
+  feature_layers: [1, 3, 4]
   lora: {{rank: 3}}
 data: {{train: {world}/train, max_tokens: 40, num_workers: 1}}
 train:
-  {{global_batch_size: 8, micro_batch_size: 1, lr: 0.0005, warmup_steps: 2, log_every: 1, levels_every: 4}}
+  {{global_batch_size: 8, micro_batch_size: 1, lr: 0.0005, warmup_steps: 2, log_every: 1, router_every: 4}}
 """
     )
     return str(path)

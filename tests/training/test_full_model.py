@@ -32,7 +32,7 @@ def test_a_copy_of_a_full_model_is_equal_and_apart(tmp_path: Path, job: Path, ti
     text = text_config()
     text.tie_word_embeddings = tied
     AutoModelForCausalLM.from_config(text).save_pretrained(tmp_path / "llm")
-    config = build_config(str(tmp_path / "llm"), str(job / "tower"), levels=[1, 4], lora=LORA)
+    config = build_config(str(tmp_path / "llm"), str(job / "tower"), feature_layers=[1, 4], lora=LORA)
     model = load_model(config, str(tmp_path / "llm"), str(job / "tower"), dtype=torch.bfloat16)
     copy = full_copy(model, World(0, 0, 1, 1, torch.device("cpu")))
     theirs, ours = model.state_dict(), copy.state_dict()

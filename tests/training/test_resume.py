@@ -247,8 +247,8 @@ def test_validation_is_the_same_on_any_ranks_and_keeps_the_best(world: Path) -> 
     lowest = min(range(2, STEPS + 1, 2), key=lambda step: one[step - 1])
     assert best == f"step_{lowest:08d}"
     # The last validated line also carries what the fuser has learnt.
-    assert lines(world, "val2")[-1].keys() >= {"levels/mean/04", "levels/entropy/00", "visual/gain/01"}
-    assert lines(world, "val2")[-1]["visual/gain/01"] > 0
+    assert lines(world, "val2")[-1].keys() >= {"router/mean/04", "router/entropy/00", "visual/scale/01"}
+    assert lines(world, "val2")[-1]["visual/scale/01"] > 0
 
 
 @pytest.mark.slow
@@ -299,7 +299,7 @@ def wait_for_step(run_dir: Path, step: int) -> None:
 def trained(world: Path) -> Path:
     """What a run of the recipe could have trained."""
     bases = {"language_model": str(world / "llm"), "vision_tower": str(world / "tower")}
-    settings = {"levels": [1, 3, 4], "rank": 7, "router_dim": 5, "image_size": 16}
+    settings = {"feature_layers": [1, 3, 4], "rank": 7, "router_dim": 5, "image_size": 16}
     lora = {"rank": 3, "alpha": 8.0, "dropout": 0.0, "targets": ["down_proj"]}
     save(trained_model(bases, **settings, lora=lora), bases, world / "trained")
     return world / "trained"
@@ -308,8 +308,8 @@ def trained(world: Path) -> Path:
 @pytest.mark.parametrize(
     ("key", "value", "there"),
     [
-        ("model.levels", "[1,4]", "[1, 3, 4] there, [1, 4] now"),
-        ("model.levels", "[2,3,4]", "[1, 3, 4] there"),
+        ("model.feature_layers", "[1,4]", "[1, 3, 4] there, [1, 4] now"),
+        ("model.feature_layers", "[2,3,4]", "[1, 3, 4] there"),
         ("model.router", "static", "layer there, static now"),
         ("model.fusion", "none", "ffn there"),
         ("model.fusion", "prefix", "ffn there"),

@@ -57,7 +57,7 @@ def run_config(directory: Path, case: dict) -> RunConfig:
             vision_tower=str(directory / "tower"),
             fusion=case.get("fusion", "ffn"),
             router=case.get("router", "layer"),
-            levels=(1, 2, 4),
+            feature_layers=(1, 2, 4),
             rank=8,
             router_dim=4,
             image_size=None,
