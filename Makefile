@@ -8,11 +8,12 @@ DATA := demo_data
 # Twice quiet: errors alone. What pip warns of is the machine's set-up, not ours.
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
-.PHONY: demo test test-gpu test-slurm chaos check format clean help
+.PHONY: demo test test-long test-gpu test-slurm chaos check format clean help
 
 help:
 	@echo "make demo    prepare, train, evaluate, export and show the demo (about 20 minutes on two CPU cores)"
-	@echo "make test    install and run every test"
+	@echo "make test    install and run the tests (about 8 minutes on two CPU cores)"
+	@echo "make test-long  the rest: kills, faults of ranks, rehearsals of the GPU's benchmark (some four minutes)"
 	@echo "make test-gpu   what needs a GPU (skips where there is none; some four minutes)"
 	@echo "make test-slurm  the job scripts on a SLURM of two nodes, started here (root; some six minutes)"
 	@echo "make check   ruff, pyright, import-linter, shellcheck"
@@ -74,9 +75,12 @@ demo: $(DATA)/backbones/.done $(DATA)/scenes/.done
 
 # Two at a time, each file by one process: most tests are single threads, and those that start ranks wait a lot.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not long"
 
-# On one GPU, some four minutes; `make test` rehearses the same on the CPU. Libraries' warnings are not ours.
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m long
+
+# On one GPU, some four minutes; `make test` and `make test-long` rehearse it on the CPU. Libraries' warnings are not ours.
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -rs -W default tests/gpu -k cuda
 

@@ -12,6 +12,8 @@ import pytest
 from processes import USER_ENVIRONMENT
 from tiny_entries import build_world
 
+pytestmark = pytest.mark.long
+
 EXPECTED = {
     "configuration": (2, "error (rank 1): --config run.yaml: no such file"),
     "mount": (2, "error (rank 1): data.train /mnt/x: no such directory"),

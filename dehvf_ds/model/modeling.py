@@ -98,6 +98,13 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: modules of ours hold their start values from their constructors."""
 
+    def recompute_layers(self) -> None:
+        """Has backward recompute the decoder's layers, whose activations are not kept."""
+        decoder = self.language_model
+        # Renamed in transformers 5.23, which warns of the old name.
+        enable = getattr(decoder, "activation_checkpointing_enable", decoder.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The exact set that trains, by name: projector, fuser, reader, scales and FFN adapters."""
         chosen = {id(p) for p in lora_parameters(self.language_model)}

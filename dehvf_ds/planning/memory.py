@@ -62,7 +62,7 @@ def build_on_meta(
         parameter.data = parameter.data.to(dtype)
     if checkpointing:
         with warnings.catch_warnings(action="ignore"):
-            model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.recompute_layers()
     return model
 
 

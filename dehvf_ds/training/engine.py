@@ -87,7 +87,7 @@ def build_engine(
         except ModelError as error:
             raise UserError(f"--init_from {config.init_from}: {error}") from None
     if config.train.activation_checkpointing:
-        model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.recompute_layers()
     trainable = model.trainable_parameters()
     # With partitioned weights around, DeepSpeed moves and casts nothing itself.
     for parameter in trainable.values():

@@ -68,6 +68,7 @@ def test_what_is_there_is_left_alone_and_other_weights_get_no_name(monkeypatch, 
     assert {file: file.read_bytes() for file in output.iterdir()} == before
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_language_model_equals_its_source_and_splits_digits(backbones):
     from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
@@ -93,6 +94,7 @@ def test_the_language_model_equals_its_source_and_splits_digits(backbones):
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_tower_computes_what_its_source_computes(backbones):
     import onnx

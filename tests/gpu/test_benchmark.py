@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from processes import REPOSITORY
 
 
+@pytest.mark.long
 def test_every_part_of_the_benchmark_is_rehearsed(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "benchmarks/gpu.py"), "--output", str(tmp_path), "--rehearse"],

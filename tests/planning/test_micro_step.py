@@ -29,7 +29,7 @@ def real_step(config: DehvfConfig, dtype: torch.dtype, checkpointing: bool) -> t
     model = DehvfForConditionalGeneration(config).train().to(dtype)
     if checkpointing:
         with warnings.catch_warnings(action="ignore"):
-            model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.recompute_layers()
     batch = full_batch(config, ROWS, TOKENS)
     inputs = batch.inputs() | {"pixel_values": torch.randn(batch.pixel_values.shape, dtype=dtype)}
     inputs["attention_mask"] = torch.ones(ROWS, TOKENS, dtype=torch.long)

@@ -23,6 +23,7 @@ STEPS = 12 + 6 * KILLS
 COMPARED = ("step", "samples", "tokens", "rows_crc", "train/loss", "train/grad_norm", "lr")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_again_and_again(tmp_path: Path) -> None:
     world = build_world(tmp_path)
