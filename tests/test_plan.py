@@ -82,7 +82,7 @@ def test_a_plan_of_13b_on_16_gpus(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_runs_own_json_speaks_for_its_stage_and_the_shipped_ones_for_the_others(printed) -> None:
     lines = printed(reduce_bucket_size=1_000_000_000)
     assert not any("built-in sizes" in line or "evaluates" in line for line in lines)
-    assert any("32 tokens a row, 17 visual tokens a level, fp32" in line for line in lines)
+    assert any("32 tokens a row, 17 visual tokens a feature layer, fp32" in line for line in lines)
     assert values(lines, "gradient buckets") == pytest.approx([0.07, 0.07, 0.07, 3.73])
     assert recommended(printed("--overhead-gib", "79")).startswith("nothing fits; the least is ZeRO-")
     # A bucket that only ZeRO-3's own JSON keeps small enough.

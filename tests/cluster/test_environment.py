@@ -50,13 +50,13 @@ def test_torch_and_its_gpus(monkeypatch, lacks: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mib", "feature_layers"), [(64, "FAIL FAIL warn"), (500, "warn warn warn"), (4096, "ok ok ok")]
+    ("mib", "told"), [(64, "FAIL FAIL warn"), (500, "warn warn warn"), (4096, "ok ok ok")]
 )
-def test_room(monkeypatch, tmp_path: Path, mib: int, feature_layers: str) -> None:
+def test_room(monkeypatch, tmp_path: Path, mib: int, told: str) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=mib << 20))
     checks = (environment.check_shared_memory, environment.check_temporary_space)
     found = [look(check).level for check in (*checks, lambda: check_run_dir(str(tmp_path / "run")))]
-    assert " ".join(found) == levels
+    assert " ".join(found) == told
 
 
 def test_what_breaks_is_a_failing_line() -> None:

@@ -137,7 +137,7 @@ def test_the_router_last_projects_the_deepest_level_alone(inputs) -> None:
     [
         ({"fusion": "soup"}, "fusion 'soup' is not one of"),
         ({"router": "token"}, "router 'token' is not one of"),
-        ({"feature_layers": [9]}, "vision level 9 of a tower with 4 blocks"),
+        ({"feature_layers": [9]}, "feature layer 9 of a tower with 4 blocks"),
         ({"fusion": "prefix", "prefix_tokens": 5}, "prefix_tokens 5 does not pool 4x4 patches"),
         ({"lora": LORA | {"targets": ["fc1"]}}, "no linear map 'fc1'; it has gate_proj, up_proj, down_proj"),
     ],
