@@ -21,7 +21,7 @@ from torch import Tensor
 from dehvf_ds.config import parse_run_config
 from dehvf_ds.distributed import read_world
 from dehvf_ds.model.adapter import find_trained
-from dehvf_ds.training.run import resolve
+from dehvf_ds.training.resolve import resolve
 
 ROWS = 8
 """Of a rank's micro-batch."""

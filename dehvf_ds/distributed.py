@@ -75,7 +75,10 @@ def read_world(environ: dict[str, str] | None = None) -> World:
         env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
         env["LOCAL_WORLD_SIZE"] = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
         env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")))
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        # Below the ports that systems hand out themselves (32768 on Linux). Jobs on one node do not collide,
+        # and a job that is started again takes another one.
+        job, restart = (int(env.get(f"SLURM_{name}", "0")) for name in ("JOB_ID", "RESTART_COUNT"))
+        env.setdefault("MASTER_PORT", str(10000 + (job + 7919 * restart) % 20000))
     env.setdefault("RANK", "0")
     env.setdefault("WORLD_SIZE", "1")
     env.setdefault("LOCAL_RANK", "0")

@@ -20,13 +20,13 @@ from dehvf_ds.config import UserError, parse_eval_config
 from dehvf_ds.distributed import run_entry
 from dehvf_ds.evaluation.evaluate import evaluate
 from dehvf_ds.model import ModelError
-from dehvf_ds.training.stop import exit_on_request
+from dehvf_ds.training.stop import exit_on_signal
 
 
 def main(argv: list[str]) -> int:
     """Runs one evaluation; returns the exit code."""
     # Predictions are kept as they come, and taken up again.
-    exit_on_request()
+    exit_on_signal()
     config = parse_eval_config(argv)
     try:
         evaluate(config)

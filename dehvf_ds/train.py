@@ -20,9 +20,9 @@ from dehvf_ds.distributed import meet, on_main, read_world, run_entry
 from dehvf_ds.evaluation.in_training import InTrainingEvaluation
 from dehvf_ds.planning.memory import check_evaluation_memory
 from dehvf_ds.training.dry_run import dry_run
-from dehvf_ds.training.run import resolve
+from dehvf_ds.training.resolve import resolve
 from dehvf_ds.training.run_dir import is_finished
-from dehvf_ds.training.stop import exit_on_request
+from dehvf_ds.training.stop import exit_on_signal
 from dehvf_ds.training.trainer import Trainer
 
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: anything in the configuration, the files or the environment that the user must mend.
     """
-    exit_on_request()
+    exit_on_signal()
     config = parse_run_config(argv)
     if config.dry_run:
         # A cache is written; shards are read where they lie.

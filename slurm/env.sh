@@ -15,11 +15,6 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 # GLOO_SOCKET_IFNAME choose the interface where a node has several, NCCL_IB_HCA the InfiniBand adapters.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
-# All ranks meet at the first node. The port follows from the job, below the ports that systems hand out themselves
-# (32768 on Linux), so that jobs on the same node do not collide; a job that is started again takes another one.
-export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" 2>/dev/null | head -n 1)}"
-export MASTER_PORT="${MASTER_PORT:-$((10000 + (${SLURM_JOB_ID:-0} + 7919 * ${SLURM_RESTART_COUNT:-0}) % 20000))}"
-
 # Loader workers are processes of their own; a thread pool in each would oversubscribe the node.
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}" PYTHONUNBUFFERED=1
 

@@ -200,7 +200,7 @@ def arguments(world: Path, program: Any, name: str) -> list[str]:
         data = ["--data", str(world / "test"), "--tokenizer", "simple", "--batch_size", "1"]
         return ["--model", str(world / "runs/none"), *data, "--output", output]
     run = ["--config", str(world / "recipe.yaml"), "--deepspeed", str(world / "ds.json")]
-    more = ["--data.val", str(world / "test"), "--train.eval_every", "2", "--data.on_bad", "raise"]
+    more = ["--data.val", str(world / "test"), "--train.validate_every", "2", "--data.on_bad", "raise"]
     return [*run, "--run_dir", output, *more]
 
 

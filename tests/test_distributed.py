@@ -38,7 +38,7 @@ def test_srun_is_mapped_for_deepspeed_too() -> None:
     world = read_world(env)
     assert (world.rank, world.size, world.local_rank, world.local_size) == (3, 4, 1, 2)
     assert env["MASTER_ADDR"] == "gpu003"
-    assert env["MASTER_PORT"] == str(20000 + 1234)
+    assert env["MASTER_PORT"] == str(10000 + 1234)
     assert env["RANK"] == "3"
 
 

@@ -34,7 +34,7 @@ from torch.cuda import nccl
 from dehvf_ds.cluster import environment
 from dehvf_ds.config import UserError, find_deepspeed_json, parse_run_config, to_plain
 from dehvf_ds.distributed import REQUEUE_EXIT_CODE, USER_ERROR_EXIT_CODE, StopNow, World, read_world
-from dehvf_ds.training.stop import exit_on_request
+from dehvf_ds.training.stop import exit_on_signal
 
 SICK_EXIT_CODE = 3
 LOOK_S = REDUCE_S = 120.0
@@ -307,7 +307,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tasks-per-node", type=int, required=True)
     parser.add_argument("flags", nargs="*", help="the flags of train.py, after --")
     args = parser.parse_args(argv)
-    exit_on_request()
+    exit_on_signal()
     try:
         return NodeCheck(args.into, args.nodes.split(","), args.tasks_per_node).run(args.flags)
     except StopNow:

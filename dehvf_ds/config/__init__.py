@@ -6,9 +6,9 @@ given by ``--deepspeed`` owns memory, precision and communication (README).
 
 from pydantic_core import to_jsonable_python as to_plain  # noqa: F401
 
-from dehvf_ds.config.answers import EvalConfig as EvalConfig
-from dehvf_ds.config.answers import GenerateConfig as GenerateConfig
-from dehvf_ds.config.answers import InTrainingConfig as InTrainingConfig
+from dehvf_ds.config.evaluation import EvalConfig as EvalConfig
+from dehvf_ds.config.evaluation import GenerateConfig as GenerateConfig
+from dehvf_ds.config.evaluation import InTrainingConfig as InTrainingConfig
 from dehvf_ds.config.parse import DEEPSPEED_DIR as DEEPSPEED_DIR
 from dehvf_ds.config.parse import RECIPES_DIR as RECIPES_DIR
 from dehvf_ds.config.parse import find_deepspeed_json as find_deepspeed_json

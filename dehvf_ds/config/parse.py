@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from dehvf_ds.config.answers import EvalConfig, GenerateConfig
+from dehvf_ds.config.evaluation import EvalConfig, GenerateConfig
 from dehvf_ds.config.run import RunConfig
 from dehvf_ds.config.values import TEXT, UserError, expand_flags, settings_of
 
@@ -32,6 +32,7 @@ RENAMED = {
     "model.levels": "model.feature_layers",
     "model.num_levels": "model.num_feature_layers",
     "train.levels_every": "train.router_every",
+    "train.eval_every": "train.validate_every",
 }
 """Settings that had another name before 0.2, in files that were written then."""
 

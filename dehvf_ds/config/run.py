@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from dehvf_ds.config.answers import InTrainingConfig
+from dehvf_ds.config.evaluation import InTrainingConfig
 from dehvf_ds.config.values import (
     CHECKS,
     AtLeastZero,
@@ -172,7 +172,7 @@ class TrainConfig:
     """newest checkpoints that are kept, beside the best"""
     max_failed_saves: Positive = 3
     """checkpoints in a row that could not be written after which the run stops"""
-    eval_every: AtLeastZero = 0
+    validate_every: AtLeastZero = 0
     """optimizer steps between validations on data.val; 0 validates at the end only"""
     router_every: AtLeastZero = 50
     """optimizer steps between records of the fuser's layer weights and scales; 0 leaves them out"""
@@ -231,7 +231,7 @@ class RunConfig:
 
 
 # A setting, the values of it beside which others change nothing, and those others.
-_IDLE: tuple[tuple[str, Callable[[object], bool], str], ...] = (
+WITHOUT_EFFECT: tuple[tuple[str, Callable[[object], bool], str], ...] = (
     ("model.fusion", lambda fusion: fusion != "prefix", "model.prefix_tokens"),
     ("model.fusion", lambda fusion: fusion != "ffn", "model.router model.router_dim model.rank"),
     ("model.fusion", lambda fusion: fusion != "ffn", "model.feature_layers model.num_feature_layers"),
@@ -244,7 +244,7 @@ _IDLE: tuple[tuple[str, Callable[[object], bool], str], ...] = (
     ("data.task", lambda task: task != "scienceqa", "data.scienceqa.lecture data.scienceqa.solution"),
     ("data.cache_dir", lambda path: path is None, "data.cache_gb"),
     ("data.on_bad", lambda on_bad: on_bad == "raise", "data.max_bad_share"),
-    ("data.val", lambda path: path is None, "data.val_samples train.eval_every"),
+    ("data.val", lambda path: path is None, "data.val_samples train.validate_every"),
     ("eval.every_steps", lambda steps: steps == 0, "eval.data eval.max_samples eval.batch_size"),
     ("eval.every_steps", lambda steps: steps == 0, "eval.max_new_tokens eval.num_beams eval.tokenizer"),
     ("resume", lambda resume: resume not in ("auto", "never"), "init_from"),
@@ -254,7 +254,7 @@ _IDLE: tuple[tuple[str, Callable[[object], bool], str], ...] = (
 def ignored_settings(config: RunConfig) -> list[str]:
     """One line for each setting that is not its default and has no effect because of another."""
     lines: dict[str, str] = {}
-    for cause, is_idle, names in _IDLE:
+    for cause, is_idle, names in WITHOUT_EFFECT:
         found = attrgetter(cause)(config)
         for name in names.split() if is_idle(found) else ():
             value = attrgetter(name)(config)

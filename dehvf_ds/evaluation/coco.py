@@ -22,8 +22,6 @@ from dehvf_ds.config import UserError, require
 from dehvf_ds.evaluation.dataset import match_references
 from dehvf_ds.evaluation.predict import Scored
 
-CAPTION_METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
-
 SPICE_PARSER = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 """What SPICE parses with; `pycocoevalcap` comes without and would download it."""
 
@@ -222,6 +220,8 @@ METRICS: dict[tuple[str, ...], Callable[[Tokens, Tokens], tuple[Any, Any]]] = {
     ("SPICE",): _spice,
 }
 """What computes each metric: the score over the corpus and the pictures' own in order, or several of both."""
+
+CAPTION_METRICS = tuple(name for names in METRICS for name in names)
 
 
 def ptb_tokens(captions: Mapping[str, Sequence[str]]) -> Tokens:

@@ -16,7 +16,7 @@ from dehvf_ds.evaluation.predict import in_batches
 from dehvf_ds.model import DehvfForConditionalGeneration
 from dehvf_ds.training.full_model import full_model
 from dehvf_ds.training.metrics import Evaluated
-from dehvf_ds.training.run import ResolvedRun
+from dehvf_ds.training.resolve import ResolvedRun
 from dehvf_ds.training.stop import StopRequest
 
 SCORE = {"coco": "CIDEr", "scienceqa": "accuracy"}

@@ -19,6 +19,9 @@ FUNCTION_VERSION = 3
 """What the model computes from its weights. Version 1 did not normalise the visual FFN's queries; weights
 trained under another version would load and compute something else."""
 
+ROUTERS = ("layer", "static", "last")
+"""How an LLM layer may weigh the feature layers; see ``HierarchicalFuser``."""
+
 _SIZES = ("hidden_size", "num_hidden_layers")
 
 
@@ -89,7 +92,7 @@ class DehvfConfig(PreTrainedConfig):
         version: int = FUNCTION_VERSION,
         **kwargs: Any,
     ) -> None:
-        known = {"fusion": ("ffn", "prefix", "none"), "router": ("layer", "static", "last")}
+        known = {"fusion": ("ffn", "prefix", "none"), "router": ROUTERS}
         for name, value in (("fusion", fusion), ("router", router)):
             if value not in known[name]:
                 raise ModelError(f"{name} {value!r} is not one of {', '.join(known[name])}")

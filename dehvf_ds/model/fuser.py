@@ -64,6 +64,7 @@ class HierarchicalFuser(nn.Module):
             return scores.softmax(dim=-1)
         if self.router == "static":
             return self.router_logits.float().softmax(dim=-1).expand(batch, -1, -1)
+        assert self.router == "last", self.router
         last = torch.zeros(num_feature_layers, device=class_tokens.device)
         last[-1] = 1.0
         return last.expand(batch, self.num_layers, num_feature_layers)

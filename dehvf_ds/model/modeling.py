@@ -110,7 +110,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         chosen = {id(p) for p in lora_parameters(self.language_model)}
         for name, module in self.named_modules():
             if name in ("projector", "fuser", "reader", "prefix_projector") or isinstance(module, VisualFFN):
-                chosen |= {id(p) for p in module.parameters(recurse=False)}
+                chosen |= {id(p) for p in module.parameters(recurse=not isinstance(module, VisualFFN))}
         return {name: p for name, p in self.named_parameters() if id(p) in chosen}
 
     def train(self, mode: bool = True) -> DehvfForConditionalGeneration:

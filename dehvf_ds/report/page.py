@@ -82,7 +82,8 @@ def build_page(runs: Sequence[Run]) -> str:
         runs=runs,
         names=[run.name for run in runs],
         looks=[(i % len(COLORS), LINE_STYLES[i // len(COLORS) % len(LINE_STYLES)]) for i in range(len(runs))],
-        overview=[_overview(run) for run in runs],
+        columns=list(_overview(runs[0])),
+        overview=[list(_overview(run).values()) for run in runs],
         settings=_compare([run.settings for run in runs]),
         scores=[_scores(runs, task) for task in tasks],
         span=span,
@@ -97,8 +98,8 @@ def build_page(runs: Sequence[Run]) -> str:
     )
 
 
-def _overview(run: Run) -> list[str]:
-    """The run's row of the first table."""
+def _overview(run: Run) -> dict[str, str]:
+    """The run's row of the first table: a name, numbers, and remarks."""
     losses, speeds = (run.curve(name)[1] for name in ("train/loss", "samples_per_s"))
     known = losses[np.isfinite(losses)]
     validated = [
@@ -110,15 +111,15 @@ def _overview(run: Run) -> list[str]:
         remarks.append(f"{len(losses) - len(known)} steps with a loss that is not finite")
     if finite(last.get("skipped")) > 0:
         remarks.append(f"{last['skipped']} steps skipped")
-    return [
-        run.name,
-        str(step),
-        shown(last.get("samples", NONE)),
-        _rounded(known[-1] if known.size else None, 4),
-        "{:.4f} (step {:.0f})".format(*min(validated)) if validated else NONE,
-        f"{np.nanmedian(speeds):.3g}" if np.isfinite(speeds).any() else NONE,
-        "; ".join(remarks) or NONE,
-    ]
+    return {
+        "run": run.name,
+        "steps": str(step),
+        "samples": shown(last.get("samples", NONE)),
+        "last train loss": _rounded(known[-1] if known.size else None, 4),
+        "best val loss": "{:.4f} (step {:.0f})".format(*min(validated)) if validated else NONE,
+        "median samples/s": f"{np.nanmedian(speeds):.3g}" if np.isfinite(speeds).any() else NONE,
+        "remarks": "; ".join(remarks) or NONE,
+    }
 
 
 def _compare(columns: Sequence[dict[str, str]]) -> tuple[list[list[str]], list[list[str]]]:

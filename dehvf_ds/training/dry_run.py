@@ -23,7 +23,7 @@ from dehvf_ds.training.checkpoint import Checkpoint
 from dehvf_ds.training.deepspeed_json import compute_dtype
 from dehvf_ds.training.engine import build_engine, build_model_config
 from dehvf_ds.training.optim import GradientWatch
-from dehvf_ds.training.run import ResolvedRun
+from dehvf_ds.training.resolve import ResolvedRun
 from dehvf_ds.training.run_dir import choose_start
 from dehvf_ds.training.run_lock import LOCK_FILE, RunLock
 from dehvf_ds.training.step import train_step, validation_loss

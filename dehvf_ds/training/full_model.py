@@ -19,11 +19,6 @@ GATHERED_ELEMENTS = 100_000_000
 """Elements of weights that are gathered at a time, beside the copy."""
 
 
-def full_copy_bytes(model: DehvfForConditionalGeneration) -> int:
-    """Bytes of a whole copy, on every rank."""
-    return sum(_numel(p) * p.element_size() for p in model.parameters())
-
-
 @contextmanager
 def full_model(model: DehvfForConditionalGeneration, world: World) -> Iterator[DehvfForConditionalGeneration]:
     """The model in evaluation mode: itself where every rank holds all of it (ZeRO-2), else a whole copy.

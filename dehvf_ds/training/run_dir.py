@@ -19,12 +19,12 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_NAME = "config.yaml"
 RUN_PARTS = ("adapter", "eval", "samples", "tensorboard", "checkpoints", "merged")
 
-FREE_KEYS = frozenset(
+MAY_CHANGE_ON_RESUME = frozenset(
     """
     run_dir deepspeed overwrite resume dry_run init_from model.language_model model.vision_tower
     data.train data.location data.cache_dir data.cache_gb data.on_bad data.max_bad_share data.num_workers
     data.val data.val_samples train.micro_batch_size train.activation_checkpointing train.max_bad_steps
-    train.save_every train.keep_checkpoints train.max_failed_saves train.eval_every train.router_every
+    train.save_every train.keep_checkpoints train.max_failed_saves train.validate_every train.router_every
     train.log_every train.trackers train.timeout_minutes train.start_timeout_minutes eval.every_steps
     eval.data eval.max_samples eval.batch_size eval.max_new_tokens eval.num_beams eval.tokenizer
     """.split()  # noqa: SIM905
@@ -199,7 +199,7 @@ def _differences(before: Mapping[str, Any], config: RunConfig) -> list[str]:
     return [
         f"{key} ({there.get(key)} there, {here.get(key)} now)"
         for key in sorted(there.keys() | here.keys())
-        if key not in FREE_KEYS and there.get(key) != here.get(key)
+        if key not in MAY_CHANGE_ON_RESUME and there.get(key) != here.get(key)
     ]
 
 

@@ -12,6 +12,7 @@ from dehvf_ds.config import JobError
 from dehvf_ds.distributed import REQUEUE_EXIT_CODE, StopNow
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Loader workers ignore them (``data.loader``), and the supervisor of a SLURM job hears them, too."""
 
 STOP_S = 30.0
 """How long ranks that stop at once have for it."""
@@ -46,7 +47,7 @@ class StopRequest:
         self.requested = True
 
 
-def exit_on_request() -> None:
+def exit_on_signal() -> None:
     """Makes the stop signals end all ranks at once, to be started again; for work that is kept."""
     for number in STOP_SIGNALS:
         signal.signal(number, _stop_now)

@@ -33,7 +33,7 @@ from dehvf_ds.training.metrics import (
     step_speed,
 )
 from dehvf_ds.training.optim import GradientWatch, learning_rate, set_learning_rate
-from dehvf_ds.training.run import ResolvedRun
+from dehvf_ds.training.resolve import ResolvedRun
 from dehvf_ds.training.run_dir import flatten, open_run_dir
 from dehvf_ds.training.run_lock import RunLock
 from dehvf_ds.training.step import StepResult, train_step, validation_loss
@@ -75,12 +75,12 @@ class Trainer:
             if checkpoint is not None:
                 self.progress = checkpoint.progress
                 if self.progress.step >= self.run.num_steps:
-                    return self._restore(checkpoint)
+                    return self._already_finished(checkpoint)
             self._set_up(checkpoint)
             finished = self._train()
         except UnsupervisedError:
             if self.progress.step:
-                self.finish()
+                self.save_adapter()
             raise
         finally:
             if self.writer is not None:
@@ -100,7 +100,7 @@ class Trainer:
         before_end(self.lock.release)
         return checkpoint
 
-    def _restore(self, last: Checkpoint) -> int:
+    def _already_finished(self, last: Checkpoint) -> int:
         """A finished run may have been killed between its last checkpoint and its adapter."""
         adapter = self.run_dir / "adapter"
         written = on_main(self.world, lambda: restore_adapter(adapter, last))
@@ -164,7 +164,7 @@ class Trainer:
             self._warn_of_unsupervised(last)
             if last:
                 # Before other data are read, which may be damaged: what was trained is there all the same.
-                self.finish()
+                self.save_adapter()
             occasional = self._measure(step, result, last)
             if self.lock is not None:
                 self.lock.beat()
@@ -228,7 +228,7 @@ class Trainer:
         train, found = self.config.train, {}
         if train.router_every and (step % train.router_every == 0 or step == 1 or last):
             found |= router_metrics(self.model, result.router_weights)
-        if last or (train.eval_every and step % train.eval_every == 0):
+        if last or (train.validate_every and step % train.validate_every == 0):
             found |= self.validate()
         if self.evaluation is not None and (last or step % self.config.eval.every_steps == 0):
             found |= self.evaluate(self.evaluation)
@@ -268,7 +268,7 @@ class Trainer:
         self._check_lock()
         return self.checkpoints.save(self.progress)
 
-    def finish(self) -> None:
+    def save_adapter(self) -> None:
         """Writes the adapter as it is now. Every rank must call it."""
         self._check_lock()
         self.checkpoints.save_adapter(self.progress)
@@ -288,14 +288,14 @@ class Trainer:
         progress, limit = self.progress, self.config.data.max_bad_share
         if progress.skipped_in_a_row >= self.config.train.max_bad_steps:
             # No step was taken since the weights were last good, so these are.
-            self.finish()
+            self.save_adapter()
             raise TrainingError(
                 f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; "
                 f"stopped at step {progress.step}, weights as of step "
                 f"{progress.step - progress.skipped_in_a_row} are saved"
             )
         if progress.substituted > limit * max(progress.samples, MIN_SAMPLES_OF_SHARE):
-            self.finish()
+            self.save_adapter()
             raise TrainingError(
                 f"{progress.substituted} of {progress.samples} samples are damaged, more than "
                 f"data.max_bad_share {limit:g} of them; by shard: {self.substitutions.by_shard()}"

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from hypothesis import given, settings
@@ -25,7 +26,8 @@ from dehvf_ds.config import (
     save_run_config,
     settings_of,
 )
-from dehvf_ds.config.run import _IDLE
+from dehvf_ds.config.run import WITHOUT_EFFECT, ModelConfig
+from dehvf_ds.model.configuration import ROUTERS
 
 BASE = """\
 run_dir: runs/x
@@ -277,11 +279,15 @@ def test_flags_of_the_tools_are_expanded_too(tmp_path: Path) -> None:
         ),
         ("--model.lora.rank=0 --model.lora.alpha=2", "model.lora.alpha 2.0 has no effect: model.lora."),
         ("--data.scienceqa.lecture", "data.scienceqa.lecture True has no effect: data.task is caption"),
-        ("--train.eval_every=3", "train.eval_every 3 has no effect: data.val is None"),
+        ("--train.validate_every=3", "train.validate_every 3 has no effect: data.val is None"),
         ("--resume=runs/a --init_from=b", "init_from b has no effect: resume is runs/a"),
     ],
 )
 def test_a_setting_without_effect_is_told(flags: str, line: str) -> None:
     (told,) = ignored_settings(parse_run_config(["--config", "demo", *flags.split()]))
     assert told.startswith(line)
-    assert {name for _, _, names in _IDLE for name in names.split()} <= settings_of(RunConfig).keys()
+    assert {name for _, _, names in WITHOUT_EFFECT for name in names.split()} <= settings_of(RunConfig).keys()
+
+
+def test_the_settings_know_the_models_routers() -> None:
+    assert get_args(get_type_hints(ModelConfig)["router"]) == ROUTERS

@@ -34,7 +34,7 @@ NUMBERS = [
 ]
 MAY_BE_ZERO = """
 data.augment.flip data.bucket_steps data.max_bad_share data.num_workers data.val_samples eval.every_steps
-min_new_tokens model.lora.dropout model.lora.rank overhead_gib seed train.betas train.eval_every
+min_new_tokens model.lora.dropout model.lora.rank overhead_gib seed train.betas train.validate_every
 train.router_every train.max_grad_norm train.min_lr_ratio train.save_every train.warmup_steps
 train.weight_decay
 """

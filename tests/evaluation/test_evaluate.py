@@ -40,7 +40,7 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch) -> None:
     """This process keeps its signal handlers, is no group, and starts no Java."""
-    monkeypatch.setattr(program, "exit_on_request", lambda: None)
+    monkeypatch.setattr(program, "exit_on_signal", lambda: None)
     monkeypatch.setattr("dehvf_ds.evaluation.evaluate.init_process_group", lambda world: None)
     without_java = {names: score for names, score in METRICS.items() if names[0] not in ("METEOR", "SPICE")}
     monkeypatch.setattr("dehvf_ds.evaluation.coco.METRICS", without_java)

@@ -84,7 +84,7 @@ class Runs:
         flags += ["--train.steps", str(STEPS), "--train.save_every", str(SAVED), "--train.warmup_steps", "2"]
         data, task = ("scienceqa", QUESTIONS) if stage == "zero2" else ("test", CAPTIONS)
         flags += [*task, "--data.val", str(self.world / data), "--data.val_samples", "4"]
-        flags += ["--train.eval_every", str(SAVED), "--eval.every_steps", str(SAVED)]
+        flags += ["--train.validate_every", str(SAVED), "--eval.every_steps", str(SAVED)]
         flags += ["--eval.max_samples", "4", "--eval.max_new_tokens", "8", "--eval.batch_size", "3"]
         if stage == "zero2":
             flags += ["--data.train", str(self.world / "scienceqa")]

@@ -35,6 +35,12 @@ def test_at_the_start_hidden_states_equal_the_base_models(
     assert torch.equal(seen[0], base.model(inputs["input_ids"]).last_hidden_state)
 
 
+def test_what_is_built_into_the_branch_trains() -> None:
+    model = build_model()
+    model.fuser.more = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert {"fuser.more.0.weight", "fuser.more.0.bias"} <= model.trainable_parameters().keys()
+
+
 def test_the_trainable_set_is_exactly_the_branch_and_the_adapters() -> None:
     model = build_model()
     ffns = [f"language_model.model.layers.{i}.mlp" for i in range(4)]

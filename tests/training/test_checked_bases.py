@@ -24,7 +24,7 @@ from dehvf_ds.config import UserError, parse_run_config
 from dehvf_ds.distributed import read_world
 from dehvf_ds.model import ModelError
 from dehvf_ds.model.backbones import load_backbone, load_backbone_config
-from dehvf_ds.training.run import resolve
+from dehvf_ds.training.resolve import resolve
 
 UP = "model.layers.1.mlp.up_proj.weight"
 

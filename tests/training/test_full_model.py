@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from dehvf_ds.distributed import World
 from dehvf_ds.model.backbones import build_config, load_model
-from dehvf_ds.training.full_model import full_copy, full_copy_bytes
+from dehvf_ds.training.full_model import full_copy
 
 WORKER = Path(__file__).parent / "full_model_worker.py"
 
@@ -43,7 +43,6 @@ def test_a_copy_of_a_full_model_is_equal_and_apart(tmp_path: Path, job: Path, ti
         assert ours[name].data_ptr() != value.data_ptr()
     embedding, head = copy.get_input_embeddings().weight, copy.get_output_embeddings().weight
     assert (embedding.data_ptr() == head.data_ptr()) == tied
-    assert full_copy_bytes(model) == sum(p.numel() * p.element_size() for p in copy.parameters())
 
 
 @pytest.mark.slow

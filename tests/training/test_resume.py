@@ -237,7 +237,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_alive(world: Path) -
 
 @pytest.mark.slow
 def test_validation_is_the_same_on_any_ranks_and_keeps_the_best(world: Path) -> None:
-    more = {"--data.val": world / "other", "--train.eval_every": 2, "--train.save_every": 2}
+    more = {"--data.val": world / "other", "--train.validate_every": 2, "--train.save_every": 2}
     run_ranks(TRAIN, arguments(world, "val1", **more), 1)
     run_ranks(TRAIN, arguments(world, "val2", **more), 2)
     one, two = ([line.get("val/loss") for line in lines(world, run)] for run in ("val1", "val2"))

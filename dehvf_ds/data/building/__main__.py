@@ -131,11 +131,12 @@ def _size(text: str) -> int:
 def _facts(args: argparse.Namespace) -> dict[str, Any]:
     """What the manifest says of the source: flags, and files by name and hash, for paths differ."""
     names = ("source", "split", "allow_missing_images")
-    files = {name: getattr(args, name, None) for name in ("annotations", "dataset", "captions", "json")}
+    files = {name: path for name in FLAGS if isinstance(path := getattr(args, name, None), Path)}
+    files = {name: path for name, path in files.items() if path.is_file()}
     if "root" in args:
         files |= {name: args.root / f"{name}.json" for name in ("problems", "pid_splits")}
     facts = {name: getattr(args, name) for name in names if name in args}
-    return facts | {name: describe_file(path) for name, path in files.items() if path is not None}
+    return facts | {name: describe_file(path) for name, path in files.items()}
 
 
 def _run_build(args: argparse.Namespace) -> int:
