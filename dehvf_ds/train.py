@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     """
     exit_on_signal()
     config = parse_run_config(argv)
+    notes = ignored_settings(config)
     if config.dry_run:
         # A cache is written; shards are read where they lie.
         config = replace(config, data=replace(config.data, cache_dir=None))
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
     meet(world, config.train.start_timeout_minutes)
     run = resolve(config, world)
     if world.is_main:
-        for line in [*ignored_settings(config), *run.notes()]:
+        for line in [*notes, *run.notes()]:
             print(f"note: {line}", file=sys.stderr, flush=True)
     evaluation = InTrainingEvaluation.of_run(run)
     if on_main(world, lambda: is_finished(config, run.num_steps)):

@@ -240,6 +240,8 @@ def check_deepspeed_json(config: RunConfig) -> str:
 
 
 def _room(what: str, directory: Path, needed_gib: float, wanted_gib: float, remedy: str) -> Line | str:
+    if not directory.is_dir():
+        return Line("warn", what, f"{directory}: no such directory", remedy)
     free = shutil.disk_usage(directory).free / GIB
     found = f"{directory}: {free:.1f} GiB free"
     if free >= wanted_gib:

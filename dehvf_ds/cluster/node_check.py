@@ -51,7 +51,7 @@ class TaskReport:
     """What one task says.
 
     Attributes:
-        stage: how far it came: it has looked at its node; it reached the first node; an all-reduce ended.
+        stage: how far it came: began, looked at its node, reached the first node, ended an all-reduce.
         facts: what must be the same everywhere, by name.
         problems: what no run can work with, by name.
     """
@@ -60,7 +60,7 @@ class TaskReport:
     rank: int
     facts: Mapping[str, str]
     problems: Mapping[str, str]
-    stage: Literal["looked", "connected", "reduced"] = "looked"
+    stage: Literal["started", "looked", "connected", "reduced"] = "looked"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def judge_looks(reports: Sequence[TaskReport], nodes: Sequence[str], num_tasks: 
         nodes: the job's nodes.
         num_tasks: tasks of each.
     """
-    of = {node: [report for report in reports if report.node == node] for node in nodes}
+    looked = [report for report in reports if report.stage != "started"]
+    of = {node: [report for report in looked if report.node == node] for node in nodes}
     heard = [node for node in nodes if len(of[node]) == num_tasks]
     sick = {
         node: f"{num_tasks - len(of[node])} of {num_tasks} tasks did not start, or hang"
@@ -141,6 +142,9 @@ class NodeCheck:
     def run(self, flags: list[str]) -> int:
         """Looks, waits for the others, communicates; returns the exit code."""
         world, node = self._world, os.environ.get("SLURMD_NODENAME", platform.node())
+        # Before the look, which hangs where a file system does.
+        self._report = TaskReport(node, world.rank, {}, {})
+        self._reach("started")
         self._report = TaskReport(node, world.rank, *look(flags, world))
         self._reach("looked")
         if code := self._wait_for_go():
@@ -204,7 +208,7 @@ class NodeCheck:
                 return
             time.sleep(0.5)
 
-    def _reach(self, stage: Literal["looked", "connected", "reduced"]) -> None:
+    def _reach(self, stage: Literal["started", "looked", "connected", "reduced"]) -> None:
         self._report = replace(self._report, stage=stage)
         # By renaming: who reads it finds a whole one.
         path = self._folder / f"{self._report.node}.{self._report.rank}.json"

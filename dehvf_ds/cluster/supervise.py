@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 # Exit codes of train.py, eval.py and node_check.py, which cannot be imported here.
-MISTAKE, SICK, CANNOT_SAVE, STOPPED = 2, 3, 74, 85
+MISTAKE, SICK, CANNOT_SAVE, STOPPED, NOT_FOUND = 2, 3, 74, 85, 127
 FINAL = (0, MISTAKE, CANNOT_SAVE)
 ON_REQUEST = (STOPPED, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
 """Stopped by a signal; the latter two before Python could handle it."""
@@ -166,7 +166,7 @@ class Job:
         Args:
             tell: takes what goes wrong.
         """
-        limit, attempts = int(os.environ.get("MAX_REQUEUES", "20")), 0
+        limit, attempts = int(os.environ.get("MAX_REQUEUES") or "20"), 0
         while not self.is_requeued():
             if self.restarts >= limit:
                 return tell(f"error: requeued {limit} times already (MAX_REQUEUES); submit it again to go on")
@@ -229,16 +229,16 @@ class Supervisor:
         if "SLURM_ARRAY_JOB_ID" in env:
             say("error: these scripts requeue whole jobs, so no job arrays; submit a job for each run")
             return MISTAKE
-        own = ["--train.timeout_minutes", env.get("TIMEOUT_MINUTES", "4")]
-        own += ["--run_dir", env.get("RUN_DIR") or f"runs/{Path(_last(flags, '--config')).stem}"]
+        own = ["--train.timeout_minutes", env.get("TIMEOUT_MINUTES") or "4"]
+        own += ["--run_dir", env.get("RUN_DIR") or f"runs/{Path(_given(flags, '--config')[0]).stem}"]
         if directory := env.get("DEHVF_STAGE"):
             own += ["--data.cache_dir", directory]
         flags = [*own, *flags]
-        code = self._check_nodes(flags) if env.get("HEALTH_CHECK", "1") == "1" else None
+        code = self._check_nodes(flags) if (env.get("HEALTH_CHECK") or "1") == "1" else None
         if code is not None:
             return code
         return self._finish(
-            self._launch("python", "dehvf_ds/train.py", *flags), Path(_last(flags, "--run_dir"))
+            self._launch("python", "dehvf_ds/train.py", *flags), Path(_given(flags, "--run_dir")[-1])
         )
 
     def evaluate(self, flags: list[str]) -> int:
@@ -247,7 +247,7 @@ class Supervisor:
 
     def _launch(self, *command: str, deadline_s: float = float("inf")) -> int:
         """Runs a command in every task of the job; returns its exit code."""
-        job, linger_s = self.job, float(os.environ.get("LINGER_S", "30"))
+        job, linger_s = self.job, float(os.environ.get("LINGER_S") or "30")
         # There from the start: on NFS a name that was missing stays missing for a while.
         failures = job.log_dir / f"failed.{job.restarts}"
         failures.write_text("")
@@ -320,7 +320,7 @@ class Successor:
 
     def __init__(self, job: Job) -> None:
         self.has_acted, self.beats = False, 0
-        self._job, self._patience_s = job, float(os.environ.get("SUCCESSION_S", "60"))
+        self._job, self._patience_s = job, float(os.environ.get("SUCCESSION_S") or "60")
         self._quiet_s, self._last = 0.0, 0
         self._asked: subprocess.Popen[bytes] | None = None
 
@@ -380,8 +380,15 @@ def run_rank(command: Sequence[str]) -> int:
     streams, pipe = [sys.stderr, sys.stdout] if rank == "0" else [sys.stderr], subprocess.PIPE
     with _shielded():
         tees = [subprocess.Popen(["tee", "-a", str(path)], stdin=pipe, stdout=stream) for stream in streams]
-    with path.open("a") as log:
-        child = subprocess.Popen(command, stderr=tees[0].stdin, stdout=tees[1].stdin if rank == "0" else log)
+    try:
+        with path.open("a") as log:
+            out = tees[1].stdin if rank == "0" else log
+            child = subprocess.Popen(command, stderr=tees[0].stdin, stdout=out)
+    except OSError as error:
+        # As a shell says it, and known to the supervisor.
+        say(f"error: {command[0]}: {error.strerror or error}")
+        _append(job.log_dir / f"failed.{job.restarts}", f"{rank} {NOT_FOUND}")
+        return NOT_FOUND
     signal.signal(signal.SIGUSR2, pass_on)
     for number in list(heard):
         child.send_signal(number)
@@ -436,9 +443,9 @@ def say(line: str) -> None:
     print(line, file=sys.stderr if line.startswith("error") else sys.stdout, flush=True)
 
 
-def _last(flags: Sequence[str], name: str) -> str:
-    """The value of the last ``NAME VALUE`` or ``NAME=VALUE``."""
-    return re.findall(rf"(?:^|\0){name}[=\0]([^\0]*)", "\0".join(flags))[-1]
+def _given(flags: Sequence[str], name: str) -> list[str]:
+    """The values of each ``NAME VALUE`` or ``NAME=VALUE``."""
+    return re.findall(rf"(?:^|\0){name}[=\0]([^\0]*)", "\0".join(flags))
 
 
 def _as_a_shell(code: int) -> int:
@@ -453,8 +460,11 @@ def _read(path: Path) -> str:
 
 def _append(path: Path, line: str) -> None:
     # The disk may be full.
-    with contextlib.suppress(OSError), path.open("a") as file:
-        print(line, file=file)
+    with contextlib.suppress(OSError):
+        # A run that fails before its first step has no directory yet.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            print(line, file=file)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
@@ -93,9 +94,19 @@ LocalPath = Annotated[
 ]
 """A path, a hub id or an address."""
 
+
 # Far above any use, and below what overflows a counter.
-Positive = Annotated[int, Field(ge=1, le=10**9)]
-AtLeastZero = Annotated[int, Field(ge=0, le=10**9)]
+def _whole(value: object) -> object:
+    """Takes ``1e5`` for the whole number that it is."""
+    if isinstance(value, str) and "e" in value.lower():
+        with suppress(ValueError):
+            number = float(value)
+            return int(number) if number.is_integer() else value
+    return value
+
+
+Positive = Annotated[int, Field(ge=1, le=10**9), BeforeValidator(_whole)]
+AtLeastZero = Annotated[int, Field(ge=0, le=10**9), BeforeValidator(_whole)]
 PositiveNumber = Annotated[float, Field(gt=0, le=10**6)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]

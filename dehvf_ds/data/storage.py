@@ -337,12 +337,18 @@ def _open_address(address: str, num_bytes: int) -> Any:
 
 def _may_pass(error: Exception) -> bool:
     """Whether asking again may help."""
-    from aiohttp import ClientConnectionError, ClientConnectorError, ClientPayloadError
+    from aiohttp import (
+        ClientConnectionError,
+        ClientConnectorDNSError,
+        ClientConnectorError,
+        ClientPayloadError,
+    )
 
     if status := getattr(error, "status", None):
         return status in (408, 429) or status >= 500
     passing = (TimeoutError, ConnectionError, ClientConnectionError, ClientPayloadError)
-    return isinstance(error, passing) and not isinstance(error, ClientConnectorError)
+    is_refused = isinstance(error, ClientConnectorError) and not isinstance(error, ClientConnectorDNSError)
+    return isinstance(error, passing) and not is_refused
 
 
 def _told(error: Exception) -> str:

@@ -186,19 +186,26 @@ def _meteor(truth: Tokens, guess: Tokens) -> tuple[Any, Any]:
         {key: [" ".join(_BARS.sub(" ", text).split()) for text in group] for key, group in texts.items()}
         for texts in (truth, guess)
     )
-    scorer, failure = Meteor(), None
+    scorer, failure, said = Meteor(), None, []
+    # A pipe that nobody reads would stop Java once it is full.
+    reader = threading.Thread(target=lambda: said.extend(scorer.meteor_p.stderr), daemon=True)
+    reader.start()
     try:
         return scorer.compute_score(truth, guess)
     except (OSError, ValueError) as error:
         failure = error
     finally:
         scorer.meteor_p.kill()
-        # Closes the pipes, also a standard input that still holds something.
-        stderr = scorer.meteor_p.communicate()[1]
+        scorer.meteor_p.wait()
+        reader.join()
+        for pipe in (scorer.meteor_p.stdin, scorer.meteor_p.stdout, scorer.meteor_p.stderr):
+            # Standard input may still hold something.
+            with contextlib.suppress(OSError):
+                pipe.close()
         # A failure leaves it locked, and the scorer's end would wait for it for ever.
         scorer.lock = threading.Lock()
     # What is read from a process that died is no number; its own words tell more.
-    raise RuntimeError(_java_error(stderr) or f"Java ended: {failure}") from failure
+    raise RuntimeError(_java_error(b"".join(said)) or f"Java ended: {failure}") from failure
 
 
 def _spice(truth: Tokens, guess: Tokens) -> tuple[Any, Any]:

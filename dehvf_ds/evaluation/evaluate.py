@@ -28,7 +28,7 @@ from dehvf_ds.evaluation import dataset, predict
 from dehvf_ds.evaluation.coco import CaptionScorer
 from dehvf_ds.evaluation.contact_sheet import contact_sheet
 from dehvf_ds.evaluation.dataset import TASKS, EvalTask, Prediction, Questions
-from dehvf_ds.evaluation.predict import METRICS_NAME, Scored
+from dehvf_ds.evaluation.predict import METRICS_NAME, Scored, writing
 from dehvf_ds.evaluation.scienceqa import AnswerScorer
 from dehvf_ds.model.adapter import TrainedModel, find_trained
 
@@ -239,7 +239,7 @@ def finish(
         raise UserError(
             f"{error}; the answers are kept in {path}, and the same command scores them"
         ) from None
-    with atomic_file(directory / METRICS_NAME) as part:
+    with writing(directory / METRICS_NAME), atomic_file(directory / METRICS_NAME) as part:
         part.write_text(json_text(scored.metrics | dict(report), indent=1), encoding="utf-8")
     notes, sheet = [], directory / "examples.png"
     if reason := try_examples(index, lines, sheet):
@@ -288,6 +288,5 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Writes a JSON object a line; the file gets its name when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as part:
+    with writing(path), atomic_file(path) as part:
         part.write_text("".join(json_text(line) + "\n" for line in lines), encoding="utf-8")

@@ -87,14 +87,24 @@ class PredictionCache:
     def add(self, rows: Sequence[int], predictions: Sequence[Prediction]) -> None:
         """Appends this rank's predictions of some rows."""
         lines = [json.dumps([row, said]) + "\n" for row, said in zip(rows, predictions, strict=True)]
-        self.directory.mkdir(parents=True, exist_ok=True)
-        torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if torn else "") + "".join(lines))
+        with writing(self._path):
+            torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(("\n" if torn else "") + "".join(lines))
 
     def remove(self) -> None:
         """Removes the files, once the predictions are written in one."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes the folder of a file that is written inside; what goes wrong is one line that names the file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
 
 
 def claim_directory(parent: Path, name: str, report: Mapping[str, Any]) -> tuple[Path, list[str]]:

@@ -257,7 +257,8 @@ def differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str
     """Names of the tensors in which two fingerprints differ, layer by layer.
 
     Tensors are compared by name without its wrapping prefix (``model.``, ``vision_model.``). One whose name
-    the other side lacks must agree with any tensor there: it was renamed, or is tied and stored twice.
+    the other side lacks must agree with one whose name lacks here, each with another (it was renamed), or, of
+    matrices, with any (it is tied and stored twice).
 
     Two values agree when they are at most one step apart in the coarsest format, of bf16, fp16 and fp32, that
     holds all values of one of the two tensors. So fp32 weights are compared as fp32, and as bf16 only where
@@ -272,12 +273,22 @@ def differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str
             changed[name] = f"{name} (shape {other_shape}, not {shape})"
         elif not _agree(mine, other):
             changed[name] = name
-    alone = [(ours[key], wanted, found, "missing") for key in ours.keys() - theirs.keys()]
-    alone += [(theirs[key], found, wanted, "added") for key in theirs.keys() - ours.keys()]
-    for name, own, others, word in alone:
-        if not any(_agree(own[name], other) for other in others.values()):
-            changed.setdefault(name, f"{name} ({word})")
+    unpaired = {theirs[key] for key in theirs.keys() - ours.keys()}
+    for name in sorted((ours[key] for key in ours.keys() - theirs.keys()), key=_natural_key):
+        twins = (other for other in sorted(unpaired, key=_natural_key) if _agree(wanted[name], found[other]))
+        if (twin := next(twins, None)) is not None:
+            unpaired.discard(twin)
+        elif not _is_copy(wanted[name], found):
+            changed[name] = f"{name} (missing)"
+    for name in unpaired:
+        if not _is_copy(found[name], wanted):
+            changed.setdefault(name, f"{name} (added)")
     return [changed[name] for name in sorted(changed, key=_natural_key)]
+
+
+def _is_copy(value: str, others: Mapping[str, str]) -> bool:
+    """Whether a matrix stands on the other side, too; vectors of ones and zeros are everywhere."""
+    return "x" in value.split()[0] and any(_agree(value, other) for other in others.values())
 
 
 def _natural_key(name: str) -> list[str | int]:

@@ -73,7 +73,7 @@ SUPPORTED: Mapping[str, _Kind] = {
 _SECTIONS = {key.rpartition(".")[0] for key in SUPPORTED}
 
 _FILLED = ("bf16.enabled", "zero_optimization.zero_hpz_partition_size")
-"""Keys whose ``auto`` is decided here; elsewhere DeepSpeed's default is taken."""
+"""Keys whose ``auto`` is decided here; elsewhere DeepSpeed's default is taken, or ``auto`` refused."""
 
 _REFUSED: Mapping[str, str] = {
     key: reason
@@ -86,6 +86,17 @@ _REFUSED: Mapping[str, str] = {
         ),
         ("activation_checkpointing", "has no effect here; set train.activation_checkpointing"),
         ("sparse_gradients", "is not supported: nothing sparse is trained"),
+        ("gradient_allreduce_op", "is not supported: gradients are averaged"),
+        ("quantize_training weight_quantization", "would change the frozen weights"),
+        ("sequence_parallel_size", "is not supported: ZeRO shards the model"),
+        ("nebula datastates_ckpt elastic_checkpoint", "is not supported: a run has checkpoints of its own"),
+        ("eigenvalue zenflow", "is not supported"),
+        ("bfloat16", "is an old name; write bf16"),
+        ("bf16.immediate_grad_update", "is not supported"),
+        (
+            "zero_optimization.cpu_offload zero_optimization.cpu_offload_params",
+            "is an old name; write offload_param",
+        ),
         ("curriculum_learning data_efficiency dataloader_drop_last", "is not supported; see data.*"),
         ("compression_training progressive_layer_drop sparse_attention", "would change the frozen model"),
         ("pipeline tensor_parallel expert_parallel", "is not supported: ZeRO shards the model"),
@@ -165,10 +176,12 @@ def _checked(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any
             near = suggestion(name, [*SUPPORTED, *_SECTIONS, *_REFUSED])
             raise ValueError(f"{name} is no key that is supported here{near}")
         if name in SUPPORTED:
-            wanted, fits = SUPPORTED[name]
-            if value == "auto" and name not in _FILLED:
+            kind = wanted, fits = SUPPORTED[name]
+            is_auto = value == "auto"
+            # What a default would decide in silence must be said.
+            if is_auto and name not in _FILLED and kind not in (_DTYPE, _DEVICE, _STAGE):
                 continue
-            if value != "auto" and not fits(value):
+            if not fits(value) and not (is_auto and name in _FILLED):
                 unquoted = ", without quotes" if isinstance(value, str) and '"' not in wanted else ""
                 raise ValueError(f"{name} is {value!r}; it must be {wanted}{unquoted}")
             yield key, value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -16,6 +17,9 @@ from dehvf_ds.config import UserError
 
 LOCK_FILE = ".lock"
 HOLDER_FILE = "lock.json"
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system without locks answers."""
 
 STALE_S = 120.0
 """A job on another host without a heartbeat for so long is dead."""
@@ -42,7 +46,7 @@ class RunLock:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             # Threads share it: one of them may release what another took.
-            self._lock = FileLock(run_dir / LOCK_FILE, thread_local=False)
+            self._lock = FileLock(run_dir / LOCK_FILE, thread_local=False, fallback_to_soft=False)
             self._acquire(_read(self._holder))
             self._holder.write_text(json.dumps(self._describe()) + "\n", encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -80,30 +84,40 @@ class RunLock:
         restarted = _is_earlier_start(before)
         elsewhere = bool(before) and before.get("host") != socket.gethostname()
         if elsewhere and not restarted:
-            self._wait_for_other_host(before)
+            self._wait_for_silence(before)
         try:
             self._lock.acquire(timeout=HANDOVER_S if restarted else 0)
         except Timeout:
             # What is left of a dead job may still hold it, and will find another token.
             if not restarted and not elsewhere:
                 raise self._in_use(before) from None
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            # The file system has no locks, so that the heartbeat decides on one host, too.
+            if before and not restarted and not elsewhere:
+                self._wait_for_silence(before)
 
-    def _wait_for_other_host(self, before: dict[str, Any]) -> None:
-        told = False
-        while (age := self._age_s()) is not None and age < STALE_S:
-            if not told:
-                print(
-                    f"run_dir {self._run_dir} was in use by {_name(before)}; waiting for it to end",
-                    flush=True,
-                )
-                told = True
-            time.sleep(min(STALE_S - age + 1, BEAT_EVERY_S))
-            if (now := self._age_s()) is not None and now < age:
-                raise self._in_use(before)
+    def _wait_for_silence(self, before: dict[str, Any]) -> None:
+        """Waits until the last holder's heartbeat is old; refuses where it beats, or another has come."""
+        seen = self._last_sign()
+        if seen is None or time.time() - seen >= STALE_S:
+            return
+        told = f"run_dir {self._run_dir} was in use by {_name(before)}; waiting for it to end"
+        print(told, flush=True)
+        while (left := seen + STALE_S - time.time()) > 0:
+            time.sleep(min(left + 1, BEAT_EVERY_S))
+            now = self._last_sign()
+            if now is None:
+                return
+            if now > seen:
+                raise self._in_use(_read(self._holder))
+            seen = now
 
-    def _age_s(self) -> float | None:
+    def _last_sign(self) -> float | None:
+        """When the holder's file was last written or touched; None where there is none."""
         try:
-            return time.time() - self._holder.stat().st_mtime
+            return self._holder.stat().st_mtime
         except FileNotFoundError:
             return None
 

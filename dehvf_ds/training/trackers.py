@@ -7,6 +7,7 @@ import logging
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,9 @@ class Trackers:
         self._id_file = run_dir / ID_FILE
         self._ids: dict[str, str] = {}
         if start_step and self._id_file.is_file():
-            self._ids = json.loads(self._id_file.read_text(encoding="utf-8"))
+            # Damaged, it costs the link to the earlier part, not the run.
+            with suppress(OSError, ValueError):
+                self._ids = dict(json.loads(self._id_file.read_text(encoding="utf-8")))
         self._open: dict[str, GeneralTracker] = {}
         for name in names:
             self._attempt(name, lambda name=name: self._start(name, run_dir, settings, start_step))

@@ -83,10 +83,12 @@ class Trainer:
                 self.save_adapter()
             raise
         finally:
-            if self.writer is not None:
-                self.writer.close()
-            if self.lock is not None:
-                self.lock.release()
+            try:
+                if self.writer is not None:
+                    self.writer.close()
+            finally:
+                if self.lock is not None:
+                    self.lock.release()
         if finished:
             self._print(f"adapter: {self.run_dir / 'adapter'}   metrics: {self.run_dir / 'metrics.jsonl'}")
             return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -205,6 +206,11 @@ def test_the_login_node_looks_before(job: FakeJob) -> None:
     flags = "--deepspeed ds_configs/zero2.json --config coco_llama13b --train.lr 1 --dry-run"
     assert job.calls("python") == [f"python dehvf_ds/train.py {flags}"]
     assert not job.calls("srun")
+
+
+def test_a_failure_before_the_run_has_a_directory_is_remembered(job: FakeJob) -> None:
+    assert job.run(RANK="exit 1") == 1
+    assert re.fullmatch(r"job \d+ restart 0 code 1 step start\n", (job.run_dir / "failures.txt").read_text())
 
 
 def test_arrays_and_other_folders_are_refused(job: FakeJob, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_what_is_supported_passes_unchanged_and_comments_do_not(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_auto_is_deepspeeds_default(tmp_path: Path, name: str) -> None:
+def test_auto_is_deepspeeds_default_or_refused(tmp_path: Path, name: str) -> None:
     # To DeepSpeed the text is true, or no number.
     content: dict = {"zero_optimization": {"stage": 2}, "bf16": {}, "data_types": {}, "flops_profiler": {}}
     plain = read(tmp_path, content | {"comms_logger": {}})
@@ -83,8 +83,9 @@ def test_auto_is_deepspeeds_default(tmp_path: Path, name: str) -> None:
     for part in sections:
         section = section.setdefault(part, {})
     section[key] = "auto"
-    if name == "zero_optimization.stage":
-        assert "stage is missing" in refusal(tmp_path, content)
+    # What a default would decide in silence: how gradients are summed, where weights lie.
+    if key in ("stage", "device", "communication_data_type", "grad_accum_dtype"):
+        assert f"{name} is 'auto'; it must be" in refusal(tmp_path, content)
     elif name not in ("bf16.enabled", "zero_optimization.zero_hpz_partition_size"):
         found = read(tmp_path, content)
         found["zero_optimization"].pop("offload_param", None)

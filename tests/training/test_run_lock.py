@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -20,7 +21,7 @@ def test_a_second_job_is_refused_until_the_first_ends(tmp_path):
     RunLock(tmp_path / "run").release()
 
 
-def test_a_killed_job_leaves_no_lease_behind(tmp_path):
+def test_a_killed_job_leaves_no_lock_behind(tmp_path):
     child = os.fork()
     if child == 0:
         RunLock(tmp_path)
@@ -31,7 +32,7 @@ def test_a_killed_job_leaves_no_lease_behind(tmp_path):
 
 
 @pytest.mark.parametrize("alive", [False, True])
-def test_another_hosts_lease_is_waited_for(tmp_path, monkeypatch, alive, capsys):
+def test_another_hosts_lock_is_waited_for(tmp_path, monkeypatch, alive, capsys):
     path = tmp_path / HOLDER_FILE
     path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "job": "42"}))
     waited = []
@@ -56,13 +57,27 @@ def test_another_hosts_lease_is_waited_for(tmp_path, monkeypatch, alive, capsys)
     assert "was in use by process 7 on elsewhere, job 42; waiting" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()])
+def test_without_locks_the_heartbeat_decides_on_one_host_too(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(run_lock.FileLock, "acquire", fail)
+    first = RunLock(tmp_path)
+    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: os.utime(tmp_path / HOLDER_FILE))
+    with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on "):
+        RunLock(tmp_path)
+    first.release()
+    RunLock(tmp_path).release()
+
+
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run_dir .*file/run: "):
         RunLock(tmp_path / "file" / "run")
 
 
-def test_who_was_taken_for_dead_learns_it_and_leaves_the_lease_alone(tmp_path):
+def test_who_was_taken_for_dead_learns_it_and_leaves_the_lock_alone(tmp_path):
     stale = RunLock(tmp_path)
     stale.beat()
     content = {"host": "elsewhere", "pid": 7, "job": "42", "token": "another"}
@@ -75,12 +90,12 @@ def test_who_was_taken_for_dead_learns_it_and_leaves_the_lease_alone(tmp_path):
     assert json.loads((tmp_path / HOLDER_FILE).read_text()) == content
 
 
-def test_a_lease_that_was_removed_is_lost(tmp_path):
-    lease = RunLock(tmp_path)
+def test_a_lock_that_was_removed_is_lost(tmp_path):
+    lock = RunLock(tmp_path)
     (tmp_path / HOLDER_FILE).unlink()
     with pytest.raises(UserError, match="taken away"):
-        lease.check()
-    lease.release()
+        lock.check()
+    lock.release()
 
 
 def test_a_job_that_is_started_again_takes_over_from_its_last_start(tmp_path, monkeypatch):
@@ -100,10 +115,10 @@ def test_a_job_that_is_started_again_takes_over_from_its_last_start(tmp_path, mo
     after.release()
 
 
-def test_a_lease_given_back_while_it_is_waited_for_is_taken_anew(tmp_path, monkeypatch):
+def test_a_lock_given_back_while_it_is_waited_for_is_taken_anew(tmp_path, monkeypatch):
     path = tmp_path / HOLDER_FILE
     path.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
     monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: path.unlink())
-    lease = RunLock(tmp_path)
-    lease.check()
-    lease.release()
+    lock = RunLock(tmp_path)
+    lock.check()
+    lock.release()

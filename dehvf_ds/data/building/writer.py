@@ -314,7 +314,8 @@ def _require_same_build(output: Path, builder: dict[str, Any]) -> dict[str, Any]
         return None
     else:
         raise UserError(f"{output}: not empty; give another --output")
-    names = [name for name in {**builder, **before} if not name.startswith("left_out")]
+    # Another version of the program builds the same; where it does not, the manifest's format is another.
+    names = [n for n in {**builder, **before} if not n.startswith("left_out") and n != "version"]
     differing = [
         f"{name} ({_shown(before.get(name))} there, {_shown(builder.get(name))} now)"
         for name in names
@@ -391,7 +392,10 @@ def _picture_bytes(row: SourceRow) -> int | None:
     """Size of a row's picture; 0 for a row without one, None where there is no such file."""
     if row.image is None:
         return 0
-    return row.image.stat().st_size if row.image.is_file() else None
+    try:
+        return row.image.stat().st_size if row.image.is_file() else None
+    except (OSError, ValueError):
+        return None
 
 
 def _unique_keys(names: Iterable[str]) -> Iterator[str]:
