@@ -187,18 +187,19 @@ def _meteor(truth: Tokens, guess: Tokens) -> tuple[Any, Any]:
         for texts in (truth, guess)
     )
     scorer, failure, said = Meteor(), None, []
+    java: Any = scorer.meteor_p
     # A pipe that nobody reads would stop Java once it is full.
-    reader = threading.Thread(target=lambda: said.extend(scorer.meteor_p.stderr), daemon=True)
+    reader = threading.Thread(target=lambda: said.extend(java.stderr), daemon=True)
     reader.start()
     try:
         return scorer.compute_score(truth, guess)
     except (OSError, ValueError) as error:
         failure = error
     finally:
-        scorer.meteor_p.kill()
-        scorer.meteor_p.wait()
+        java.kill()
+        java.wait()
         reader.join()
-        for pipe in (scorer.meteor_p.stdin, scorer.meteor_p.stdout, scorer.meteor_p.stderr):
+        for pipe in (java.stdin, java.stdout, java.stderr):
             # Standard input may still hold something.
             with contextlib.suppress(OSError):
                 pipe.close()
