@@ -10,7 +10,6 @@ from pathlib import Path
 
 from dehvf_ds.config import UserError, expand_flags
 from dehvf_ds.distributed import run_entry
-from dehvf_ds.report.page import build_page
 from dehvf_ds.report.runs import load_runs
 
 
@@ -20,6 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="what train.py wrote")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="default: %(default)s")
     args = expand_flags(parser.parse_args(argv))
+    # Here, since matplotlib takes long to import, and only the page needs it.
+    from dehvf_ds.report.page import build_page
 
     page = build_page(load_runs(args.runs))
     try:

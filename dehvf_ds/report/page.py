@@ -78,12 +78,13 @@ def build_page(runs: Sequence[Run]) -> str:
     weights = {run.name: found for run in runs if (found := run.family("router/mean"))[1]}
     every = np.concatenate([grid.ravel() for _, _, grid in weights.values()] or [np.zeros(1)])
     low, high = np.nanmin(every), max(np.nanmax(every), np.nanmin(every) + MIN_RANGE)
+    overview = [_overview(run) for run in runs]
     return environment.get_template("page.html.j2").render(
         runs=runs,
         names=[run.name for run in runs],
         looks=[(i % len(COLORS), LINE_STYLES[i // len(COLORS) % len(LINE_STYLES)]) for i in range(len(runs))],
-        columns=list(_overview(runs[0])),
-        overview=[list(_overview(run).values()) for run in runs],
+        columns=list(overview[0]),
+        overview=[list(row.values()) for row in overview],
         settings=_compare([run.settings for run in runs]),
         scores=[_scores(runs, task) for task in tasks],
         span=span,

@@ -78,11 +78,11 @@ def _groups(sources: dict[str, nn.Parameter]) -> Iterator[dict[str, nn.Parameter
     group: dict[str, nn.Parameter] = {}
     size = 0
     for name, parameter in sources.items():
-        if group and size + _numel(parameter) > GATHERED_ELEMENTS:
+        if group and size + numel(parameter) > GATHERED_ELEMENTS:
             yield group
             group, size = {}, 0
         group[name] = parameter
-        size += _numel(parameter)
+        size += numel(parameter)
     yield group
 
 
@@ -101,5 +101,6 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
     held[attribute] = value  # pyright: ignore[reportArgumentType]
 
 
-def _numel(parameter: nn.Parameter) -> int:
+def numel(parameter: nn.Parameter) -> int:
+    """Elements of a parameter, also where ZeRO-3 has partitioned it."""
     return getattr(parameter, "ds_numel", parameter.numel())

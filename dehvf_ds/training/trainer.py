@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from torch import nn
-
 from dehvf_ds.batch import Batch
 from dehvf_ds.config import UnsupervisedError, to_plain
 from dehvf_ds.distributed import (
@@ -24,6 +22,7 @@ from dehvf_ds.distributed import (
 from dehvf_ds.training.checkpoint import Checkpoint, Checkpoints, Progress, restore_adapter
 from dehvf_ds.training.deepspeed_json import compute_dtype
 from dehvf_ds.training.engine import build_engine
+from dehvf_ds.training.full_model import numel
 from dehvf_ds.training.metrics import (
     Evaluation,
     Metrics,
@@ -129,7 +128,7 @@ class Trainer:
         )
         if checkpoint is not None:
             self.checkpoints.load(checkpoint)
-        self.num_parameters = sum(_numel(p) for p in self.model.language_model.parameters())
+        self.num_parameters = sum(numel(p) for p in self.model.language_model.parameters())
         self._announce()
         if self.evaluation is not None:
             self.evaluation.open()
@@ -140,7 +139,7 @@ class Trainer:
             self.writer = MetricsWriter(self.run_dir, self.run.num_steps, train.log_every, start, trackers)
 
     def _announce(self) -> None:
-        num_trainable = sum(_numel(p) for p in self.model.trainable_parameters().values())
+        num_trainable = sum(numel(p) for p in self.model.trainable_parameters().values())
         begins = f"; continuing after step {self.progress.step}" if self.progress.step else ""
         self._print(
             f"{self.run_dir}: {self.run.num_steps} steps of {self.config.train.global_batch_size} rows on "
@@ -318,7 +317,3 @@ class Trainer:
     def _print(self, line: str, file: TextIO | None = None) -> None:
         if self.world.is_main:
             print(line, file=file or sys.stdout, flush=True)
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())
