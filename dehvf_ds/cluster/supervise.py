@@ -112,10 +112,12 @@ def after_check(
 def succeed(quiet_s: float, patience_s: float, is_requeued: bool, answers: bool | None) -> Action:
     """On the second node: whether to act in place of the first, with which the job's script and srun die.
 
-    SLURM needs minutes to notice, and then asks for the job's full size again. Where it notices first
-    (``is_requeued``) it ends this task soon. ``answers`` is None as long as the first node was not asked.
+    SLURM needs minutes to notice, and then asks for the job's full size again. Once the job is back in the
+    queue (``is_requeued``) this task ends within KillWait, too soon to learn whether the first node set
+    what the next start needs; setting it twice does no harm. ``answers`` is None until the first node was
+    not asked.
     """
-    if is_requeued and quiet_s >= 4 * LOOK_S:
+    if is_requeued:
         return Action("requeue")
     # Where the file system alone is slow, the node answers.
     if quiet_s < patience_s or answers:
@@ -176,14 +178,16 @@ class Job:
             # Not every site lets jobs go back.
             if attempts == 60 or re.search("disabled|denied", error):
                 return tell(f"error: not requeued: {error}")
-            time.sleep(5)
+            # SLURM may have put it back in between, and ends this process within KillWait.
+            time.sleep(1 if attempts < 5 else 5)
         settings, attempts = self._settings_of_next_start(), 0
         # That start waits for the end of this script.
-        while settings and ask("scontrol", "update", f"JobId={self.id}", *settings)[1]:
+        while settings and (error := ask("scontrol", "update", f"JobId={self.id}", *settings)[1]):
             attempts += 1
-            if attempts == 20:
-                return tell("error: SLURM took no new settings; the job waits for as many nodes as it had")
-            time.sleep(1)
+            if attempts == 40:
+                message = "error: SLURM took no new settings; the job waits for as many nodes as it had"
+                return tell(f"{message}: {error}")
+            time.sleep(0.5)
         return None
 
     def _settings_of_next_start(self) -> list[str]:

@@ -36,7 +36,7 @@ SlurmctldPort={port}
 SlurmdTimeout=45
 # A step that waits for the dead node's srun is not to cost the living node.
 UnkillableStepTimeout=180
-KillWait=6
+KillWait=10
 SchedulerParameters=sched_interval=2,bf_interval=2
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool.%n
@@ -177,8 +177,18 @@ class Cluster:
     def wait(self, job: str, timeout_s: float = 120) -> dict[str, str]:
         """Waits until a job has ended for good."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        wait_for(lambda: self.show(job)["JobState"] in ended, timeout_s, f"end of job {job}")
+        try:
+            wait_for(lambda: self.show(job)["JobState"] in ended, timeout_s, f"end of job {job}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.tell(job)}") from None
         return self.show(job)
+
+    def tell(self, job: str) -> str:
+        """What SLURM and a job's log say, for whoever reads why a test failed."""
+        commands = (("scontrol", "show", "job", job), ("sinfo", "-N"))
+        said = [self.call(*command, check=False) for command in commands]
+        texts = [_text(path) for path in (self.show(job).get("StdOut", ""), self.root / "ctld.log")]
+        return "\n".join([*said, *(text[-6000:] for text in texts)])
 
     def _run_daemon(self, name: str, *command: str) -> None:
         with (self.root / f"{name}.out").open("ab") as out:
