@@ -223,7 +223,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_keep_the_artifact(world: Pa
         ),
         ("train", ["--model.lora.targets", "[fc1]"], "no linear map 'fc1'"),
         ("train", ["--train.micro_batch_size", "3"], "global_batch_size 8 is not a multiple of"),
-        ("train", ["--eval.every_steps", "2"], "needs rows to ask: give eval.data or data.val"),
+        ("train", ["--eval.every_steps", "2"], "needs rows to answer: set eval.data or data.val"),
         ("train", ["--eval.every_steps", "2", "--data.task", "chat"], "chat has no scores"),
         ("train", ["--eval.every_steps", "2", "--eval.data", "{world}/scienceqa"], "cannot score"),
         ("train", ["--model.num_feature_layers", "9"], "9 feature layers asked of a tower with 4 blocks"),

@@ -35,12 +35,6 @@ def test_at_the_start_hidden_states_equal_the_base_models(
     assert torch.equal(seen[0], base.model(inputs["input_ids"]).last_hidden_state)
 
 
-def test_what_is_built_into_the_branch_trains() -> None:
-    model = build_model()
-    model.fuser.more = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    assert {"fuser.more.0.weight", "fuser.more.0.bias"} <= model.trainable_parameters().keys()
-
-
 def test_the_trainable_set_is_exactly_the_branch_and_the_adapters() -> None:
     model = build_model()
     ffns = [f"language_model.model.layers.{i}.mlp" for i in range(4)]
@@ -51,8 +45,8 @@ def test_the_trainable_set_is_exactly_the_branch_and_the_adapters() -> None:
     expected = {*lora, *scales, *fuser, *reader, "projector.w_down", "projector.bias"}
     assert set(model.trainable_parameters()) == expected
     assert {n for n, p in model.named_parameters() if p.requires_grad} == expected
-    count = 4 * 2 * (48 + 32) + 4 * 2 * 8 + (4 * 4 + 2 * 16 + 24 * 4) + (2 * 32 * 8 + 2 * 17 * 8) + 25 * 8
-    assert sum(p.numel() for p in model.trainable_parameters().values()) == count
+    model.fuser.more = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert set(model.trainable_parameters()) == expected | {"fuser.more.0.weight", "fuser.more.0.bias"}
 
 
 @pytest.mark.parametrize("fusion", ["ffn", "prefix"])
@@ -169,5 +163,3 @@ def test_prompts_may_be_given_as_embeddings(inputs) -> None:
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     assert torch.equal(model.generate(inputs_embeds=embeds, **seen), wanted)
     assert torch.equal(model.generate(inputs=inputs["input_ids"], **seen), wanted)
-    with pytest.raises(ValueError, match="generate needs prompts"):
-        model.generate(**seen)

@@ -71,8 +71,8 @@ def test_the_loss_is_of_the_logits_that_generation_takes(kind: str, fusion: str,
     logits = model(**inputs).logits[:, -labels.shape[1] :]
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     torch.testing.assert_close(output.loss_sum, expected, rtol=1e-5, atol=1e-4)
-    assert output.num_tokens == (labels[:, 1:] != IGNORE_INDEX).sum()
-    torch.testing.assert_close(output.loss, expected / output.num_tokens, rtol=1e-5, atol=1e-4)
+    assert output.num_supervised == (labels[:, 1:] != IGNORE_INDEX).sum()
+    torch.testing.assert_close(output.loss, expected / output.num_supervised, rtol=1e-5, atol=1e-4)
     # What the next token is drawn by, too.
     settings = {
         "max_new_tokens": 1,
