@@ -29,13 +29,8 @@ def test_every_form_gives_the_same_pixels_in_the_row_that_it_is_of(processor, tm
     PICTURE.save(file, "PNG")
     (tmp_path / "a.png").write_bytes(file.getvalue())
     wanted = processor(images=PICTURE)["pixel_values"][0]
-    forms = [
-        PICTURE,
-        file.getvalue(),
-        bytearray(file.getvalue()),
-        tmp_path / "a.png",
-        str(tmp_path / "a.png"),
-    ]
+    data, path = file.getvalue(), tmp_path / "a.png"
+    forms = [PICTURE, data, bytearray(data), path, str(path)]
     for given in forms:
         assert torch.equal(processor(images=given)["pixel_values"][0], wanted)
         found = processor(images=[None, given, [], [given]], text=["a"] * 4)
