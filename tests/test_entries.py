@@ -226,7 +226,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_keep_the_artifact(world: Pa
         ("train", ["--eval.every_steps", "2"], "needs rows to answer: set eval.data or data.val"),
         ("train", ["--eval.every_steps", "2", "--data.task", "chat"], "chat has no scores"),
         ("train", ["--eval.every_steps", "2", "--eval.data", "{world}/scienceqa"], "cannot score"),
-        ("train", ["--model.num_feature_layers", "9"], "9 feature layers asked of a tower with 4 blocks"),
+        ("train", ["--model.num_feature_layers", "9"], "9 feature layers do not fit a tower with 4 blocks"),
         ("eval", ["--model", "/nowhere", "--data", "{world}/test"], "/nowhere: no such directory"),
         ("eval", ["--model", "{world}", "--data", "/nowhere"], "/nowhere"),
         ("generate", ["--model", "{world}", "--image", "/nowhere.png"], "/nowhere.png"),

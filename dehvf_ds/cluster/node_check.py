@@ -43,7 +43,7 @@ and an all-reduce."""
 
 REDUCED_BYTES = 64 << 20
 FREE_SHARE = 0.9
-"""Share of a GPU's memory that must be free, unlike where a process has outlived its job."""
+"""Share of a GPU's memory that must be free; a process that outlived its job would hold the rest."""
 
 
 @dataclass(frozen=True)
@@ -82,22 +82,24 @@ class HealthReport:
 def judge_looks(reports: Sequence[TaskReport], nodes: Sequence[str], num_tasks: int) -> HealthReport:
     """Separates sick nodes from a mistake on every node; each should have ``num_tasks`` reports."""
     looked = [report for report in reports if report.stage != "started"]
-    of = {node: [report for report in looked if report.node == node] for node in nodes}
-    heard = [node for node in nodes if len(of[node]) == num_tasks]
+    tasks = {node: [report for report in looked if report.node == node] for node in nodes}
+    whole = {node: found for node, found in tasks.items() if len(found) == num_tasks}
     sick = {
-        node: f"{num_tasks - len(of[node])} of {num_tasks} tasks did not start, or hang"
-        for node in nodes
-        if node not in heard
+        node: f"{num_tasks - len(found)} of {num_tasks} tasks did not start, or hang"
+        for node, found in tasks.items()
+        if node not in whole
     }
-    for name in dict.fromkeys(name for node in heard for report in of[node] for name in report.problems):
-        texts = {node: next(filter(None, (r.problems.get(name) for r in of[node])), None) for node in heard}
+    for name in dict.fromkeys(
+        name for found in whole.values() for report in found for name in report.problems
+    ):
+        texts = {node: next(filter(None, (r.problems.get(name) for r in f)), "") for node, f in whole.items()}
         if all(texts.values()):
-            return HealthReport(mistake=f"{texts[heard[0]]} ({name}, on every node)")
+            return HealthReport(mistake=f"{next(iter(texts.values()))} ({name}, on every node)")
         for node, text in texts.items():
             if text:
                 sick.setdefault(node, f"{name}: {text}")
-    for name in dict.fromkeys(name for node in heard for report in of[node] for name in report.facts):
-        values = {node: " and ".join(sorted({r.facts.get(name, "none") for r in of[node]})) for node in heard}
+    for name in dict.fromkeys(name for found in whole.values() for report in found for name in report.facts):
+        values = {n: " and ".join(sorted({r.facts.get(name, "none") for r in f})) for n, f in whole.items()}
         # Among equally common values the first node's.
         common = Counter(values.values()).most_common(1)[0][0]
         for node, value in values.items():

@@ -80,12 +80,17 @@ def after_ranks(code: int, is_ours: bool, step: str, failed_before: bool) -> Act
 
 
 def after_check(
-    code: int, is_ours: bool, heard: Mapping[str, int], tasks: int, sick: Sequence[str] | None, exclude: bool
+    code: int,
+    is_ours: bool,
+    reports: Mapping[str, int],
+    tasks: int,
+    sick: Sequence[str] | None,
+    exclude: bool,
 ) -> Action:
     """Decides after the node check ended with ``code``; ``is_ours`` as for ``after_ranks``.
 
-    ``heard`` counts the reports of each node's ``tasks``, in the order of the nodes. ``sick`` are the nodes
-    that the first task named, None if it could not judge; ``exclude``: the job may continue without them.
+    ``reports`` counts those of each node's ``tasks``, in the order of the nodes. ``sick`` are the nodes that
+    the first task named, None if it could not decide; ``exclude``: the job may continue without them.
     """
     if code == 0:
         return Action("go on")
@@ -93,13 +98,13 @@ def after_check(
         return Action("end", code)
     if code in ON_REQUEST:
         return after_ranks(STOPPED, is_ours, "start", False)
-    if not any(heard.values()):
+    if not any(reports.values()):
         message = f"error: no task was able to begin (exit code {code}); the ranks' logs say why"
         return Action("end", MISTAKE, message)
     message = ""
     if sick is None:
         # The first task's own node, unless tasks on other nodes never began.
-        sick = [node for node, number in heard.items() if number < tasks] or list(heard)[:1]
+        sick = [node for node, number in reports.items() if number < tasks] or list(reports)[:1]
         message = f"error: no word from node {' '.join(sick)}"
     return Action("requeue" if exclude and sick else "end", SICK, message, tuple(sick))
 
@@ -282,11 +287,11 @@ class Supervisor:
         command = ["python", "-m", "dehvf_ds.cluster.node_check", "--into", str(folder)]
         command += ["--nodes", ",".join(job.nodes), "--tasks-per-node", str(job.tasks_per_node)]
         code = self._launch(*command, "--", *flags, deadline_s=CHECK_S)
-        reports = Counter(path.stem.rpartition(".")[0] for path in folder.glob("*.json"))
-        heard, named = {node: reports[node] for node in job.nodes}, folder / "sick"
+        counts = Counter(path.stem.rpartition(".")[0] for path in folder.glob("*.json"))
+        reports, named = {node: counts[node] for node in job.nodes}, folder / "sick"
         sick = _read(named).split() if named.is_file() else None
         exclude = os.environ.get("EXCLUDE_SICK") == "1"
-        action = after_check(code, code in FINAL or job.is_ours(), heard, job.tasks_per_node, sick, exclude)
+        action = after_check(code, code in FINAL or job.is_ours(), reports, job.tasks_per_node, sick, exclude)
         return None if action.do == "go on" else self._end(action)
 
     def _finish(self, code: int, directory: Path) -> int:
@@ -354,13 +359,13 @@ def run_rank(command: Sequence[str]) -> int:
     Output goes into the rank's own log, that of rank 0 and all errors also into the job's. Signals are passed
     on: most clusters (proctrack/cgroup) signal this process only, others every process of the task.
     """
-    job, env, heard, child = Job(), os.environ, [], None
+    job, env, received, child = Job(), os.environ, [], None
     rank, path = env["SLURM_PROCID"], job.log_dir / f"rank-{env['SLURM_PROCID']}.log"
     # For the stacks of its threads on SIGUSR2.
     env["DEHVF_STACKS"] = str(path)
 
     def pass_on(number: int, frame: object) -> None:
-        heard.append(number)
+        received.append(number)
         if child is not None:
             child.send_signal(number)
 
@@ -382,7 +387,7 @@ def run_rank(command: Sequence[str]) -> int:
         _append(job.log_dir / f"failed.{job.restarts}", f"{rank} {NOT_FOUND}")
         return NOT_FOUND
     signal.signal(signal.SIGUSR2, pass_on)
-    for number in list(heard):
+    for number in list(received):
         child.send_signal(number)
     is_second = (env.get("SLURM_NODEID"), env.get("SLURM_LOCALID")) == ("1", "0")
     # A pyxis image may lack SLURM's commands.
@@ -392,7 +397,7 @@ def run_rank(command: Sequence[str]) -> int:
         time.sleep(0.25)
         awake_s += 0.25
         if successor and not successor.has_acted and awake_s % LOOK_S == 0:
-            successor.look(signal.SIGTERM in heard)
+            successor.look(signal.SIGTERM in received)
     code = _as_a_shell(child.returncode)
     for tee in tees:
         # A process that outlives the rank may keep its output open.
@@ -405,7 +410,7 @@ def run_rank(command: Sequence[str]) -> int:
     enough = successor.beats + 2 if successor and code not in (0, MISTAKE) else 0
     while successor and successor.beats < enough and not successor.has_acted:
         time.sleep(LOOK_S)
-        successor.look(signal.SIGTERM in heard)
+        successor.look(signal.SIGTERM in received)
     return code
 
 

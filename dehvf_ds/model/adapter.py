@@ -271,8 +271,8 @@ def find_trained(
         return TrainedModel(path, config, dtype)
     path = find_adapter(path)
     manifest = read_manifest(path)
-    given = {"language_model": language_model, "vision_tower": vision_tower}
-    sources = {name: source or manifest["bases"][name]["path"] for name, source in given.items()}
+    passed = {"language_model": language_model, "vision_tower": vision_tower}
+    sources = {name: source or manifest["bases"][name]["path"] for name, source in passed.items()}
     for name, source in sources.items():
         check_base(manifest["bases"][name], source, vision=name == "vision_tower", owner=str(path))
     config = DehvfConfig.from_json_file(str(path / CONFIG_FILE))

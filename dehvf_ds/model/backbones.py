@@ -95,16 +95,16 @@ def load_backbone(
     meta device only names and shapes are read.
     """
     auto_class: Any = AutoModel if vision else AutoModelForCausalLM
-    given: dict[str, Any] = {"dtype": dtype}
+    placed: dict[str, Any] = {"dtype": dtype}
     if device is not None and device.type != "cpu":
-        given["device_map"] = {"": device}
-    checks = device is not None and device.type == "meta"
+        placed["device_map"] = {"": device}
+    only_shapes = device is not None and device.type == "meta"
     stored = stored_tensors(source)
     try:
         # Its table of missing and unexpected weights is replaced by the refusals below.
-        with _quiet(progress=not checks):
+        with _quiet(progress=not only_shapes):
             model, info = auto_class.from_pretrained(
-                source, config=config, output_loading_info=True, ignore_mismatched_sizes=checks, **given
+                source, config=config, output_loading_info=True, ignore_mismatched_sizes=only_shapes, **placed
             )
     except Exception as error:
         raise ModelError(f"{source}: {_first_line(error)}") from None

@@ -32,7 +32,7 @@ class ModelError(ValueError):
 def spaced_layers(num_blocks: int, num_feature_layers: int) -> list[int]:
     """Evenly spaced block numbers of a tower, from 1, the last block included."""
     if not 1 <= num_feature_layers <= num_blocks:
-        raise ModelError(f"{num_feature_layers} feature layers asked of a tower with {num_blocks} blocks")
+        raise ModelError(f"{num_feature_layers} feature layers do not fit a tower with {num_blocks} blocks")
     return [round(num_blocks * (i + 1) / num_feature_layers) for i in range(num_feature_layers)]
 
 

@@ -36,11 +36,11 @@ def hidden_states(
 
     For pictures of another size than its own, a tower that can do so interpolates its position embeddings.
     """
-    given: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     own_size, name = square_side(getattr(tower.config, "image_size", None)), "interpolate_pos_encoding"
     if own_size != pixel_values.shape[-1] and name in inspect.signature(type(tower).forward).parameters:
-        given[name] = True
-    states = tower(pixel_values, output_hidden_states=True, **given).hidden_states
+        settings[name] = True
+    states = tower(pixel_values, output_hidden_states=True, **settings).hidden_states
     wanted = (pixel_values.shape[0], tower.config.hidden_size)
     num_patches = _num_patches(tower, pixel_values)
     for state in states:
@@ -124,7 +124,7 @@ class HierarchicalFuser(nn.Module):
     - ``static``: one learned softmax per layer, the same for every picture.
     - ``last``: the deepest feature layer alone, without parameters.
 
-    No router looks at the text: pooling over a sequence would leak the answer's tokens in training.
+    No router sees the text: pooling over a sequence would leak the answer's tokens in training.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Tries two backbones out on small copies, before their weights are loaded (ours).
+"""Tries backbones on small copies before their weights are loaded (ours).
 
 Whether a decoder and a tower can be used is decided by what they compute, not by their names: a copy with
 random weights, of the same classes and with the same constants, takes a fraction of a second.
@@ -146,9 +146,10 @@ def _try_decoder(decoder: PreTrainedModel, config: DehvfConfig, tower: PreTraine
         )
 
 
-def _compare(own: Tensor, ours: Tensor, kind: str) -> None:
-    largest = float(own.abs().max())
-    share = float((own - ours.detach()).abs().max()) / largest if own.shape == ours.shape else float("inf")
+def _compare(expected: Tensor, found: Tensor, kind: str) -> None:
+    share = float("inf")
+    if expected.shape == found.shape:
+        share = float((expected - found.detach()).abs().max()) / float(expected.abs().max())
     if not share <= TOLERANCE:
         raise ModelError(
             f"a {kind} decoder computes other logits from embeddings than from ids, or with fewer positions: "
