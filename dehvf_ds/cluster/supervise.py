@@ -80,12 +80,7 @@ def after_ranks(code: int, is_ours: bool, step: str, failed_before: bool) -> Act
 
 
 def after_check(
-    code: int,
-    is_ours: bool,
-    reports: Mapping[str, int],
-    tasks: int,
-    sick: Sequence[str] | None,
-    exclude: bool,
+    code: int, is_ours: bool, reports: Mapping[str, int], tasks: int, sick: list[str] | None, exclude: bool
 ) -> Action:
     """Decides after the node check ended with ``code``; ``is_ours`` as for ``after_ranks``.
 
