@@ -159,6 +159,7 @@ def test_switches_dashes_and_lists_are_taken() -> None:
     )
     assert (config.dry_run, config.overwrite, config.init_from) == (True, False, "runs/a-b")
     assert config.train.micro_batch_size == 4
+    assert parse_run_config(["--train.steps=3", "--train.steps=null"]).train.steps is None
     assert parse_run_config(
         ["--train.betas", "[0.8, 0.9]", "--model.feature_layers=1,2"]
     ).model.feature_layers == (1, 2)
