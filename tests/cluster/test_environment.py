@@ -12,6 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -28,26 +29,20 @@ def look(check) -> Line:
     return line
 
 
-@pytest.mark.parametrize("lacks", ["nothing", "driver", "newer driver", "NCCL"])
-def test_torch_and_its_gpus(monkeypatch, lacks: str) -> None:
-    def is_available() -> bool:
-        if lacks == "newer driver":
-            warnings.warn("The driver is too old", stacklevel=1)
-        return lacks != "newer driver"
-
-    def load(name: str) -> None:
-        if lacks == "driver":
-            raise OSError(name)
-
-    monkeypatch.setattr(ctypes, "CDLL", load)
-    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+def test_torch_and_its_gpus(monkeypatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "NVIDIA H100")
-    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: lacks != "NCCL")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    assert look(environment.check_torch).found.endswith(", 2 x NVIDIA H100")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert str(look(environment.check_torch)).startswith("FAIL")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(warnings.warn("Old driver", stacklevel=1)))
     line = look(environment.check_torch)
-    assert line.level == {"nothing": "ok", "driver": "warn"}.get(lacks, "FAIL")
-    assert ("2 x NVIDIA H100" in line.found) == (lacks in ("nothing", "NCCL"))
-    assert ("The driver is too old" in line.found) == (lacks == "newer driver")
+    assert (line.level, "no usable GPU; Old driver" in line.found) == ("FAIL", True)
+    monkeypatch.setattr(ctypes, "CDLL", Mock(side_effect=OSError))
+    assert look(environment.check_torch).level == "warn"
 
 
 @pytest.mark.parametrize(
