@@ -156,11 +156,9 @@ class DehvfProcessor(ProcessorMixin):
         rows = _one_picture_a_row(images)
         if text is not None:
             prompts = list(text) if _is_list(text) else [text]
-            if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-                raise ValueError("text is a prompt, or a list of prompts, one a row")
             if rows and len(rows) != len(prompts):
                 raise ValueError(
-                    f"{len(rows)} pictures for {len(prompts)} prompts; a row has one picture or None"
+                    f"{len(rows)} pictures for {len(prompts)} prompts; pass a picture or None a row"
                 )
             features |= self._ids(prompts, kwargs.get("add_special_tokens", True))
         present = torch.tensor([picture is not None for picture in rows], dtype=torch.bool)
