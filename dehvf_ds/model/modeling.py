@@ -50,8 +50,6 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     config_class = DehvfConfig
     config: DehvfConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
