@@ -170,7 +170,7 @@ def measure(model: SeenModel, scenes: Scenes, tokenizer: Any) -> dict[str, float
         for caption in (0, 2):
             output = model(**scenes.batch(model, [(row, caption) for row in rows]).inputs())
             loss += output.loss_sum.item()
-            tokens += output.num_tokens.item()
+            tokens += output.num_supervised.item()
         batch = scenes.batch(model, [(row, 0) for row in rows], asked=True)
         answers = decode(model, batch, tokenizer, Decoding(max_new_tokens=40))
         truths = [scenes.sample(row, 0).record["captions"][0] for row in rows]

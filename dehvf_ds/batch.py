@@ -1,8 +1,8 @@
-"""What travels from the data to the model: one sample, one batch, and the names of their axes.
+"""Samples and batches, which travel from the data to the model, and the names of axes.
 
-Axes, as they stand in annotations everywhere: ``batch`` rows, ``tokens`` text positions, ``vocab``,
-``dim`` LLM width, ``layers`` LLM layers, ``feature_layers`` chosen depths of the tower, ``slots``
-visual tokens of one of them (class token and patches), ``vision_dim``, ``rank`` width of the visual memory.
+Axes in annotations: ``batch`` rows, ``tokens`` text positions, ``vocab``, ``dim`` LLM width, ``layers`` LLM
+layers, ``feature_layers`` chosen depths of the tower, ``slots`` visual tokens of a feature layer (class token
+and patches), ``vision_dim``, ``rank`` width of the visual memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""Label of a position that takes no part in the loss."""
+"""Label of a position without a loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +28,11 @@ class Sample:
 
     Attributes:
         key: the sample's unique ``__key__`` within its data set.
-        image: the picture in mode RGB, or None for a text-only row.
+        image: in mode RGB, or None for a text-only row.
         record: the row's ``.json`` member; its fields depend on the task.
-        messages: the turns of a conversation that was read from a shard, as ``chat.Messages``.
-        epoch: epoch in which it was drawn; augmentation and caption choice are seeded by it.
-        example: its number among the epoch's examples, for the same purpose.
+        messages: the turns of a conversation, as ``chat.Messages``.
+        epoch: seeds augmentation and caption choice, with ``example``.
+        example: its number among the epoch's examples.
     """
 
     key: str
@@ -54,10 +54,10 @@ class Batch:
             own token's position; the model shifts.
         pixel_values: normalised pictures, zeros where ``has_image`` is False.
         has_image: whether the row has a picture.
-        supervised: where a loss is taken, as positions in the rows laid end to end, each before its label's;
-            None until the batch moves.
+        supervised: the positions whose logits make the loss, each before its label, as indices into the
+            flattened rows; None until the batch is moved.
         keys: the samples' keys, in row order.
-        substituted: for each damaged sample in whose place another stands, its shard and what is wrong.
+        substituted: for each damaged sample that was replaced, its shard and the error.
     """
 
     input_ids: Int[Tensor, "batch tokens"]
@@ -72,7 +72,7 @@ class Batch:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """Moves the tensors; ``dtype`` applies to ``pixel_values`` alone.
 
-        What leaves the host knows its supervised positions: a GPU that had to count them would be waited for.
+        It computes the supervised positions on the host, which would otherwise wait for the GPU.
         """
         if self.supervised is None and self.labels.device.type == "cpu":
             followed = F.pad(self.labels[:, 1:] != IGNORE_INDEX, (0, 1))
@@ -87,7 +87,7 @@ class Batch:
         return replace(self, **moved)
 
     def without_last(self) -> Batch:
-        """The batch without its last position; for rows padded on the left."""
+        """The batch without its last position, for rows padded on the left."""
         names = ("input_ids", "attention_mask", "labels")
         cut = {name: getattr(self, name)[:, :-1] for name in names}
         return replace(self, **cut, supervised=None)
@@ -97,18 +97,18 @@ class Batch:
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
     def num_supervised(self) -> int:
-        """Positions that a loss is taken at: labels that are not ignored, the first token's apart."""
+        """Labels that count in the loss: those that are not ignored, except for the first token's."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
     def num_unsupervised_rows(self) -> int:
-        """Rows without a supervised token, of which nothing is learnt (a prompt as long as the row)."""
+        """Rows without a supervised token, from which nothing is learnt (a prompt as long as the row)."""
         return int((self.labels[:, 1:] == IGNORE_INDEX).all(dim=1).sum())
 
     def checksum(self) -> int:
         """Sum over the rows of the CRC-32 of key and token ids.
 
-        Free of the rows' order and padding, so that sums over micro-batches and ranks tell whether two
-        optimizer steps saw the same rows.
+        It does not depend on the rows' order and padding, so that sums over micro-batches and ranks are equal
+        for two optimizer steps with the same rows.
         """
         keys = self.keys or ("",) * len(self.input_ids)
         rows = zip(keys, self.input_ids.cpu(), self.attention_mask.bool().cpu(), strict=True)

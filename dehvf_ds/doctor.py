@@ -1,9 +1,9 @@
-"""Looks at what a run needs of this machine and names the remedy of what is missing.
+"""Checks whether this machine is ready for a run, and names remedies.
 
     python -m dehvf_ds.doctor [--config RECIPE|FILE]
 
-Exit code 0 where nothing FAILs, 1 otherwise, 2 for wrong flags. Starts in a broken environment too. PyTorch
-and DeepSpeed have reports of their own: torch.utils.collect_env, ds_report.
+Exit code 0 if nothing FAILs, 1 otherwise, 2 for wrong flags. It starts in a broken environment, too. PyTorch
+and DeepSpeed have their own reports: torch.utils.collect_env, ds_report.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-# Run as a script, dehvf_ds/ is first on the path, where our module names would shadow other packages'.
+# As a script: dehvf_ds/ is first on the path, where our modules would shadow other packages.
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -21,9 +21,9 @@ from dehvf_ds.cluster.environment import environment_checks, recipe_checks, run_
 
 def main(argv: list[str]) -> int:
     """Prints the report, a line as soon as it is known; returns the exit code."""
-    description = "Looks at what a run needs of this machine and names remedies."
+    description = "Checks whether this machine is ready for a run, and names remedies."
     parser = argparse.ArgumentParser("python -m dehvf_ds.doctor", description=description, allow_abbrev=False)
-    parser.add_argument("--config", help="a recipe's name or a YAML file: also look at what that run needs")
+    parser.add_argument("--config", help="a recipe's name or a YAML file: also check that run's files")
     recipe = parser.parse_args(argv).config
     failed = False
     for checks in (environment_checks(), recipe_checks(recipe) if recipe is not None else ()):

@@ -11,7 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-# Run as a script, dehvf_ds/ is first on the path, where our module names would shadow other packages'.
+# As a script: dehvf_ds/ is first on the path, where our modules would shadow other packages.
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -27,16 +27,12 @@ from dehvf_ds.training.trainer import Trainer
 
 
 def main(argv: list[str]) -> int:
-    """Runs one training; returns the exit code: 0 finished, 85 stopped on request and to be started again.
-
-    Raises:
-        UserError: anything in the configuration, the files or the environment that the user must mend.
-    """
+    """Runs one training; returns the exit code: 0 finished, 85 stopped on request, to be started again."""
     exit_on_signal()
     config = parse_run_config(argv)
     notes = ignored_settings(config)
     if config.dry_run:
-        # A cache is written; shards are read where they lie.
+        # Nothing is written, so shards are read without a cache.
         config = replace(config, data=replace(config.data, cache_dir=None))
     world = read_world()
     meet(world, config.train.start_timeout_minutes)
@@ -47,8 +43,8 @@ def main(argv: list[str]) -> int:
     evaluation = InTrainingEvaluation.of_run(run)
     if on_main(world, lambda: is_finished(config, run.num_steps)):
         if world.is_main:
-            told = f"finished already, all {run.num_steps} steps; --overwrite true trains anew"
-            print(f"{config.run_dir}: {told}", flush=True)
+            note = f"finished already, all {run.num_steps} steps; --overwrite true trains anew"
+            print(f"{config.run_dir}: {note}", flush=True)
         return 0
     on_main(world, lambda: check_evaluation_memory(config, run.ds_config, world))
     if config.dry_run:

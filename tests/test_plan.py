@@ -125,7 +125,7 @@ def test_dashes_underscores_and_equal_signs() -> None:
         (["--no-such-flag", "1"], "no_such_flag"),
         (["--deepspeed", "no/such.json"], "--deepspeed no/such.json: no such file"),
         (["--gpus-per-node", "3"], "train.global_batch_size 16 is not a multiple of 3 GPUs"),
-        (["--model.num_feature_layers", "99"], "99 feature layers asked of a tower with 12 blocks"),
+        (["--model.num_feature_layers", "99"], "99 feature layers do not fit a tower with 12 blocks"),
     ],
 )
 def test_a_mistake_is_one_message(args: list[str], message: str) -> None:

@@ -1,6 +1,6 @@
-"""What a run needs of one machine: packages, GPUs, memory, disks, and the files of a recipe.
+"""Checks of a machine before a run: packages, GPUs, memory, disks, and the files of a recipe.
 
-Each check imports what it needs by itself, so that a broken environment still gets its report.
+Each check does its own imports, so that a broken environment still gets its report.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the report: ``warn`` where some runs suffer, ``FAIL`` where none can work."""
+    """One line of the report: ``warn`` if some runs have a problem, ``FAIL`` if none can work."""
 
     level: Literal["ok", "warn", "FAIL"]
     what: str
@@ -45,7 +46,7 @@ class Line:
 
 
 Check = tuple[str, Callable[[], str | Line | list[Line]]]
-"""What is looked at, and a function that returns what is there, or lines of its own."""
+"""The name of a check, and a function that returns what it found, or lines of its own."""
 
 
 def run_check(check: Check) -> list[Line]:
@@ -53,7 +54,7 @@ def run_check(check: Check) -> list[Line]:
     what, look = check
     try:
         found = look()
-    # SystemExit too: a package that is broken enough may exit at its import.
+    # A broken package may even exit when it is imported.
     except (Exception, SystemExit) as error:
         remedy = "install the packages that are missing" if isinstance(error, ImportError) else ""
         text = re.sub(r"^(UserError|ModelError): ", "", f"{type(error).__name__}: {error}")
@@ -64,22 +65,23 @@ def run_check(check: Check) -> list[Line]:
 
 
 def environment_checks() -> Iterator[Check]:
-    """What every run needs."""
+    """The checks of every run."""
     yield from node_checks()
     yield "deepspeed import", check_deepspeed_import
     yield "Java", check_java
 
 
 def node_checks() -> Iterator[Check]:
-    """What every run needs of each node of a job."""
+    """The checks of every run on each node of a job."""
     yield "packages", check_packages
     yield "torch", check_torch
     yield "shared memory", check_shared_memory
+    yield "open files", check_open_files
     yield "temporary files", check_temporary_space
 
 
 def recipe_checks(recipe: str) -> Iterator[Check]:
-    """What the run of a recipe needs; the recipe alone where it cannot be read."""
+    """The checks of a recipe's run; only that of the recipe if it cannot be read."""
     configs: list[RunConfig] = []
 
     def read() -> str:
@@ -94,7 +96,7 @@ def recipe_checks(recipe: str) -> Iterator[Check]:
 
 
 def run_checks(config: RunConfig) -> Iterator[Check]:
-    """What a run needs on disk."""
+    """The checks of a run's files."""
     yield "language model", partial(check_backbone, "language model", config.model.language_model)
     yield "vision tower", partial(check_backbone, "vision tower", config.model.vision_tower)
     yield "training shards", partial(check_shards, config)
@@ -103,23 +105,23 @@ def run_checks(config: RunConfig) -> Iterator[Check]:
 
 
 def read_requirements() -> list[Requirement]:
-    """Python and our packages: those of the checkout, or of the installed package where there is none."""
+    """Python and the packages that the checkout, or else the installed package, depends on."""
     from packaging.requirements import Requirement
 
     if PYPROJECT.is_file():
         import tomllib
 
         project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
-        python, given = project["requires-python"], project["dependencies"]
+        python, needed = project["requires-python"], project["dependencies"]
     else:
         python = importlib.metadata.metadata("dehvf_ds")["Requires-Python"]
-        given = importlib.metadata.requires("dehvf_ds") or []
-    parsed = [Requirement(text) for text in (f"Python{python}", *given)]
-    return [needed for needed in parsed if needed.marker is None or needed.marker.evaluate({"extra": ""})]
+        needed = importlib.metadata.requires("dehvf_ds") or []
+    parsed = [Requirement(text) for text in (f"Python{python}", *needed)]
+    return [each for each in parsed if each.marker is None or each.marker.evaluate({"extra": ""})]
 
 
 def installed_version(name: str) -> str:
-    """The version of a package, or of Python; empty where it is not installed."""
+    """The version of a package, or of Python; empty if it is not installed."""
     try:
         return platform.python_version() if name == "Python" else importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -127,23 +129,23 @@ def installed_version(name: str) -> str:
 
 
 def check_packages() -> list[Line]:
-    """Python and every package that pyproject.toml asks for; nothing is imported."""
+    """Python and every required package; nothing is imported."""
     from packaging.version import Version
 
     lines = []
     for needed in read_requirements():
         found = installed_version(needed.name)
-        # By the numbers alone: builds of NVIDIA's containers call themselves 2.6.0a0+ecf3bae.
+        # Only by its numbers: builds in NVIDIA's containers have versions such as 2.6.0a0+ecf3bae.
         if found and needed.specifier.contains(Version(found).base_version):
             lines.append(Line("ok", needed.name, found))
         else:
-            told = f"{found or 'not installed'}; needs {needed.specifier}"
-            lines.append(Line("FAIL", needed.name, told, f"pip install '{needed}'"))
+            problem = f"{found or 'not installed'}; needs {needed.specifier}"
+            lines.append(Line("FAIL", needed.name, problem, f"pip install '{needed}'"))
     return lines
 
 
 def check_torch() -> Line | str:
-    """PyTorch's build against the NVIDIA driver, and its GPUs; without a driver, runs are on the CPU."""
+    """PyTorch's build, the NVIDIA driver and the GPUs; without a driver runs are on the CPU."""
     import torch
 
     cuda = torch.version.cuda
@@ -151,15 +153,15 @@ def check_torch() -> Line | str:
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        remedy = "fine for the demo; the recipes for LLaMA want GPUs"
+        remedy = "fine for the demo; the recipes for LLaMA need GPUs"
         return Line("warn", "torch", f"{found}, no NVIDIA driver", remedy)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not num_gpus:
-        said = "".join(f"; {' '.join(str(warning.message).split())}" for warning in caught[:1])
+        reason = "".join(f"; {' '.join(str(warning.message).split())}" for warning in caught[:1])
         remedy = "install PyTorch for the driver's CUDA, or update the driver; see CUDA_VISIBLE_DEVICES too"
-        return Line("FAIL", "torch", f"{found}, but no usable GPU{said}", remedy)
+        return Line("FAIL", "torch", f"{found}, but no usable GPU{reason}", remedy)
     found += f", {num_gpus} x {torch.cuda.get_device_name(0)}"
     if not torch.distributed.is_nccl_available():
         return Line("FAIL", "torch", f"{found}, no NCCL", "install one of pytorch.org's Linux builds")
@@ -167,7 +169,7 @@ def check_torch() -> Line | str:
 
 
 def check_deepspeed_import() -> Line | str:
-    """Whether DeepSpeed imports; in a process of its own, since what it loads may end the process."""
+    """Whether DeepSpeed can be imported; tried in a process of its own, which it may end."""
     command = [sys.executable, "-c", "import deepspeed"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode == 0:
@@ -177,33 +179,46 @@ def check_deepspeed_import() -> Line | str:
 
 
 def check_java() -> Line | str:
-    """Java, for METEOR and the PTB tokenizer of caption scores; training needs none."""
+    """Java, for METEOR and the PTB tokenizer of caption scores; not for training."""
     remedy = "caption scores need it (Debian and Ubuntu: apt-get install default-jre-headless)"
     return shutil.which("java") or Line("warn", "Java", "no `java` on the PATH", remedy)
 
 
 def check_shared_memory() -> Line | str:
-    """Space through which loader workers hand over their batches; without it they die of "bus error"."""
+    """Space for the batches of loader workers, which otherwise die with "bus error"."""
     remedy = "give it more (docker run --shm-size 16g), or lower data.num_workers"
-    # 32 pictures of 224 x 224 are 18 MiB in fp32, and every worker of every rank holds two batches ready.
+    # 32 pictures of 224 x 224 are 18 MiB in fp32, and every worker of every rank holds two batches.
     return _room("shared memory", SHARED_MEMORY, 0.125, 2, remedy)
 
 
+def check_open_files() -> Line | str:
+    """The limit of open files: a worker opens up to 64 shards, and a file for each tensor that it returns."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY or limit >= 1024:
+        return "no limit" if limit == resource.RLIM_INFINITY else str(limit)
+    return Line("FAIL" if limit < 256 else "warn", "open files", str(limit), "ulimit -n 65535")
+
+
 def check_temporary_space() -> Line | str:
-    """Where caption scores, and shards that are read over a network, lie meanwhile."""
-    remedy = "make room, or point TMPDIR at a directory with more"
+    """Space for caption scores and for shards that are read over a network."""
+    remedy = "free some space, or set TMPDIR to a directory with more"
     return _room("temporary files", Path(tempfile.gettempdir()), 0.1, 1, remedy)
 
 
 def check_backbone(what: str, source: str) -> Line | str:
-    """A backbone's directory, or a hub id's place in the local cache. Asks no server."""
+    """A backbone's directory, or a hub id in the local cache or on the hub."""
     if not Path(source).is_dir() and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
-        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub import HfApi, try_to_load_from_cache
 
         if isinstance(try_to_load_from_cache(source, "config.json"), str):
             return f"{source}: in the hub's cache"
-        found = f"{source}: no directory, and not in the hub's cache"
-        return Line("warn", what, found, "a run will download it if it is a hub id")
+        found = f"{source}: no directory, not in the hub's cache"
+        try:
+            HfApi().model_info(source, timeout=5)
+        except Exception as error:  # offline mode, too
+            reason = str(error).strip().partition("\n")[0]
+            return Line("FAIL", what, f"{found}, and not on the hub: {reason}", "copy it here")
+        return Line("warn", what, found, "a run will download it")
     from dehvf_ds.model.backbones import load_backbone_config
 
     kind = load_backbone_config(source, vision=what == "vision tower").model_type
@@ -222,17 +237,17 @@ def check_shards(config: RunConfig) -> str:
 
 
 def check_run_dir(run_dir: str) -> Line | str:
-    """Whether the run can write its directory, or make it."""
+    """Whether the run can write its directory, or create it."""
     path = Path(run_dir).absolute()
     existing = next(parent for parent in [path, *path.parents] if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         why = "not writable" if existing.is_dir() else "is a file"
-        return Line("FAIL", "run directory", f"{existing}: {why}", "name another as --run_dir")
-    return _room("run directory", existing, 0, 1, "make room, or name another as --run_dir")
+        return Line("FAIL", "run directory", f"{existing}: {why}", "set another --run_dir")
+    return _room("run directory", existing, 0, 1, "free some space, or set another --run_dir")
 
 
 def check_deepspeed_json(config: RunConfig) -> str:
-    """The DeepSpeed JSON: readable, and at one with the recipe."""
+    """The DeepSpeed JSON: readable, and consistent with the recipe."""
     from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 
     ds_config = read_deepspeed_json(config.deepspeed, config, 1)

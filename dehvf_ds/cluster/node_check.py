@@ -1,11 +1,11 @@
-"""Is every node of a SLURM job ready? Every task looks at its own, and the first tells which node is not.
+"""Checks the nodes of a SLURM job: every task examines its own node, and the first names those that are sick.
 
     srun python -m dehvf_ds.cluster.node_check --into DIR --nodes n1,n2 --tasks-per-node 8 -- FLAGS
 
-Exit codes: 0 ready, 2 a mistake that every node shows, 3 sick nodes, whose names then lie in ``DIR/sick``, 85
-asked to stop by SIGTERM or SIGUSR1. Reports are files in a folder that all nodes share, not messages: a node
-that hangs or is cut off must be told from those that wait for it. Ours; a cluster's own checks (SLURM's
-HealthCheckProgram) look at the machine, not at the run.
+Exit codes: 0 ready, 2 a mistake on every node, 3 sick nodes, named in ``DIR/sick``, 85 stopped by SIGTERM or
+SIGUSR1. Reports are files in a shared directory, not messages, so that a node that hangs or is cut off can be
+told apart from those that wait for it. A cluster's own checks (SLURM's HealthCheckProgram) test the machine,
+not the run.
 """
 
 from __future__ import annotations
@@ -37,45 +37,37 @@ from dehvf_ds.distributed import REQUEUE_EXIT_CODE, USER_ERROR_EXIT_CODE, StopNo
 from dehvf_ds.training.stop import exit_on_signal
 
 SICK_EXIT_CODE = 3
-LOOK_S = REDUCE_S = 120.0
-"""How long tasks may look at their nodes (on a cold file system imports alone take a minute), and how long an
-all-reduce may take, the start of communication included."""
+REPORT_TIMEOUT_S = REDUCE_TIMEOUT_S = 120.0
+"""Time limits for the reports on the nodes (imports take a minute on a cold file system), and for connecting
+and an all-reduce."""
 
 REDUCED_BYTES = 64 << 20
 FREE_SHARE = 0.9
-"""Share of a GPU's memory that must be free; a process that outlived its job holds the rest."""
+"""Share of a GPU's memory that must be free; a process that outlived its job would hold the rest."""
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """What one task says.
-
-    Attributes:
-        stage: how far it came: began, looked at its node, reached the first node, ended an all-reduce.
-        facts: what must be the same everywhere, by name.
-        problems: what no run can work with, by name.
-    """
+    """A task's report: by name, facts that must be the same on all nodes, and problems that prevent a run."""
 
     node: str
     rank: int
     facts: Mapping[str, str]
     problems: Mapping[str, str]
     stage: Literal["started", "looked", "connected", "reduced"] = "looked"
+    """its progress: started, examined its node, reached the first node, finished an all-reduce"""
 
 
 @dataclass(frozen=True)
 class HealthReport:
-    """What follows from all tasks' reports.
-
-    Attributes:
-        mistake: what is wrong on every node alike, so that no other node would help.
-        sick: nodes to leave out, and why.
-        note: what is wrong without telling where.
-    """
+    """The conclusion from all tasks' reports."""
 
     mistake: str = ""
+    """a problem of every node, which other nodes would not solve"""
     sick: Mapping[str, str] = field(default_factory=dict)
+    """nodes to exclude, and why"""
     note: str = ""
+    """a problem of an unknown node"""
 
     @property
     def code(self) -> int:
@@ -88,31 +80,27 @@ class HealthReport:
 
 
 def judge_looks(reports: Sequence[TaskReport], nodes: Sequence[str], num_tasks: int) -> HealthReport:
-    """Tells sick nodes from a mistake that every node shows.
-
-    Args:
-        reports: of every task that was heard of, by rank.
-        nodes: the job's nodes.
-        num_tasks: tasks of each.
-    """
+    """Separates sick nodes from a mistake on every node; each should have ``num_tasks`` reports."""
     looked = [report for report in reports if report.stage != "started"]
-    of = {node: [report for report in looked if report.node == node] for node in nodes}
-    heard = [node for node in nodes if len(of[node]) == num_tasks]
+    tasks = {node: [report for report in looked if report.node == node] for node in nodes}
+    whole = {node: found for node, found in tasks.items() if len(found) == num_tasks}
     sick = {
-        node: f"{num_tasks - len(of[node])} of {num_tasks} tasks did not start, or hang"
-        for node in nodes
-        if node not in heard
+        node: f"{num_tasks - len(found)} of {num_tasks} tasks did not start, or hang"
+        for node, found in tasks.items()
+        if node not in whole
     }
-    for name in dict.fromkeys(name for node in heard for report in of[node] for name in report.problems):
-        texts = {node: next(filter(None, (r.problems.get(name) for r in of[node])), None) for node in heard}
+    for name in dict.fromkeys(
+        name for found in whole.values() for report in found for name in report.problems
+    ):
+        texts = {node: next(filter(None, (r.problems.get(name) for r in f)), "") for node, f in whole.items()}
         if all(texts.values()):
-            return HealthReport(mistake=f"{texts[heard[0]]} ({name}, on every node)")
+            return HealthReport(mistake=f"{next(iter(texts.values()))} ({name}, on every node)")
         for node, text in texts.items():
             if text:
                 sick.setdefault(node, f"{name}: {text}")
-    for name in dict.fromkeys(name for node in heard for report in of[node] for name in report.facts):
-        values = {node: " and ".join(sorted({r.facts.get(name, "none") for r in of[node]})) for node in heard}
-        # Of values that are equally common, the first node's.
+    for name in dict.fromkeys(name for found in whole.values() for report in found for name in report.facts):
+        values = {n: " and ".join(sorted({r.facts.get(name, "none") for r in f})) for n, f in whole.items()}
+        # Among equally common values the first node's.
         common = Counter(values.values()).most_common(1)[0][0]
         for node, value in values.items():
             if value != common:
@@ -121,36 +109,36 @@ def judge_looks(reports: Sequence[TaskReport], nodes: Sequence[str], num_tasks: 
 
 
 def judge_communication(reports: Sequence[TaskReport], nodes: Sequence[str]) -> HealthReport:
-    """The same of tasks that have all looked, and then met for an all-reduce."""
+    """Finds sick nodes by how far their tasks came in an all-reduce."""
     behind = dict.fromkeys(report.node for report in reports if report.stage != "reduced")
     cut_off = dict.fromkeys(report.node for report in reports if report.stage == "looked")
     if 0 < len(cut_off) < len(nodes):
         return HealthReport(sick=dict.fromkeys(cut_off, f"does not reach {nodes[0]}"))
     if 0 < len(behind) < len(nodes):
         return HealthReport(sick=dict.fromkeys(behind, "did not end an all-reduce that ended elsewhere"))
-    missing = "an all-reduce over all nodes did not end; the ranks' logs have its messages"
+    missing = "an all-reduce over all nodes did not end; see the ranks' logs"
     return HealthReport(note=missing if behind else "")
 
 
 class NodeCheck:
-    """One task's part; the first task judges."""
+    """The check in one task; the first task decides."""
 
     def __init__(self, folder: Path, nodes: Sequence[str], tasks_per_node: int) -> None:
         self._folder, self._nodes, self._tasks_per_node = folder, nodes, tasks_per_node
         self._world = read_world()
 
     def run(self, flags: list[str]) -> int:
-        """Looks, waits for the others, communicates; returns the exit code."""
+        """Examines the node, waits for the others, communicates; returns the exit code."""
         world, node = self._world, os.environ.get("SLURMD_NODENAME", platform.node())
-        # Before the look, which hangs where a file system does.
+        # Written first, as the examination may hang in a file system.
         self._report = TaskReport(node, world.rank, {}, {})
         self._reach("started")
         self._report = TaskReport(node, world.rank, *look(flags, world))
         self._reach("looked")
         if code := self._wait_for_go():
             return code
-        # A collective that hangs cannot be interrupted: it is judged from beside it.
-        deadline = threading.Timer(REDUCE_S, lambda: os._exit(self._judge_communication()))
+        # A collective that hangs cannot be interrupted, but a thread can end the process.
+        deadline = threading.Timer(REDUCE_TIMEOUT_S, lambda: os._exit(self._judge_communication()))
         deadline.daemon = True
         deadline.start()
         started = time.monotonic()
@@ -158,15 +146,15 @@ class NodeCheck:
             communicate(world, lambda: self._reach("connected"))
             self._reach("reduced")
         except Exception:
-            # The others fail as well, or wait until the deadline.
+            # The others fail, too, or wait until the deadline.
             traceback.print_exc()
         deadline.cancel()
         seconds = time.monotonic() - started
         if world.is_main:
-            self._wait_for_all({"reduced"}, REDUCE_S - seconds)
-        # A task that failed and ended before the first has judged would take that one along (LINGER_S).
+            self._wait_for_all({"reduced"}, REDUCE_TIMEOUT_S - seconds)
+        # If a failed task ended now, the supervisor would kill the first before it has decided (LINGER_S).
         while self._report.stage != "reduced" and not (world.is_main or (self._folder / "sick").exists()):
-            if time.monotonic() > started + 2 * REDUCE_S:
+            if time.monotonic() > started + 2 * REDUCE_TIMEOUT_S:
                 break
             time.sleep(0.5)
         code = self._judge_communication()
@@ -180,14 +168,14 @@ class NodeCheck:
         return 0 if self._report.stage == "reduced" else SICK_EXIT_CODE
 
     def _wait_for_go(self) -> int:
-        """Waits for the first task's word; 0 if it is to go on."""
+        """Waits for the first task's decision; returns 0 to continue, or an exit code."""
         go = self._folder / "go"
         if self._world.is_main:
-            self._wait_for_all({"looked", "connected", "reduced"}, LOOK_S)
+            self._wait_for_all({"looked", "connected", "reduced"}, REPORT_TIMEOUT_S)
             code = self._tell(judge_looks(read_reports(self._folder), self._nodes, self._tasks_per_node))
             go.write_text(str(code), encoding="utf-8")
             return code
-        end = time.monotonic() + 2 * LOOK_S
+        end = time.monotonic() + 2 * REPORT_TIMEOUT_S
         while time.monotonic() < end:
             with contextlib.suppress(FileNotFoundError, ValueError):
                 return int(go.read_text(encoding="utf-8"))
@@ -210,7 +198,7 @@ class NodeCheck:
 
     def _reach(self, stage: Literal["started", "looked", "connected", "reduced"]) -> None:
         self._report = replace(self._report, stage=stage)
-        # By renaming: who reads it finds a whole one.
+        # By renaming, so that nobody reads half a report.
         path = self._folder / f"{self._report.node}.{self._report.rank}.json"
         part = path.with_suffix(".part")
         part.write_text(json.dumps(asdict(self._report)), encoding="utf-8")
@@ -218,17 +206,17 @@ class NodeCheck:
 
 
 def read_reports(folder: Path) -> list[TaskReport]:
-    """The reports so far, by rank."""
+    """The reports so far, sorted by rank."""
     reports = []
     for path in folder.glob("*.json"):
-        # On NFS one that is being replaced may be neither the old nor the new file; it is read the next time.
+        # On NFS a file may be missing while it is replaced; the next call reads it.
         with contextlib.suppress(OSError):
             reports.append(TaskReport(**json.loads(path.read_text(encoding="utf-8"))))
     return sorted(reports, key=lambda report: report.rank)
 
 
 def look(flags: list[str], world: World) -> tuple[dict[str, str], dict[str, str]]:
-    """What this node has: facts that must be the same everywhere, and problems."""
+    """Examines this node; returns facts that must be the same on all nodes, and problems."""
     names = [needed.name for needed in environment.read_requirements()]
     facts = {name: environment.installed_version(name) or "not installed" for name in names}
     root = Path(__file__).parents[1]
@@ -243,11 +231,11 @@ def look(flags: list[str], world: World) -> tuple[dict[str, str], dict[str, str]
         problems["configuration"] = str(error)
     else:
         facts["configuration"] = _digest(json.dumps(to_plain(config), sort_keys=True).encode())
-        # One that is missing is told by the checks of the run.
+        # The checks of the run report a missing file.
         with contextlib.suppress(UserError):
             facts["DeepSpeed JSON"] = _digest(find_deepspeed_json(config.deepspeed).read_bytes())
         checks += environment.run_checks(config)
-    # One task a node: thousands of GPUs asking for the size of every shard would be a load of its own.
+    # By one task a node: thousands of tasks would overload the file system with the sizes of all shards.
     for check in [*(checks if world.local_rank == 0 else ()), ("GPUs", lambda: check_gpu(world))]:
         for line in environment.run_check(check):
             if line.level == "FAIL":
@@ -256,7 +244,7 @@ def look(flags: list[str], world: World) -> tuple[dict[str, str], dict[str, str]
 
 
 def check_gpu(world: World) -> environment.Line | str:
-    """This task's GPU: there, free, and computing right."""
+    """Whether this task's GPU exists, is free and computes correctly."""
     if world.device.type == "cpu":
         if os.environ.get("DS_ACCELERATOR") == "cpu":
             return "not used"
@@ -268,21 +256,17 @@ def check_gpu(world: World) -> environment.Line | str:
     free, total = torch.cuda.mem_get_info(world.device)
     if free < FREE_SHARE * total:
         used = f"{(total - free) / environment.GIB:.1f} of {total / environment.GIB:.1f} GiB"
-        return environment.Line("FAIL", name, f"{used} of its memory are in use by something else")
+        return environment.Line("FAIL", name, f"{used} of its memory are in use by another process")
     ones = torch.ones(4096, 4096, device=world.device, dtype=torch.bfloat16)
-    # A power of two, which bf16 has exactly.
+    # A power of two, which is exact in bf16.
     if not bool(((ones @ ones) == 4096).all()):
-        return environment.Line("FAIL", name, "a product of matrices of ones came out wrong")
+        return environment.Line("FAIL", name, "it multiplied matrices of ones incorrectly")
     return "works"
 
 
 def communicate(world: World, on_connected: Callable[[], None]) -> None:
-    """Meets at the first node and sums a tensor over all tasks, twice.
-
-    Raises:
-        RuntimeError: torch's, where a connection breaks or is not made in time; ours for a wrong sum.
-    """
-    timeout, backend = timedelta(seconds=REDUCE_S), "gloo"
+    """Connects to the first node and sums a tensor over all tasks, twice."""
+    timeout, backend = timedelta(seconds=REDUCE_TIMEOUT_S), "gloo"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = distributed.TCPStore(
         address, port, world.size, world.is_main, timeout=timeout, wait_for_workers=False
@@ -306,8 +290,8 @@ def communicate(world: World, on_connected: Callable[[], None]) -> None:
 def main(argv: list[str]) -> int:
     """Checks this task's node; returns the exit code."""
     parser = argparse.ArgumentParser("python -m dehvf_ds.cluster.node_check", allow_abbrev=False)
-    parser.add_argument("--into", type=Path, required=True, help="an empty folder that all nodes share")
-    parser.add_argument("--nodes", required=True, help="the job's nodes, with commas between them")
+    parser.add_argument("--into", type=Path, required=True, help="an empty directory that all nodes share")
+    parser.add_argument("--nodes", required=True, help="the job's nodes, separated by commas")
     parser.add_argument("--tasks-per-node", type=int, required=True)
     parser.add_argument("flags", nargs="*", help="the flags of train.py, after --")
     args = parser.parse_args(argv)

@@ -1,9 +1,9 @@
-"""The life of a SLURM job: starts the ranks, watches them, ends the job or puts it back into the queue.
+"""The life of a SLURM job: starts the ranks, watches them, ends the job or requeues it.
 
 The scripts in slurm/ run this file by its path, with the standard library alone: ``import dehvf_ds`` loads
-torch, and beside a container the host's Python (3.9 or newer) runs it. ``train`` and ``eval`` run in place of
-the job's script, ``rank`` around the command of each rank. Pure functions decide what to do by what was seen:
-``watch_ranks``, ``after_ranks``, ``after_check``, ``succeed``.
+torch, and outside a container the host's Python (3.9 or newer) runs it. ``train`` and ``eval`` are the job's
+script, ``rank`` wraps the command of each rank. Pure functions decide what to do: ``watch_ranks``,
+``after_ranks``, ``after_check``, ``succeed``.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ ON_REQUEST = (STOPPED, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 CHECK_S, LOOK_S = 420.0, 1.0
-"""How long the check of the nodes may take; from one look of the successor to the next."""
+"""Time limit of the node check; seconds between two looks of the successor."""
 
 
 @dataclass(frozen=True)
 class Action:
-    """A decision: what to do, the job's exit code, what the log is told, nodes not to be given again."""
+    """A decision: what to do, the job's exit code, a line for its log, nodes to exclude."""
 
     do: Literal["wait", "go on", "give up", "end", "requeue", "ask"]
     code: int = 0
@@ -48,16 +48,16 @@ class Action:
 def watch_ranks(
     failed: str, since_failure_s: float, running_s: float, linger_s: float, limit_s: float
 ) -> Action:
-    """While srun runs: whether to give up the ranks that are left.
+    """Decides, while srun runs, whether to kill the remaining ranks.
 
-    A rank that fails breaks the others' connections, which then end by themselves, and not at once: a mistake
-    that every rank is about to name would look like a crash. But srun would wait minutes for a dead node.
-    ``failed`` has a line for each rank that failed, its number and exit code; the first is the cause.
+    After a failure the others get ``linger_s`` to end by themselves, so that each can name its own error; but
+    srun would wait minutes for a dead node. ``failed`` has a line for each rank that failed, its number and
+    exit code; the first is the cause.
     """
     codes = re.findall(r"(?m)^\d+ (\d+)$", failed)
     if codes and since_failure_s > linger_s:
-        told = ";".join(failed.splitlines())
-        message = f"error: ranks that failed (rank, exit code): {told}; giving the others up"
+        ranks = ";".join(failed.splitlines())
+        message = f"error: ranks that failed (rank, exit code): {ranks}; giving the others up"
         return Action("give up", int(codes[0]), message)
     if running_s > limit_s:
         return Action("give up", 124, f"error: not done after {limit_s:g} s; giving it up")
@@ -65,10 +65,9 @@ def watch_ranks(
 
 
 def after_ranks(code: int, is_ours: bool, step: str, failed_before: bool) -> Action:
-    """When training or evaluation has ended with ``code``.
+    """Decides after training or evaluation ended with ``code``; ``failed_before`` means at this ``step``.
 
-    ``is_ours`` where the job still runs or SLURM has put it back, not where it ends for good (scancel);
-    ``failed_before`` where it failed at this step already.
+    ``is_ours`` is whether the job still runs or SLURM has requeued it, unlike after scancel.
     """
     if code in FINAL or not is_ours:
         return Action("end", code)
@@ -81,16 +80,12 @@ def after_ranks(code: int, is_ours: bool, step: str, failed_before: bool) -> Act
 
 
 def after_check(
-    code: int, is_ours: bool, heard: Mapping[str, int], tasks: int, sick: Sequence[str] | None, exclude: bool
+    code: int, is_ours: bool, reports: Mapping[str, int], tasks: int, sick: list[str] | None, exclude: bool
 ) -> Action:
-    """When the check of the nodes has ended with ``code``.
+    """Decides after the node check ended with ``code``; ``is_ours`` as for ``after_ranks``.
 
-    Args:
-        is_ours: as for ``after_ranks``.
-        heard: how many of a node's ``tasks`` reported, the first node first.
-        tasks: how many each node has.
-        sick: nodes that the first task named; None where it was not able to judge.
-        exclude: whether the job may go on without them.
+    ``reports`` counts those of each node's ``tasks``, in the order of the nodes. ``sick`` are the nodes that
+    the first task named, None if it could not decide; ``exclude``: the job may continue without them.
     """
     if code == 0:
         return Action("go on")
@@ -98,13 +93,13 @@ def after_check(
         return Action("end", code)
     if code in ON_REQUEST:
         return after_ranks(STOPPED, is_ours, "start", False)
-    if not any(heard.values()):
+    if not any(reports.values()):
         message = f"error: no task was able to begin (exit code {code}); the ranks' logs say why"
         return Action("end", MISTAKE, message)
     message = ""
     if sick is None:
-        # The first task's own node, unless tasks of others never began.
-        sick = [node for node, number in heard.items() if number < tasks] or list(heard)[:1]
+        # The first task's own node, unless tasks on other nodes never began.
+        sick = [node for node, number in reports.items() if number < tasks] or list(reports)[:1]
         message = f"error: no word from node {' '.join(sick)}"
     return Action("requeue" if exclude and sick else "end", SICK, message, tuple(sick))
 
@@ -126,13 +121,13 @@ def succeed(quiet_s: float, patience_s: float, is_requeued: bool, answers: bool 
 
 
 class Job:
-    """This job, as SLURM's variables and commands tell of it."""
+    """This job, by SLURM's variables and commands."""
 
     def __init__(self) -> None:
         env = os.environ
         self.id, self.restarts = env.get("SLURM_JOB_ID", "0"), int(env.get("SLURM_RESTART_COUNT", "0"))
         self.num_nodes = int(env.get("SLURM_JOB_NUM_NODES", "1"))
-        # Of a job that goes on with fewer nodes SLURM still tells all the tasks that it had.
+        # SLURM_NTASKS keeps its value when a job continues with fewer nodes.
         tasks = int(env.get("SLURM_NTASKS", self.num_nodes)) // self.num_nodes
         self.tasks_per_node = int(env.get("SLURM_NTASKS_PER_NODE", tasks))
         self.log_dir = Path(env["LOG_DIR"])
@@ -142,20 +137,20 @@ class Job:
 
     @cached_property
     def nodes(self) -> list[str]:
-        """Its nodes; none where SLURM's commands are missing."""
+        """Its nodes; empty without SLURM's commands."""
         return ask("scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", ""))[0].split()
 
     def show(self) -> dict[str, str]:
-        """What SLURM knows of it; nothing where SLURM does not answer."""
+        """SLURM's description of it; empty if SLURM does not answer."""
         words = ask("scontrol", "show", "job", self.id, "-o")[0].split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def is_requeued(self) -> bool:
-        """Whether SLURM has put it back by itself: a node died, or a more important job came."""
+        """Whether SLURM has requeued it: a node died, or a more important job came."""
         return int(self.show().get("Restarts", "0")) > self.restarts
 
     def is_ours(self) -> bool:
-        """Whether it still runs or goes on later, not where SLURM ends it for good. Asks for five minutes."""
+        """Whether it still runs or is requeued, and not ended for good. Tries for five minutes."""
         for _ in range(60):
             if known := self.show():
                 return known["JobState"] == "RUNNING" or int(known["Restarts"]) > self.restarts
@@ -203,14 +198,14 @@ class Job:
 
 
 class Supervisor:
-    """What runs in place of the job's script."""
+    """The job's script."""
 
     def __init__(self) -> None:
         self.job, self._terminated = Job(), False
-        # SIGUSR1 (--signal, scancel) is for the ranks alone. SIGTERM may come here too, before they end.
+        # SIGUSR1 (--signal, scancel) is for the ranks only. SIGTERM may arrive here before they end.
         signal.signal(signal.SIGTERM, lambda number, frame: setattr(self, "_terminated", True))
         signal.signal(signal.SIGUSR1, lambda number, frame: None)
-        # A rank runs in a container of srun's (pyxis, enroot), in one of its own (apptainer), or as it is.
+        # A rank runs in a container of srun (pyxis, enroot), of apptainer, or in none.
         self._options, self._inside, self._python = [], [], sys.executable
         if image := os.environ.get("DEHVF_CONTAINER"):
             here, logs = Path.cwd(), self.job.log_dir
@@ -223,12 +218,12 @@ class Supervisor:
                 self._inside = ["apptainer", "exec", "--nv", "--bind", mounts, "--pwd", str(here), image]
 
     def train(self, flags: list[str]) -> int:
-        """Checks the nodes and trains; returns the exit code. With ``--check`` a dry run, without a job."""
+        """Checks the nodes and trains; returns the exit code. ``--check`` makes a dry run, without a job."""
         env = os.environ
         if "--check" in flags:
+            flags.remove("--check")
             env["DS_ACCELERATOR"] = "cpu"
             alone = ["srun", "--nodes=1", "--ntasks=1", *self._options] if self._options else self._inside
-            flags = [flag for flag in flags if flag != "--check"]
             return subprocess.call([*alone, "python", "dehvf_ds/train.py", *flags, "--dry-run"])
         if "SLURM_ARRAY_JOB_ID" in env:
             say("error: these scripts requeue whole jobs, so no job arrays; submit a job for each run")
@@ -238,47 +233,45 @@ class Supervisor:
         if directory := env.get("DEHVF_STAGE"):
             own += ["--data.cache_dir", directory]
         flags = [*own, *flags]
-        code = self._check_nodes(flags) if (env.get("HEALTH_CHECK") or "1") == "1" else None
-        if code is not None:
+        if (env.get("HEALTH_CHECK") or "1") == "1" and (code := self._check_nodes(flags)) is not None:
             return code
-        return self._finish(
-            self._launch("python", "dehvf_ds/train.py", *flags), Path(_given(flags, "--run_dir")[-1])
-        )
+        code = self._launch("python", "dehvf_ds/train.py", *flags)
+        return self._finish(code, Path(_given(flags, "--run_dir")[-1]))
 
     def evaluate(self, flags: list[str]) -> int:
-        """Evaluates; returns the exit code. Predictions are kept as they come, and taken up again."""
+        """Evaluates; returns the exit code. After a requeue it continues from its saved predictions."""
         return self._finish(self._launch("python", "dehvf_ds/eval.py", *flags), self.job.log_dir)
 
     def _launch(self, *command: str, deadline_s: float = float("inf")) -> int:
         """Runs a command in every task of the job; returns its exit code."""
         job, linger_s = self.job, float(os.environ.get("LINGER_S") or "30")
-        # There from the start: on NFS a name that was missing stays missing for a while.
+        # Created at once: NFS caches that a name is missing.
         failures = job.log_dir / f"failed.{job.restarts}"
         failures.write_text("")
-        # srun does not inherit --cpus-per-task on every version of SLURM.
+        # Not every version of srun inherits --cpus-per-task.
         options = ["--kill-on-bad-exit=0", f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', '1')}"]
         options += [f"--ntasks={job.num_nodes * job.tasks_per_node}", *self._options]
-        # Without site-packages, which start slowly from a shared file system.
+        # -S: site-packages are slow on a shared file system.
         rank = [self._python, "-S", __file__, "rank", *self._inside]
         srun = subprocess.Popen(["srun", *options, *rank, *command], stdin=subprocess.DEVNULL)
         running_s = since_failure_s = 0
         while True:
-            # For the successor, which has to know whether this process lives; a full disk takes this as well.
+            # Tells the successor that this process lives; works on a full disk, too.
             with contextlib.suppress(OSError):
                 (job.log_dir / "heartbeat").touch()
-            # SLURM ends a job whose node it lost, and this process within KillWait, whatever ranks wait for.
+            # SLURM ends a job that lost a node, and this process within KillWait.
             if self._terminated and job.is_requeued():
                 self._terminated = False
                 job.requeue(say)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return _as_a_shell(srun.wait(timeout=1))
             failed = _read(failures)
-            # Seconds of this process's own: a job may be suspended.
+            # Counted, not measured: a job may be suspended.
             running_s, since_failure_s = running_s + 1, since_failure_s + bool(failed)
             action = watch_ranks(failed, since_failure_s, running_s, linger_s, deadline_s)
             if action.do == "give up":
                 say(f"{action.message}; logs of the ranks: {job.log_dir}")
-                # Has every rank write into its log where its threads are.
+                # Every rank writes its threads' stacks into its log.
                 ask("scancel", "--signal=USR2", job.id)
                 time.sleep(2)
                 srun.kill()
@@ -286,22 +279,22 @@ class Supervisor:
                 return action.code
 
     def _check_nodes(self, flags: list[str]) -> int | None:
-        """Looks whether every node can run this, and all together; the exit code if the job ends here."""
+        """Checks every node and their communication; returns the exit code if the job ends here."""
         job, folder = self.job, self.job.log_dir / f"nodes.{self.job.restarts}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         command = ["python", "-m", "dehvf_ds.cluster.node_check", "--into", str(folder)]
         command += ["--nodes", ",".join(job.nodes), "--tasks-per-node", str(job.tasks_per_node)]
         code = self._launch(*command, "--", *flags, deadline_s=CHECK_S)
-        reports = Counter(path.stem.rpartition(".")[0] for path in folder.glob("*.json"))
-        heard, named = {node: reports[node] for node in job.nodes}, folder / "sick"
+        counts = Counter(path.stem.rpartition(".")[0] for path in folder.glob("*.json"))
+        reports, named = {node: counts[node] for node in job.nodes}, folder / "sick"
         sick = _read(named).split() if named.is_file() else None
         exclude = os.environ.get("EXCLUDE_SICK") == "1"
-        action = after_check(code, code in FINAL or job.is_ours(), heard, job.tasks_per_node, sick, exclude)
+        action = after_check(code, code in FINAL or job.is_ours(), reports, job.tasks_per_node, sick, exclude)
         return None if action.do == "go on" else self._end(action)
 
     def _finish(self, code: int, directory: Path) -> int:
-        """Ends the job or puts it back; ``directory`` remembers where it failed."""
+        """Ends or requeues the job; failures are recorded in ``directory``."""
         job, history, step = self.job, directory / "failures.txt", last_step(directory)
         failed_before = re.search(rf"(?m)^job {job.id} .* step {step}$", _read(history)) is not None
         action = after_ranks(code, code in FINAL or job.is_ours(), step, failed_before)
@@ -360,24 +353,24 @@ class Successor:
 
 
 def run_rank(command: Sequence[str]) -> int:
-    """Runs one rank's command; returns its exit code, which the supervisor learns from a file too.
+    """Runs one rank's command; returns its exit code, and writes a failure's to a file for the supervisor.
 
     Output goes into the rank's own log, that of rank 0 and all errors also into the job's. Signals are passed
-    on: most clusters (proctrack/cgroup) signal this process alone, others every process of the task.
+    on: most clusters (proctrack/cgroup) signal this process only, others every process of the task.
     """
-    job, env, heard, child = Job(), os.environ, [], None
+    job, env, received, child = Job(), os.environ, [], None
     rank, path = env["SLURM_PROCID"], job.log_dir / f"rank-{env['SLURM_PROCID']}.log"
-    # Where Python tells on SIGUSR2 what each of its threads does.
+    # For the stacks of its threads on SIGUSR2.
     env["DEHVF_STACKS"] = str(path)
 
     def pass_on(number: int, frame: object) -> None:
-        heard.append(number)
+        received.append(number)
         if child is not None:
             child.send_signal(number)
 
     for number in SIGNALS:
         signal.signal(number, pass_on)
-    # Until Python has begun, this one would end it.
+    # It would end a child that has not set its handler yet.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     _append(path, f"--- {now} on {env.get('SLURMD_NODENAME')}, restart {job.restarts}")
@@ -389,40 +382,39 @@ def run_rank(command: Sequence[str]) -> int:
             out = tees[1].stdin if rank == "0" else log
             child = subprocess.Popen(command, stderr=tees[0].stdin, stdout=out)
     except OSError as error:
-        # As a shell says it, and known to the supervisor.
         say(f"error: {command[0]}: {error.strerror or error}")
         _append(job.log_dir / f"failed.{job.restarts}", f"{rank} {NOT_FOUND}")
         return NOT_FOUND
     signal.signal(signal.SIGUSR2, pass_on)
-    for number in list(heard):
+    for number in list(received):
         child.send_signal(number)
     is_second = (env.get("SLURM_NODEID"), env.get("SLURM_LOCALID")) == ("1", "0")
-    # An image of pyxis may lack SLURM's commands.
+    # A pyxis image may lack SLURM's commands.
     successor = Successor(job) if is_second and job.nodes else None
     awake_s = 0.0
     while child.poll() is None:
         time.sleep(0.25)
         awake_s += 0.25
         if successor and not successor.has_acted and awake_s % LOOK_S == 0:
-            successor.look(signal.SIGTERM in heard)
+            successor.look(signal.SIGTERM in received)
     code = _as_a_shell(child.returncode)
     for tee in tees:
-        # A process that outlives the rank may hold its output.
+        # A process that outlives the rank may keep its output open.
         with contextlib.suppress(subprocess.TimeoutExpired):
             tee.communicate(timeout=2)
     if code:
         _append(job.log_dir / f"failed.{job.restarts}", f"{rank} {code}")
-    # A crash may be all that is heard of the first node's death: stays until the script gave signs, the first
-    # of which may be old.
+    # The first node's death may show as a crash only: stays until the script has given signs of life, the
+    # first of which may be old.
     enough = successor.beats + 2 if successor and code not in (0, MISTAKE) else 0
     while successor and successor.beats < enough and not successor.has_acted:
         time.sleep(LOOK_S)
-        successor.look(signal.SIGTERM in heard)
+        successor.look(signal.SIGTERM in received)
     return code
 
 
 def last_step(directory: Path) -> str:
-    """The last step that a run wrote down; ``start`` before the first."""
+    """The last step in a run's metrics; ``start`` before the first."""
     steps = []
     with contextlib.suppress(OSError), (directory / "metrics.jsonl").open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 16)))
@@ -431,7 +423,7 @@ def last_step(directory: Path) -> str:
 
 
 def ask(*command: str) -> tuple[str, str]:
-    """What one of SLURM's commands prints, and what it says where it fails; of the two one is empty."""
+    """Runs one of SLURM's commands; returns its output and its error, one of which is empty."""
     pipe = subprocess.PIPE
     try:
         with _shielded():
@@ -443,7 +435,7 @@ def ask(*command: str) -> tuple[str, str]:
 
 
 def say(line: str) -> None:
-    """Tells the job's log."""
+    """Prints to the job's log."""
     print(line, file=sys.stderr if line.startswith("error") else sys.stdout, flush=True)
 
 
@@ -473,7 +465,7 @@ def _append(path: Path, line: str) -> None:
 
 @contextlib.contextmanager
 def _shielded() -> Iterator[None]:
-    """What is started inside hears none of the job's signals, which may go to every process of a task."""
+    """Processes started inside ignore the job's signals, which may go to every process of a task."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -482,7 +474,7 @@ def _shielded() -> Iterator[None]:
 
 
 def main(argv: list[str]) -> int:
-    """Runs one part; returns its exit code."""
+    """Runs ``train``, ``eval`` or ``rank``; returns the exit code."""
     part, *rest = argv
     if part == "rank":
         return run_rank(rest)

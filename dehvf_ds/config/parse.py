@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin
@@ -15,8 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from dehvf_ds.config.evaluation import EvalConfig, GenerateConfig
-from dehvf_ds.config.run import RunConfig
+from dehvf_ds.config.settings import EvalConfig, GenerateConfig, RunConfig
 from dehvf_ds.config.values import TEXT, UserError, expand_flags, settings_of
 
 ConfigT = TypeVar("ConfigT")
@@ -25,7 +25,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 RECIPES_DIR = _PACKAGE / "recipes"
 
-# A wheel has them inside the package, a clone beside it.
+# Inside the package in a wheel, beside it in a clone.
 DEEPSPEED_DIR = (_PACKAGE if (_PACKAGE / "ds_configs").is_dir() else _PACKAGE.parent) / "ds_configs"
 
 RENAMED = {
@@ -34,32 +34,33 @@ RENAMED = {
     "train.levels_every": "train.router_every",
     "train.eval_every": "train.validate_every",
 }
-"""Settings that had another name before 0.2, in files that were written then."""
+"""Names of settings before version 0.2."""
 
 _FLAG = re.compile(r"\A--[\w.-]+(?=(?:=|\Z))")
 
 
 def parse_run_config(args: Sequence[str], default_recipe: str = "demo") -> RunConfig:
-    """Parses the flags of ``train.py`` over YAML files or recipes (``--config``), by default one recipe."""
+    """Parses the flags of ``train.py``, which override YAML files or recipes (``--config``)."""
     return parse_config(RunConfig, args, "Trains DEHVF on DeepSpeed.", default_recipe)
 
 
 def parse_eval_config(args: Sequence[str]) -> EvalConfig:
-    """Parses the flags of ``eval.py``, or a YAML of them."""
+    """Parses the flags of ``eval.py``, which override YAML files."""
     return parse_config(EvalConfig, args, "Evaluates a trained DEHVF model.")
 
 
 def parse_generate_config(args: Sequence[str]) -> GenerateConfig:
-    """Parses the flags of ``generate.py``, or a YAML of them."""
+    """Parses the flags of ``generate.py``, which override YAML files."""
     return parse_config(GenerateConfig, args, "Describes pictures with a trained DEHVF model.")
 
 
 def parse_config(
     config_class: type[ConfigT], args: Sequence[str], description: str, default_recipe: str | None = None
 ) -> ConfigT:
-    """Parses flags over the files of ``--config`` into a pydantic dataclass; the last of a flag counts.
+    """Parses flags, which override the files of ``--config``, into a pydantic dataclass.
 
-    With ``default_recipe``, ``--config`` also takes names of recipes, and is this one where it is not given.
+    Of repeated flags the last counts. With ``default_recipe``, the default of ``--config``, that flag also
+    takes names of recipes.
     """
     settings = settings_of(config_class)
     parser = _flag_parser(settings, description)
@@ -84,31 +85,31 @@ def load_run_config(path: Path) -> RunConfig:
 
 
 def save_run_config(config: RunConfig, path: Path) -> None:
-    """Writes the resolved configuration as YAML that ``--config`` takes back."""
+    """Writes the configuration as YAML for ``--config``."""
     plain = to_jsonable_python(config, context=TEXT)
     path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def find_recipe(given: str) -> Path:
-    """The file that ``--config`` means: a path, or a shipped recipe (``demo``, ``recipes/demo.yaml``).
+    """The file of ``--config``: a path, or a shipped recipe (``demo``, ``recipes/demo.yaml``).
 
-    Shipped files are found from every working directory; one that lies under the given path comes first.
+    Shipped files are found from every working directory; an existing path comes first.
     """
     return _find("--config", given, RECIPES_DIR, ".yaml")
 
 
 def find_deepspeed_json(given: str) -> Path:
-    """The file that ``--deepspeed`` means: a path, or a shipped one (``zero3``, ``zero3.json``)."""
+    """The file of ``--deepspeed``: a path, or a shipped one (``zero3``, ``zero3.json``)."""
     return _find("--deepspeed", given, DEEPSPEED_DIR, ".json")
 
 
 def looked_in(path: str | Path) -> str:
-    """Where a relative path was looked for, to go after "no such file"; empty for an absolute one."""
+    """The directory of a relative path, to follow "no such file"; empty for an absolute path."""
     return "" if Path(path).is_absolute() else f" in {Path.cwd()}"
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
-    """Ends a message about a name that is not known: the nearest one that is."""
+    """Ends a message about an unknown name: the nearest known one."""
     if name in RENAMED:
         return f"; it is {RENAMED[name]} now"
     last = name.rpartition(".")[2]
@@ -116,8 +117,41 @@ def suggestion(name: str, known: Collection[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+# A setting, the values with which others have no effect, and those others.
+WITHOUT_EFFECT: tuple[tuple[str, Callable[[object], bool], str], ...] = (
+    ("model.fusion", lambda fusion: fusion != "prefix", "model.prefix_tokens"),
+    ("model.fusion", lambda fusion: fusion != "ffn", "model.router model.router_dim model.rank"),
+    ("model.fusion", lambda fusion: fusion != "ffn", "model.feature_layers model.num_feature_layers"),
+    ("model.fusion", lambda fusion: fusion == "none", "model.image_size"),
+    ("model.router", lambda router: router != "layer", "model.router_dim"),
+    ("model.feature_layers", lambda layers: layers is not None, "model.num_feature_layers"),
+    ("model.lora.rank", lambda rank: rank == 0, "model.lora.alpha model.lora.dropout model.lora.targets"),
+    ("data.task", lambda task: task != "caption", "data.prompt data.captions"),
+    ("data.task", lambda task: task != "scienceqa", "data.scienceqa.image_captions"),
+    ("data.task", lambda task: task != "scienceqa", "data.scienceqa.lecture data.scienceqa.solution"),
+    ("data.cache_dir", lambda path: path is None, "data.cache_gb"),
+    ("data.on_bad", lambda on_bad: on_bad == "raise", "data.max_bad_share"),
+    ("data.val", lambda path: path is None, "data.val_samples train.validate_every"),
+    ("eval.every_steps", lambda steps: steps == 0, "eval.data eval.max_samples eval.batch_size"),
+    ("eval.every_steps", lambda steps: steps == 0, "eval.max_new_tokens eval.num_beams eval.tokenizer"),
+    ("resume", lambda resume: resume not in ("auto", "never"), "init_from"),
+)
+
+
+def ignored_settings(config: RunConfig) -> list[str]:
+    """A line for each setting that is not at its default but has no effect because of another."""
+    lines: dict[str, str] = {}
+    for cause, is_idle, names in WITHOUT_EFFECT:
+        found = attrgetter(cause)(config)
+        for name in names.split() if is_idle(found) else ():
+            value = attrgetter(name)(config)
+            if value != settings_of(RunConfig)[name].get_default():
+                lines.setdefault(name, f"{name} {value} has no effect: {cause} is {found}")
+    return list(lines.values())
+
+
 class _Given(NamedTuple):
-    """A value as it was written, and where, for messages."""
+    """A value as it was written, and where."""
 
     text: str | list[str | None] | None
     place: str
@@ -130,14 +164,13 @@ class _FlagParser(argparse.ArgumentParser):
 
 def _flag_parser(settings: Mapping[str, FieldInfo], description: str) -> argparse.ArgumentParser:
     parser = _FlagParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    told = "a YAML file; for training also a recipe's name"
-    parser.add_argument("--config", action="append", metavar="FILE", help=told)
-    # The deepspeed launcher sets it.
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    about = "a YAML file; for training also a recipe's name"
+    parser.add_argument("--config", action="append", metavar="FILE", help=about)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # set by the deepspeed launcher
     for name, field in settings.items():
         default = field.get_default(call_default_factory=True)
-        told = f"{field.description} ({'needed' if field.is_required() else f'default: {default}'})"
-        options: dict[str, Any] = {"dest": name, "metavar": "VALUE", "help": told.replace("%", "%%")}
+        about = f"{field.description} ({'needed' if field.is_required() else f'default: {default}'})"
+        options: dict[str, Any] = {"dest": name, "metavar": "VALUE", "help": about.replace("%", "%%")}
         if get_origin(field.annotation) is Literal:
             options["metavar"] = "/".join(get_args(field.annotation))
         elif field.annotation is bool:
@@ -156,23 +189,23 @@ def _build(config_class: type[ConfigT], given: Mapping[str, _Given]) -> ConfigT:
         for part in sections:
             section = section.setdefault(part, {})
         if name in given:
-            # Only in a text setting is a quoted null, or that of a flag, a text.
+            # A quoted null, or that of a flag, is a text only for a text setting.
             null = given[name].text == "null" and NoneType in get_args(field.annotation)
             section[last] = None if null and field.annotation != str | None else given[name].text
     try:
         return TypeAdapter(config_class).validate_python(nested, context=TEXT)
     except ValidationError as error:
         first = error.errors()[0]
-    # Numbers are of items in lists.
+    # Without the indices of lists.
     name = ".".join(part for part in first["loc"] if isinstance(part, str))
     if first["type"] == "missing" and name not in given:
         raise UserError(f"{name}: no value; give --{name}, or set it in the file of --config")
-    told = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    raise UserError(f"{given[name].place if name in given else name} is {first['input']!r}; {told}")
+    why = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    raise UserError(f"{given[name].place if name in given else name} is {first['input']!r}; {why}")
 
 
 def _read_yaml(path: Path, settings: Mapping[str, FieldInfo]) -> dict[str, _Given]:
-    """The texts that a YAML file gives by dotted name: the setting, not YAML, says what a text means."""
+    """The values in a YAML file by dotted name, as texts: their types are the settings', not YAML's."""
     try:
         root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
@@ -181,7 +214,7 @@ def _read_yaml(path: Path, settings: Mapping[str, FieldInfo]) -> dict[str, _Give
     lines: dict[str, int] = {}
     for name, line, node in _nodes(root, "", path, settings) if root is not None else ():
         if name in lines:
-            raise UserError(f"{path}: {name} stands there twice, in lines {lines[name]} and {line}; keep one")
+            raise UserError(f"{path}: {name} is set twice, in lines {lines[name]} and {line}; keep one")
         lines[name] = line
         if name in settings:
             place = f"{path}, line {line}: {name}"
@@ -196,7 +229,7 @@ def _nodes(
 ) -> Iterator[tuple[str, int, yaml.Node]]:
     """Yields sections and settings by dotted name, with the line of their key."""
     if _is_null(node):
-        return  # a section of which all lines are commented out
+        return  # all lines of the section are commented out
     if not isinstance(node, yaml.MappingNode):
         what = prefix.removesuffix(".") or "the file"
         raise UserError(f"{path}, line {node.start_mark.line + 1}: {what} must hold `name: value` lines")
@@ -216,7 +249,7 @@ def _scalar(node: yaml.Node, place: str) -> str | None:
         return node.value
     mark = node.start_mark
     if (mark.buffer or "")[mark.pointer :].lstrip(" ").startswith("#"):
-        # YAML has dropped a text such as `#1`.
+        # YAML drops a text such as `#1`.
         raise UserError(f"{place} has no value, since # begins a comment; quote a text, or write null")
     return None
 

@@ -1,4 +1,4 @@
-"""What a setting may be: a number in its range, a path as a shell would take it. And what is raised."""
+"""Types of settings: numbers in a range, paths as a shell expands them. And the errors for users."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pydantic.fields import FieldInfo
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us. Programs print its one line and exit with code 2."""
+    """A mistake in the user's input. Programs print its one line and exit with code 2."""
 
 
 class UnsupervisedError(UserError):
-    """Rows without a single token to learn; every rank finds it, since the tokens are counted over all."""
+    """Rows without a single supervised token. Raised on every rank, as tokens are counted over all."""
 
 
 class JobError(Exception):
-    """Ends the job with one line and ``code``: no mistake of the user's, nor of a program."""
+    """Ends the job with one line and ``code``; neither a user's mistake nor a bug."""
 
     code = 1
 
@@ -43,9 +43,9 @@ _ELSEWHERE = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]+://")
 def expand_path(text: str) -> str:
     """Expands a leading ``~``, ``$VAR`` and ``${VAR}``; ``$$`` is a dollar sign.
 
-    A ``pipe:`` command belongs to its shell and an address to its server: both stay as they are. So does the
-    name of a file that a shell's pattern found (``cost$5.jpg``), where its variable does not exist. Raises a
-    ``ValueError`` where it is no path, or names no user or a variable that is empty or not set.
+    ``pipe:`` commands and URLs stay as they are, and so does the name of an existing file (``cost$5.jpg``) if
+    its variable is not set. Raises a ``ValueError`` for an empty text, an unknown user, or a variable that is
+    empty or not set.
     """
     if not text.strip():
         raise ValueError("it should be a path")
@@ -57,19 +57,19 @@ def expand_path(text: str) -> str:
         raise ValueError("a variable in it is empty or not set; write $$ for a dollar sign")
     path = os.path.expanduser(template.substitute(os.environ))  # noqa: PTH111 (a Path raises for no such user)
     if path.startswith("~") and not Path(path).exists():
-        raise ValueError(f"there is no such user; ./{path} is a file in this folder")
+        raise ValueError(f"there is no such user; ./{path} is a file in this directory")
     return path
 
 
 def quote_path(path: str) -> str:
-    """Writes a path so that ``expand_path`` gives it back."""
+    """Writes a path so that ``expand_path`` returns it."""
     if _ELSEWHERE.match(path):
         return path
     return ("./" if path.startswith("~") else "") + path.replace("$", "$$")
 
 
 def expand_flags(args: argparse.Namespace, *names: str) -> argparse.Namespace:
-    """Expands, in place, every ``Path`` among an ``argparse`` parser's values, and the texts ``names``."""
+    """Expands, in place, every ``Path`` among the arguments of ``argparse``, and the texts in ``names``."""
     for name, value in vars(args).items():
         items = value if isinstance(value, list) else [value]
         paths = [isinstance(item, Path) or (name in names and item is not None) for item in items]
@@ -82,22 +82,21 @@ def expand_flags(args: argparse.Namespace, *names: str) -> argparse.Namespace:
 
 
 CHECKS = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-"""Of every configuration class. Made in Python of wrong values, one raises pydantic's ``ValidationError``."""
+"""For every configuration class; wrong values in Python raise pydantic's ``ValidationError``."""
 
 TEXT = "text"
-"""Pydantic's context while a user's text is read or written: in its paths, variables are expanded."""
+"""Pydantic's context for a user's text, in whose paths variables are expanded."""
 
 LocalPath = Annotated[
     str,
     AfterValidator(lambda path, info: expand_path(path) if info.context == TEXT else path),
     PlainSerializer(lambda path, info: quote_path(path) if info.context == TEXT else path, return_type=str),
 ]
-"""A path, a hub id or an address."""
+"""A path, a hub id or a URL."""
 
 
-# Far above any use, and below what overflows a counter.
 def _whole(value: object) -> object:
-    """Takes ``1e5`` for the whole number that it is."""
+    """Accepts ``1e5`` as an integer."""
     if isinstance(value, str) and "e" in value.lower():
         with suppress(ValueError):
             number = float(value)
@@ -105,6 +104,7 @@ def _whole(value: object) -> object:
     return value
 
 
+# Upper limits are far above any use, and avoid overflows.
 Positive = Annotated[int, Field(ge=1, le=10**9), BeforeValidator(_whole)]
 AtLeastZero = Annotated[int, Field(ge=0, le=10**9), BeforeValidator(_whole)]
 PositiveNumber = Annotated[float, Field(gt=0, le=10**6)]
@@ -113,7 +113,7 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 Listed = BeforeValidator(lambda value: re.findall(r"[^][,\s]+", value) if isinstance(value, str) else value)
-"""Of a tuple: it may be written as one text, ``[a, b]`` or ``a, b``."""
+"""For a tuple that may be written as one text, ``[a, b]`` or ``a, b``."""
 
 
 @cache

@@ -123,4 +123,4 @@ def likeliest_options(
 def summed_loss(model: DehvfForConditionalGeneration, batch: Batch) -> tuple[float, int]:
     """Sum of the cross-entropy over supervised tokens, in nats, and their number."""
     output = model(**batch.to(model.device, model.dtype).inputs())
-    return float(output.loss_sum), int(output.num_tokens)
+    return float(output.loss_sum), int(output.num_supervised)

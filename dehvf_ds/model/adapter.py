@@ -1,9 +1,9 @@
-"""The trained model on disk: the adapter artifact written, found and loaded onto its base models.
+"""A trained model on disk: the adapter artifact written, found and loaded onto its base models.
 
 visual.safetensors   projector, fuser, reader and the FFNs' scales, fp32
 lora/                the FFN adapters in PEFT's own layout, with the base LLM's names
 dehvf_config.json    the model's configuration
-manifest.json        base models with their fingerprints, hashes of the files, where training stood
+manifest.json        base models with their fingerprints, hashes of the files, progress of the training
 """
 
 from __future__ import annotations
@@ -31,30 +31,32 @@ VISUAL_FILE = "visual.safetensors"
 LORA_FILE = "lora/adapter_model.safetensors"
 
 EXPORT_FILE = "export.json"
-"""In a merged directory: what it was made of, and size and hash of its weights."""
+"""In a merged directory: its sources, and size and hash of its weights."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# Fields of a backbone's configuration that say nothing about its weights.
-_LOOSE_FIELDS = {
-    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
-}
+# Fields of a backbone's configuration that do not concern its weights.
+_LOOSE_FIELDS = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "use_cache",
+)
 
 
 def base_fingerprint(source: str, *, vision: bool, weights: bool = True) -> dict[str, Any]:
-    """What tells one base model (directory or hub id) from another, as JSON values.
+    """Identifies a base model (directory or hub id), as JSON values.
 
-    ``path``; ``config``, fields that shape the weights; ``fingerprint``, that of its weights, if in use.
+    ``path``; ``config``, the fields that concern its weights; ``fingerprint`` of its weights, if used.
     """
     found: dict[str, Any] = {"path": source, "config": _config_fields(source, vision=vision)}
     return found | ({"fingerprint": weights_fingerprint(source, vision=vision)} if weights else {})
 
 
 def check_base(identity: Mapping[str, Any], source: str, *, vision: bool, owner: str) -> None:
-    """Refuses a base model in ``source`` that is not the one with this ``base_fingerprint``.
-
-    ``owner`` is what was trained on it, for the message.
-    """
+    """Refuses a base model with another ``base_fingerprint``; ``owner`` names what was trained on it."""
     found = _config_fields(source, vision=vision)
     differing = sorted(key for key, value in identity["config"].items() if found.get(key) != value)
     if differing:
@@ -88,10 +90,10 @@ def save_adapter(
     dtype: torch.dtype,
     info: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the artifact into an empty directory or a new one; replacing another whole is the caller's part.
+    """Writes the artifact into a new or empty directory; replacing another atomically is up to the caller.
 
-    ``tensors`` are all trainables by their names in the model, whole, fp32; the model's own weights are not
-    looked at. ``dtype`` is the run's compute dtype, ``info`` more for the manifest (step, samples, task).
+    ``tensors`` are all trainables by their names in the model, not partitioned, fp32; the model's own are not
+    read. ``dtype`` is the run's compute dtype, ``info`` more for the manifest (step, samples, task).
     """
     if differing := set(tensors) ^ set(model.trainable_parameters()):
         raise ModelError(f"adapter tensors differ from the trainable set: {sorted(differing)[:4]}")
@@ -125,7 +127,7 @@ def save_adapter(
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Reads an artifact's manifest and checks that its files are whole and of this version's function."""
+    """Reads an artifact's manifest; refuses missing or changed files and another ``FUNCTION_VERSION``."""
     if not (directory / MANIFEST_FILE).is_file():
         raise ModelError(f"{directory}: no manifest.json; not an adapter artifact")
     manifest = _read_record(directory / MANIFEST_FILE, "files", "bases")
@@ -139,7 +141,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _read_record(path: Path, *objects: str) -> dict[str, Any]:
-    """A JSON object of ours, in which these are objects, too."""
+    """Reads a JSON object in which the entries ``objects`` are objects, too."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return record | {name: dict(record[name]) for name in objects}
@@ -148,7 +150,7 @@ def _read_record(path: Path, *objects: str) -> dict[str, Any]:
 
 
 def load_adapter(model: DehvfForConditionalGeneration, directory: Path | str) -> None:
-    """Copies an artifact's tensors into a model; every trainable must be there with its shape."""
+    """Copies an artifact's tensors into a model; names and shapes must match the trainables exactly."""
     directory = Path(directory)
     tensors = load_file(directory / VISUAL_FILE)
     parameters = model.trainable_parameters()
@@ -164,9 +166,9 @@ def load_adapter(model: DehvfForConditionalGeneration, directory: Path | str) ->
 
 
 def decoder_name(name: str) -> str:
-    """The plain decoder's own name of one of its tensors.
+    """The plain decoder's name of a tensor.
 
-    Of ``language_model.model.layers.0.mlp[.ffn].up_proj[.base_layer].weight`` it is
+    ``language_model.model.layers.0.mlp[.ffn].up_proj[.base_layer].weight`` becomes
     ``model.layers.0.mlp.up_proj.weight``.
     """
     own = name.removeprefix("language_model.")
@@ -174,7 +176,7 @@ def decoder_name(name: str) -> str:
 
 
 def peft_name(name: str) -> str:
-    """PEFT's name of ``language_model.model.layers.0.mlp[.ffn].up_proj.lora_A.default.weight``."""
+    """PEFT's name for ``language_model.model.layers.0.mlp[.ffn].up_proj.lora_A.default.weight``."""
     return "base_model.model." + decoder_name(name.replace(f".{ADAPTER_NAME}.", "."))
 
 
@@ -185,34 +187,34 @@ def _sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model on disk, adapter artifact or merged directory, found and checked but not loaded."""
+    """An adapter artifact or merged directory, found and checked but not loaded."""
 
     path: Path
     config: DehvfConfig
     dtype: torch.dtype
-    """compute dtype that it was trained or written in"""
+    """compute dtype of its training, or dtype of the merged weights"""
     language_model: str | None = None
     """directory or hub id of the decoder; None for a merged directory"""
     vision_tower: str | None = None
-    """of the tower, likewise"""
+    """directory or hub id of the tower; None for a merged directory"""
 
     @property
     def task(self) -> str | None:
-        """What it was trained for: ``caption``, ``scienceqa`` or ``chat``; None where nothing says so."""
+        """What it was trained for: ``caption``, ``scienceqa`` or ``chat``; None if unknown."""
         return self.config.task
 
     @property
     def tokenizer_source(self) -> str:
-        """Where the tokenizer lies."""
+        """Path or hub id of the tokenizer."""
         return self.language_model or str(self.path)
 
     @property
     def processor_source(self) -> str:
-        """Where the image processor lies."""
+        """Path or hub id of the image processor."""
         return self.vision_tower or str(self.path)
 
     def fingerprint(self) -> str:
-        """A hash that tells this model from others: of its files' hashes, or a merged one's fingerprints."""
+        """A hash of the files' hashes, or for a merged model of its configuration and weight fingerprints."""
         if self.language_model is None:
             parts = [weights_fingerprint(str(self.path), vision=vision) for vision in (False, True)]
             content = json.dumps([self.config.to_json_string(), *parts], sort_keys=True)
@@ -224,10 +226,9 @@ class TrainedModel:
     def load(
         self, dtype: str = "auto", *, fast_bf16: bool = True, device: torch.device | str = "cpu"
     ) -> DehvfForConditionalGeneration:
-        """Loads the model, whole, in evaluation mode, each weight straight to its device.
+        """Loads the whole model in evaluation mode, each weight straight to its device.
 
-        ``dtype`` is ``fp32``, ``bf16``, or ``auto`` for its own, or for fp32 where the device has no
-        ``fast_bf16``.
+        ``dtype`` is ``fp32``, ``bf16``, or ``auto``: its own, or fp32 without ``fast_bf16``.
         """
         device = torch.device(device)
         compute = _DTYPES[dtype] if dtype != "auto" else self.dtype if fast_bf16 else torch.float32
@@ -249,7 +250,7 @@ def find_adapter(path: Path | str) -> Path:
     if not path.exists():
         raise ModelError(f"{path}: no such directory")
     if checkpoints := sorted((path / "checkpoints").glob("step_*")):
-        raise ModelError(f"{path}: the run has not ended; name one of its checkpoints, as {checkpoints[-1]}")
+        raise ModelError(f"{path}: the run has not ended; pass one of its checkpoints, as {checkpoints[-1]}")
     raise ModelError(f"{path}: neither a run with an adapter, nor an adapter, nor a merged model")
 
 
@@ -258,8 +259,8 @@ def find_trained(
 ) -> TrainedModel:
     """Finds the model of a run, checkpoint, adapter artifact or merged directory.
 
-    Damaged files are refused, and base models that it was not trained on; these lie where the artifact says
-    unless they are given.
+    Refuses damaged files and base models that it was not trained on. Base models that are not passed are
+    looked for at their paths of the training.
     """
     path = Path(path)
     if (path / "config.json").is_file():
@@ -270,8 +271,8 @@ def find_trained(
         return TrainedModel(path, config, dtype)
     path = find_adapter(path)
     manifest = read_manifest(path)
-    given = {"language_model": language_model, "vision_tower": vision_tower}
-    sources = {name: source or manifest["bases"][name]["path"] for name, source in given.items()}
+    passed = {"language_model": language_model, "vision_tower": vision_tower}
+    sources = {name: source or manifest["bases"][name]["path"] for name, source in passed.items()}
     for name, source in sources.items():
         check_base(manifest["bases"][name], source, vision=name == "vision_tower", owner=str(path))
     config = DehvfConfig.from_json_file(str(path / CONFIG_FILE))
@@ -279,7 +280,7 @@ def find_trained(
 
 
 def _check_sizes(directory: Path) -> None:
-    """Refuses an export of which a file is missing or cut short; the hashes would take as long as loading."""
+    """Refuses an export with missing or truncated files; checking hashes would take as long as loading."""
     record = directory / EXPORT_FILE
     files = _read_record(record, "files")["files"] if record.is_file() else {}
     for name, promised in files.items():

@@ -1,4 +1,4 @@
-"""The frozen backbones, an HF decoder and an HF vision tower: found, read strictly, built into the model."""
+"""The frozen backbones, an HF decoder and an HF vision tower: found, loaded, built into the model."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ from transformers.utils import GENERATION_CONFIG_NAME, logging
 from .configuration import DehvfConfig, ModelError, spaced_layers, square_side
 from .fingerprint import LANGUAGE_PARTS, StoredFile, bare_name, is_weight, stored_tensors
 from .modeling import DehvfForConditionalGeneration, refuse_incomplete
-from .trial import MISFITS, try_backbones
+from .trial import try_backbones
 
 ADAPTER_FILE = "adapter_config.json"
-"""PEFT's. Where it lies beside a model, transformers loads that adapter, onto the model that it names."""
+"""PEFT's. In a model's directory it makes transformers load that adapter, onto the model that it names."""
 
 MAX_PATCHES = 64
-"""Most patches along one side of a picture: a tower's attention grows with the fourth power of it."""
+"""Largest number of patches along one side: a tower's attention grows with its fourth power."""
+
+_USE_ORIGINAL = "take the model that they were made of"
 
 
 def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
-    """Reads a backbone's configuration from a directory or hub id, and refuses what cannot be used.
+    """Reads a backbone's configuration from a directory or hub id; refuses one that cannot be used.
 
-    Of a two-tower checkpoint (CLIP) the vision part is taken when ``vision``.
+    ``vision`` takes the vision part of a two-tower checkpoint (CLIP).
     """
     kind, directory = "vision tower" if vision else "language model", Path(source)
     # A hub id has one slash at most.
@@ -45,26 +47,23 @@ def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
     if is_path and not directory.is_dir():
         where = "" if directory.is_absolute() else f" in {Path.cwd()}"
         setting = kind.replace(" ", "_")
-        raise ModelError(f"{kind} {source}: no such directory{where}; set {setting} to where it lies")
+        raise ModelError(f"{kind} {source}: no such directory{where}; set {setting} to its path")
     if (directory / ADAPTER_FILE).is_file():
         raise ModelError(
-            f"{kind} {source}: holds {ADAPTER_FILE}, a PEFT adapter that would be loaded with it; take a "
+            f"{kind} {source}: holds {ADAPTER_FILE}, a PEFT adapter that would be loaded with it; use a "
             "model that it is merged into, or one without it"
         )
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except MISFITS as error:
+    except Exception as error:
         hint = "" if directory.is_dir() else f" (nor is there a directory {directory.absolute()})"
         raise ModelError(f"{kind} {source}: {_first_line(error)}{hint}") from None
     _check_json(directory / GENERATION_CONFIG_NAME)
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation:
+    if quantisation := getattr(config, "quantization_config", None):
         fields = quantisation if isinstance(quantisation, Mapping) else quantisation.to_dict()
-        method = str(fields.get("quant_method") or "quantization_config")
-        raise ModelError(
-            f"{kind} {source}: its weights are quantised ({method}); take the model that they were made of"
-        )
+        method = fields.get("quant_method") or "quantization_config"
+        raise ModelError(f"{kind} {source}: its weights are quantised ({method}); {_USE_ORIGINAL}")
     if vision:
         config = getattr(config, "vision_config", config)
         if square_side(getattr(config, "patch_size", None)) is None:
@@ -73,13 +72,13 @@ def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
 
 
 def _check_json(path: Path) -> None:
-    """Refuses a damaged file: transformers would ignore it, and with it the tokens that end an answer."""
+    """Refuses a damaged file, which transformers would ignore, and with it the tokens that end an answer."""
     try:
         whole = not path.is_file() or isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
         whole = False
     if not whole:
-        raise ModelError(f"{path}: not a JSON object; copy it again, or remove it where the model has none")
+        raise ModelError(f"{path}: not a JSON object; copy it again, or remove it if the model has none")
 
 
 def load_backbone(
@@ -90,34 +89,33 @@ def load_backbone(
     vision: bool,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Loads a backbone's weights; partitioned where an ``HfDeepSpeedConfig`` of ZeRO-3 is alive.
+    """Loads a backbone's weights; partitioned if an ``HfDeepSpeedConfig`` of ZeRO-3 is alive.
 
-    On a ``device`` each weight goes there as it is read, so that the host never holds all of them; for the
-    meta device names and shapes alone are read.
+    With ``device`` each weight is moved as it is read, so that the host never holds all of them; for the
+    meta device only names and shapes are read.
     """
     auto_class: Any = AutoModel if vision else AutoModelForCausalLM
-    given: dict[str, Any] = {"dtype": dtype}
+    placed: dict[str, Any] = {"dtype": dtype}
     if device is not None and device.type != "cpu":
-        given["device_map"] = {"": device}
-    checks = device is not None and device.type == "meta"
+        placed["device_map"] = {"": device}
+    only_shapes = device is not None and device.type == "meta"
     stored = stored_tensors(source)
     try:
-        # What its table of missing and unexpected weights would say is decided below.
-        with _quiet(progress=not checks):
+        # Its table of missing and unexpected weights is replaced by the refusals below.
+        with _quiet(progress=not only_shapes):
             model, info = auto_class.from_pretrained(
-                source, config=config, output_loading_info=True, ignore_mismatched_sizes=checks, **given
+                source, config=config, output_loading_info=True, ignore_mismatched_sizes=only_shapes, **placed
             )
-    except MISFITS as error:
+    except Exception as error:
         raise ModelError(f"{source}: {_first_line(error)}") from None
     own = {bare_name(name) for name, _ in model.named_parameters()}
     for alias, names in names_in_files(model, stored).items():
         for name in names if alias in own else ():
             # transformers would cast them, without their scales.
             if stored[name].is_quantised:
-                kind = str(stored[name].dtype).removeprefix("torch.")
+                dtype_name = str(stored[name].dtype).removeprefix("torch.")
                 raise ModelError(
-                    f"{source}: {name} is stored as {kind}: its weights are quantised; take the model that "
-                    "they were made of"
+                    f"{source}: {name} is stored as {dtype_name}: its weights are quantised; {_USE_ORIGINAL}"
                 )
     lost = [name for name in info["unexpected_keys"] if _belongs_to(model, name, vision=vision)]
     refuse_incomplete(model, info, lost, source)
@@ -125,25 +123,25 @@ def load_backbone(
 
 
 def _belongs_to(model: PreTrainedModel, name: str, *, vision: bool) -> bool:
-    """Whether a tensor that the model has no place for was a part of it: not of another tower, not a buffer.
+    """Whether a stored tensor that the model has no place for belongs to it: not to another tower, no buffer.
 
-    What lies in its layers was; of a decoder also what lies beside a weight of its own, as a bias would.
+    Those in its layers do; for a decoder also those beside one of its own weights, such as a bias.
     """
     if not is_weight(name, (1, 1)) or (vision and LANGUAGE_PARTS.intersection(name.split("."))):
         return False
     lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     if any(bare_name(name).startswith(f"{bare_name(layers)}.") for layers in lists):
         return True
-    # A tied head's weight counts, too.
+    # With duplicates, for the weight of a tied head.
     named = model.named_parameters(remove_duplicate=False)
     parents = {bare_name(own).rpartition(".")[0] for own, _ in named}
     return not vision and bare_name(name).rpartition(".")[0] in parents
 
 
 def names_in_files(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, set[str]]:
-    """The files' names of a model's tensors, by its own names for them, both without wrapping words.
+    """Maps the model's tensor names, without wrapping prefixes, to the names that the files store them under.
 
-    transformers renames some tensors as it loads them (the head of GPT-NeoX); either name is found.
+    transformers renames some tensors as it loads them (the head of GPT-NeoX); both names are keys.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
@@ -160,10 +158,10 @@ def names_in_files(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, s
 
 
 def settle_head(config: DehvfConfig, source: str) -> None:
-    """Makes ``tie_word_embeddings`` say what the decoder's files hold; changes ``config`` in place.
+    """Sets ``tie_word_embeddings`` in ``config`` to what the decoder's files hold.
 
-    Where the configuration ties the LM head to the embedding and the files hold another head, transformers
-    keeps the two apart with a warning; where weights are partitioned it cannot tell and ties them.
+    If the configuration ties the LM head to the embedding but the files hold another head, transformers
+    warns and keeps both; with partitioned weights it cannot see that and ties them.
     """
     text_config: Any = config.text_config
     if getattr(text_config, "tie_word_embeddings", False) and _has_own_head(text_config, source):
@@ -173,7 +171,7 @@ def settle_head(config: DehvfConfig, source: str) -> None:
 
 def _has_own_head(config: PreTrainedConfig, source: str) -> bool:
     """Whether a decoder's files hold an LM head that is not its embedding."""
-    # Its class itself: `from_config` would partition it where weights are to be partitioned.
+    # The class itself, as `from_config` would partition the weights under ZeRO-3.
     decoder_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"), no_init_weights():
         decoder = decoder_class(config)
@@ -193,10 +191,10 @@ def _has_own_head(config: PreTrainedConfig, source: str) -> bool:
 def build_config(
     language_model: str, vision_tower: str, *, num_feature_layers: int | None = None, **settings: Any
 ) -> DehvfConfig:
-    """Builds the model's configuration over two backbones, given as directories or hub ids.
+    """Builds the model's configuration over two backbones, directories or hub ids.
 
-    ``settings`` are the other arguments of ``DehvfConfig``; if they name no feature layers, as many as
-    ``num_feature_layers`` are taken, evenly spaced.
+    ``settings`` are the other arguments of ``DehvfConfig``; without ``feature_layers`` in them,
+    ``num_feature_layers`` evenly spaced ones are taken.
     """
     vision_config = load_backbone_config(vision_tower, vision=True)
     _check_image_size(settings.get("image_size"), vision_config, vision_tower)
@@ -211,13 +209,13 @@ def build_config(
     if not alone or type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
             f"language model {language_model}: a {text_config.model_type} model is no decoder with an LM "
-            "head and nothing beside it; of a model with several parts, name the decoder that it was made of"
+            "head and nothing beside it; of a model with several parts, take the decoder that it was made of"
         )
     return DehvfConfig(text_config=text_config, vision_config=vision_config, **settings)
 
 
 def _check_image_size(image_size: int | None, vision_config: PreTrainedConfig, source: str) -> None:
-    """Refuses half patches (but a tower's own: SigLIP of 384 pixels in patches of 14), and far too many."""
+    """Refuses far too many patches, and half ones unless the tower's own size has them (SigLIP, 384/14)."""
     patch_size = square_side(getattr(vision_config, "patch_size", None))
     if image_size is None or not patch_size:
         return
@@ -236,9 +234,9 @@ def _check_image_size(image_size: int | None, vision_config: PreTrainedConfig, s
 
 
 def check_bases(config: DehvfConfig, language_model: str, vision_tower: str) -> None:
-    """Refuses backbones that ``load_model`` would refuse, or would make something else of than was trained.
+    """Refuses backbones that ``load_model`` would refuse, or that would compute something else in the model.
 
-    Tries small copies out and reads the files' headers; those of a hub id may not be here yet.
+    Tries small copies and reads the files' headers, except for a hub id, whose files may not be here yet.
     """
     try_backbones(config)
     bases = [(language_model, config.text_config), (vision_tower, config.vision_config)]
@@ -259,7 +257,7 @@ def load_model(
 ) -> DehvfForConditionalGeneration:
     """Loads the frozen backbones, see ``load_backbone``, and builds the branch at its start values.
 
-    Under ZeRO-3 the branch is whole on every rank, and equal, since it is a function of ``seed`` alone.
+    Under ZeRO-3 the branch is not partitioned, and equal on all ranks, as it depends on ``seed`` alone.
     """
     settle_head(config, language_model)
     decoder = load_backbone(language_model, config.text_config, dtype, vision=False, device=device)
@@ -275,7 +273,7 @@ def load_model(
 
 @contextmanager
 def _quiet(*, progress: bool = False) -> Iterator[None]:
-    """Leaves it to the error to say what is wrong, once, and not to warnings and a hub's retries."""
+    """Silences warnings, a hub's retries and, without ``progress``, progress bars: the error says it all."""
     hub = getLogger("huggingface_hub")
     level, verbosity, bars = hub.level, logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub.setLevel(logging.ERROR)

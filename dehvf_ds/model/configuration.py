@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-try:  # Annotations are never evaluated: a model that travels beside its weights runs without jaxtyping.
+try:  # Annotations are never evaluated: an export runs without jaxtyping.
     from jaxtyping import Bool as Bool
     from jaxtyping import Float as Float
     from jaxtyping import Int as Int
@@ -16,8 +16,8 @@ except ImportError:
         Bool = Float = Int = None
 
 FUNCTION_VERSION = 3
-"""What the model computes from its weights. Version 1 did not normalise the visual FFN's queries; weights
-trained under another version would load and compute something else."""
+"""Raised when the same weights would compute something else. Version 1 did not normalise the visual FFN's
+queries."""
 
 ROUTERS = ("layer", "static", "last")
 """How an LLM layer may weigh the feature layers; see ``HierarchicalFuser``."""
@@ -26,18 +26,18 @@ _SIZES = ("hidden_size", "num_hidden_layers")
 
 
 class ModelError(ValueError):
-    """A backbone, a size or an artifact that DEHVF cannot be built from; the message is for users."""
+    """A backbone, a size or an artifact that cannot be used; the message is for users."""
 
 
 def spaced_layers(num_blocks: int, num_feature_layers: int) -> list[int]:
-    """Chooses feature layers of a tower: evenly spaced block numbers, from 1, the last block included."""
+    """Evenly spaced block numbers of a tower, from 1, the last block included."""
     if not 1 <= num_feature_layers <= num_blocks:
-        raise ModelError(f"{num_feature_layers} feature layers asked of a tower with {num_blocks} blocks")
+        raise ModelError(f"{num_feature_layers} feature layers do not fit a tower with {num_blocks} blocks")
     return [round(num_blocks * (i + 1) / num_feature_layers) for i in range(num_feature_layers)]
 
 
 def check_version(version: int, owner: str) -> None:
-    """Refuses weights that belong to another function than this program's."""
+    """Refuses weights that were trained under another ``FUNCTION_VERSION``."""
     if version != FUNCTION_VERSION:
         raise ModelError(
             f"{owner} was trained by a version of the program with other names or another function of the "
@@ -46,7 +46,7 @@ def check_version(version: int, owner: str) -> None:
 
 
 def square_side(size: Any) -> int | None:
-    """The side that a configuration gives as one number or as equal numbers; None for anything else."""
+    """The side of a square, from one number or equal numbers; None for anything else."""
     if isinstance(size, list | tuple) and len(set(size)) == 1:
         size = size[0]
     return size if isinstance(size, int) else None
@@ -60,15 +60,15 @@ class DehvfConfig(PreTrainedConfig):
         vision_config: of the HF vision tower.
         fusion: ``ffn`` (DEHVF), ``prefix`` (projected patches before the text) or ``none``.
         router: how an LLM layer weighs the feature layers: ``layer``, ``static`` or ``last``.
-        feature_layers: their block numbers in the tower, rising; None takes six, evenly spaced. ``last``
-            keeps the deepest alone.
+        feature_layers: block numbers in the tower, rising; None takes six, evenly spaced. The router
+            ``last`` keeps the deepest only.
         rank: width r of the visual memory.
         router_dim: width k of the router's queries and keys.
         image_size: side of the square input picture in pixels; None takes the tower's own.
         prefix_tokens: visual tokens of ``prefix``, a square number; None keeps every patch.
-        lora: ``{"rank", "alpha", "dropout", "targets"}`` of the FFN adapters; None without any, or folded.
+        lora: ``{"rank", "alpha", "dropout", "targets"}`` of the FFN adapters; None if there are none.
         task: what it was trained for: ``caption``, ``scienceqa`` or ``chat``.
-        prompt: the instruction that captions were trained with; the best one to give ``generate``.
+        prompt: the instruction that captions were trained with; the best one for ``generate``.
         version: ``FUNCTION_VERSION`` of the program that trained the weights.
     """
 
@@ -133,12 +133,12 @@ class DehvfConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Refuses weights of another version's function."""
+        """Builds the configuration; refuses another ``FUNCTION_VERSION``."""
         check_version(config_dict.get("version", 1), "the model")
         return super().from_dict(config_dict, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What differs from the defaults, and always the version."""
+        """The values that differ from the defaults, and always the version."""
         return super().to_diff_dict() | {"version": self.version}
 
     @property
@@ -165,9 +165,9 @@ class DehvfConfig(PreTrainedConfig):
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens of text that the decoder has positions for, beside the prefix; None where nothing says so.
+        """Text tokens that the decoder has positions for, beside the prefix; None if it does not say.
 
-        Rotary embeddings stretched by a factor are taken to reach that much farther.
+        A scaling factor of rotary embeddings multiplies them.
         """
         positions = getattr(self.text_config, "max_position_embeddings", None)
         if not isinstance(positions, int) or positions < 1:
@@ -179,7 +179,7 @@ class DehvfConfig(PreTrainedConfig):
 
 
 def _factors(rope: Any) -> list[float]:
-    """The factors that rotary embeddings are stretched by; kinds of layers may each have one."""
+    """Scaling factors of rotary embeddings; kinds of layers may each have one."""
     if not isinstance(rope, dict):
         return []
     own = [rope["factor"]] if isinstance(rope.get("factor"), int | float) else []

@@ -1,4 +1,4 @@
-"""What enters the decoder's FFNs: LoRA adapters by `peft`, and the picture as key/value memory (ours)."""
+"""Inside the decoder's FFNs: the picture as a key/value memory (ours), and LoRA adapters by `peft`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ except ImportError:  # a merged model has no adapters and runs without
 ADAPTER_NAME = "default"
 
 QUERY_EPS = 1e-8
-"""Added to a query's mean square before its root."""
+"""Added to a query's mean square before the square root."""
 
 SCORE_SPREAD = 64.0
-"""Start value of the queries' scale: how sharply a token tells the slots apart (ours, by a sweep)."""
+"""Start value of ``scale_in``: how sharply a token distinguishes the slots (ours, from a sweep)."""
 
 READ_SIZE = 0.5
-"""Start value of the read's scale times sqrt(M), since sums over M slots grow so (ours, likewise)."""
+"""Start value of ``scale_out`` times sqrt(M), as which a sum over M slots grows (ours, from a sweep)."""
 
 
 def decoder_layers(language_model: PreTrainedModel) -> list[Any]:
@@ -36,7 +36,7 @@ def decoder_layers(language_model: PreTrainedModel) -> list[Any]:
     found = getattr(language_model.get_decoder(), "layers", None)
     layers = list(found) if isinstance(found, nn.ModuleList) else []
     ffns = [getattr(layer, "mlp", None) for layer in layers]
-    # One that several layers share would be wrapped several times.
+    # An FFN shared by several layers would be wrapped several times.
     if not ffns or not all(isinstance(f, nn.Module) for f in ffns) or len({*map(id, ffns)}) < len(ffns):
         raise ModelError(
             f"{type(language_model).__name__} is not a decoder whose layers each have an FFN named `mlp` "
@@ -46,10 +46,10 @@ def decoder_layers(language_model: PreTrainedModel) -> list[Any]:
 
 
 class MemoryReader(nn.Module):
-    """The reader's parameters that all LLM layers share: query and output maps, position memory.
+    """The parameters that all LLM layers read their memory with: query and output maps, position memory.
 
-    Registered once, on the top model, for ``num_slots`` M visual tokens. ``w_out`` is zero at the start, so
-    that the model starts as its frozen language model.
+    Registered once, on the top model. ``w_out`` starts at zero, so that the model starts as its frozen
+    language model.
     """
 
     def __init__(self, dim: int, num_slots: int, rank: int) -> None:
@@ -72,10 +72,10 @@ class MemoryReader(nn.Module):
 
         It equals an FFN whose hidden units are the M slots, with keys ((S + P_k) * a) W_q^T, scores divided
         by the root mean square of x W_q, and values ((S + P_v) * b) W_o, without ever building those
-        [slots, dim] matrices. x W_q is normalised so that the spread of the scores does not hang on the LLM:
-        the inputs of an FFN have an RMS of 0.14 in SmolLM2 and of several in other LLMs.
+        [slots, dim] matrices. x W_q is normalised so that the spread of the scores does not depend on the
+        LLM: the inputs of an FFN have an RMS of 0.14 in SmolLM2 and of several in other LLMs.
 
-        ``memory`` may be what ``prepare`` made of S, which takes half as many operations a token.
+        ``memory`` may be the output of ``prepare``, which halves the operations a token.
         """
         query = F.rms_norm(x @ self.w_query, self.w_query.shape[-1:], eps=QUERY_EPS)
         if memory.ndim == 4:
@@ -89,7 +89,7 @@ class MemoryReader(nn.Module):
     def prepare(
         self, memory: Float[Tensor, "batch slots rank"], scale_in: Tensor, scale_out: Tensor
     ) -> Float[Tensor, "batch 2 slots rank"]:
-        """Keys (S + P_k) * a / sqrt(r) and values (S + P_v) * b, which decoding reads for every token."""
+        """Keys (S + P_k) * a / sqrt(r) and values (S + P_v) * b, for decoding."""
         to = memory.device
         keys = (memory + self.key_positions.to(to)) * (scale_in.to(to) * memory.shape[-1] ** -0.5)
         values = (memory + self.value_positions.to(to)) * scale_out.to(to)
@@ -97,10 +97,10 @@ class MemoryReader(nn.Module):
 
 
 class VisualFFN(nn.Module):
-    """Stands in the place of a decoder layer's FFN: out = FFN(x) + what the layer reads from the picture.
+    """Wraps a decoder layer's FFN: out = FFN(x) + what the layer reads from the picture.
 
     The top model's forward sets the memory, which stays until the next one, so that activation checkpointing
-    recomputes with the same memory. The shared reader belongs to the top model and is not registered here.
+    recomputes with it. The shared reader belongs to the top model and is not registered here.
     """
 
     def __init__(self, ffn: nn.Module, reader: MemoryReader, num_slots: int, rank: int) -> None:
@@ -112,7 +112,7 @@ class VisualFFN(nn.Module):
         self.memory: Tensor | None = None
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        """The layer's FFN plus the visual branch."""
+        """Adds the visual branch to the layer's FFN."""
         if self.memory is None:
             raise RuntimeError("no visual memory is set; call the DEHVF model, not its language model")
         visual = self._reader[0](x, self.memory, self.scale_in, self.scale_out)
@@ -120,10 +120,10 @@ class VisualFFN(nn.Module):
 
 
 def add_lora(language_model: PreTrainedModel, lora: dict[str, Any]) -> None:
-    """Injects ``DehvfConfig.lora`` into FFNs that are not wrapped yet; what it adds is zero at the start."""
+    """Injects ``DehvfConfig.lora`` into FFNs that are not wrapped yet; their output starts at zero."""
     if not is_peft_available():
         raise ModelError("the FFN adapters of this model are not folded into its weights: install peft")
-    # By full names: a bare one would also match maps outside the FFNs.
+    # By full names: a bare name would also match maps outside the FFNs.
     names = {module: name for name, module in language_model.named_modules()}
     adapted = [
         names[_linear_map(layer.mlp, target)]
@@ -165,12 +165,12 @@ def folded_weight(
     lora_b: Float[Tensor, "out rank"],
     scaling: float,
 ) -> Float[Tensor, "out in"]:
-    """The weight that does what a frozen weight and its adapter do together, in fp32: W + scaling B A."""
+    """A frozen weight with its adapter added, in fp32: W + scaling B A."""
     return weight.float().addmm(lora_b.float(), lora_a.float(), alpha=scaling)
 
 
 def fold_lora(model: nn.Module) -> None:
-    """Puts folded linear maps in the place of all adapters; sums are rounded once, to the weight's dtype."""
+    """Replaces all adapters by folded linear maps; sums are rounded once, to the weight's dtype."""
     for name, layer in _lora_layers(model).items():
         base = layer.get_base_layer()
         lora_a, lora_b = (parameter.data for parameter in _lora_pair(layer))

@@ -1,7 +1,7 @@
-"""Which base model a directory holds, told from its files alone; their tensors, read one at a time (ours).
+"""Which base model a directory holds, by its files alone, whose tensors are read one at a time (ours).
 
-The fingerprint of a checkpoint is the shape and four values of every tensor, at places that depend on its
-size alone. Fine-tuning changes nearly all values of the matrices, so four of each tell models apart;
+The fingerprint of a checkpoint is the shape and four values of every tensor, at positions that depend on its
+size alone. Fine-tuning changes nearly all values of the matrices, so four of each distinguish models;
 sharding, file format and prefixes of the names change nothing. A conversion between fp32, fp16 and bf16 moves
 values by one rounding step, which ``differences`` allows.
 """
@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 import math
-import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,25 +33,20 @@ from transformers.utils import (
 
 from .configuration import ModelError
 
-POINTER = "a git-LFS pointer in the file's place; run `git lfs pull` there"
+POINTER = "a git-LFS pointer instead of the file; run `git lfs pull` there"
 _POINTER = b"version https://git-lfs"
-# Module names that hold the wanted part of a checkpoint with several parts.
+# Module names of the part to use in a checkpoint with several parts.
 VISION_PARTS = {"vision_model", "vision_tower", "visual"}
 LANGUAGE_PARTS = {"language_model", "text_model"}
-# First words of a name that only say what the whole is wrapped in; versions of transformers differ in them.
+# First words of a tensor's name that only name wrapping modules; versions of transformers differ in them.
 _WRAPPERS = VISION_PARTS | LANGUAGE_PARTS | {"model", "transformer", "base_model", "gpt_neox"}
 # Buffers that older checkpoints store, and layers that transformers does not load.
 _NOT_WEIGHTS = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|num_batches_tracked)$|^mtp\.")
-# What reading damaged bytes raises.
-_DAMAGED = (
-    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
-    *(ValueError, LookupError, TypeError, AttributeError),
-)
 _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class StoredTensor(NamedTuple):
-    """What a file says of one of its tensors; ``start`` is the first byte, of safetensors."""
+    """A tensor by its file's header; ``start`` is its first byte, in safetensors."""
 
     path: Path
     shape: tuple[int, ...]
@@ -61,12 +55,12 @@ class StoredTensor(NamedTuple):
 
     @property
     def num_elements(self) -> int:
-        """Its values."""
+        """Number of its values."""
         return math.prod(self.shape)
 
     @property
     def is_quantised(self) -> bool:
-        """Whether it holds whole numbers or 8 bits, which mean nothing without scales."""
+        """Whether it holds integers or 8-bit floats, which mean nothing without scales."""
         return not self.dtype.is_floating_point or self.dtype.itemsize == 1
 
 
@@ -74,7 +68,7 @@ class StoredFile:
     """One file of a checkpoint, safetensors or ``.bin``; damaged ones raise ``ModelError``.
 
     A safetensors file is open only while it is read. A ``.bin`` is mapped as long as this object lives, or
-    held in memory if it is of before torch 1.6 and not zipped.
+    held in memory if it was written before torch 1.6 (not zipped).
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,7 +91,7 @@ class StoredFile:
         return (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(shape)
 
     def values(self, name: str, positions: Sequence[int]) -> list[float]:
-        """Single values of a tensor, at flat positions, in fp32."""
+        """Single values of a tensor, by their positions in it flattened, in fp32."""
         if self._loaded is not None:
             found = self._loaded[name].flatten()[torch.tensor(positions, dtype=torch.int64)]
         else:
@@ -127,8 +121,8 @@ class StoredFile:
         }
 
     def _bytes(self, starts: Sequence[int], count: int) -> list[bytearray]:
-        # Not by safe_open: it maps the file, and the system's reading ahead made four values cost all 26 GB.
-        # The buffer is small for the same reason.
+        # Not by safe_open, which maps the file: readahead then read all 26 GB for four values a tensor. The
+        # buffer is small for the same reason.
         parts = []
         with _readable(self.path), io.BufferedReader(io.FileIO(self.path), 4096) as file:
             for start in starts:
@@ -170,7 +164,7 @@ def _checkpoint_files(source: str) -> dict[Path, set[str]]:
 
 
 def _find_file(source: str, name: str) -> Path | None:
-    """A file of a directory or hub id; a hub that cannot be reached is answered for by the local cache."""
+    """A file of a directory or hub id; from the local cache if the hub cannot be reached."""
     try:
         path = cached_file(
             source,
@@ -184,7 +178,7 @@ def _find_file(source: str, name: str) -> Path | None:
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether git left a pointer in the file's place."""
+    """Whether the file is only git-LFS's pointer to it."""
     with path.open("rb") as file:
         return file.read(len(_POINTER)) == _POINTER
 
@@ -197,24 +191,24 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except _DAMAGED as error:
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path}: cannot be read: {reason}") from None
 
 
 def is_weight(name: str, shape: Sequence[int]) -> bool:
-    """Whether a checkpoint's tensor is a weight of the model, not a buffer that older checkpoints store."""
+    """Whether a tensor is a weight of the model, not one of the buffers that older checkpoints store."""
     causal_mask = name.endswith((".attn.bias", ".attention.bias")) and tuple(shape[:2]) == (1, 1)
     return not causal_mask and _NOT_WEIGHTS.search(name) is None
 
 
 def bare_name(name: str) -> str:
-    """A tensor's name without the words that only say what the whole is wrapped in."""
+    """A tensor's name without its wrapping prefix (``model.``, ``vision_model.``)."""
     return ".".join(itertools.dropwhile(_WRAPPERS.__contains__, name.split(".")))
 
 
 def sample_positions(num_elements: int) -> list[int]:
-    """At most four rising places in a flat tensor, a function of its size alone."""
+    """At most four rising positions in a flat tensor, a function of its size alone."""
     # Multiples of the golden ratio, modulo 1, spread evenly (Knuth's multiplicative hashing).
     fractions = [i * 2654435769 % 2**32 for i in range(1, 5)]
     return sorted({num_elements * fraction >> 32 for fraction in fractions} if num_elements else set())
@@ -223,12 +217,11 @@ def sample_positions(num_elements: int) -> list[int]:
 def weights_fingerprint(source: str, *, vision: bool) -> dict[str, str]:
     """Samples a few values of every tensor of a checkpoint (directory or hub id), without loading the model.
 
-    Of a two-tower checkpoint the vision part alone counts when ``vision``, of a multimodal one otherwise the
-    language part. Of safetensors only those values are read (0.15 s for 26 GB). The result is kept for the
-    process until a file changes.
+    If it has several parts, only the vision part counts, or without ``vision`` the language part. Of
+    safetensors only those values are read (0.15 s for 26 GB). The result is cached until a file changes.
 
-    Returns ``"32x48 0.125 -0.5 ..."`` by the names in the files: the shape, ``1`` of a scalar, and up to four
-    values in fp32, at 9 digits without loss.
+    Returns ``"32x48 0.125 -0.5 ..."`` by the names in the files: the shape, ``1`` for a scalar, and up to
+    four values in fp32, lossless with 9 digits.
     """
     stats = [(path, path.stat()) for path in _checkpoint_files(source)]
     whole = _sampled(tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats))
@@ -241,7 +234,7 @@ def weights_fingerprint(source: str, *, vision: bool) -> dict[str, str]:
 
 @lru_cache(maxsize=8)
 def _sampled(files: tuple[tuple[Path, int, int], ...]) -> dict[str, str]:
-    """Samples the tensors of files, which are given with time of change in ns and size in bytes."""
+    """Samples the tensors of files, passed with their modification time in ns and size in bytes."""
     found = {}
     for path, _, _ in files:
         file = StoredFile(path)
@@ -256,13 +249,13 @@ def _sampled(files: tuple[tuple[Path, int, int], ...]) -> dict[str, str]:
 def differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
     """Names of the tensors in which two fingerprints differ, layer by layer.
 
-    Tensors are compared by name without its wrapping prefix (``model.``, ``vision_model.``). One whose name
-    the other side lacks must agree with one whose name lacks here, each with another (it was renamed), or, of
-    matrices, with any (it is tied and stored twice).
+    Tensors are matched by ``bare_name``. Those without a counterpart must agree one to one with tensors that
+    lack one on the other side (they were renamed), or, if they are matrices, with any tensor there (they are
+    tied and stored twice).
 
-    Two values agree when they are at most one step apart in the coarsest format, of bf16, fp16 and fp32, that
-    holds all values of one of the two tensors. So fp32 weights are compared as fp32, and as bf16 only where
-    one side has passed through bf16. What fp16 cannot hold counts as 0 or infinity.
+    Two values agree if they are at most one step apart in the coarsest format, of bf16, fp16 and fp32, that
+    holds all values of one of the two tensors. So fp32 weights are compared as fp32, and as bf16 only if one
+    side was converted to bf16. What fp16 cannot hold counts as 0 or infinity.
     """
     ours, theirs = _by_bare_name(wanted), _by_bare_name(found)
     changed = {}
@@ -287,7 +280,7 @@ def differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str
 
 
 def _is_copy(value: str, others: Mapping[str, str]) -> bool:
-    """Whether a matrix stands on the other side, too; vectors of ones and zeros are everywhere."""
+    """Whether the other side has a matrix with these values; not for vectors, many of which are equal."""
     return "x" in value.split()[0] and any(_agree(value, other) for other in others.values())
 
 

@@ -15,44 +15,41 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration import Bool, DehvfConfig, Float, Int, ModelError
-from .features import PrefixProjector, Projector, visual_features
+from .features import HierarchicalFuser, PrefixProjector, Projector, visual_features
 from .ffn import MemoryReader, VisualFFN, add_lora, decoder_layers, lora_parameters
-from .fuser import HierarchicalFuser
 
 IGNORE_INDEX = -100
 
 
 @dataclass
 class DehvfOutput(ModelOutput):
-    """What a forward returns: losses where labels are given, else logits and what the decoder adds."""
+    """Losses if labels were passed, else logits and what the decoder returns beside them."""
 
     loss: Tensor | None = None
     """mean cross-entropy over the supervised tokens; 0 without any"""
     loss_sum: Tensor | None = None
-    """its sum, fp32, which the trainer weighs over ranks and micro-steps"""
-    num_tokens: Tensor | None = None
-    """supervised tokens, an int64 scalar"""
+    """the same as a sum, fp32; the trainer weights it over ranks and micro-steps"""
+    num_supervised: Tensor | None = None
+    """labels that count in the loss, an int64 scalar"""
     logits: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     router_weights: Tensor | None = None
-    """the fuser's ``[batch, layers, feature_layers]``, when pictures were encoded"""
+    """the fuser's weights, ``[batch, layers, feature_layers]``, if pictures were encoded"""
 
 
 class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """DEHVF over any HF decoder with an ``mlp`` a layer and any HF vision tower with hidden states.
+    """DEHVF over an HF decoder whose layers have an ``mlp`` and an HF vision tower with hidden states.
 
     ``config.fusion`` selects the method: ``ffn`` embeds the pictures in every FFN and adds no token;
-    ``prefix`` puts projected patches before the text; ``none`` sees no picture. LoRA adapters in the FFNs are
-    on in all of them unless ``config.lora`` is None. At initial values ``ffn`` and ``none`` compute exactly
-    what the language model computes. A backbone that is not given has random weights.
+    ``prefix`` puts projected patches before the text; ``none`` ignores pictures. All of them have LoRA
+    adapters in the FFNs unless ``config.lora`` is None. At initial values ``ffn`` and ``none`` compute
+    exactly what the language model computes. Without backbones their weights are random.
     """
 
     config_class = DehvfConfig
     config: DehvfConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -85,10 +82,9 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         elif config.fusion == "prefix":
             scale = getattr(config.text_config, "initializer_range", 0.02)
             self.prefix_projector = PrefixProjector(vision_dim, text_dim, config.prefix_tokens, scale)
-        # Every module of ours initialises itself and the backbones come with weights of their own.
-        with no_init_weights():
+        with no_init_weights():  # the backbones have their weights already
             self.post_init()
-        # Backbones may do without some weights that their own classes can do without; an export holds all.
+        # Some backbone classes tolerate missing weights; an export holds all of them.
         self._keys_to_ignore_on_load_missing = set()
         self._keys_to_ignore_on_load_unexpected = set()
         self.requires_grad_(False)
@@ -96,17 +92,17 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             parameter.requires_grad_(True)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: modules of ours hold their start values from their constructors."""
+        """Does nothing: constructors set the start values."""
 
     def recompute_layers(self) -> None:
-        """Has backward recompute the decoder's layers, whose activations are not kept."""
+        """Switches activation checkpointing on for the decoder's layers."""
         decoder = self.language_model
-        # Renamed in transformers 5.23, which warns of the old name.
+        # Renamed in transformers 5.23, which warns about the old name.
         enable = getattr(decoder, "activation_checkpointing_enable", decoder.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """The exact set that trains, by name: projector, fuser, reader, scales and FFN adapters."""
+        """The trainable parameters by name: projector, fuser, reader, scales and FFN adapters."""
         chosen = {id(p) for p in lora_parameters(self.language_model)}
         for name, module in self.named_modules():
             if name in ("projector", "fuser", "reader", "prefix_projector") or isinstance(module, VisualFFN):
@@ -114,7 +110,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return {name: p for name, p in self.named_parameters() if id(p) in chosen}
 
     def train(self, mode: bool = True) -> DehvfForConditionalGeneration:
-        """Sets training mode; the frozen tower stays in evaluation mode, without dropout."""
+        """Sets training mode, but leaves the frozen tower in evaluation mode."""
         super().train(mode)
         if self.config.fusion != "none":
             self.vision_tower.eval()
@@ -122,12 +118,11 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loads an export as ``PreTrainedModel.from_pretrained`` does, see ``refuse_incomplete``."""
+        """Loads an export like ``PreTrainedModel.from_pretrained``, strictly (``refuse_incomplete``)."""
         wants_info = kwargs.pop("output_loading_info", False)
-        # Shapes are refused here, by name; transformers' own error names no tensor.
+        # For an error that names the tensor; transformers' own does not.
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        loaded: Any = super().from_pretrained(source, *args, **kwargs)
-        model, info = loaded
+        model, info = super().from_pretrained(source, *args, **kwargs)  # pyright: ignore[reportGeneralTypeIssues]
         refuse_incomplete(model, info, info["unexpected_keys"], str(source))
         return (model, info) if wants_info else model
 
@@ -142,21 +137,16 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def encode_images(
         self, pixel_values: Float[Tensor, "batch 3 height width"], has_image: Bool[Tensor, " batch"] | None
     ) -> tuple[Float[Tensor, "batch layers slots rank"], Float[Tensor, "batch layers feature_layers"]]:
-        """The visual memory of every LLM layer, zero on rows without a picture, and the fuser's weights.
-
-        Of ``fusion: ffn``, once per picture. Without ``has_image`` all rows have one.
-        """
+        """The visual memory of every LLM layer, zero on rows without a picture, and the fuser's weights."""
         features = visual_features(self.vision_tower, pixel_values, self.config.feature_layers)
-        if has_image is None:
-            has_image = pixel_values.new_ones(len(pixel_values), dtype=torch.bool)
-        return self.fuser(features[:, :, 0], self.projector(features), has_image)
+        return self.fuser(features[:, :, 0], self.projector(features), _present(pixel_values, has_image))
 
     def prepare_memory(
         self, memory: Float[Tensor, "batch layers *slots rank"]
     ) -> Float[Tensor, "batch layers *slots rank"]:
-        """Every layer's keys and values, ``[batch, layers, 2, slots, rank]``, read for every new token.
+        """Every layer's keys and values, ``[batch, layers, 2, slots, rank]``, which decoding reads per token.
 
-        A model whose weights are not all at hand (offloaded, partitioned) gets the memory as it is.
+        Unchanged if the weights are not all present (offloaded, partitioned).
         """
         ffns = [layer.mlp for layer in decoder_layers(self.language_model)]
         needed = (self.reader.key_positions, self.reader.value_positions, *(ffn.scale_in for ffn in ffns))
@@ -166,9 +156,9 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return torch.stack([self.reader.prepare(one, f.scale_in, f.scale_out) for f, one in layers], dim=1)
 
     def set_memory(self, memory: Float[Tensor, "batch layers *slots rank"] | None) -> None:
-        """Hands each layer its memory, prepared or not, until the next call."""
+        """Sets each layer's memory, prepared or not, until the next call."""
         layers = decoder_layers(self.language_model)
-        # unbind, not an index a layer: the latter's backward fills a tensor of the whole size each time.
+        # unbind: the backward of indexing would fill a tensor of the whole size for each layer.
         slices = [None] * len(layers) if memory is None else memory.unbind(dim=1)
         for layer, memory_of_layer in zip(layers, slices, strict=True):
             layer.mlp.memory = memory_of_layer
@@ -187,12 +177,11 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         supervised: Int[Tensor, " chosen"] | None = None,
         **kwargs: Any,
     ) -> DehvfOutput:
-        """With ``labels`` losses alone are returned, else logits at every position, as ``generate`` needs.
+        """Returns losses only if ``labels`` are passed, else logits at every position.
 
-        ``supervised`` names the positions of which logits make the loss, each one before its label's, in the
-        rows laid end to end; None finds them, for which a GPU has to be waited for. ``visual_memory``,
-        prepared or not, takes the place of pictures that are encoded already. Without either, rows are
-        text-only. Without ``has_image`` every row's picture counts.
+        ``supervised`` holds the positions whose logits make the loss, each one before its label, as indices
+        into the flattened rows; without it the host waits for the GPU. ``visual_memory``, prepared or not,
+        may replace ``pixel_values``. Without ``has_image`` every row has a picture.
         """
         router_weights = wanted = None
         if labels is not None:
@@ -212,15 +201,10 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 supervised = supervised + (supervised // num_tokens + 1) * num_before
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
+        inputs = {"inputs_embeds": embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         if wanted is None or supervised is None:
             kwargs.pop("return_dict", None)  # it is always one
-            out = self.language_model(
-                inputs_embeds=embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
+            out = self.language_model(**inputs, past_key_values=past_key_values, **kwargs)
             return DehvfOutput(
                 logits=out.logits,
                 past_key_values=out.past_key_values,
@@ -228,53 +212,45 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 attentions=out.get("attentions"),
                 router_weights=router_weights,
             )
-        logits = self.logits_at(supervised, embeds, attention_mask, position_ids)
+        logits = self.logits_at(supervised, inputs)
         loss_sum = F.cross_entropy(logits.float(), wanted.to(logits.device), reduction="sum")
-        count = torch.full((), len(wanted), device=loss_sum.device)
-        loss = loss_sum / max(1, len(wanted))
-        return DehvfOutput(loss=loss, loss_sum=loss_sum, num_tokens=count, router_weights=router_weights)
+        return DehvfOutput(
+            loss=loss_sum / max(1, len(wanted)),
+            loss_sum=loss_sum,
+            num_supervised=torch.full((), len(wanted), device=loss_sum.device),
+            router_weights=router_weights,
+        )
 
     def logits_at(
-        self,
-        chosen: Int[Tensor, " chosen"],
-        embeds: Float[Tensor, "batch tokens dim"],
-        attention_mask: Int[Tensor, "batch tokens"] | None = None,
-        position_ids: Int[Tensor, "batch tokens"] | None = None,
+        self, chosen: Int[Tensor, " chosen"], inputs: Mapping[str, Tensor | None]
     ) -> Float[Tensor, "chosen vocab"]:
-        """Logits at the chosen positions alone, by the decoder's own forward, on fewer hidden states.
+        """Logits of the decoder's ``inputs`` at the chosen positions of the flattened rows only.
 
-        Between its layers and its logits a decoder may do more than apply its head: scale, cap, normalise.
+        They come from the decoder's own forward, with fewer hidden states: between its layers and its logits
+        a decoder may do more than apply its head, such as scaling, capping or normalising.
         """
         kept: list[Tensor] = []
 
         def keep_chosen(_module: nn.Module, _args: Any, output: Any) -> Any:
             hidden = output.last_hidden_state
-            # One row of all: a sliced 3-D tensor makes the CPU copy the head's weight per row.
+            # As a single row: for a sliced 3-D tensor the CPU copies the head's weight per row.
             output.last_hidden_state = hidden.flatten(0, 1)[chosen.to(hidden.device)][None]
             kept.append(output.last_hidden_state)
             return output
 
-        hook = self.get_decoder().register_forward_hook(keep_chosen)
-        try:
-            logits = self.language_model(
-                inputs_embeds=embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=False,
-            ).logits
-        finally:
-            hook.remove()
+        with self.get_decoder().register_forward_hook(keep_chosen):
+            logits = self.language_model(**inputs, use_cache=False).logits
         if len(kept) != 1 or logits.shape[:2] != kept[0].shape[:2]:
             raise ModelError(
-                f"{type(self.language_model).__name__} makes its logits of something else than the hidden "
-                "states of its layers; it cannot be trained"
+                f"{type(self.language_model).__name__} computes its logits from something else than the "
+                "hidden states of its layers; it cannot be trained"
             )
         return logits[0]
 
     def _memory_of(
         self, embeds: Tensor, pixel_values: Tensor | None, has_image: Tensor | None, memory: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The rows' memory: given, of their pictures, or zeros; with the fuser's weights of pictures."""
+        """The rows' memory: the one passed, that of the pictures, or zeros; and the fuser's weights."""
         router_weights = None
         if memory is None and pixel_values is not None:
             memory, router_weights = self.encode_images(pixel_values, has_image)
@@ -287,13 +263,9 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _prepend_prefix(
         self, embeds: Tensor, mask: Tensor | None, pixel_values: Tensor, has_image: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Puts the projected patches of the block before the last before the text.
-
-        Rows without a picture mask them and multiply them by 0.
-        """
+        """Puts the projected patches of the last block but one before the text; masked without a picture."""
         _require_a_picture_a_row(pixel_values, embeds)
-        if has_image is None:
-            has_image = pixel_values.new_ones(len(pixel_values), dtype=torch.bool)
+        has_image = _present(pixel_values, has_image)
         if mask is None:
             mask = embeds.new_ones(embeds.shape[:2], dtype=torch.long)
         block = max(1, self.config.vision_config.num_hidden_layers - 1)
@@ -312,15 +284,11 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds: Float[Tensor, "batch tokens dim"] | None = None,
         **kwargs: Any,
     ) -> Int[Tensor, "batch new_tokens"]:
-        """Generates as ``GenerationMixin.generate`` and returns the new tokens only, whatever ``fusion`` is.
+        """Generates like ``GenerationMixin.generate``, but always returns the new tokens only.
 
-        Prompts are padded on the left. Each picture is encoded once: every layer's keys and values are
-        computed before the first token. ``visual_memory`` may be given in the pictures' place.
+        Prompts are padded on the left; ``visual_memory`` may be passed instead of pictures.
         """
-        if input_ids is None:
-            input_ids = kwargs.pop("inputs", None)
-        if input_ids is None and inputs_embeds is None:
-            raise ValueError("generate needs prompts: input_ids or inputs_embeds")
+        input_ids = kwargs.pop("inputs", input_ids)
         embeds: Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.fusion == "ffn":
             memory, _ = self._memory_of(embeds, pixel_values, has_image, kwargs.get("visual_memory"))
@@ -332,20 +300,23 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
 
+def _present(pixel_values: Tensor, has_image: Tensor | None) -> Tensor:
+    return pixel_values.new_ones(len(pixel_values), dtype=torch.bool) if has_image is None else has_image
+
+
 def _require_a_picture_a_row(pictures: Tensor, embeds: Tensor) -> None:
-    """Refuses a single picture for several rows, which all of them would see by broadcasting."""
+    """Refuses one picture for several rows, which broadcasting would show to all of them."""
     if len(pictures) != len(embeds):
-        raise ValueError(f"{len(pictures)} pictures for {len(embeds)} rows; a row has one, see has_image")
+        raise ValueError(f"{len(pictures)} pictures for {len(embeds)} rows; pass one a row, see has_image")
 
 
 def refuse_incomplete(
     model: nn.Module, info: Mapping[str, Any], unexpected: Collection[str], source: str
 ) -> None:
-    """Refuses a loaded model whose weights are not exactly those of its files: transformers only warns.
+    """Refuses a loaded model whose weights are not exactly those of its files, where transformers only warns.
 
-    Weights may be missing or of another shape by the ``info`` of ``from_pretrained``, ``unexpected`` (stored
-    ones that the model must not do without), or not finite. Those on the meta device or on another rank are
-    not looked at for their values.
+    ``info`` is that of ``from_pretrained``; ``unexpected`` are stored weights that must not be ignored.
+    Weights that are not finite are refused too, if they are on this rank.
     """
     missing = set(info["missing_keys"]) - set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     if missing:
@@ -354,8 +325,8 @@ def refuse_incomplete(
         raise ModelError(f"{source}: {name} has shape {list(found)}, not {list(wanted)}")
     if unexpected:
         raise ModelError(
-            f"{source}: holds {_named(unexpected)}, that its config.json has no place for; what it computed "
-            "when it was trained is not what it would compute here"
+            f"{source}: holds {_named(unexpected)}, which its config.json has no place for; the model would "
+            "not compute what it computed in training"
         )
     for name, parameter in model.named_parameters():
         if not _is_finite(parameter):
@@ -363,14 +334,14 @@ def refuse_incomplete(
 
 
 def _is_finite(parameter: Any) -> bool:
-    """Whether the values at hand are; under ZeRO-3 this rank's share, without the padding of the last one."""
+    """Whether the local values are finite; under ZeRO-3 this rank's partition, without its padding."""
     tensor, share = parameter.detach(), getattr(parameter, "ds_tensor", None)
     if share is not None:
         start = share.numel() * torch.distributed.get_rank(getattr(parameter, "ds_process_group", None))
         tensor = share.detach().flatten()[: max(0, parameter.ds_numel - start)]
     if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         return True
-    # The extremes are finite unless a value is not: one pass, without a mask as large as the tensor.
+    # One pass, without a mask as large as the tensor.
     return all(bool(end.isfinite()) for end in tensor.aminmax())
 
 

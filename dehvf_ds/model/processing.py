@@ -1,8 +1,8 @@
 """The processor: texts to ids, and the tower's image processor and the decoder's tokenizer behind one call.
 
-Training, evaluation, generation and exports make ids by the functions here (ours). What a tokenizer does by
-itself around a text (a begin of text, an end of text, [CLS] and [SEP]) is not taken: before a prompt stands
-its begin of text, if it has the habit of putting one, and nothing else.
+Training, evaluation, generation and exports tokenise with the functions here (ours). Special tokens that a
+tokenizer adds by itself (begin of text, end of text, [CLS], [SEP]) are left out, except for a begin of text
+before the prompt.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from transformers.processing_utils import ProcessorMixin
 from .configuration import ModelError
 from .pictures import open_picture, to_pixels, upright_for
 
-# Prompts end and targets begin like these.
+# How prompts end and targets begin.
 _SEAM_PROBES = (("picture:", "The dog"), ("Response:", "The answer is"), ("a", "b"))
-# What a hub is asked with.
+# Arguments that say where to load from.
 _PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 @dataclass(frozen=True)
 class TokenizerTraits:
-    """How a tokenizer behaves where prompt and target meet."""
+    """How a tokenizer treats the seam of prompt and target, and its special tokens."""
 
     bos: tuple[int, ...]
-    """ids that it puts before a text by itself; empty or the begin-of-text id"""
+    """ids that it adds before a text; empty or the begin-of-text id"""
     seam: str
     """text before the target that makes its ids continue the prompt's: a space for byte-level BPE, nothing
-    for sentencepiece, which starts every text with one of its own"""
+    for sentencepiece, which adds one itself"""
     eos_id: int
     pad_id: int
-    """the end-of-text id where the tokenizer has none for padding"""
+    """the end-of-text id if there is no padding token"""
 
 
 @lru_cache(maxsize=8)
 def tokenizer_traits(tokenizer: PreTrainedTokenizerBase) -> TokenizerTraits:
-    """Finds out by trial how a tokenizer behaves; one that cannot be used raises ``ModelError``.
+    """Finds out how a tokenizer behaves by trying; one that cannot be used raises ``ModelError``.
 
-    The seam is the one that makes the ids of prompt and target, taken apart, equal those of the whole text.
+    With the right seam the ids of prompt and target, tokenised separately, are those of the whole text.
     """
     eos_id = tokenizer.eos_token_id
     name = tokenizer_name(tokenizer)
@@ -60,21 +60,21 @@ def tokenizer_traits(tokenizer: PreTrainedTokenizerBase) -> TokenizerTraits:
         ):
             pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos_id
             return TokenizerTraits(bos_ids(tokenizer), seam, eos_id, pad_id)
-    raise ModelError(f"{name}: 'prompt' and ' target' taken apart differ from 'prompt target' in ids")
+    raise ModelError(f"{name}: 'prompt' and ' target' taken apart have other ids than 'prompt target'")
 
 
 @lru_cache(maxsize=8)
 def bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids that a tokenizer puts before a text by itself: none, or the begin-of-text id."""
+    """The ids that a tokenizer adds before a text: none, or the begin-of-text id."""
     first = tokenizer("a").input_ids[0]
     return (first,) if first == tokenizer.bos_token_id and first != text_ids(tokenizer, "a")[0] else ()
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The ids of a prompt, as it stands before a target and as generation begins from it: [bos] prompt.
+    """The ids of a prompt, before a target or for generation: [bos] prompt.
 
-    Space at its end is left out: the target brings its own. The end-of-text token stands for a prompt that
-    would have no ids at all.
+    Trailing space is stripped, as the target begins with its own. A prompt without any ids becomes the
+    end-of-text token.
     """
     traits = tokenizer_traits(tokenizer)
     stripped = prompt.rstrip()
@@ -82,27 +82,27 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> list[int]:
-    """The ids of a target behind its prompt, without its end of text; special tokens in it are plain text."""
+    """The ids of a target after its prompt, without end of text; special tokens in it are plain text."""
     seam = tokenizer_traits(tokenizer).seam if prompt.rstrip() else ""
     return text_ids(tokenizer, seam + target, plain=True) if target else []
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, plain: bool = False) -> list[int]:
-    """The ids of a text, uncut, and of nothing around it; ``plain`` takes special tokens as plain text."""
-    # verbose=False: a text above the tokenizer's model_max_length is no mistake here.
+    """The ids of a text, not truncated; ``plain`` takes special tokens in it as plain text."""
+    # verbose=False: no warning of texts longer than the tokenizer's model_max_length.
     return tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=plain).input_ids
 
 
 def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
-    """``tokenizer NAME``, as messages to the user call it."""
+    """``tokenizer NAME``, for messages."""
     return f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
 
 
 class DehvfProcessor(ProcessorMixin):
     """Turns pictures and prompts into the model's inputs, as in training.
 
-    With ``written_prompts`` prompts are conversations that ``chat_template`` has written, as the model was
-    trained with: taken to the letter. Else they are instructions, whose last space is left out.
+    With ``written_prompts`` prompts are conversations formatted by ``chat_template``, and taken verbatim.
+    Otherwise they are instructions, stripped of trailing space.
     """
 
     def __init__(
@@ -118,9 +118,9 @@ class DehvfProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, source: Any, **kwargs: Any) -> Any:
-        """Loads a processor as ``ProcessorMixin`` does, but whose pictures go through PIL.
+        """Loads a processor like ``ProcessorMixin``, but with the PIL backend, as in training.
 
-        transformers would take torchvision where that is installed, which resizes otherwise than in training.
+        With torchvision installed transformers would use that, which resizes differently.
         """
         processor = super().from_pretrained(source, **kwargs)
         place = {name: kwargs[name] for name in _PLACE if name in kwargs}
@@ -128,10 +128,10 @@ class DehvfProcessor(ProcessorMixin):
         return processor
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
-        """Writes the processor as ``ProcessorMixin`` does, but its tokenizer as one to take as it stands.
+        """Writes the processor like ``ProcessorMixin``, but with a ``PreTrainedTokenizerFast``.
 
-        Classes of transformers build parts of a tokenizer anew as they load it, and not all of their settings
-        are saved (``legacy`` of LLaMA's, for one).
+        Other classes rebuild parts of a tokenizer at loading, from settings that are not all saved (LLaMA's
+        ``legacy``).
         """
         written = super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory) / "tokenizer_config.json"
@@ -142,25 +142,23 @@ class DehvfProcessor(ProcessorMixin):
         return written
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
-        """Processes a batch for ``generate``: prompts padded on the left, a picture a row or none.
+        """Processes a batch for ``generate``: prompts padded on the left, at most one picture a row.
 
-        ``images`` is a picture (PIL's, the path or the bytes of a file, or an address) or, for several rows,
-        a list with a picture, a list of one picture, or None a row. ``text`` is a prompt or a list of them.
-        No placeholder stands for the picture. ``add_special_tokens=False`` takes prompts to the letter, begin
-        of text included; other arguments are ignored.
+        ``images`` is a picture (PIL, path, bytes of a file, or URL) or, for several rows, a list with a
+        picture, a list of one picture, or None a row. ``text`` is a prompt or a list of them, without
+        placeholders for pictures. ``add_special_tokens=False`` takes prompts verbatim, begin of text
+        included; other arguments are ignored.
 
         Returns tensors ``input_ids``, ``attention_mask`` and, with pictures, ``pixel_values``; ``has_image``
-        where some rows have none.
+        if some rows have none.
         """
         features: dict[str, Any] = {}
         rows = _one_picture_a_row(images)
         if text is not None:
             prompts = list(text) if _is_list(text) else [text]
-            if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-                raise ValueError("text is a prompt, or a list of prompts, one a row")
             if rows and len(rows) != len(prompts):
                 raise ValueError(
-                    f"{len(rows)} pictures for {len(prompts)} prompts; a row has one picture or None"
+                    f"{len(rows)} pictures for {len(prompts)} prompts; pass a picture or None a row"
                 )
             features |= self._ids(prompts, kwargs.get("add_special_tokens", True))
         present = torch.tensor([picture is not None for picture in rows], dtype=torch.bool)
@@ -174,18 +172,18 @@ class DehvfProcessor(ProcessorMixin):
         return BatchFeature(data=features)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """Writes a conversation as text, or with ``tokenize`` as the model's inputs, its picture included.
+        """Formats a conversation as text, or with ``tokenize`` as the model's inputs, its picture included.
 
-        The template writes the begin-of-text token itself, where the model was trained with one.
+        The template itself writes the begin-of-text token, if the model was trained with one.
         """
         if kwargs.get("tokenize"):
-            given = kwargs.get("processor_kwargs") or {}
-            kwargs["processor_kwargs"] = {"add_special_tokens": False} | given
+            more = kwargs.get("processor_kwargs") or {}
+            kwargs["processor_kwargs"] = {"add_special_tokens": False} | more
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
-        """What a call may return."""
+        """Names that a call may return."""
         return ["input_ids", "attention_mask", "pixel_values", "has_image"]
 
     def _ids(self, prompts: Sequence[str], add_special_tokens: bool) -> dict[str, torch.Tensor]:
@@ -200,7 +198,7 @@ class DehvfProcessor(ProcessorMixin):
         return {"input_ids": ids, "attention_mask": mask}
 
     def _pixels(self, picture: Any) -> torch.Tensor:
-        # Decoded at the scale that training decodes at.
+        # Decoded at the same scale as in training.
         side = to_pixels(self.image_processor, Image.new("RGB", (32, 32))).shape[-1]
         return to_pixels(self.image_processor, upright_for(open_picture(picture), side))
 

@@ -1,4 +1,4 @@
-"""Which node is sick: judged from reports, and over two tasks that look and communicate."""
+"""Which node is sick: decided from reports, and by two tasks that communicate."""
 
 from __future__ import annotations
 
@@ -70,11 +70,7 @@ def test_who_does_not_communicate_is_sick_where_others_do() -> None:
 
 @pytest.mark.parametrize(
     ("local_rank", "free", "what", "found"),
-    [
-        (3, 0.5, "GPU 3", "37.3 of 74.5 GiB"),
-        (8, 1, "GPUs", "8 visible, fewer than tasks"),
-        (0, 1, "GPUs", "no GPU"),
-    ],
+    [(3, 0.5, "GPU 3", "37.3 of 74.5 GiB"), (8, 1, "GPUs", "8 visible, fewer"), (0, 1, "GPUs", "no GPU")],
 )
 def test_a_gpu_that_is_missing_or_in_use(monkeypatch, local_rank, free, what, found) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
@@ -131,7 +127,7 @@ def test_a_task_that_is_cut_off_is_named_by_the_deadline(
     tmp_path: Path, port: int, monkeypatch, capfd
 ) -> None:
     monkeypatch.setattr(node_check, "look", lambda flags, world: ({}, {}))
-    monkeypatch.setattr(node_check, "REDUCE_S", 2.0)
+    monkeypatch.setattr(node_check, "REDUCE_TIMEOUT_S", 2.0)
     for name, value in environment(0, port).items():
         monkeypatch.setenv(name, value)
     (tmp_path / "n2.1.json").write_text(json.dumps(asdict(TaskReport("n2", 1, {}, {}))))

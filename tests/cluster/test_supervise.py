@@ -1,10 +1,9 @@
-"""What becomes of a job: decisions by themselves, and whole jobs on stand-ins of SLURM's commands."""
+"""A job's life: decisions by themselves, and whole jobs on fakes of SLURM's commands."""
 
 from __future__ import annotations
 
 import ast
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -44,23 +43,15 @@ def test_it_runs_by_an_old_python_without_packages() -> None:
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
 
 
-@pytest.mark.parametrize(
-    ("failed", "since_failure_s", "running_s", "do", "code"),
-    [
-        ("", 0, 9, "wait", 0),
-        ("1 7\n", 5, 9, "wait", 0),
-        # The first is the cause.
-        ("1 7\n0 1\n", 6, 9, "give up", 7),
-        # Half a line is none.
-        ("1 ", 6, 9, "wait", 0),
-        ("", 0, 11, "give up", 124),
-    ],
-)
-def test_ranks_are_given_up_some_time_after_the_first_failure(
-    failed: str, since_failure_s: float, running_s: float, do: str, code: int
-) -> None:
-    action = watch_ranks(failed, since_failure_s, running_s, linger_s=5, limit_s=10)
-    assert (action.do, action.code) == (do, code)
+def test_ranks_are_given_up_some_time_after_the_first_failure() -> None:
+    for failed, since_failure_s, running_s, expected in (
+        ("1 7\n", 5, 9, ("wait", 0)),
+        ("1 7\n0 1\n", 6, 9, ("give up", 7)),  # the first is the cause
+        ("1 ", 6, 9, ("wait", 0)),  # half a line does not count
+        ("", 0, 11, ("give up", 124)),
+    ):
+        action = watch_ranks(failed, since_failure_s, running_s, linger_s=5, limit_s=10)
+        assert (action.do, action.code) == expected
 
 
 @pytest.mark.parametrize("is_ours", [True, False])
@@ -68,8 +59,8 @@ def test_ranks_are_given_up_some_time_after_the_first_failure(
 @pytest.mark.parametrize("code", [0, 1, 2, 74, 85, 124, 137, 138, 143])
 def test_a_job_goes_on_unless_it_is_done_wrong_cancelled_or_stuck(code, failed_before, is_ours) -> None:
     action = after_ranks(code, is_ours, "17", failed_before)
-    asked = code in (85, 138, 143)
-    goes_on = is_ours and code not in (0, 2, 74) and (asked or not failed_before)
+    stopped = code in (85, 138, 143)
+    goes_on = is_ours and code not in (0, 2, 74) and (stopped or not failed_before)
     assert (action.do, action.code) == ("requeue" if goes_on else "end", code)
     if is_ours and failed_before and code in (1, 124, 137):
         assert action.message == f"error: failed twice at step 17 (exit code {code}); not requeued"
@@ -79,28 +70,25 @@ BOTH = {"n1": 2, "n2": 2}
 
 
 @pytest.mark.parametrize(
-    ("code", "heard", "sick", "do", "ended", "left_out"),
+    ("code", "reports", "sick", "do", "ended", "left_out"),
     [
         (0, BOTH, None, "go on", 0, ()),
         (2, BOTH, None, "end", 2, ()),
         (85, BOTH, None, "requeue", 85, ()),
         (3, BOTH, ["n2"], "requeue", 3, ("n2",)),
-        # It is not known which: no other start would differ.
-        (3, BOTH, [], "end", 3, ()),
-        # The first task was not able to judge.
-        (3, {"n1": 2, "n2": 1}, None, "requeue", 3, ("n2",)),
+        (3, BOTH, [], "end", 3, ()),  # another start would be no better
+        (3, {"n1": 2, "n2": 1}, None, "requeue", 3, ("n2",)),  # the first task could not judge
         (124, BOTH, None, "requeue", 3, ("n1",)),
-        # No such program.
-        (127, {"n1": 0, "n2": 0}, None, "end", 2, ()),
+        (127, {"n1": 0, "n2": 0}, None, "end", 2, ()),  # no such program
     ],
 )
-def test_what_the_check_of_the_nodes_leads_to(code, heard, sick, do, ended, left_out) -> None:
-    action = after_check(code, True, heard, 2, sick, exclude=True)
+def test_what_the_check_of_the_nodes_leads_to(code, reports, sick, do, ended, left_out) -> None:
+    action = after_check(code, True, reports, 2, sick, exclude=True)
     assert (action.do, action.code, action.sick) == (do, ended, left_out)
     if code:
-        assert after_check(code, False, heard, 2, sick, exclude=True).do == "end"
+        assert after_check(code, False, reports, 2, sick, exclude=True).do == "end"
     if action.sick:
-        assert after_check(code, True, heard, 2, sick, exclude=False).do == "end"
+        assert after_check(code, True, reports, 2, sick, exclude=False).do == "end"
 
 
 def test_the_second_node_acts_only_where_the_first_is_dead() -> None:
@@ -108,8 +96,7 @@ def test_the_second_node_acts_only_where_the_first_is_dead() -> None:
     assert succeed(60, 60, False, None) == Action("ask")
     assert succeed(60, 60, False, True) == Action("wait")
     assert succeed(60, 60, False, False) == Action("requeue")
-    # SLURM knew before.
-    assert succeed(1, 60, True, None) == Action("requeue")
+    assert succeed(1, 60, True, None) == Action("requeue")  # SLURM has noticed first
 
 
 def test_a_failure_goes_back_into_the_queue_once_at_each_step(job: FakeJob) -> None:
@@ -138,6 +125,8 @@ time.sleep(60)"""
     assert job.run(RANK=rank, HANGS=hangs, MAX_REQUEUES="0") == 9
     assert "error: ranks that failed (rank, exit code): 1 9; giving the others up" in job.log
     assert "most recent call first" in (job.logs / "rank-0.log").read_text()
+    # The run has no directory yet.
+    assert (job.run_dir / "failures.txt").read_text() == "job 7 restart 0 code 9 step start\n"
     assert "error: requeued 0 times already (MAX_REQUEUES)" in job.log
     assert not job.calls("scontrol")
 
@@ -205,11 +194,6 @@ def test_the_login_node_looks_before(job: FakeJob) -> None:
     flags = "--deepspeed ds_configs/zero2.json --config coco_llama13b --train.lr 1 --dry-run"
     assert job.calls("python") == [f"python dehvf_ds/train.py {flags}"]
     assert not job.calls("srun")
-
-
-def test_a_failure_before_the_run_has_a_directory_is_remembered(job: FakeJob) -> None:
-    assert job.run(RANK="exit 1") == 1
-    assert re.fullmatch(r"job \d+ restart 0 code 1 step start\n", (job.run_dir / "failures.txt").read_text())
 
 
 def test_arrays_and_other_folders_are_refused(job: FakeJob, tmp_path: Path) -> None:

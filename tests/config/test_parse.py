@@ -1,8 +1,9 @@
-"""Flags and YAML as people write them: what is refused, and that no text or number changes on its way."""
+"""Flags and YAML as people write them: no text or number changes, and mistakes are refused in one line."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -11,23 +12,28 @@ from typing import get_args, get_type_hints
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from dehvf_ds.config import (
     EvalConfig,
+    GenerateConfig,
     RunConfig,
     TrainConfig,
     UserError,
     expand_flags,
     ignored_settings,
     load_run_config,
+    parse_config,
     parse_eval_config,
     parse_generate_config,
     parse_run_config,
     save_run_config,
     settings_of,
 )
-from dehvf_ds.config.run import WITHOUT_EFFECT, ModelConfig
+from dehvf_ds.config.parse import WITHOUT_EFFECT
+from dehvf_ds.config.settings import ModelConfig
 from dehvf_ds.model.configuration import ROUTERS
+from dehvf_ds.planning.time import PlanConfig
 
 BASE = """\
 run_dir: runs/x
@@ -86,21 +92,17 @@ def test_what_is_saved_reads_back_equal(tmp_path_factory, prompt: str | None, lr
     ("written", "name", "value"),
     [
         ("train.lr: 1e-3", "train.lr", 1e-3),
-        ("train.lr: 1", "train.lr", 1.0),
         ("train.warmup_steps: 010", "train.warmup_steps", 10),
-        ("train.warmup_steps: 1_000", "train.warmup_steps", 1000),
+        ("train.warmup_steps: 1e3", "train.warmup_steps", 1000),
         ("train.betas: [.8, 9e-1]", "train.betas", (0.8, 0.9)),
         ("model.feature_layers: 1, 3", "model.feature_layers", (1, 3)),
         ("train.activation_checkpointing: yes", "train.activation_checkpointing", True),
-        ("train: {steps: null}", "train.steps", None),
         ("train.steps:", "train.steps", None),
         ("train:\n  # steps: 4\neval:", "train.steps", None),
         ("data.prompt: yes", "data.prompt", "yes"),
         ("data.prompt: 'null'", "data.prompt", "null"),
         ("data.prompt: null", "data.prompt", None),
         ("data.prompt: '#1'", "data.prompt", "#1"),
-        ("data.prompt: |\n    two\n    lines", "data.prompt", "two\nlines\n"),
-        ("data.prompt: ''", "data.prompt", ""),
         ("resume: never  # not now", "resume", "never"),
     ],
 )
@@ -114,24 +116,16 @@ def test_a_value_in_a_file_is_what_its_setting_takes(tmp_path: Path, written: st
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("run_dir: y\n", "run_dir stands there twice, in lines 1 and 7"),
-        ("train: {lr: 0.1}\ntrain.lr: 0.5\n", "train.lr stands there twice, in lines 7 and 8"),
-        ("train:\n  lr: 1\n  steps: 1\n  lr: 2\n", "train.lr stands there twice, in lines 8 and 10"),
-        ("eval: {}\neval: {}\n", "eval stands there twice, in lines 7 and 8"),
+        ("run_dir: y\n", "run_dir is set twice, in lines 1 and 7"),
+        ("train: {lr: 0.1}\ntrain.lr: 0.5\n", "train.lr is set twice, in lines 7 and 8"),
+        ("eval: {}\neval: {}\n", "eval is set twice, in lines 7 and 8"),
         ("train: {lr: fast}\n", "line 7: train.lr is 'fast'"),
-        ("train:\n  lr: null\n", "line 8: train.lr is None"),
         ("train: 3\n", "line 7: train must hold"),
         ("train: {lr: {a: 1}}\n", "train.lr: not one plain value"),
-        ("resume: [a]\n", "line 7: resume is ['a']"),
-        ("resume: !t x\n", "line 7: resume: not one plain value"),
         ("resume: #1\n", "line 7: resume has no value, since # begins a comment"),
-        ("train: {<<: {lr: 1}}\n", "line 7: no setting train.<<"),
-        ("train:\n  learning_rate: 1\n", "line 8: no setting train.learning_rate"),
         ("lr: 1\n", "line 7: no setting lr; did you mean train.lr?"),
         ("train: {levels_every: 1}\n", "line 7: no setting train.levels_every; it is train.router_every now"),
         ("train: {steps: 1\n", "line 8"),
-        ("---\nrun_dir: y\n", "line 7"),
-        ("train: *nowhere\n", "nowhere"),
     ],
 )
 def test_a_file_is_refused_in_one_line_with_its_place(tmp_path: Path, more: str, message: str) -> None:
@@ -142,7 +136,7 @@ def test_a_file_is_refused_in_one_line_with_its_place(tmp_path: Path, more: str,
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 2000, b"- a\n", b"text\n", None])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 2000, b"text\n", None])
 def test_a_file_that_is_none_is_refused(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "c.yaml").write_bytes(content)
@@ -165,6 +159,7 @@ def test_switches_dashes_and_lists_are_taken() -> None:
     )
     assert (config.dry_run, config.overwrite, config.init_from) == (True, False, "runs/a-b")
     assert config.train.micro_batch_size == 4
+    assert parse_run_config(["--train.steps=3", "--train.steps=null"]).train.steps is None
     assert parse_run_config(
         ["--train.betas", "[0.8, 0.9]", "--model.feature_layers=1,2"]
     ).model.feature_layers == (1, 2)
@@ -179,19 +174,12 @@ def test_switches_dashes_and_lists_are_taken() -> None:
         (["--train.lr"], "--train.lr: expected one argument"),
         (["--data.prompt", "--seed", "1"], "--NAME=VALUE"),
         (["caption"], "caption: no such flag"),
-        (["--train", "{}"], "--train: no such flag"),
         (["--lr", "1"], "--lr: no such flag; did you mean train.lr?"),
         (["--dry-run", "maybe"], "--dry_run is 'maybe'; it should be a valid boolean"),
-        (["--train.lr", "fast"], "--train.lr is 'fast'; it should be a valid number"),
-        (["--train.lr", "0"], "--train.lr is '0'; it should be greater than 0"),
         (["--model.router", "token"], "--model.router is 'token'; it should be 'layer', 'static' or 'last'"),
         (["--run_dir="], "--run_dir is ''; it should be a path"),
-        (["--train.global_batch_size", "33"], "global_batch_size 33 is not a multiple of"),
         (["--model.feature_layers", "[3,2]"], "rising block numbers"),
-        (["--model.feature_layers", "[]"], "rising block numbers"),
         (["--model.fusion=none", "--model.lora.rank=0"], "leaves nothing to train"),
-        (["--eval.every_steps=1"], "needs rows to ask"),
-        (["--eval.every_steps=1", "--data.task=chat"], "data.task chat has no scores"),
     ],
 )
 def test_flags_are_refused_in_one_line(arguments: list[str], message: str) -> None:
@@ -199,6 +187,45 @@ def test_flags_are_refused_in_one_line(arguments: list[str], message: str) -> No
         parse_run_config(arguments)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+NEEDED = {
+    RunConfig: ["--run_dir=r", "--model.language_model=l", "--model.vision_tower=v", "--data.train=d"],
+    EvalConfig: ["--model=m", "--data=d"],
+    GenerateConfig: ["--model=m", "--prompt=p"],
+    PlanConfig: [],
+}
+NUMBERS = [
+    (config_class, name)
+    for config_class in NEEDED
+    for name, setting in settings_of(config_class).items()
+    if re.search(r"\b(int|float)\b", str(setting.annotation))
+]
+
+
+@pytest.mark.parametrize(("config_class", "name"), NUMBERS)
+def test_every_number_has_a_range(config_class: type, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    for text in ["-1", "nan", ".NaN", "-.inf", "Infinity", "1e400", "1e12", "9" * 40, "true", "", "x"]:
+        text = f"{text}, 0.9" if name == "train.betas" else text
+        path.write_text(f"{name}: '{text}'\n")
+        for flags, place in ([f"--{name}={text}"], f"--{name}"), (["--config", str(path)], f"{path}, line 1"):
+            with pytest.raises(UserError) as error:
+                parse_config(config_class, [*NEEDED[config_class], *flags], "")
+            told = str(error.value)
+            # A list of feature layers may also fail the check that they rise.
+            assert place in told or name == "model.feature_layers"
+            assert name in told
+            assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    "values", [{"lr": float("nan")}, {"steps": 1.5}, {"betas": (0.9, 1.0)}, {"learning": 1}]
+)
+def test_a_configuration_made_in_python_is_checked_too(values: dict) -> None:
+    assert len(NUMBERS) > 45
+    with pytest.raises(ValidationError, match=next(iter(values))):
+        TrainConfig(**values)
 
 
 def test_a_missing_value_is_named(tmp_path: Path) -> None:
@@ -225,18 +252,10 @@ def test_accumulation_is_derived_from_the_world() -> None:
         config.accumulation(3)
 
 
-@pytest.mark.parametrize("name", ["run_dir", "init_from", "resume", "deepspeed", "data.train", "eval.data"])
-def test_paths_are_expanded_from_flags_and_files_but_not_again(name: str, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(f"{name}: ~/a$$b\n")
-    for flags in ([f"--{name}=~/a$$b"], ["--config", str(tmp_path / "c.yaml")]):
-        config = parse_run_config(["--config", "demo", *flags])
-        assert attrgetter(name)(replace(config, seed=1)) == "/home/me/a$b"
-    assert parse_generate_config(["--model=$SCRATCH", "--image", "~/a"]).image == ["/home/me/a"]
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("~/a$$b", "/home/me/a$b"),
         ("$SCRATCH/a", "/scratch/me/a"),
         ("${SCRATCH}a", "/scratch/mea"),
         ("$UP/x", "/home/me/data/x"),
@@ -248,12 +267,16 @@ def test_paths_are_expanded_from_flags_and_files_but_not_again(name: str, tmp_pa
         *((wrong, None) for wrong in ("$EMPTY/a", "${NOT_SET}/a", "${}/a", "cost$5", "~no-such-user/a", " ")),
     ],
 )
-def test_what_is_expanded_and_what_is_not(text: str, expected: str | None) -> None:
-    if expected is None:
-        with pytest.raises(UserError, match=r"--data\.location is .*; "):
-            parse_run_config([f"--data.location={text}"])
-    else:
-        assert parse_run_config([f"--data.location={text}"]).data.location == expected
+def test_paths_of_flags_and_files_are_expanded_once(text: str, expected: str | None, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"data.location: '{text}'\n")
+    for flags in ([f"--data.location={text}"], ["--config", str(tmp_path / "c.yaml")]):
+        if expected is None:
+            with pytest.raises(UserError, match=r"data\.location is .*; "):
+                parse_run_config(["--config=demo", *flags])
+        else:
+            config = parse_run_config(["--config=demo", *flags])
+            assert replace(config, seed=1).data.location == expected
+    assert parse_generate_config(["--model=$SCRATCH", "--image", "~/a"]).image == ["/home/me/a"]
 
 
 def test_flags_of_the_tools_are_expanded_too(tmp_path: Path) -> None:
@@ -273,11 +296,6 @@ def test_flags_of_the_tools_are_expanded_too(tmp_path: Path) -> None:
     [
         ("--model.fusion=none --model.rank=8", "model.rank 8 has no effect: model.fusion is none"),
         ("--model.router=last --model.router_dim=8", "model.router_dim 8 has no effect: model.router is"),
-        (
-            "--model.feature_layers=1 --model.num_feature_layers=2",
-            "model.num_feature_layers 2 has no effect: model.feature_layers is (1,)",
-        ),
-        ("--model.lora.rank=0 --model.lora.alpha=2", "model.lora.alpha 2.0 has no effect: model.lora."),
         ("--data.scienceqa.lecture", "data.scienceqa.lecture True has no effect: data.task is caption"),
         ("--train.validate_every=3", "train.validate_every 3 has no effect: data.val is None"),
         ("--resume=runs/a --init_from=b", "init_from b has no effect: resume is runs/a"),

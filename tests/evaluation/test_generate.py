@@ -191,7 +191,7 @@ def test_the_tower_looks_once_and_nothing_of_it_is_cached(root, monkeypatch) -> 
     ("task", "more", "message"),
     [
         ("caption", ["--image", "/nowhere.png"], r"/nowhere\.png: No such file"),
-        ("caption", [], "name pictures with --image, or ask with --prompt"),
+        ("caption", [], "pass pictures with --image, or a question with --prompt"),
         ("caption", ["--prompt", "a", "--choices", "x", "y"], "--choices and --hint are of ScienceQA"),
         ("caption", ["--prompt", "a", "--stream", "--num_beams", "2"], "beams have none"),
         ("caption", ["--prompt", "a", "--output", "/"], "--output /: no such folder /, or a folder itself"),

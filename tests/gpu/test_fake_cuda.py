@@ -70,7 +70,7 @@ def test_the_loss_stays_on_the_device(model) -> None:
         given = fake_inputs()
         chosen = torch.zeros(5, dtype=torch.long, device="cuda")
         out = on_fake_gpu(model)(**given, labels=given["input_ids"], supervised=chosen)
-        assert out.loss_sum.device.type == out.num_tokens.device.type == "cuda"
+        assert out.loss_sum.device.type == out.num_supervised.device.type == "cuda"
         assert out.loss_sum.dtype == torch.float32
 
 

@@ -56,20 +56,13 @@ def test_another_base_is_refused_by_name_and_a_copy_in_half_precision_taken(tmp_
     decoder = AutoModelForCausalLM.from_pretrained(bases["language_model"], dtype=torch.bfloat16)
     decoder.save_pretrained(tmp_path / "half", max_shard_size="20KB")
     find_trained(tmp_path / "adapter", language_model=str(tmp_path / "half"))
-
-    torch.manual_seed(6)
-    config = text_config(**DECODER)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
-    AutoModel.from_config(vision_config()).save_pretrained(tmp_path / "other_tower")
-    config.num_hidden_layers = 3
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "shorter")
-    for part, name, message in (
-        ("language_model", "other", r"trained on .*llm; .*other differs from it in the weights"),
-        ("vision_tower", "other_tower", r"other_tower differs from it in the weights"),
-        ("language_model", "shorter", r"is not the language model .* num_hidden_layers differ"),
-    ):
-        with pytest.raises(ModelError, match=message):
-            find_trained(tmp_path / "adapter", **{part: str(tmp_path / name)})
+    AutoModel.from_config(vision_config()).save_pretrained(tmp_path / "other")
+    with pytest.raises(ModelError, match=r"trained on .*tower; .*other differs from it in the weights"):
+        find_trained(tmp_path / "adapter", vision_tower=str(tmp_path / "other"))
+    shorter = text_config(**DECODER, num_hidden_layers=3)
+    AutoModelForCausalLM.from_config(shorter).save_pretrained(tmp_path / "shorter")
+    with pytest.raises(ModelError, match=r"is not the language model .* num_hidden_layers differ"):
+        find_trained(tmp_path / "adapter", language_model=str(tmp_path / "shorter"))
 
 
 def test_weights_of_another_versions_function_are_refused(tmp_path, bases) -> None:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dehvf_ds.model.features import HierarchicalFuser
 from dehvf_ds.model.ffn import MemoryReader, VisualFFN
-from dehvf_ds.model.fuser import HierarchicalFuser
 
 BATCH, TOKENS, DIM, LAYERS, LEVELS, SLOTS, WIDTH, RANK = 3, 5, 24, 4, 5, 7, 16, 6
 

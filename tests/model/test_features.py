@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import text_config, vision_config
+from tiny_models import text_config
 from transformers import AutoConfig, AutoModel
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTEmbeddings
 
 from dehvf_ds.model import DehvfConfig, ModelError
 from dehvf_ds.model.configuration import spaced_layers
@@ -18,7 +20,6 @@ SIZES = PICTURES | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_he
 OWN_SIZES = {
     "beit": SIZES | {"use_relative_position_bias": True},
     "data2vec-vision": SIZES | {"use_relative_position_bias": True},
-    "videomae": SIZES | {"num_frames": 2},
     "swin": PICTURES | {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2},
     "aimv2_vision_model": SIZES | {"intermediate_size": 48},
 }
@@ -35,31 +36,39 @@ def config_of(kind: str, pictures: int | None = None, **settings) -> DehvfConfig
     )
 
 
+def test_spaced_layers_end_at_the_last_block() -> None:
+    assert spaced_layers(12, 6) == [2, 4, 6, 8, 10, 12]
+    assert spaced_layers(4, 1) == [4]
+
+
 @pytest.mark.parametrize(
-    ("blocks", "number", "expected"),
-    [(12, 6, [2, 4, 6, 8, 10, 12]), (4, 1, [4]), (4, 4, [1, 2, 3, 4])],
+    ("kind", "settings", "num_class", "num_registers"),
+    [
+        ("clip_vision_model", {}, 1, 0),
+        ("siglip_vision_model", {}, 0, 0),
+        ("dinov2_with_registers", {}, 1, 4),
+        ("dinov3_vit", {"num_register_tokens": 3}, 1, 3),
+        ("dinov3_vit", {"num_register_tokens": 3}, 0, 3),
+        ("radio", {}, 3, 7),
+    ],
 )
-def test_spaced_layers_end_at_the_last_block(blocks: int, number: int, expected: list[int]) -> None:
-    assert spaced_layers(blocks, number) == expected
-    with pytest.raises(
-        ModelError, match=f"{blocks + 1} feature layers asked of a tower with {blocks} blocks"
-    ):
-        spaced_layers(blocks, blocks + 1)
-
-
-@pytest.mark.parametrize("kind", ["clip", "dino", "siglip"])
-def test_features_are_the_towers_hidden_states_brought_to_one_scale(kind: str) -> None:
-    """SigLIP has no class token: the mean patch stands in its place."""
+def test_features_are_the_class_token_or_mean_patch_and_the_patches_brought_to_one_scale(
+    monkeypatch, kind: str, settings: dict, num_class: int, num_registers: int
+) -> None:
+    if kind == "dinov3_vit" and not num_class:
+        real = DINOv3ViTEmbeddings.forward
+        monkeypatch.setattr(DINOv3ViTEmbeddings, "forward", lambda self, *a, **k: real(self, *a, **k)[:, 1:])
     torch.manual_seed(0)
-    tower = AutoModel.from_config(vision_config(kind)).eval()
-    pixels = torch.randn(2, 3, 16, 16)
-    features = visual_features(tower, pixels, [1, 4])
-    assert features.shape == (2, 2, 17, 24)
+    tower = AutoModel.from_config(config_of(kind, 32, **settings).vision_config).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    features = visual_features(tower, pixels, [1, 2])
     assert not features.requires_grad
-    state = tower(pixels, output_hidden_states=True).hidden_states[4]
-    if kind == "siglip":
-        state = torch.cat([state.mean(1, keepdim=True), state], dim=1)
-    torch.testing.assert_close(features[:, 1], F.layer_norm(state, (24,)), rtol=1e-4, atol=1e-4)
+    state = hidden_states(tower, pixels)[2]
+    assert state.shape[1] == num_class + num_registers + 16
+    patches = state[:, -16:]
+    first = state[:, :1] if num_class else patches.mean(1, keepdim=True)
+    expected = F.layer_norm(torch.cat([first, patches], dim=1), (32,))
+    torch.testing.assert_close(features[:, 1], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("image_size", [None, 48, 16])
@@ -77,14 +86,8 @@ def test_a_tower_sees_pictures_of_any_size_of_whole_patches(kind: str, image_siz
 @pytest.mark.parametrize(
     ("kind", "side", "settings", "message"),
     [
-        (
-            "vit_mae",
-            32,
-            {},
-            r"hidden states of shape \[1, \d+, 32\], not a token of 32 values for each of 16",
-        ),
-        ("vit_mae", 32, {"mask_ratio": 0.0}, "sees something else at each look"),
-        ("videomae", 32, {}, "the vision tower, a videomae model, cannot see 32 pixels"),
+        ("vit_mae", 32, {}, r"shape \[1, \d+, 32\], not a token of 32 values for each of 16"),
+        ("vit_mae", 32, {"mask_ratio": 0.0}, "gives other features at each call"),
         ("siglip2_vision_model", 32, {"num_patches": 16}, "cannot see 32 pixels: .*spatial_shapes"),
         ("swin", 32, {}, "a swin tower gives hidden states of shape"),
         ("aimv2_vision_model", 48, {}, "aimv2_vision_model model, cannot see 48 pixels"),
@@ -102,8 +105,6 @@ def test_a_tower_without_one_width_is_refused() -> None:
 
 def test_a_tower_that_takes_patches_by_columns_is_refused(monkeypatch) -> None:
     config = config_of("clip_vision_model")
-    from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
-
     real = CLIPVisionEmbeddings.forward
     monkeypatch.setattr(
         CLIPVisionEmbeddings, "forward", lambda self, x, **more: real(self, x.transpose(2, 3), **more)

@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, LlavaConfig, Ll
 
 from dehvf_ds.model import ModelError
 from dehvf_ds.model.adapter import base_fingerprint, check_base
-from dehvf_ds.model.fingerprint import differences, sample_positions, weights_fingerprint
+from dehvf_ds.model.fingerprint import differences, weights_fingerprint
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FIRST = "model.layers.0.self_attn.q_proj.weight"
@@ -32,17 +32,6 @@ def same(one: dict[str, str], other: dict[str, str]) -> bool:
     return not differences(one, other) and not differences(other, one)
 
 
-# --- what is sampled ---
-
-
-@given(st.integers(0, 2**40))
-def test_positions_lie_in_the_tensor(num_elements) -> None:
-    positions = sample_positions(num_elements)
-    assert len(positions) == len(set(positions)) <= min(num_elements, 4)
-    assert all(0 <= position < num_elements for position in positions)
-    assert num_elements < 8 or len(positions) == 4
-
-
 def test_it_holds_the_values_at_the_positions_of_every_kind_of_tensor(tmp_path) -> None:
     whole = torch.randn(6, 10)
     state = {
@@ -54,8 +43,8 @@ def test_it_holds_the_values_at_the_positions_of_every_kind_of_tensor(tmp_path) 
     }
     text = fingerprint_of({name: tensor.detach().clone() for name, tensor in state.items()})
     shape, *values = text["turned"].split()
-    assert shape == "10x6"
-    assert torch.tensor([float(v) for v in values]).equal(whole.t().flatten()[sample_positions(60)])
+    assert (shape, len(values)) == ("10x6", 4)
+    assert torch.isin(torch.tensor([float(value) for value in values]), whole).all()
     assert (text["scalar"], text["row"], text["empty"]) == ("1 0.5", "1 0.100097656", "0x3")
     save_bin(state, tmp_path / "bin")
     assert weights_fingerprint(str(tmp_path / "bin"), vision=False) == text
@@ -67,9 +56,6 @@ def test_a_checkpoint_changed_in_place_is_read_again(base) -> None:
     tensors = load_file(file)
     save_file(tensors | {FIRST: tensors[FIRST] * 2}, file)
     assert differences(before, weights_fingerprint(base, vision=False)) == [FIRST]
-
-
-# --- the same weights ---
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,11 +77,9 @@ def test_a_copy_in_another_dtype_or_layout_is_the_same_base(tmp_path, base, dtyp
 
 
 def test_roundings_on_different_ways_agree_and_what_fp16_cannot_hold_is_no_difference() -> None:
-    state = state_of(llama())
-    half = {name: tensor.half() for name, tensor in state.items()}
-    one = fingerprint_of({name: tensor.bfloat16() for name, tensor in state.items()})
-    assert same(one, fingerprint_of({name: tensor.bfloat16() for name, tensor in half.items()}))
-    assert same(one, fingerprint_of(half))
+    weight = torch.randn(64)
+    ways = (weight.bfloat16(), weight.half().bfloat16(), weight.half())
+    assert all(same(fingerprint_of({"w": ways[0]}), fingerprint_of({"w": other})) for other in ways)
     large = torch.tensor([1e-9, 1e6, -1e6, 3e-6])
     assert not differences(fingerprint_of({"w": large}), fingerprint_of({"w": large.half()}))
     assert differences(fingerprint_of({"w": -large}), fingerprint_of({"w": large.half()})) == ["w"]
@@ -138,9 +122,6 @@ def test_rounding_never_differs(values, dtypes, number) -> None:
     assert same(fingerprint_of({"w": exact}), fingerprint_of({"w": rounded}))
 
 
-# --- other weights ---
-
-
 @given(st.lists(ordinary, min_size=1, max_size=12), st.sampled_from(DTYPES), st.sampled_from(DTYPES))
 def test_scaling_always_differs(values, one, other) -> None:
     tensor = torch.tensor(values)
@@ -174,9 +155,6 @@ def test_tensors_missing_added_or_of_another_shape_are_named() -> None:
     ]
 
 
-# --- parts of checkpoints ---
-
-
 def test_of_a_two_tower_checkpoint_only_the_tower_counts(tmp_path) -> None:
     sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     whole = CLIPModel(CLIPConfig(text_config=sizes, vision_config=vision_config().to_dict()))
@@ -202,24 +180,18 @@ def test_of_a_multimodal_checkpoint_only_the_decoder_counts(tmp_path) -> None:
     assert same(weights_fingerprint(str(tmp_path / "llava"), vision=False), fingerprint_of(state_of(decoder)))
 
 
-# --- files ---
-
-
-@pytest.mark.parametrize("content", [b"", b"\x01\x02 nothing that could be read", b"\x02" + bytes(7) + b"??"])
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json"])
-def test_a_damaged_file_is_named(tmp_path, name, content) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ModelError, match=rf"{name}: cannot be read: \S+"):
-        weights_fingerprint(str(tmp_path), vision=False)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_bin_file_that_ends_too_early_is_named(tmp_path, zipped) -> None:
-    save_bin(state_of(llama()), tmp_path / "bin", zipped=zipped)
-    file = tmp_path / "bin/pytorch_model.bin"
-    file.write_bytes(file.read_bytes()[:-2000])
+@pytest.mark.parametrize("kept", [0, 30, -2000])
+@pytest.mark.parametrize("layout", ["safetensors", "bin", "legacy", "index"])
+def test_a_truncated_file_is_named(tmp_path, layout, kept) -> None:
+    source = tmp_path / "damaged"
+    if layout in ("bin", "legacy"):
+        save_bin(state_of(llama()), source, zipped=layout == "bin")
+    else:
+        llama().save_pretrained(source, max_shard_size="20KB" if layout == "index" else "1GB")
+    file = next(path for path in source.iterdir() if "model" in path.name and "-0" not in path.name)
+    file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(ModelError, match=rf"{file.name}: cannot be read: \S+"):
-        weights_fingerprint(str(tmp_path / "bin"), vision=False)
+        weights_fingerprint(str(source), vision=False)
 
 
 def test_a_hub_id_is_read_from_the_local_cache(tmp_path, base, monkeypatch) -> None:

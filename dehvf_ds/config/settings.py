@@ -1,16 +1,13 @@
-"""What a training run is made of. A field's type says what a setting takes, the text below it is its help."""
+"""The settings of the programs. A field's type defines its values, the text below it is its help."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import field
-from operator import attrgetter
 from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from dehvf_ds.config.evaluation import InTrainingConfig
 from dehvf_ds.config.values import (
     CHECKS,
     AtLeastZero,
@@ -21,8 +18,10 @@ from dehvf_ds.config.values import (
     Share,
     ShareBelowOne,
     require,
-    settings_of,
 )
+
+Beams = Annotated[Positive, Field(description="hypotheses of beam search; 1 is greedy")]
+BackbonePath = Annotated[LocalPath | None, Field(description="its path now; None: as in training")]
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -78,14 +77,14 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
 class ScienceqaConfig:
-    """What of a ScienceQA problem is shown and what is to be answered; the defaults are QCM-A."""
+    """The parts of a ScienceQA problem in prompt and target; the defaults are QCM-A."""
 
     image_captions: bool = False
     """put the shards' caption of the picture into the context (MemVP and ADEM-VL: in evaluation only)"""
     lecture: bool = False
-    """the target goes on with the lecture; with solution this is QCM-ALE"""
+    """add the lecture to the target; with solution this is QCM-ALE"""
     solution: bool = False
-    """the target goes on with the solution"""
+    """add the solution to the target"""
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -105,17 +104,17 @@ class DataConfig:
     train: LocalPath
     """directory of the training shards' manifest.json and index, and of the shards unless location is set"""
     location: LocalPath | None = None
-    """where the shards lie if not in train: a directory, an address (https://, s3://), or a pipe: command"""
+    """place of the shards if not train: a directory, a URL (https://, s3://), or a pipe: command"""
     cache_dir: LocalPath | None = None
     """directory on a fast local disk that shards are copied to before they are read"""
     cache_gb: PositiveNumber = 100.0
-    """largest size of cache_dir in GB (1e9 bytes); the least recently used shards leave first"""
+    """largest size of cache_dir in GB (1e9 bytes); the least recently used shards are deleted first"""
     task: Literal["caption", "scienceqa", "chat"] = "caption"
     """chooses prompt and target"""
     prompt: str | None = None
     """the instruction before a caption; None takes the task's own"""
     captions: Literal["all", "one"] = "all"
-    """all makes one sample of every caption of a picture; one draws one caption an epoch"""
+    """all makes a sample of every caption of a picture; one draws one caption an epoch"""
     scienceqa: ScienceqaConfig = field(default_factory=ScienceqaConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     max_tokens: Annotated[int, Field(ge=8, le=2**20)] = 128
@@ -167,17 +166,17 @@ class TrainConfig:
     max_bad_steps: Positive = 5
     """non-finite steps in a row after which the run stops"""
     save_every: AtLeastZero = 0
-    """optimizer steps between checkpoints; 0 keeps none but that of a run asked to stop"""
+    """optimizer steps between checkpoints; 0 saves only when the run is stopped"""
     keep_checkpoints: Positive = 2
-    """newest checkpoints that are kept, beside the best"""
+    """number of newest checkpoints to keep, beside the best"""
     max_failed_saves: Positive = 3
     """checkpoints in a row that could not be written after which the run stops"""
     validate_every: AtLeastZero = 0
     """optimizer steps between validations on data.val; 0 validates at the end only"""
     router_every: AtLeastZero = 50
-    """optimizer steps between records of the fuser's layer weights and scales; 0 leaves them out"""
+    """optimizer steps between records of the fuser's layer weights and scales; 0 records none"""
     timeout_minutes: PositiveNumber = 30.0
-    """how long a rank waits for a silent other in training before the job fails"""
+    """how long a rank waits in training for another that is silent before the job fails"""
     start_timeout_minutes: PositiveNumber = 30.0
     """the same until training begins: in ZeRO-3 all wait while one reads the weights"""
     log_every: Positive = 10
@@ -189,7 +188,7 @@ class TrainConfig:
         self.accumulation(1)
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-steps of one optimizer step; refuses a number of ranks that the global batch does not fit."""
+        """Micro-steps of one optimizer step; refuses ranks that do not divide the global batch."""
         rows = self.micro_batch_size * world_size
         require(
             self.global_batch_size % rows == 0,
@@ -201,11 +200,30 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
+class InTrainingConfig:
+    """In-training evaluation: answers and scores, with a full copy of the model on every rank."""
+
+    every_steps: AtLeastZero = 0
+    """optimizer steps between evaluations, with one at the end; 0 evaluates nothing"""
+    data: LocalPath | None = None
+    """directory of evaluation shards; None takes data.val"""
+    max_samples: Positive = 256
+    """rows to answer, from the first"""
+    batch_size: Positive = 16
+    """rows answered together on one rank"""
+    max_new_tokens: Positive | None = None
+    """longest answer in tokens; None takes 40 for captions, 8 for ScienceQA, 256 for chats"""
+    num_beams: Beams = 1
+    tokenizer: Literal["ptb", "simple"] = "ptb"
+    """of caption scores; simple needs no Java; its numbers are not comparable with published ones"""
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
 class RunConfig:
     """One training run."""
 
     run_dir: LocalPath
-    """directory that the run writes; created"""
+    """directory of the run's output; created"""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -215,49 +233,108 @@ class RunConfig:
     deepspeed: LocalPath = "ds_configs/zero3.json"
     """path of the DeepSpeed JSON, or the name of a shipped one"""
     overwrite: bool = False
-    """empty run_dir where it holds another run; without it such a directory is refused"""
+    """empty run_dir if it holds another run; otherwise such a directory is refused"""
     resume: LocalPath = "auto"
-    """auto goes on from the newest checkpoint of run_dir, if it has one; never; or a checkpoint's path"""
+    """auto continues from the newest checkpoint of run_dir, if it has one; never; or a checkpoint's path"""
     init_from: LocalPath | None = None
-    """run directory or adapter artifact whose trained weights a new run starts from"""
+    """run directory or adapter artifact with trained weights to start from"""
     dry_run: bool = False
-    """check everything, read a batch of each set, take a step of a scaled-down copy; write nothing"""
+    """check everything, read a batch of each set, train a scaled-down copy for a step; write nothing"""
 
     def __post_init__(self) -> None:
         if self.eval.every_steps:
             require(self.data.task != "chat", "eval.every_steps: data.task chat has no scores; leave it 0")
-            given = self.eval.data is not None or self.data.val is not None
-            require(given, "eval.every_steps needs rows to ask: give eval.data or data.val")
+            has_rows = self.eval.data is not None or self.data.val is not None
+            require(has_rows, "eval.every_steps needs rows to answer: set eval.data or data.val")
 
 
-# A setting, the values of it beside which others change nothing, and those others.
-WITHOUT_EFFECT: tuple[tuple[str, Callable[[object], bool], str], ...] = (
-    ("model.fusion", lambda fusion: fusion != "prefix", "model.prefix_tokens"),
-    ("model.fusion", lambda fusion: fusion != "ffn", "model.router model.router_dim model.rank"),
-    ("model.fusion", lambda fusion: fusion != "ffn", "model.feature_layers model.num_feature_layers"),
-    ("model.fusion", lambda fusion: fusion == "none", "model.image_size"),
-    ("model.router", lambda router: router != "layer", "model.router_dim"),
-    ("model.feature_layers", lambda layers: layers is not None, "model.num_feature_layers"),
-    ("model.lora.rank", lambda rank: rank == 0, "model.lora.alpha model.lora.dropout model.lora.targets"),
-    ("data.task", lambda task: task != "caption", "data.prompt data.captions"),
-    ("data.task", lambda task: task != "scienceqa", "data.scienceqa.image_captions"),
-    ("data.task", lambda task: task != "scienceqa", "data.scienceqa.lecture data.scienceqa.solution"),
-    ("data.cache_dir", lambda path: path is None, "data.cache_gb"),
-    ("data.on_bad", lambda on_bad: on_bad == "raise", "data.max_bad_share"),
-    ("data.val", lambda path: path is None, "data.val_samples train.validate_every"),
-    ("eval.every_steps", lambda steps: steps == 0, "eval.data eval.max_samples eval.batch_size"),
-    ("eval.every_steps", lambda steps: steps == 0, "eval.max_new_tokens eval.num_beams eval.tokenizer"),
-    ("resume", lambda resume: resume not in ("auto", "never"), "init_from"),
-)
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class EvalConfig:
+    """One evaluation of a trained model."""
+
+    model: LocalPath
+    """run directory, checkpoint, adapter artifact or merged model directory"""
+    data: LocalPath
+    """directory of shards, or as published: ScienceQA's directory, COCO's or Karpathy's JSON file"""
+    images: LocalPath | None = None
+    """directory of the pictures of such a JSON file; None takes the file's own"""
+    references: LocalPath | None = None
+    """COCO's or Karpathy's JSON file to score captions against, by file name; None takes the shards' own"""
+    task: Literal["coco", "scienceqa"] = "coco"
+    """coco scores captions, scienceqa scores answers"""
+    split: str | None = None
+    """name of the split in the output; None takes the name of data"""
+    output: LocalPath | None = None
+    """directory to write TASK-SPLIT/ into; None takes eval/ of the run"""
+    batch_size: Positive = 16
+    """rows decoded together on one rank"""
+    max_new_tokens: Positive | None = None
+    """longest answer in tokens; None takes 40 for captions, 8 for ScienceQA, 256 for chats"""
+    min_new_tokens: AtLeastZero = 0
+    """shortest answer in tokens"""
+    num_beams: Beams = 1
+    max_samples: Positive | None = None
+    """rows to evaluate, from the first; None means all"""
+    prompt: str | None = None
+    """instruction of captions; None takes the one that the model was trained with"""
+    reading: Literal["generation", "likelihood"] = "generation"
+    """how ScienceQA's letter is found: in the generated text, or as the likeliest of the choices' letters"""
+    image_captions: bool = False
+    """put the shards' caption of the picture into ScienceQA's context; recorded in the results"""
+    tokenizer: Literal["ptb", "simple"] = "ptb"
+    """of caption scores; simple needs no Java; its numbers are not comparable with published ones"""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """compute dtype; auto takes the model's, or fp32 where bf16 is slow"""
+    language_model: BackbonePath = None
+    vision_tower: BackbonePath = None
+    loss: bool = False
+    """also measure the loss a token over all references"""
+
+    def __post_init__(self) -> None:
+        fits = self.min_new_tokens <= (self.max_new_tokens or self.min_new_tokens)
+        require(fits, "min_new_tokens is larger than max_new_tokens")
+        if self.task == "coco":
+            require(self.reading == "generation", "reading likelihood is ScienceQA's; captions are generated")
+            require(not self.image_captions, "image_captions is for task scienceqa, not coco")
+        else:
+            require(self.references is None, "references is for task coco, not scienceqa")
+        fits = self.images is None or self.data.lower().endswith(".json")
+        require(fits, "images is for annotation files, and data is none")
 
 
-def ignored_settings(config: RunConfig) -> list[str]:
-    """One line for each setting that is not its default and has no effect because of another."""
-    lines: dict[str, str] = {}
-    for cause, is_idle, names in WITHOUT_EFFECT:
-        found = attrgetter(cause)(config)
-        for name in names.split() if is_idle(found) else ():
-            value = attrgetter(name)(config)
-            if value != settings_of(RunConfig)[name].get_default():
-                lines.setdefault(name, f"{name} {value} has no effect: {cause} is {found}")
-    return list(lines.values())
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
+class GenerateConfig:
+    """Captions or answers from the shell."""
+
+    model: LocalPath
+    """run directory, checkpoint, adapter artifact or merged model directory"""
+    image: list[LocalPath] = field(default_factory=list)
+    """picture files, and directories of pictures, taken by name; without any only the prompt is used"""
+    prompt: str | None = None
+    """instruction or question; None takes the one that the model was trained with"""
+    choices: list[str] = field(default_factory=list)
+    """options of a ScienceQA question, in order; a model of that task needs them"""
+    hint: str | None = None
+    """context of a ScienceQA question"""
+    output: LocalPath | None = None
+    """file for a JSON object a line, - for the console; None prints only texts"""
+    overwrite: bool = False
+    """replace output"""
+    batch_size: Positive = 8
+    """rows decoded together"""
+    num_beams: Beams = 1
+    stream: bool = False
+    """print words as they come, one picture at a time"""
+    max_new_tokens: Positive | None = None
+    """longest answer in tokens; None takes 40 for captions, 8 for ScienceQA, 256 for chats"""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """compute dtype; auto takes the model's, or fp32 where bf16 is slow"""
+    language_model: BackbonePath = None
+    vision_tower: BackbonePath = None
+
+    def __post_init__(self) -> None:
+        require(not self.stream or self.num_beams == 1, "stream prints words as they come; beams have none")
+        require(not self.stream or self.output != "-", "stream and output - both write to the console")
+        has_input = bool(self.image) or self.prompt is not None
+        require(has_input, "pass pictures with --image, or a question with --prompt")
+        require(len(self.choices) != 1, "choices: a question has at least two")
