@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from webdataset import ShardWriter
 
-from dehvf_ds.data.building.writer import PLAN_NAME
+from dehvf_ds.data.building.directory import PLAN_NAME
 from dehvf_ds.data.index import MANIFEST_NAME, ShardIndex
-from dehvf_ds.data.records import parse_record
+from dehvf_ds.data.records import read_record
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_failed_downloads_and_undecodable_pictures(run, downloaded):
     assert index.manifest["builder"]["left_out_first"][0].startswith("00000.tar: sample 000000001: ")
     for row in range(len(index)):
         members = index.read(row)
-        assert parse_record(members)["captions"] == [f"Text {members['__key__']}"]
+        assert read_record(members).record["captions"] == [f"Text {members['__key__']}"]
         colour = Image.open(io.BytesIO(members["jpg"])).getpixel((0, 0))
         assert abs(colour[0] - int(members["__key__"][4])) < 3
     # Whoever verifies knows what was left out, with its pictures decoded or not.
@@ -95,61 +95,52 @@ def test_shards_that_number_their_keys_anew(run, tmp_path, encoded):
     index = ShardIndex(tmp_path)
     keys = [index.read(row)["__key__"] for row in range(4)]
     assert keys == [f"x{shard}-0/{number:06d}" for shard in range(2) for number in range(2)]
-    assert parse_record(index.read(2))["captions"] == ["Text 1 0"]
+    assert read_record(index.read(2)).record["captions"] == ["Text 1 0"]
     assert run("verify", tmp_path)[0] == 0
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:3000])
-
-
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "messages"),
     [
-        (lambda d: truncate(d / "00001.tar"), "00001.tar: not a whole"),
-        (lambda d: shutil.copy(d / "00000.tar", d / "00001.tar"), "in 00000.tar and, the same bytes, in"),
-        (lambda d: (d / "00001.tar").rename(d / "a b.tar"), "a shard's name has letters"),
-        (lambda d: [p.rename(f"{p}.gz") for p in d.glob("*.tar")], "00000.tar.gz (and 1 others) is compre"),
-        (lambda d: (d / "00001.tar").rename(d / "00001.tgz"), "00001.tgz is compressed"),
-        (lambda d: (d / "00000.tar").rename(d / "00000.TAR.ZST"), "00000.TAR.ZST is compressed"),
-        (lambda d: [p.rename(d / "train" / p.name) for p in d.glob("*.tar")], "2 tars in folders below, as "),
-        (lambda d: [p.unlink() for p in d.glob("*.tar")], "holds no *.tar"),
-        (lambda d: (d / PLAN_NAME).write_text("{}"), "a build that is not finished"),
-        (shutil.rmtree, "no such directory"),
+        (lambda d: (d / "00001.tar").write_bytes(b"x" * 3000), ["00001.tar: not a whole"]),
+        (
+            lambda d: shutil.copy(d / "00000.tar", d / "00001.tar"),
+            ["sample '000000000' is in 00000.tar and, with the same bytes, in 00001.tar"],
+        ),
+        (lambda d: (d / "00001.tar").rename(d / "a b.tar"), ["a shard's name has letters"]),
+        (
+            lambda d: [p.rename(f"{p}.gz") for p in d.glob("*.tar")],
+            ["holds no *.tar", "not indexed: 2 other shards, as ", "00000.tar.gz; unpack"],
+        ),
+        (lambda d: (d / PLAN_NAME).write_text("{}"), ["an unfinished build"]),
+        (shutil.rmtree, ["no such directory"]),
     ],
 )
-def test_directories_that_cannot_be_indexed(run, downloaded, damage, message):
+def test_directories_that_cannot_be_indexed(run, downloaded, damage, messages):
     directory = downloaded()
-    (directory / "train").mkdir()
     damage(directory)
     code, _, err = run("index", directory, "--skip-bad")
     assert code == 2
-    assert message in err
+    assert all(message in err for message in messages), err
     assert not (directory / MANIFEST_NAME).exists()
 
 
-def test_upper_case_and_folders_beside(run, downloaded):
+def test_upper_case_and_what_lies_beside(run, downloaded):
     directory = downloaded()
     (directory / "val").mkdir()
-    shutil.copy(directory / "00000.tar", directory / "val")
+    for name in ("val/00000.tar", "00000.tar.gz", "00002.TGZ"):
+        shutil.copy(directory / "00000.tar", directory / name)
     (directory / "00001.tar").rename(directory / "00001.TAR")
-    shutil.copy(directory / "00000.tar", directory / "00000.tar.gz")
     _, out, err = run("index", directory)
     assert "6 samples" in out
-    assert f"note: not indexed: 1 tars in folders below, as {directory / 'val'}" in err
+    # 00000.tar.gz is unpacked already.
+    assert f"note: not indexed: 2 other shards, as {directory / '00002.TGZ'}; " in err
 
 
 def edit(path, change):
     data = bytearray(path.read_bytes())
     change(data)
     path.write_bytes(data)
-
-
-def swap(out):
-    first, second = (out / f"csv-00000{number}.tar" for number in (0, 1))
-    data = first.read_bytes()
-    first.write_bytes(second.read_bytes())
-    second.write_bytes(data)
 
 
 def change_index(out, column, name="index.npy"):
@@ -159,7 +150,7 @@ def change_index(out, column, name="index.npy"):
 
 
 TAR = "csv-000000.tar"
-CHANGED = r"csv-000000\.tar: its bytes are not those that manifest.json was made of \({}"
+CHANGED = r"csv-000000\.tar: its bytes are not those that manifest.json was made of; copy it again"
 INDEX = r"index\.npy: not what csv-000000\.tar holds"
 
 
@@ -167,18 +158,13 @@ INDEX = r"index\.npy: not what csv-000000\.tar holds"
     ("damage", "patterns"),
     [
         (lambda out: (out / TAR).unlink(), [r"csv-000000\.tar: cannot be read: No such file"]),
-        (lambda out: edit(out / TAR, lambda d: d.__delitem__(slice(4000, None))), [CHANGED.format("2 of 3")]),
-        (
-            lambda out: edit(out / TAR, lambda d: d.__setitem__(d.index(b"Text b"), 7)),
-            [CHANGED.format(r"1 of 3 samples changed, as \[1\]")],
-        ),
-        (lambda out: edit(out / TAR, lambda d: d.__setitem__(-1, 1)), [CHANGED.format("0 of 3")]),
-        (swap, ["holds what manifest.json calls csv-000001", "holds what manifest.json calls csv-000000"]),
-        (lambda out: change_index(out, 0), [INDEX]),
-        (lambda out: change_index(out, 1), [INDEX]),
+        (lambda out: edit(out / TAR, lambda d: d.__delitem__(slice(4000, None))), [CHANGED]),
+        (lambda out: edit(out / TAR, lambda d: d.__setitem__(d.index(b"Text b"), 7)), [CHANGED]),
+        *((lambda out, column=column: change_index(out, column), [INDEX]) for column in (0, 1, 3)),
         (lambda out: change_index(out, 2), [INDEX, "num_captions is not"]),
-        (lambda out: change_index(out, 3), [INDEX]),
         (lambda out: change_index(out, 0, "text_lengths.npy"), [r"text_lengths\.npy: not what csv-0"]),
+        (lambda out: (out / "index.npy").write_bytes(b"x"), []),
+        (lambda out: (out / MANIFEST_NAME).unlink(), []),
     ],
 )
 def test_verify_names_the_damage(run, table, tmp_path, damage, patterns):
@@ -187,18 +173,10 @@ def test_verify_names_the_damage(run, table, tmp_path, damage, patterns):
     code, out, err = run("verify", tmp_path / "out")
     problems = out.splitlines()
     assert (code, len(problems), err.count("\n")) == (2, len(patterns), 1)
-    assert f"2 shards, 4 samples: {len(patterns)} of them damaged" in err
+    assert not patterns or f"2 shards, 4 samples: {len(patterns)} of them damaged" in err
     for problem, pattern in zip(problems, patterns, strict=True):
         assert re.search(pattern, problem), problem
         assert problem.startswith(str(tmp_path / "out"))
-
-
-def test_verify_needs_manifest_and_index(run, table, tmp_path):
-    assert run(*table, "--output", tmp_path / "out")[0] == 0
-    (tmp_path / "out" / "index.npy").write_bytes(b"x")
-    assert "index.npy: not an index" in run("verify", tmp_path / "out")[2]
-    (tmp_path / "out" / MANIFEST_NAME).unlink()
-    assert "manifest.json: no such file" in run("verify", tmp_path / "out")[2]
 
 
 def test_verify_finds_any_flipped_bit_and_never_fails_itself(run, table, tmp_path):
