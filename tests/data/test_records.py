@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -144,43 +145,25 @@ def test_problems_are_checked_as_the_scorer_does(change, part):
     refused(record, "with an unusable problem", part)
 
 
-@pytest.mark.parametrize(
-    ("reason", "records"),
-    [
-        (
-            "with an unusable conversation",
-            [
-                *(talk(answer=value) for value in ("", " \n\ufeff", None)),
-                talk(""),
-                *(
-                    {"conversations": turns}
-                    for turns in ([TURNS[1]], [TURNS[0], *TURNS], [], None, ["hello"])
-                ),
-            ],
-        ),
-        (
-            "without a caption",
-            [
-                *({"captions": [value]} for value in ("\ufeff", "\u200b", None, NAN, ["a"])),
-                *({"caption": word} for word in ("", "nan", "None", "null", "<NA>", 3)),
-            ],
-        ),
-        # As Flickr30k's table on the hub has them in ``raw``.
-        (
-            "of damaged text",
-            [
-                {"captions": ["Fine.", text]}
-                for text in ("['A dog.', 'A cat.']", '["A dog.", null]\n', "b'A'")
-            ],
-        ),
-        ("with several pictures", [talk(**{name: ["a.jpg", "b.jpg"]}) for name in ("image", "images")]),
-        # The last of two equal keys would win silently.
-        ("with an unreadable record", [b'{"caption": "a", "caption": "b"}', b'{"x": {"y": 1, "y": 1}}']),
-    ],
-)
-def test_records_that_teach_nothing_or_wrong(reason, records):
-    for record in records:
-        refused(record, reason)
+SILENT = ("", " \n\ufeff", None)
+LISTS = ("['A dog.', 'A cat.']", '["A dog.", null]\n', "b'A'")
+WRONG = [("with an unusable conversation", record) for record in (talk(""), *map(partial(talk, "?"), SILENT))]
+WRONG += [
+    ("with an unusable conversation", {"conversations": turns})
+    for turns in ([TURNS[1]], [TURNS[0], *TURNS], [], None, ["hello"])
+]
+WRONG += [("without a caption", {"captions": [value]}) for value in ("\ufeff", "\u200b", None, NAN, ["a"])]
+WRONG += [("without a caption", {"caption": value}) for value in ("", "nan", "None", "null", "<NA>", 3)]
+# As Flickr30k's table on the hub has them in ``raw``.
+WRONG += [("of damaged text", {"captions": ["Fine.", text]}) for text in LISTS]
+WRONG += [("with several pictures", talk(**{name: ["a.jpg", "b.jpg"]})) for name in ("image", "images")]
+# The last of two equal keys would win silently.
+WRONG += [("with an unreadable record", data) for data in (b'{"a": 1, "a": 2}', b'{"x": {"y": 1, "y": 1}}')]
+
+
+@pytest.mark.parametrize(("reason", "record"), WRONG, ids=str)
+def test_records_that_teach_nothing_or_wrong(reason, record):
+    refused(record, reason)
 
 
 def test_brackets_in_captions_are_text():

@@ -49,9 +49,9 @@ def karpathy(tmp_path, images):
 def csv(tmp_path, images):
     texts = [(n, c or "") for n, captions in CAPTIONS.items() for c in captions if n != "half.jpg"]
     lines = "\n".join(f"{name},{caption}" for name, caption in texts)
+    lines += "\nc.jpg\nc.jpg,one, two\nd.jpg,a\0b"
     path = dump(tmp_path / "captions.csv", f"image,caption\n\n{lines}\n")
-    reasons = {**REASONS, "without a caption": 3}
-    del reasons["of damaged text"]
+    reasons = {**REASONS, "without a caption": 3, "with an unreadable record": 2}
     return ["csv", "--captions", path, "--images", images], reasons
 
 

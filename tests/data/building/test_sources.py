@@ -9,13 +9,7 @@ import pytest
 
 from dehvf_ds.config import UserError
 from dehvf_ds.data.building.scan import BadRows
-from dehvf_ds.data.building.sources import (
-    read_coco,
-    read_csv,
-    read_karpathy,
-    read_llava,
-    read_scienceqa,
-)
+from dehvf_ds.data.building.sources import read_coco, read_csv, read_karpathy, read_llava, read_scienceqa
 
 SCIENCEQA = Path(__file__).resolve().parents[4] / "shared" / "data" / "scienceqa"
 STRICT = BadRows(skip=False)
@@ -48,8 +42,8 @@ def scienceqa(root, problems, pids=None, **options):
     return read_scienceqa(root, "train", bad=STRICT, **options)
 
 
-def csv(root, content, bad=STRICT):
-    rows = read_csv(write(root / "table.csv", content), root / "images", bad=bad)
+def csv(root, content):
+    rows = read_csv(write(root / "table.csv", content), root / "images", bad=STRICT)
     assert all(row.image == root / "images" / row.record["file_name"] for row in rows)
     return {row.record["file_name"]: row.record["captions"] for row in rows}
 
@@ -231,21 +225,3 @@ def test_a_column_of_splits_is_named(tmp_path, capsys):
     for other, named in (("test", True), ("train", False)):
         assert len(csv(tmp_path, f"image,caption,Split\na.jpg,One.,train\nb.jpg,Two.,{other}\n")) == 2
         assert ("split (test (1), train (1)), which is not used" in capsys.readouterr().err) is named
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        *((line, "without a caption") for line in ("c.jpg,", "c.jpg,NULL", 'c.jpg,"\ufeff"')),
-        ("c.jpg,a\x00b", "of damaged text"),
-        *((line, "with an unreadable record") for line in ("c.jpg", "c.jpg,one, two")),
-        ("../c.jpg,one", "with an unusable name"),
-    ],
-)
-def test_bad_lines_of_a_table(tmp_path, line, reason):
-    content, bad = f"image,caption\na.jpg,One.\n{line}\nb.jpg,Two.\n", BadRows(skip=True)
-    assert csv(tmp_path, content, bad) == {"a.jpg": ["One."], "b.jpg": ["Two."]}
-    assert bad.counts == {reason: 1}
-    with pytest.raises(UserError, match=r"table\.csv, line 3.*--skip-bad") as caught:
-        csv(tmp_path, content)
-    assert str(caught.value).isprintable()

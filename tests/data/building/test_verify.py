@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import random
 import re
 import shutil
-import tarfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,23 +23,18 @@ def downloaded(tmp_path, encoded):
     """What img2dataset leaves: tars, statistics, rows whose download failed, a web page."""
 
     def call(*, failed=(), page=None):
-        directory = tmp_path / "cc"
-        directory.mkdir()
-        for shard in range(2):
-            with tarfile.open(directory / f"{shard:05d}.tar", "w") as archive:
-                for number in range(3):
-                    key = f"{shard:05d}{number:04d}"
-                    record = {"url": "http://x", "caption": f"Text {key}", "key": key, "status": "success"}
-                    members = {"jpg": b"<html>404</html>" if key == page else encoded((shard, number, 0))}
-                    if key in failed:
-                        members, record["status"] = {}, "failed_to_download"
-                    members |= {"txt": record["caption"].encode(), "json": json.dumps(record).encode()}
-                    for ending, data in members.items():
-                        info = tarfile.TarInfo(f"{key}.{ending}")
-                        info.size = len(data)
-                        archive.addfile(info, io.BytesIO(data))
-            (directory / f"{shard:05d}_stats.json").write_text("{}")
-        return directory
+        (tmp_path / "cc").mkdir()
+        with ShardWriter(f"{tmp_path}/cc/%05d.tar", maxcount=3, verbose=0) as writer:
+            for number in range(6):
+                key = f"{number // 3:05d}{number % 3:04d}"
+                record = {"url": "http://x", "caption": f"Text {key}", "key": key, "status": "success"}
+                picture = b"<html>404</html>" if key == page else encoded((number // 3, number % 3, 0))
+                members: dict[str, Any] = {"jpg": picture}
+                if key in failed:
+                    members, record["status"] = {}, "failed_to_download"
+                writer.write({"__key__": key, **members, "txt": record["caption"], "json": record})
+        (tmp_path / "cc" / "00000_stats.json").write_text("{}")
+        return tmp_path / "cc"
 
     return call
 

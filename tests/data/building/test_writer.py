@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -88,7 +89,6 @@ def test_finished_shards_are_kept_and_others_built_again(run, built, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(out, tmp_path / "whole")
     damage = [
-        (lambda: None, ""),
         (lambda: (out / "csv-000001.tar").unlink(), ""),
         (lambda: (out / "csv-000001.tar").write_bytes(b"x" * 9000), "not a whole, uncompressed tar"),
         (lambda: shutil.copy(out / "csv-000000.tar", out / "csv-000001.tar"), "not the planned ones"),
@@ -129,47 +129,37 @@ def test_other_arguments_and_directories_are_refused(run, built, table, tmp_path
         assert "another call is writing here" in run(*built)[2]
 
 
-def replaced(images, encoded, *, old):
-    """Another picture of the same size in bytes in place of d.jpg."""
-    (images / "part").write_bytes(encoded((0, 200, 0)).ljust(1000, b"\0"))
+def replaced(images, encoded, *, old=False, kind="JPEG"):
+    """Another picture in place of d.jpg, as a JPEG of the same size in bytes."""
+    (images / "part").write_bytes(encoded((0, 200, 0), kind).ljust(1000, b"\0"))
     if old:
         os.utime(images / "part", (0, 0))
     (images / "part").rename(images / "d.jpg")
 
 
 @pytest.mark.parametrize("smaller", [[], ["--shorter-side", 4]])
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda images, encoded: (images / "d.jpg").write_bytes(encoded((200, 0, 9), "PNG")),
-        lambda images, encoded: (images / "a.jpg").write_bytes(encoded((7, 7, 7), "BMP")),
-        partial(replaced, old=False),
-        partial(replaced, old=True),
-    ],
-)
-def test_complete_already_knows_that_pictures_changed(run, table, tmp_path, images, encoded, change, smaller):
+@pytest.mark.parametrize("how", [{"kind": "BMP"}, {"old": False}, {"old": True}], ids=str)
+def test_complete_already_knows_that_pictures_changed(run, table, tmp_path, images, encoded, how, smaller):
     call = [*table, "--output", tmp_path / "out", *smaller]
     assert run(*call)[0] == 0
     before = contents(tmp_path / "out")
+    for path in images.iterdir():
+        path.touch()
     assert "complete already: 4 samples" in run(*call)[1]
-    change(images, encoded)
+    replaced(images, encoded, **how)
     code, _, err = run(*call)
     assert (code, err.count("\n")) == (2, 1)
-    assert "holds shards of other pictures: of csv-00000" in err
+    assert "holds shards of other pictures: of csv-000001.tar" in err
     assert contents(tmp_path / "out") == before
 
 
-def test_complete_already_where_pictures_were_touched_added_or_are_gone(run, table, tmp_path, images):
+def test_complete_already_where_pictures_were_added_or_are_gone(run, table, tmp_path, images):
     call = [*table, "--output", tmp_path / "out", "--skip-bad"]
-    late = (images / "b.jpg").read_bytes()
-    (images / "b.jpg").unlink()
+    (images / "b.jpg").rename(tmp_path / "late.jpg")
     assert run(*call)[0] == 0
-    for path in images.iterdir():
-        path.touch()
-    assert "complete already" in run(*call)[1]
-    (images / "b.jpg").write_bytes(late)
-    assert "holds shards of other pictures" in run(*call)[2]
     before = contents(tmp_path / "out")
+    (tmp_path / "late.jpg").rename(images / "b.jpg")
+    assert "holds shards of other pictures" in run(*call)[2]
     shutil.rmtree(images)
     (tmp_path / "out" / PLAN_NAME).write_text("left by a kill after the manifest")
     _, out, err = run(*call)
@@ -201,7 +191,7 @@ def test_tasks_of_several_processes(capsys, monkeypatch):
 
 @pytest.fixture
 def many(tmp_path):
-    """Pictures and a table of 240 rows: enough for a build to be interrupted."""
+    """A build of 240 rows that takes long enough to be interrupted."""
     names = [f"{i:03d}.jpg" for i in range(240)]
     (tmp_path / "many").mkdir()
     for i, name in enumerate(names):
@@ -212,19 +202,16 @@ def many(tmp_path):
 
 
 def start(arguments, **options):
-    command = [sys.executable, SCRIPT, *arguments, "--num-workers", 2]
+    command = map(str, [sys.executable, SCRIPT, *arguments, "--num-workers", 2])
     pipe = subprocess.PIPE
-    return subprocess.Popen([str(part) for part in command], stdout=pipe, stderr=pipe, text=True, **options)
+    return subprocess.Popen(list(command), stdout=pipe, stderr=pipe, text=True, **options)
 
 
 def processes_of(word):
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if word in path.read_bytes().decode(errors="replace"):
-                found.append(path.parent.name)
-        except OSError:
-            continue
+        with suppress(OSError):
+            found += [path] if word.encode() in path.read_bytes() else []
     return found
 
 
