@@ -89,7 +89,7 @@ def adopt_shards(
             bad.notes.update(table.notes)
             for _, reason, line in table.bad:
                 bad.add(line.removeprefix(f"{directory}/"), line, reason)
-        bad.report(sum(len(table.rows) + len(table.bad) for table in tables))
+        bad.report(sum(len(table.rows) for table in tables))
         builder = {"source": "index", "skip_bad": skip_bad, "version": __version__, **bad.fields()}
         manifest = write_index(directory, [path.name for path in paths], tables, builder)
     if manifest["key_prefix"]:

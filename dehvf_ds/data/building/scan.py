@@ -89,24 +89,26 @@ def note(line: str) -> None:
 class BadRows:
     """Rows that cannot be used: the first ends the build, or with ``skip`` all are left out.
 
-    ``counts`` are the rows left out, by reason; ``notes`` the oddities of rows that stay, with how often;
-    ``remedy`` ends the line of the error.
+    ``left_out`` has each one's name, line and reason to count by; ``notes`` counts the oddities of the rows
+    that stay; ``remedy`` ends the line of the error.
     """
 
     def __init__(self, *, skip: bool, remedy: str = "repair it, or leave such rows out with --skip-bad"):
-        self.skip = skip
-        self.counts: Counter[str] = Counter()
+        self.left_out: list[tuple[str, str, str]] = []
         self.notes: Counter[str] = Counter()
+        self._skip = skip
         self._remedy = remedy
-        self._first: list[tuple[str, str]] = []
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Rows left out, by reason."""
+        return Counter(reason for _, _, reason in self.left_out)
 
     def add(self, name: str, line: str, reason: str) -> None:
         """Leaves a row out, or raises ``line``; the manifest keeps ``name``, which has no local paths."""
-        if not self.skip:
+        if not self._skip:
             raise UserError(f"{line}; {self._remedy}")
-        self.counts[reason] += 1
-        if len(self._first) < MAX_NAMED:
-            self._first.append((name, line))
+        self.left_out.append((name, line, reason))
 
     @contextlib.contextmanager
     def row(self, name: str, where: str) -> Iterator[None]:
@@ -119,22 +121,22 @@ class BadRows:
             line = f"{where}: cannot be read: {type(error).__name__} {one_line(error)}"
             self.add(name, line, BAD_RECORD)
 
-    def report(self, num_rows: int) -> None:
-        """Prints what was left out of ``num_rows`` rows, and the oddities of the others."""
-        for _, line in self._first:
+    def report(self, num_used: int) -> None:
+        """Prints what was left out beside ``num_used`` rows, and the oddities of these."""
+        for _, line, _ in self.left_out[:MAX_NAMED]:
             note(f"left out {line}")
-        if total := sum(self.counts.values()):
+        if total := len(self.left_out):
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
-            note(f"left out {total} of {num_rows}: {reasons}")
+            note(f"left out {total} of {total + num_used}: {reasons}")
         for what, count in sorted(self.notes.items()):
             note(f"{count} times: {what}")
 
     def fields(self) -> dict[str, Any]:
         """What a manifest says of the rows that are not in the shards."""
         return {
-            "left_out": sum(self.counts.values()),
+            "left_out": len(self.left_out),
             "left_out_reasons": dict(sorted(self.counts.items())),
-            "left_out_first": [name for name, _ in self._first],
+            "left_out_first": [name for name, _, _ in self.left_out[:MAX_NAMED]],
         }
 
 

@@ -139,7 +139,6 @@ def read_scienceqa(
     if not (isinstance(texts, dict) and all(isinstance(text, str) for text in texts.values())):
         raise UserError(f"{captions}: not captions of ScienceQA: needs {{'captions': {{pid: text}}}}")
     rows: dict[str, SourceRow | None] = {}
-    counts: Counter[str] = Counter()
     for given in pids:
         pid = str(given) if type(given) is int else given
         with bad.row(f"problem {pid}", f"{file}: problem {pid}"):
@@ -153,19 +152,14 @@ def read_scienceqa(
                 image = inside(root / "images", record["split"], pid, names[0])
                 if allow_missing_images and not image.is_file():
                     image, record["image_missing"] = None, True
+                    bad.notes["problem whose picture is missing, text only"] += 1
                 if pid in texts:
                     record["image_caption"] = texts[pid]
-                counts["pictures"] += 1
-                counts["missing"] += image is None
-                counts["bare"] += pid not in texts
+                elif captions:
+                    bad.notes[f"problem whose picture has no caption in {captions.name}"] += 1
             checked = check_record(record, has_picture=image is not None)
             bad.notes.update(checked.notes)
             rows[pid] = SourceRow(f"{int(pid):06d}" if pid.isdecimal() else pid, image, checked.record)
-    of_all = f"of {counts['pictures']} pictures"
-    if counts["missing"]:
-        note(f"{counts['missing']} {of_all} are missing; their problems are text only")
-    if captions and counts["bare"]:
-        note(f"{counts['bare']} {of_all} have no caption in {captions}")
     return [row for row in rows.values() if row is not None]
 
 

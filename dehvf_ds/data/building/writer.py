@@ -98,9 +98,8 @@ def build_shards(
     Returns:
         The manifest, and whether it was there already.
     """
-    num_rows = len(rows) + sum(bad.counts.values())
     if not rows:
-        bad.report(num_rows)
+        bad.report(0)
         raise UserError("there is no sample to write; look at the arguments")
     builder = _describe(rows, name, settings, facts)
     output.mkdir(parents=True, exist_ok=True)
@@ -119,9 +118,9 @@ def build_shards(
         with atomic_file(output / PLAN_NAME) as part:
             part.write_text(json.dumps(builder, indent=2) + "\n", encoding="utf-8")
         built = run_tasks(_build_shard, tasks, num_workers=num_workers, title="Writing shards")
-        for key, line in (row for _, left_out in built for row in left_out):
-            bad.add(key, line, UNDECODABLE)
-        bad.report(num_rows)
+        for row in (row for _, left_out in built for row in left_out):
+            bad.add(*row)
+        bad.report(sum(len(table.rows) for table, _ in built))
         names, tables = [], []
         for task, (table, _) in zip(tasks, built, strict=True):
             if len(table.rows):
@@ -178,34 +177,30 @@ class _ShardTask:
         # ctime: a picture that was replaced by an older file keeps that one's mtime.
         return all(max(state.st_mtime, state.st_ctime) <= written for state in states)
 
-    def read(self, left_out: list[tuple[str, str]]) -> Iterator[ShardRow]:
-        """Yields the samples; with ``skip_bad`` those of a bad picture go to ``left_out`` (key and line)."""
+    def read(self, bad: BadRows) -> Iterator[ShardRow]:
+        """Yields the samples whose picture can be used."""
         for row in self.rows:
             members = {"json": row.record}
             try:
                 if row.image is not None:
                     member, data = _read_picture(row.image, self.settings)
                     members[member] = data
-            except DamagedSample as error:
-                if not self.settings.skip_bad:
-                    remedy = "repair it, or leave such rows out with --skip-bad"
-                    raise UserError(f"{error}; {remedy}") from None
-                left_out.append((row.key, str(error)))
-            else:
                 yield ShardRow(key=row.key, members=members)
+            except DamagedSample as error:
+                bad.add(row.key, str(error), UNDECODABLE)
 
     def sha256_now(self) -> str | None:
         """The hash that the shard would have if it were written now; None for one without a sample."""
         path = self.path.with_name(f".{self.path.name}.now.part")
         try:
-            table = write_shard(self.read([]), path)
+            table = write_shard(self.read(BadRows(skip=self.settings.skip_bad)), path)
             return table.sha256 if len(table.rows) else None
         finally:
             path.unlink(missing_ok=True)
 
 
-def _build_shard(task: _ShardTask) -> tuple[ShardTable, list[tuple[str, str]]]:
-    """A shard's scan, and the rows whose picture cannot be decoded (key and line)."""
+def _build_shard(task: _ShardTask) -> tuple[ShardTable, list[tuple[str, str, str]]]:
+    """A shard's scan, and the rows whose picture cannot be decoded."""
     if task.path.exists():
         try:
             table = scan_shard(task.path)
@@ -216,8 +211,8 @@ def _build_shard(task: _ShardTask) -> tuple[ShardTable, list[tuple[str, str]]]:
         except (UserError, OSError) as error:
             reason = one_line(error)
         note(f"{task.path}: built again ({reason})")
-    left_out: list[tuple[str, str]] = []
-    return write_shard(task.read(left_out), task.path), left_out
+    bad = BadRows(skip=task.settings.skip_bad)
+    return write_shard(task.read(bad), task.path), bad.left_out
 
 
 def _read_picture(path: Path, settings: BuildSettings) -> tuple[str, bytes]:

@@ -36,10 +36,10 @@ def karpathy(root, *entries, split="train"):
     return read_karpathy(path, root / "images", split, bad=STRICT)
 
 
-def scienceqa(root, problems, pids=None, **options):
+def scienceqa(root, problems, pids=None, bad=STRICT, **options):
     write(root / "problems.json", problems)
     write(root / "pid_splits.json", {"train": list(problems) if pids is None else pids})
-    return read_scienceqa(root, "train", bad=STRICT, **options)
+    return read_scienceqa(root, "train", bad=bad, **options)
 
 
 def csv(root, content):
@@ -77,25 +77,26 @@ def test_karpathy_splits_folders_and_ids(tmp_path):
         karpathy(tmp_path, *entries, split="train+dev")
 
 
-def test_scienceqa_pictures_captions_and_names(tmp_path, capsys):
+def test_scienceqa_pictures_captions_and_names(tmp_path):
     problems = {
         "7": PROBLEM | {"image": "image.png", "split": "val"},
         "12": PROBLEM | {"image": None},
         "b-1": PROBLEM | {"image": "choice.png"},
     }
     captions = write(tmp_path / "captions.json", {"captions": {"7": "A map.", "12": "Not shown."}})
-    rows = scienceqa(tmp_path, problems, ["7", 12, "b-1"], captions=captions)
+    bad = BadRows(skip=False)
+    rows = scienceqa(tmp_path, problems, ["7", 12, "b-1"], captions=captions, bad=bad)
     images = tmp_path / "images"
     assert [(row.name, row.record["pid"], row.image, row.record.get("image_caption")) for row in rows] == [
         ("000007", "7", images / "val/7/image.png", "A map."),
         ("000012", "12", None, None),
         ("b-1", "b-1", images / "train/b-1/choice.png", None),
     ]
-    assert capsys.readouterr().err == f"note: 1 of 2 pictures have no caption in {captions}\n"
-    missing = scienceqa(tmp_path, problems, allow_missing_images=True)
+    assert bad.notes == {"problem whose picture has no caption in captions.json": 1}
+    missing = scienceqa(tmp_path, problems, allow_missing_images=True, bad=bad)
     assert [row.image for row in missing] == [None] * 3
     assert [row.record.get("image_missing") for row in missing] == [True, None, True]
-    assert "2 of 2 pictures are missing; their problems are text only" in capsys.readouterr().err
+    assert bad.notes["problem whose picture is missing, text only"] == 2
 
 
 @pytest.mark.skipif(not SCIENCEQA.is_dir(), reason=f"ScienceQA's problems are not at {SCIENCEQA}")

@@ -157,8 +157,15 @@ def test_complete_already_where_pictures_were_added_or_are_gone(run, table, tmp_
     call = [*table, "--output", tmp_path / "out", "--skip-bad"]
     (images / "b.jpg").rename(tmp_path / "late.jpg")
     assert run(*call)[0] == 0
-    before = contents(tmp_path / "out")
     (tmp_path / "late.jpg").rename(images / "b.jpg")
+    assert "holds shards of other pictures" in run(*call)[2]
+    (images / "b.jpg").unlink()
+    assert "complete already" in run(*call)[1]
+    # A whole folder put in the place of another has older times; the sizes tell.
+    (images / "d.jpg").write_bytes((images / "d.jpg").read_bytes() + bytes(1000))
+    for path in (tmp_path / "out").glob("*.tar"):
+        os.utime(path, (2**32, 2**32))
+    before = contents(tmp_path / "out")
     assert "holds shards of other pictures" in run(*call)[2]
     shutil.rmtree(images)
     (tmp_path / "out" / PLAN_NAME).write_text("left by a kill after the manifest")
