@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dehvf_ds.config import EvalConfig, UserError
 from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.records import read_record
 from dehvf_ds.data.shards import picture_name
+from dehvf_ds.evaluation.dataset import published_shards
 
 NAN = float("nan")
 CAPTIONS = {name: ["A."] for name in ("a.jpg", "gone.jpg", "cut.jpg", "empty.jpg", "odd.heic", "../up.jpg")}
@@ -133,6 +135,13 @@ def test_bad_rows_are_one_line_or_left_out_and_counted(run, tmp_path, images, la
         assert read_sample(index, 1).record["captions"] == ["B."]
     # The same call again knows that nothing changed.
     assert "complete already: 2 samples" in run(*arguments, "--skip-bad")[1]
+
+
+def test_an_evaluation_scores_every_problem_or_none(tmp_path, images):
+    scienceqa(tmp_path, images)
+    config = EvalConfig(model="none", data=str(tmp_path), task="scienceqa", split="train")
+    with pytest.raises(UserError, match=r"problem beyond: .*; correct it"):
+        published_shards(config, tmp_path / "out")
 
 
 FLICKR = Path(__file__).parents[4] / "shared" / "data" / "flickr8k"

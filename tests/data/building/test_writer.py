@@ -85,8 +85,11 @@ def test_pictures_are_made_smaller_but_never_larger(run, tmp_path):
     assert np.asarray(decoded[5].convert("RGB")).min() > 250
 
 
-def test_finished_shards_are_kept_and_others_built_again(run, built, tmp_path):
+def test_finished_shards_are_kept_and_others_built_again(run, table, tmp_path):
     out = tmp_path / "out"
+    # Two shards of equal sizes.
+    call = [*table, "--samples-per-shard", 2, "--output", out]
+    assert run(*call)[0] == 0
     shutil.copytree(out, tmp_path / "whole")
     damage = [
         (lambda: (out / "csv-000001.tar").unlink(), ""),
@@ -99,7 +102,7 @@ def test_finished_shards_are_kept_and_others_built_again(run, built, tmp_path):
         (out / ".csv-000001.tar.part").write_bytes(b"half")
         change()
         kept = written(out / "csv-000000.tar")
-        code, _, err = run(*built)
+        code, _, err = run(*call)
         assert code == 0
         assert reason in err
         assert bool(err) == bool(reason)
@@ -155,14 +158,14 @@ def test_complete_already_knows_that_pictures_changed(run, table, tmp_path, imag
 
 def test_complete_already_where_pictures_were_added_or_are_gone(run, table, tmp_path, images):
     call = [*table, "--output", tmp_path / "out", "--skip-bad"]
-    (images / "b.jpg").rename(tmp_path / "late.jpg")
+    (images / "d.jpg").rename(tmp_path / "late.jpg")
     assert run(*call)[0] == 0
-    (tmp_path / "late.jpg").rename(images / "b.jpg")
+    (tmp_path / "late.jpg").rename(images / "d.jpg")
     assert "holds shards of other pictures" in run(*call)[2]
-    (images / "b.jpg").unlink()
+    (images / "d.jpg").unlink()
     assert "complete already" in run(*call)[1]
     # A whole folder put in the place of another has older times; the sizes tell.
-    (images / "d.jpg").write_bytes((images / "d.jpg").read_bytes() + bytes(1000))
+    (images / "a.jpg").write_bytes((images / "a.jpg").read_bytes() + bytes(1000))
     for path in (tmp_path / "out").glob("*.tar"):
         os.utime(path, (2**32, 2**32))
     before = contents(tmp_path / "out")
@@ -190,7 +193,7 @@ def test_tasks_of_several_processes(capsys, monkeypatch):
     assert "Doubling: 100%" in capsys.readouterr().err
     assert run([], num_workers=3) == []
     for workers in (1, 2):
-        with pytest.raises(UserError, match="it is bad"):
+        with pytest.raises(UserError, match=r"^it is bad$"):
             run([1, 2, "bad", "worse", 3], num_workers=workers)
     with pytest.raises(UserError, match="a worker process was killed"):
         run([1, "die", 2, 3], num_workers=2)
