@@ -159,7 +159,7 @@ def test_pictures_become_the_same_pixels_everywhere(pictures, tmp_path, kind) ->
         torch.testing.assert_close(loaded, trained[number], atol=0.1 if "large" in name else 0, rtol=0)
 
 
-def test_another_frame_stays_the_one_that_is_given(tmp_path) -> None:
+def test_the_frame_of_an_opened_picture_is_kept(tmp_path) -> None:
     frames = [drawing(700, 500), drawing(700, 500).rotate(180)]
     image = Image.open(io.BytesIO(encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])))
     image.seek(1)

@@ -182,7 +182,7 @@ def published_shards(config: EvalConfig, output: Path) -> Path:
         settings=BuildSettings(),
         facts=facts,
         num_workers=1,
-        # Scores without a row that the shards lack would not be those of the published split.
+        # Scores of fewer rows would not be those of the published split.
         bad=BadRows(skip=False, remedy="correct it"),
     )
     return shards

@@ -122,7 +122,7 @@ LOST = "text with U+FFFD or U+0080 to U+009F in it, a character that was lost be
 def test_what_is_odd_in_a_usable_row_is_counted(record, note):
     checked = check_record(record, has_picture=True)
     assert checked.notes == (note,)
-    # By this field the scores tell problems with a picture from others.
+    # Scores distinguish problems with a picture by this field.
     assert checked.task != "scienceqa" or checked.record["image"]
 
 
@@ -172,7 +172,7 @@ def test_brackets_in_captions_are_text():
 
 
 @pytest.mark.parametrize("text", ["half \ud83d", "\udc00 half", "a\0b", "\x1b[31mred", "\x7f"])
-def test_damaged_text_is_refused_wherever_it_stands(text):
+def test_damaged_text_is_refused_in_any_field(text):
     records = [{"captions": ["Fine.", text]}, {"caption": text}, talk(text), talk(answer=text)]
     records += [PROBLEM | {"solution": text}, PROBLEM | {"choices": ["a", text]}]
     if "half" in text:
@@ -182,7 +182,7 @@ def test_damaged_text_is_refused_wherever_it_stands(text):
         refused(record, "of damaged text", "half an emoji" if "half" in text else "a control character")
 
 
-def test_byte_order_marks_go_wherever_they_stand():
+def test_byte_order_marks_are_removed_from_any_field():
     assert check_record(talk("\ufeffWhat?", "\ufeffA dog."), has_picture=False).record == talk()
     for members in ({"txt": "\ufeffA dog.".encode()}, {"json": b'\xef\xbb\xbf{"caption": "A dog\\ufeff."}'}):
         assert read_record({"jpg": b"j", **members}).record["captions"] == ["A dog."]

@@ -56,7 +56,7 @@ def read_coco(annotations: Path, images: Path, *, bad: BadRows) -> list[SourceRo
     for number, image in enumerate(content["images"]):
         with bad.row(f"images[{number}]", f"{annotations}: images[{number}]"):
             if image["id"] in pictures:
-                raise DamagedSample(f"image id {image['id']} is given to two pictures", KEY_TWICE)
+                raise DamagedSample(f"image id {image['id']} belongs to two pictures", KEY_TWICE)
             pictures[image["id"]] = image["file_name"], []
     for number, annotation in enumerate(content["annotations"]):
         with bad.row(f"annotations[{number}]", f"{annotations}: annotations[{number}]"):
@@ -139,8 +139,8 @@ def read_scienceqa(
     if not (isinstance(texts, dict) and all(isinstance(text, str) for text in texts.values())):
         raise UserError(f"{captions}: not captions of ScienceQA: needs {{'captions': {{pid: text}}}}")
     rows: dict[str, SourceRow | None] = {}
-    for given in pids:
-        pid = str(given) if type(given) is int else given
+    for number in pids:
+        pid = str(number) if type(number) is int else number
         with bad.row(f"problem {pid}", f"{file}: problem {pid}"):
             if pid not in problems:
                 raise DamagedSample("it is not there, but pid_splits.json names it")
@@ -180,7 +180,7 @@ def read_llava(annotations: Path, images: Path, *, bad: BadRows) -> list[SourceR
         place, count = f"{'line' if in_lines else 'row'} {number}", count + 1
         with bad.row(place, f"{annotations}, {place}"):
             record = parse_json(entry) if in_lines else entry
-            given = record.get("id")
+            row_id = record.get("id")
             if "conversations" not in record:
                 held = f"(its fields are {', '.join(list(record)[:8])})"
                 raise DamagedSample(f"has no conversations, a list of {TURN_FORM} {held}", NO_CAPTION)
@@ -188,7 +188,7 @@ def read_llava(annotations: Path, images: Path, *, bad: BadRows) -> list[SourceR
             path = inside(images, names[0]) if names else None
             checked = check_record(record, has_picture=path is not None)
             bad.notes.update(checked.notes)
-            rows.append(SourceRow(f"{count:09d}" if given is None else str(given), path, checked.record))
+            rows.append(SourceRow(f"{count:09d}" if row_id is None else str(row_id), path, checked.record))
     return rows
 
 

@@ -1,8 +1,8 @@
 """Shards written from rows.
 
 Which row goes into which shard, under which key, is planned before a picture is read. One shard is one task,
-and the plan alone decides its bytes. A shard has its name only when it is whole, so a second call after
-whatever ended the first keeps the finished ones.
+and the plan alone decides its bytes. A shard has its name only when it is complete, so that the same
+call after an interruption keeps the finished ones.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def build_shards(
     num_workers: int,
     bad: BadRows,
 ) -> tuple[dict[str, Any], bool]:
-    """Builds a shard directory, or goes on with one that the same arguments began.
+    """Builds a shard directory, or continues one that the same arguments began.
 
     A finished one is left alone if its pictures are unchanged: those of another size, or written since, are
     read and compared.
@@ -289,7 +289,7 @@ def _describe(
 
 
 def _require_unchanged(output: Path, manifest: dict[str, Any], tasks: Sequence[_ShardTask]) -> None:
-    """Refuses a finished build whose pictures are others now."""
+    """Refuses a finished build whose pictures have changed."""
     sizes, end = np.load(output / INDEX_NAME, mmap_mode="r")[:, 1], 0
     now = {task.path.name: task for task in tasks}
     changed = []
@@ -301,7 +301,7 @@ def _require_unchanged(output: Path, manifest: dict[str, Any], tasks: Sequence[_
             break
     if changed := changed or [name for name, task in now.items() if task.sha256_now()]:
         raise UserError(
-            f"{output}: holds shards of other pictures: of {changed[0]} one at least was changed, added or "
+            f"{output}: holds shards of other pictures: of {changed[0]} at least one was changed, added or "
             "removed since; give another --output, or remove it"
         )
 

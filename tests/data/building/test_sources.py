@@ -131,7 +131,7 @@ SAME = {"id": 1, "file_name": "./a.jpg"}
 @pytest.mark.parametrize(
     ("read", "message"),
     [
-        (lambda d: coco(d, [PICTURE, PICTURE | {"file_name": "b.jpg"}]), "id 0 is given to two pictures"),
+        (lambda d: coco(d, [PICTURE, PICTURE | {"file_name": "b.jpg"}]), "id 0 belongs to two pictures"),
         (lambda d: coco(d, [PICTURE], (2, "x")), "names an unknown image_id"),
         (lambda d: coco(d, [PICTURE, SAME], (0, "A."), (1, "B.")), r"\./a\.jpg: the picture occurs twice"),
         (lambda d: karpathy(d, ENTRY, ENTRY), r"images\[1\]: a\.jpg: the picture occurs twice"),

@@ -164,7 +164,7 @@ def test_complete_already_where_pictures_were_added_or_are_gone(run, table, tmp_
     assert "holds shards of other pictures" in run(*call)[2]
     (images / "d.jpg").unlink()
     assert "complete already" in run(*call)[1]
-    # A whole folder put in the place of another has older times; the sizes tell.
+    # A folder that replaces another may have older times; then the sizes differ.
     (images / "a.jpg").write_bytes((images / "a.jpg").read_bytes() + bytes(1000))
     for path in (tmp_path / "out").glob("*.tar"):
         os.utime(path, (2**32, 2**32))
@@ -229,7 +229,7 @@ def processes_of(word):
 def test_an_interrupted_build_goes_on(run, many, tmp_path, number, monkeypatch):
     out, mark = tmp_path / "out", f"mark-{tmp_path.name}"
     monkeypatch.setenv("BUILD_MARK", mark)
-    # What runs in a shell's background is told to ignore interrupts; this build is to heed them.
+    # A shell's background jobs ignore interrupts; this build must not.
     heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with start([*many, "--output", out], start_new_session=True, preexec_fn=heeded) as process:
         monkeypatch.delenv("BUILD_MARK")
@@ -260,7 +260,7 @@ def test_an_interrupted_build_goes_on(run, many, tmp_path, number, monkeypatch):
 
 
 def test_a_full_disk_is_one_line_with_a_remedy(many, tmp_path):
-    """A limit on the size of files stands in for the disk."""
+    """A limit on the size of files has the effect of a full disk."""
     out = tmp_path / "out"
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
     with start([*many, "--output", out], preexec_fn=limit) as process:
