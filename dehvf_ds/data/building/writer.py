@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -141,11 +141,11 @@ def plan_shards(rows: Sequence[SourceRow], settings: BuildSettings, bad: BadRows
     """
     with ThreadPoolExecutor(STAT_THREADS) as pool:
         sizes = list(pool.map(_picture_bytes, rows))
+    missing = f"no such picture ({sizes.count(None)} of {len(rows)} are missing)"
     planned = []
     for row, key, size in zip(rows, _unique_keys(row.name for row in rows), sizes, strict=True):
         if size is None:
-            absent = f"no such picture ({sizes.count(None)} of {len(rows)} are missing)"
-            bad.add(key, f"{row.image}: {absent}; look at --images or --root", NO_PICTURE)
+            bad.add(key, f"{row.image}: {missing}; look at --images or --root", NO_PICTURE)
         elif row.image is not None and row.image.suffix.lower() not in _MEMBER_OF_SUFFIX:
             kinds = "a picture's name ends in one of .jpg, .png, .webp, .gif, .bmp, .tif, .avif, .jp2, .."
             bad.add(key, f"{row.image}: {kinds}; convert it", UNDECODABLE)
@@ -164,12 +164,12 @@ class _ShardTask:
     rows: tuple[PlannedRow, ...]
     settings: BuildSettings
 
-    def is_current(self, sizes: np.ndarray) -> bool:
+    def is_current(self, sizes: np.ndarray, left_out: Container[str] = ()) -> bool:
         """Whether a finished shard of samples of these sizes holds the pictures as they are now.
 
-        False also where that is unknown: sizes of smaller pictures are, and one may have been written since.
+        False also where that is not certain: where a picture, also one that was left out, was written since.
         """
-        planned = [row.stored_bytes() for row in self.rows]
+        planned = [row.stored_bytes() for row in self.rows if row.key not in left_out]
         if len(sizes) != len(planned) or (self.settings.shorter_side is None and sizes.tolist() != planned):
             return False
         states = (row.image.stat() for row in self.rows if row.image is not None)
@@ -204,9 +204,16 @@ def _build_shard(task: _ShardTask) -> tuple[ShardTable, list[tuple[str, str, str
     if task.path.exists():
         try:
             table = scan_shard(task.path)
-            same_keys = np.array_equal(table.key_hashes, hash_keys(row.key for row in task.rows))
-            if same_keys and task.is_current(table.rows[:, 1]):
-                return table, []
+            hashes = hash_keys(row.key for row in task.rows)
+            there = np.isin(hashes, table.key_hashes)
+            gone = {
+                row.key: row.image for row, is_there in zip(task.rows, there, strict=True) if not is_there
+            }
+            same_keys = np.array_equal(hashes[there], table.key_hashes)
+            allowed = same_keys and (task.settings.skip_bad or not gone)
+            if allowed and task.is_current(table.rows[:, 1], left_out=gone):
+                lines = ((key, f"{image}: not a readable picture") for key, image in gone.items())
+                return table, [(key, line, UNDECODABLE) for key, line in lines]
             reason = "its samples are not the planned ones, or a picture is newer than it"
         except (UserError, OSError) as error:
             reason = one_line(error)

@@ -87,11 +87,14 @@ def test_pictures_are_made_smaller_but_never_larger(run, tmp_path):
 
 def test_finished_shards_are_kept_and_others_built_again(run, table, tmp_path):
     out = tmp_path / "out"
-    # Two shards of equal sizes.
-    call = [*table, "--samples-per-shard", 2, "--output", out]
+    # Two shards of equal sizes, with a bad picture each.
+    rows = "".join(f"{name}.jpg,Text {name[:1]}.\n" for name in ("a", "cut", "b", "c", "empty", "d"))
+    (tmp_path / "t.csv").write_text(f"image,caption\n{rows}")
+    call = [*table, "--skip-bad", "--output", out]
     assert run(*call)[0] == 0
     shutil.copytree(out, tmp_path / "whole")
     damage = [
+        (lambda: None, ""),
         (lambda: (out / "csv-000001.tar").unlink(), ""),
         (lambda: (out / "csv-000001.tar").write_bytes(b"x" * 9000), "not a whole, uncompressed tar"),
         (lambda: shutil.copy(out / "csv-000000.tar", out / "csv-000001.tar"), "not the planned ones"),
@@ -101,12 +104,15 @@ def test_finished_shards_are_kept_and_others_built_again(run, table, tmp_path):
         unfinish(out)
         (out / ".csv-000001.tar.part").write_bytes(b"half")
         change()
-        kept = written(out / "csv-000000.tar")
+        kept, other = written(out / "csv-000000.tar"), out / "csv-000001.tar"
+        same = reason == "" and other.exists() and written(other)
         code, _, err = run(*call)
         assert code == 0
         assert reason in err
-        assert bool(err) == bool(reason)
+        assert err.count("built again") == bool(reason)
+        assert "left out 2 of 6: 2 undecodable" in err
         assert written(out / "csv-000000.tar") == kept
+        assert not same or written(other) == same
         assert contents(out) == contents(tmp_path / "whole")
 
 
