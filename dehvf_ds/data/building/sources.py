@@ -124,13 +124,9 @@ def read_scienceqa(
 ) -> list[SourceRow]:
     """Reads a split of ScienceQA. A record is the problem's own fields and its ``pid``.
 
-    Args:
-        root: holds ``problems.json``, ``pid_splits.json`` and the pictures as ``images/SPLIT/PID/NAME``,
-            SPLIT being the problem's own field.
-        split: a split of ``pid_splits.json``.
-        captions: the official ``captions.json``, for the ``image_caption`` of problems with a picture.
-        allow_missing_images: a problem whose picture is not there gets ``image_missing``: true.
-        bad: takes problems that could not be trained on or scored.
+    ``root`` holds ``problems.json``, ``pid_splits.json`` and the pictures as ``images/SPLIT/PID/NAME``, SPLIT
+    being the problem's own field. ``captions`` is the official ``captions.json``, for the ``image_caption`` of
+    problems with a picture. A missing picture that is allowed gives ``image_missing``: true.
     """
     file = root / "problems.json"
     problems = _read_object(file, "ScienceQA")

@@ -86,14 +86,8 @@ def build_shards(
     A finished one is left alone if its pictures are unchanged: those of another size, or written since, are
     read and compared.
 
-    Args:
-        rows: the samples, in the order in which they are stored.
-        output: the directory; created.
-        name: the shards' name before ``-%06d.tar``.
-        settings: how rows become shards.
-        facts: what the rows were read from, without this machine's paths; kept in the manifest.
-        num_workers: processes.
-        bad: takes rows that cannot be used, after those that were left out in reading the annotations.
+    Rows are stored in their order, in shards ``NAME-%06d.tar``. ``facts`` say what they were read from, without
+    this machine's paths, and are kept in the manifest. ``bad`` holds what reading the annotations left out.
 
     Returns:
         The manifest, and whether it was there already.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -142,16 +141,3 @@ def test_an_evaluation_scores_every_problem_or_none(tmp_path, images):
     config = EvalConfig(model="none", data=str(tmp_path), task="scienceqa", split="train")
     with pytest.raises(UserError, match=r"problem beyond: .*; correct it"):
         published_shards(config, tmp_path / "out")
-
-
-FLICKR = Path(__file__).parents[4] / "shared" / "data" / "flickr8k"
-
-
-@pytest.mark.skipif(not FLICKR.is_dir(), reason=f"real photographs are not at {FLICKR}")
-def test_real_photographs(run, tmp_path):
-    code, out, err = run(
-        *["karpathy", "--dataset", FLICKR / "dataset_flickr8k.json", "--images", FLICKR / "Images"],
-        *["--split", "val", "--output", tmp_path / "out", "--samples-per-shard", 32],
-    )
-    assert code == 0, err
-    assert "70 samples, 350 captions, 70 pictures, 3 shards" in out
