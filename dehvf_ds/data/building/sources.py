@@ -125,8 +125,8 @@ def read_scienceqa(
     """Reads a split of ScienceQA. A record is the problem's own fields and its ``pid``.
 
     ``root`` holds ``problems.json``, ``pid_splits.json`` and the pictures as ``images/SPLIT/PID/NAME``, SPLIT
-    being the problem's own field. ``captions`` is the official ``captions.json``, for the ``image_caption`` of
-    problems with a picture. A missing picture that is allowed gives ``image_missing``: true.
+    being the problem's own field. ``captions`` is the official ``captions.json``, for the ``image_caption``
+    of problems with a picture. A missing picture that is allowed gives ``image_missing``: true.
     """
     file = root / "problems.json"
     problems = _read_object(file, "ScienceQA")
