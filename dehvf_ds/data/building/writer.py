@@ -86,8 +86,8 @@ def build_shards(
     A finished one is left alone if its pictures are unchanged: those of another size, or written since, are
     read and compared.
 
-    Rows are stored in their order, in shards ``NAME-%06d.tar``. ``facts``, kept in the manifest, say what they
-    were read from, without this machine's paths. ``bad`` holds what reading the annotations left out.
+    Rows are stored in their order, in shards ``NAME-%06d.tar``. ``facts`` say what they were read from,
+    without local paths, and are kept in the manifest. ``bad`` holds what reading the annotations left out.
 
     Returns:
         The manifest, and whether it was there already.
