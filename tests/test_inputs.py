@@ -60,56 +60,40 @@ def oriented(orientation: int) -> dict[str, Any]:
 
 
 def odd_pictures() -> dict[str, bytes]:
-    rgb, alpha = drawing(), drawing().convert("L")
+    rgb, alpha, large = drawing(), drawing().convert("L"), drawing(700, 500)
     clear = rgb.copy()
     clear.putalpha(alpha)
     grey16 = np.asarray(alpha).astype(np.uint16) * 200
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "x" * 5000)
     found = {f"jpeg_exif{n}": encoded(rgb, "JPEG", **oriented(n)) for n in range(1, 9)}
-    found |= {f"png_exif{n}": encoded(rgb, "PNG", **oriented(n)) for n in (3, 6)}
-    found |= {f"png_{mode}": encoded(rgb.convert(mode)) for mode in ("RGB", "L", "1", "P")}
     return found | {
-        "png_rgba": encoded(clear),
+        "png_exif6": encoded(rgb, **oriented(6)),
+        "png_1": encoded(rgb.convert("1")),
         "png_la": encoded(clear.convert("LA")),
         "png_text": encoded(rgb, pnginfo=text),
-        "png_palette_transparent": encoded(rgb.quantize(16), transparency=3),
         "png_palette_alphas": encoded(rgb.quantize(16), transparency=bytes(range(0, 256, 16))),
         "png_rgb_key": encoded(rgb, transparency=rgb.getpixel((5, 5))),
         "png_grey_key": encoded(alpha, transparency=alpha.getpixel((5, 5))),
         "png_16": encoded(Image.fromarray(grey16)),
-        "png_16_dark": encoded(Image.fromarray(grey16 // 100)),
-        "tiff_16": encoded(Image.fromarray(grey16), "TIFF"),
-        "tiff_i": encoded(Image.fromarray(grey16.astype(np.int32)), "TIFF"),
+        "tiff_16_dark": encoded(Image.fromarray(grey16 // 100), "TIFF"),
         "tiff_f": encoded(Image.fromarray(grey16.astype(np.float32) / 51000), "TIFF"),
-        "tiff_f_large": encoded(Image.fromarray(grey16.astype(np.float32)), "TIFF"),
-        "tiff_cmyk": encoded(rgb.convert("CMYK"), "TIFF"),
-        "tiff_exif6": encoded(rgb, "TIFF", **oriented(6)),
+        "tiff_cmyk_exif": encoded(rgb.convert("CMYK"), "TIFF", **oriented(6)),
         "jpeg_cmyk": encoded(rgb.convert("CMYK"), "JPEG"),
-        "jpeg_grey": encoded(alpha, "JPEG"),
-        "jpeg_progressive": encoded(rgb, "JPEG", progressive=True),
-        "jpeg_large": encoded(drawing(700, 500), "JPEG"),
         "jpeg_large_exif8": encoded(drawing(500, 700), "JPEG", **oriented(8)),
-        "mpo_large": encoded(drawing(700, 500), "MPO", save_all=True, append_images=[drawing(70, 50)]),
-        "gif": encoded(rgb.quantize(16), "GIF"),
+        "mpo_large": encoded(large, "MPO", save_all=True, append_images=[drawing(70, 50)]),
         "gif_moving": encoded(rgb, "GIF", save_all=True, append_images=[rgb.rotate(90)]),
         "gif_transparent": encoded(rgb.quantize(16), "GIF", transparency=2),
-        "bmp": encoded(rgb, "BMP"),
-        "webp": encoded(rgb, "WEBP", lossless=True),
         "webp_rgba": encoded(clear, "WEBP", lossless=True),
-        "ppm": encoded(rgb, "PPM"),
         "jp2": encoded(rgb, "JPEG2000"),
         "one_pixel": encoded(drawing(1, 1)),
-        "three_high": encoded(drawing(50, 3)),
-        "three_wide": encoded(drawing(3, 3)),
         "thin": encoded(drawing(1, 300)),
-        "thin_wide": encoded(drawing(301, 2)),
         "thin_odd": encoded(drawing(7, 100), "JPEG", **oriented(6)),
     }
 
 
 class Recorder:
-    """Stands in for a model: keeps what it is asked."""
+    """Keeps what a model would be asked."""
 
     device, dtype, generation_config = torch.device("cpu"), torch.float32, None
 
@@ -136,7 +120,7 @@ def pictures(tmp_path_factory) -> Path:
     return root
 
 
-def asked_in_evaluation(pictures: Path, rows: Sequence[int], tokenizer, transform, prompt: str) -> Any:
+def evaluated(pictures: Path, rows: Sequence[int], tokenizer, transform, prompt: str) -> Any:
     model: Any = Recorder()
     form: dict[str, Any] = {"prompt": prompt, "scienceqa": QCM_A}
     open_questions(str(pictures / "shards"), "coco", tokenizer, transform, **form).ask(model, rows)
@@ -149,7 +133,6 @@ def test_pictures_become_the_same_pixels_everywhere(pictures, tmp_path, kind) ->
     transform = ImageTransform(PROCESSORS[kind])
     data = odd_pictures()
     names = list(data)
-    assert len(names) >= 40
     index = ShardIndex(pictures / "shards")
     collator = Collator(tokenizer, transform, task="caption", max_tokens=16)
     read = [read_sample(index, row, caption=0, shorter_side=SIDE) for row in range(len(names))]
@@ -160,7 +143,7 @@ def test_pictures_become_the_same_pixels_everywhere(pictures, tmp_path, kind) ->
     processor = DehvfProcessor.from_pretrained(tmp_path / "processor")
     streams = [Image.open(io.BytesIO(data[name])) for name in names]
     ways = {
-        "evaluation": asked_in_evaluation(pictures, range(len(names)), tokenizer, transform, "a").asked,
+        "evaluation": evaluated(pictures, range(len(names)), tokenizer, transform, "a").asked,
         "generation": collator([sample for sample in opened if isinstance(sample, Sample)]).pixel_values,
         "processor": processor(images=streams)["pixel_values"],
         "processor, by path": processor(images=[str(pictures / name) for name in names])["pixel_values"],
@@ -176,25 +159,20 @@ def test_pictures_become_the_same_pixels_everywhere(pictures, tmp_path, kind) ->
         torch.testing.assert_close(loaded, trained[number], atol=0.1 if "large" in name else 0, rtol=0)
 
 
-def test_another_frame_stays_the_one_that_is_given(tmp_path) -> None:
+def test_the_frame_of_an_opened_picture_is_kept(tmp_path) -> None:
     frames = [drawing(700, 500), drawing(700, 500).rotate(180)]
     image = Image.open(io.BytesIO(encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])))
     image.seek(1)
     processor = DehvfProcessor(PROCESSORS["squash"], build_tokenizer("byte_bpe", tmp_path))
     found, *expected = processor(images=[image, *reversed(frames)])["pixel_values"]
     assert (found - expected[0]).abs().mean() < 0.1 < (found - expected[1]).abs().mean()
+    # The caller's picture stays as it was.
+    assert image.tell() == 1
+    assert image.size == (700, 500)
 
 
-def test_the_processor_leaves_the_pictures_that_it_is_given(pictures, tmp_path) -> None:
-    processor = DehvfProcessor(PROCESSORS["crop"], build_tokenizer("byte_bpe", tmp_path))
-    image = Image.open(pictures / "jpeg_large_exif8")
-    processor(images=image)
-    assert image.getexif()[0x0112] == 8
-    assert np.asarray(image).shape == (700, 500, 3)
-
-
-ORDINARY = [(48, 40), (40, 48), (160, 40), (40, 160), (32, 32), (31, 33)]
-THIN = [(900, 50), (50, 901), (1711, 90), (5, 100), (117, 7), (3, 400)]
+ORDINARY = [(48, 40), (40, 160), (32, 32), (31, 33)]
+THIN = [(900, 50), (50, 901), (5, 100), (117, 7)]
 
 
 @pytest.mark.parametrize("kind", PROCESSORS)
@@ -209,7 +187,7 @@ def test_pixels_are_what_the_towers_own_processor_makes(kind, size) -> None:
 
 
 @pytest.mark.parametrize("kind", PROCESSORS)
-@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (65_535, 1), (1, 65_535), (2, 40_000)])
+@pytest.mark.parametrize("size", [(1, 3000), (65_535, 1), (2, 40_000)])
 def test_no_picture_grows_beyond_bounds(kind, size) -> None:
     image = Image.new("RGB", size, (255, 0, 0))
     image.paste((0, 0, 255), (size[0] // 2 - 5, size[1] // 2 - 5, size[0] // 2 + 6, size[1] // 2 + 6))
@@ -221,9 +199,8 @@ def test_no_picture_grows_beyond_bounds(kind, size) -> None:
 
 
 PROMPTS = [
-    *["Caption of the picture:", "Caption of the picture: ", "Caption:\n", "", " ", "\n", "  What is it?"],
-    *["A {eos} b", "{eos}", "{bos}Caption:", "<|user|> Tell. <|assistant|>", "Ein Bär: ß", "tabs\tand  sp ."],
-    *["😀?", "x" * 300],
+    *["Caption of the picture: ", "Caption:\n", "", " ", "\n", "  What is it?", "A {eos} b", "{eos}"],
+    *["{bos}Caption:", "<|user|> Tell. <|assistant|>", "Ein Bär: ß", "tabs\tand  sp .", "😀?", "x" * 300],
 ]
 
 
@@ -252,7 +229,7 @@ def test_texts_become_the_same_ids_everywhere(pictures, tmp_path, kind) -> None:
         kept = padded["attention_mask"][number].bool()
         assert kept[-1]
         ways = {
-            "evaluation": asked_in_evaluation(pictures, [0], tokenizer, transform, prompt).input_ids[0],
+            "evaluation": evaluated(pictures, [0], tokenizer, transform, prompt).input_ids[0],
             "generation": replace(collator, for_generation=True)([blank]).input_ids[0],
             "processor": processor(text=prompt)["input_ids"][0],
             "processor, of a batch": padded["input_ids"][number][kept],

@@ -11,7 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from dehvf_ds.data.building.scan import shard_name, write_index, write_shard
+from dehvf_ds.data.building.directory import write_index
+from dehvf_ds.data.building.scan import shard_name, write_shard
 from dehvf_ds.data.shards import ShardRow
 
 

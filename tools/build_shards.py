@@ -1,4 +1,4 @@
-"""Builds, indexes and verifies shards; the flags are told in ``dehvf_ds/data/building/__main__.py``.
+"""Builds, indexes and verifies shards; its flags are described in ``dehvf_ds/data/building/__main__.py``.
 
     python tools/build_shards.py coco --annotations captions_train2017.json --images train2017 --output DIR
 

@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dehvf_ds.data.shards import LFS_POINTER, told_by_first_bytes
@@ -56,17 +56,20 @@ def decode_text(data: bytes, *, command: str = "") -> str:
         ) from None
 
 
-def parse_json(text: str) -> Any:
-    """Parses JSON; an object that has a name twice is refused, for the last would win without a word."""
-    return json.loads(text, object_pairs_hook=_once)
+def parse_json(text: str, *, parse_constant: Callable[[str], Any] | None = None) -> Any:
+    """Parses JSON; a key that occurs twice in an object is a ``ValueError``: the last would win silently.
+
+    ``parse_constant`` is called with ``NaN`` and ``Infinity``, as ``json.loads`` does.
+    """
+    return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=parse_constant)
 
 
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!a} stands twice in one object; keep one")
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!a} occurs twice in one object; keep one")
     return found
 
 

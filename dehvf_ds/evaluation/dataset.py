@@ -17,20 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 from dehvf_ds.batch import Sample
 from dehvf_ds.config import EvalConfig, ScienceqaConfig, UserError, require
-from dehvf_ds.data.building.sources import (
-    BadRows,
-    SourceRow,
-    describe_file,
-    read_coco,
-    read_karpathy,
-    read_scienceqa,
-)
+from dehvf_ds.data.building.scan import BadRows
+from dehvf_ds.data.building.sources import SourceRow, read_layout
 from dehvf_ds.data.building.writer import BuildSettings, build_shards
 from dehvf_ds.data.collate import Collator, ImageTransform, letter_ids
 from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX, Task
-from dehvf_ds.data.records import parse_record
+from dehvf_ds.data.records import read_record
 from dehvf_ds.data.shards import DamagedSample
 from dehvf_ds.evaluation.decode import MAX_NEW_TOKENS, Decoding, decode, likeliest_options, require_positions
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
@@ -112,7 +106,7 @@ class Questions:
 
     def _record(self, row: int) -> tuple[str, dict[str, Any]]:
         members = self.index.read(row)
-        return members["__key__"], parse_record(members)
+        return members["__key__"], read_record(members).record
 
 
 def open_questions(
@@ -176,21 +170,9 @@ def published_shards(config: EvalConfig, output: Path) -> Path:
     or Karpathy's ``dataset_*.json``. A digest of files, split and pictures is added to the name ``output``.
     """
     data = Path(config.data)
-    facts: dict[str, Any] = {"source": "coco"}
-    if data.is_dir():
-        files = {"problems": data / "problems.json", "pid_splits": data / "pid_splits.json"}
-        pictures = data
-        facts = {"source": "scienceqa", "split": config.split, "allow_missing_images": True}
-        rows = _problem_rows(data, _required_split(data, config.split))
-    else:
-        pictures = Path(config.images) if config.images else data.parent
-        files = {"annotations": data}
-        if _is_karpathy(data):
-            files = {"dataset": data}
-            facts = {"source": "karpathy", "split": config.split}
-        rows = _caption_rows(data, pictures, config.split)
-    described = {name: describe_file(path) for name, path in files.items()}
-    contents = [file["sha256"] for file in described.values()]
+    pictures = data if data.is_dir() else Path(config.images or data.parent)
+    rows, facts = _read_published(data, pictures, config.split)
+    contents = [file["sha256"] for file in facts.values() if isinstance(file, dict)]
     terms = {"contents": contents, "split": config.split, "pictures": str(pictures.resolve())}
     shards = output.with_name(f"{output.name}-{digest_of(terms)[:8]}")
     build_shards(
@@ -198,10 +180,10 @@ def published_shards(config: EvalConfig, output: Path) -> Path:
         shards,
         name=config.task,
         settings=BuildSettings(),
-        facts=facts | described,
+        facts=facts,
         num_workers=1,
-        bad=_none_left_out(),
-        progress=False,
+        # Scores of fewer rows would not be those of the published split.
+        bad=BadRows(skip=False, remedy="correct it"),
     )
     return shards
 
@@ -211,50 +193,37 @@ def load_references(path: Path, split: str | None) -> dict[str, list[str]]:
 
     ``split`` is one of Karpathy's, or several as ``train+restval``; COCO's own files name none.
     """
-    rows = _caption_rows(path, path.parent, split)
+    require(not path.is_dir(), f"{path}: references are a JSON file, not a directory")
+    rows, _ = _read_published(path, path.parent, split)
     return {row.record["file_name"]: row.record["captions"] for row in rows}
 
 
-def _problem_rows(root: Path, split: str) -> list[SourceRow]:
-    rows = read_scienceqa(root, split, allow_missing_images=True, bad=_none_left_out())
+def _read_published(path: Path, pictures: Path, split: str | None) -> tuple[list[SourceRow], dict[str, Any]]:
+    """Rows of published files, and what a manifest says of these, as the builder reads them."""
+    layout = "scienceqa" if path.is_dir() else "karpathy" if _is_karpathy(path) else "coco"
+    if layout != "coco" and split is None:
+        raise UserError(f"{path} holds several splits; name one with --split")
+    values = {"annotations": path, "dataset": path, "root": path, "images": pictures, "split": split}
+    # A picture without a caption cannot be scored, but every problem must be.
+    bad = BadRows(skip=layout != "scienceqa", remedy="correct it")
+    rows, facts = read_layout(layout, values | {"captions": None, "allow_missing_images": True}, bad=bad)
+    bad.report(len(rows))
     missing = sum(bool(row.record.get("image_missing")) for row in rows)
     require(
         not missing or any(row.image for row in rows),
-        f"{root}: none of the {missing} pictures of {split} is there, as images/SPLIT/PID/NAME; unpack them, "
-        f"or build shards without them: tools/build_shards.py scienceqa --root {root} --split {split} "
+        f"{path}: none of the {missing} pictures of {split} is there, as images/SPLIT/PID/NAME; unpack them, "
+        f"or build shards without them: tools/build_shards.py scienceqa --root {path} --split {split} "
         "--allow-missing-images --output DIR",
     )
-    return rows
-
-
-def _none_left_out() -> BadRows:
-    """Ends at the first bad row: without it scores would be of other rows than the published ones."""
-    return BadRows(skip=False, remedy="correct it")
-
-
-def _caption_rows(path: Path, images: Path, split: str | None) -> list[SourceRow]:
-    # A picture without a caption cannot be scored.
-    bad = BadRows(skip=True)
-    if _is_karpathy(path):
-        rows = read_karpathy(path, images, _required_split(path, split), bad=bad)
-    else:
-        rows = read_coco(path, images, bad=bad)
-    bad.tell(len(rows) + sum(bad.counts.values()))
-    return rows
+    return rows, facts
 
 
 def _is_karpathy(path: Path) -> bool:
-    """Whether a JSON file holds splits of captions; what is wrong with it is told by who reads it then."""
+    """Whether a JSON file holds splits of captions; its reader says what is wrong with it."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         content = json.loads(path.read_bytes())
         return isinstance(content, dict) and "images" in content and "annotations" not in content
     return False
-
-
-def _required_split(data: Path, split: str | None) -> str:
-    if split is None:
-        raise UserError(f"{data} holds several splits; name one with --split")
-    return split
 
 
 def digest_of(terms: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ every value are checked here; ranges and combinations are checked by DeepSpeed's
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from dehvf_ds.config import RunConfig, UserError, find_deepspeed_json, suggestion
+from dehvf_ds.data.text import parse_json
 from dehvf_ds.distributed import has_fast_bf16
 
 
@@ -131,7 +131,7 @@ def read_deepspeed_json(
     }
     try:
         text = file.read_text(encoding="utf-8-sig")
-        given = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates)
+        given = parse_json(text, parse_constant=_refuse_constant)
         if not isinstance(given, dict):
             raise ValueError("not a JSON object")
         kept = dict(_checked(given, ""))
@@ -152,16 +152,6 @@ def compute_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; of a key that stands in it twice, JSON's readers take the last in silence."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key} stands there twice in one section; keep one")
-        found[key] = value
-    return found
 
 
 def _checked(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -114,7 +114,7 @@ def test_writing_is_deterministic_and_leaves_no_part(tmp_path, make_shards):
         ([caption_row(number) for number in (0, 1, 0)], "key 'row0' is given to two samples"),
         (
             [caption_row(number) for number in (0, 1, 2, 3, 0)],
-            r"'row0' stands in x-000000.tar and, the same bytes, in x-000001.tar; remove one",
+            r"'row0' is in x-000000.tar and, with the same bytes, in x-000001.tar",
         ),
         ([ShardRow(key="a", members={"json": b"[]"})], "text is not usable: not an object; repair it"),
     ],

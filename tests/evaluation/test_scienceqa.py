@@ -11,7 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.building.sources import BadRows, read_scienceqa
+from dehvf_ds.data.building.scan import BadRows
+from dehvf_ds.data.building.sources import read_scienceqa
 from dehvf_ds.data.prompts import scienceqa_target
 from dehvf_ds.evaluation.predict import Scored
 from dehvf_ds.evaluation.scienceqa import COLUMNS, AnswerScorer, read_letter

@@ -162,7 +162,7 @@ def test_what_is_switched_off_may_stand_there(tmp_path: Path, off: dict) -> None
         # No JSON object, or not as it looks.
         *((text, "") for text in ("{", "[1]", "", "{'a': 1}", "[" * 100_000)),
         ('{"gradient_clipping": NaN}', "NaN is no number of JSON"),
-        ('{"zero_optimization": {"stage": 2, "st\\u0061ge": 3}}', "stage stands there twice"),
+        ('{"zero_optimization": {"stage": 2, "st\\u0061ge": 3}}', "the key 'stage' occurs twice"),
     ],
 )
 def test_what_would_do_something_else_is_refused_by_name(tmp_path: Path, content, message: str) -> None:

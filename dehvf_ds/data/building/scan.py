@@ -1,60 +1,54 @@
-"""Shards written and scanned, by several processes, and the index of a directory of them.
+"""One shard written and scanned, and what is left out of it.
 
-A sample is a run of neighbouring members: the picture (``IMAGE_MEMBERS``; absent for a text-only row) and
-``KEY.json``, the record; shards made by img2dataset may bring the caption as ``KEY.txt``. A scan gives every
-sample one byte range and its CRC-32, so that a sample can be read at random and no changed byte goes
-unnoticed.
+A scan gives every sample one byte range and its CRC-32, so that a sample can be read at random and no changed
+byte goes unnoticed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import re
 import sys
-import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt64
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from webdataset.writer import TarWriter
 
 from dehvf_ds.atomic import atomic_file
 from dehvf_ds.config import UserError
 from dehvf_ds.data.images import decode_image
-from dehvf_ds.data.index import FORMAT_VERSION, INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME
-from dehvf_ds.data.records import CheckedRecord, read_record, text_lengths
+from dehvf_ds.data.records import read_record, text_lengths
 from dehvf_ds.data.shards import (
     BAD_NAME,
+    BAD_RECORD,
     KEY_TWICE,
     SIDE_BY_SIDE,
     UNDECODABLE,
     DamagedSample,
     ShardRow,
+    one_line,
     parse_members,
     picture_name,
     sample_ranges,
 )
 
-LINE_EVERY_S = 30.0
-"""How often progress is told where there is no terminal; a shorter build says nothing."""
-
-Task = TypeVar("Task")
-Result = TypeVar("Result")
+# Most rows that are named as left out.
+MAX_NAMED = 20
 
 _PLAIN_KEY = re.compile(r"[^./\s][^./\s]*")
 
 
 class BadSample(NamedTuple):
-    """A sample that was left out: a word to count it by, and the line that names it."""
+    """A sample that was left out: its first byte, a word to count it by, and the line that names it."""
 
+    offset: int
     reason: str
     line: str
 
@@ -72,7 +66,7 @@ class ShardTable:
         sha256: hash of the file.
         num_pictures: samples with a picture.
         tasks: samples by what they are for: ``caption``, ``chat``, ``scienceqa``.
-        notes: what was put right in records, by a word each.
+        notes: oddities of the records, with how often.
         bad: the samples that were left out; only with ``skip_bad``.
     """
 
@@ -81,10 +75,69 @@ class ShardTable:
     key_hashes: UInt64[np.ndarray, " samples"]
     num_bytes: int
     sha256: str
-    num_pictures: int = 0
-    tasks: Counter[str] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)
-    bad: tuple[BadSample, ...] = ()
+    num_pictures: int
+    tasks: Counter[str]
+    notes: Counter[str]
+    bad: tuple[BadSample, ...]
+
+
+def note(line: str) -> None:
+    """Prints a line that the user should read."""
+    print(f"note: {line}", file=sys.stderr, flush=True)
+
+
+class BadRows:
+    """Rows that cannot be used: the first ends the build, or with ``skip`` all are left out.
+
+    ``left_out`` has each one's name, line and reason to count by; ``notes`` counts the oddities of the rows
+    that stay; ``remedy`` ends the line of the error.
+    """
+
+    def __init__(self, *, skip: bool, remedy: str = "repair it, or leave such rows out with --skip-bad"):
+        self.left_out: list[tuple[str, str, str]] = []
+        self.notes: Counter[str] = Counter()
+        self._skip = skip
+        self._remedy = remedy
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Rows left out, by reason."""
+        return Counter(reason for _, _, reason in self.left_out)
+
+    def add(self, name: str, line: str, reason: str) -> None:
+        """Leaves a row out, or raises ``line``; the manifest keeps ``name``, which has no local paths."""
+        if not self._skip:
+            raise UserError(f"{line}; {self._remedy}")
+        self.left_out.append((name, line, reason))
+
+    @contextlib.contextmanager
+    def row(self, name: str, where: str) -> Iterator[None]:
+        """Adds the row that is read inside if its annotation has any mistake."""
+        try:
+            yield
+        except DamagedSample as error:
+            self.add(name, f"{where}: {error}", error.reason)
+        except (UserError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            line = f"{where}: cannot be read: {type(error).__name__} {one_line(error)}"
+            self.add(name, line, BAD_RECORD)
+
+    def report(self, num_used: int) -> None:
+        """Prints what was left out beside ``num_used`` rows, and the oddities of these."""
+        for _, line, _ in self.left_out[:MAX_NAMED]:
+            note(f"left out {line}")
+        if total := len(self.left_out):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
+            note(f"left out {total} of {total + num_used}: {reasons}")
+        for what, count in sorted(self.notes.items()):
+            note(f"{count} times: {what}")
+
+    def fields(self) -> dict[str, Any]:
+        """What a manifest says of the rows that are not in the shards."""
+        return {
+            "left_out": len(self.left_out),
+            "left_out_reasons": dict(sorted(self.counts.items())),
+            "left_out_first": [name for name, _, _ in self.left_out[:MAX_NAMED]],
+        }
 
 
 def write_shard(rows: Iterable[ShardRow], path: Path) -> ShardTable:
@@ -105,6 +158,16 @@ def write_shard(rows: Iterable[ShardRow], path: Path) -> ShardTable:
         return scan_shard(part, shown_as=path)
 
 
+class _Found(NamedTuple):
+    """A usable sample of a shard."""
+
+    row: tuple[int, int, int, int]
+    texts: tuple[int, ...]
+    has_picture: bool
+    task: str
+    notes: tuple[str, ...]
+
+
 def scan_shard(
     path: Path, *, skip_bad: bool = False, decode: bool = False, shown_as: Path | None = None
 ) -> ShardTable:
@@ -118,10 +181,10 @@ def scan_shard(
     bad: list[BadSample] = []
     seen: set[str] = set()
 
-    def leave_out(error: DamagedSample) -> None:
+    def leave_out(offset: int, error: DamagedSample) -> None:
         if not skip_bad:
             raise UserError(f"{error}; repair it, or leave such samples out with --skip-bad") from None
-        bad.append(BadSample(error.reason, str(error)))
+        bad.append(BadSample(offset, error.reason, str(error)))
 
     with path.open("rb") as file:
         for key, begin, end, problem in sample_ranges(path, shown):
@@ -130,22 +193,18 @@ def scan_shard(
             twice = DamagedSample(f"{shown}: key {key!r} is given to two samples; {SIDE_BY_SIDE}", KEY_TWICE)
             if key in good and not good[key].has_picture:
                 # The rest of it, or another's: its picture may be what follows.
-                leave_out(twice)
-                del good[key]
+                leave_out(good.pop(key).row[0], twice)
             try:
                 if problem is not None:
                     raise DamagedSample(f"{shown}: {problem}", BAD_NAME)
                 if key in good:
                     raise twice
-                checked, has_picture = check_sample(data, f"{shown}: sample {key}", decode=decode)
-                if key in seen and not has_picture:
+                found = _check_sample(data, begin, f"{shown}: sample {key}", decode=decode)
+                if key in seen and not found.has_picture:
                     raise twice
+                good[key] = found
             except DamagedSample as error:
-                leave_out(error)
-            else:
-                captions, texts = text_lengths(checked.record)
-                row = (begin, end - begin, captions, zlib.crc32(data))
-                good[key] = _Found(row, texts, has_picture, checked.task, checked.notes)
+                leave_out(begin, error)
             seen.add(key)
         file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -162,24 +221,15 @@ def scan_shard(
     )
 
 
-class _Found(NamedTuple):
-    """A usable sample of a shard."""
-
-    row: tuple[int, int, int, int]
-    texts: tuple[int, ...]
-    has_picture: bool
-    task: str
-    notes: tuple[str, ...]
-
-
-def check_sample(data: bytes, where: str, *, decode: bool) -> tuple[CheckedRecord, bool]:
-    """A sample's record, and whether it has a picture; ``DamagedSample`` where it cannot be used."""
+def _check_sample(data: bytes, offset: int, where: str, *, decode: bool) -> _Found:
     members = parse_members(data, where)
     checked = read_record(members)
     picture = picture_name(members)
     if picture is not None and decode:
         check_picture(members[picture], where)
-    return checked, picture is not None
+    captions, texts = text_lengths(checked.record)
+    row = (offset, len(data), captions, zlib.crc32(data))
+    return _Found(row, texts, picture is not None, checked.task, checked.notes)
 
 
 def check_picture(data: bytes, where: str) -> None:
@@ -205,126 +255,3 @@ def find_key(path: Path, key_hash: int) -> str:
 def shard_name(name: str, number: int) -> str:
     """File name of a builder's shard."""
     return f"{name}-{number:06d}.tar"
-
-
-def write_index(
-    directory: Path, names: Sequence[str], tables: Sequence[ShardTable], builder: dict[str, Any]
-) -> dict[str, Any]:
-    """Writes index, text lengths and, last, the manifest of finished shards; returns the manifest.
-
-    ``names`` are the shards' file names in order, and ``builder`` is what made them.
-    """
-    if not sum(len(table.rows) for table in tables):
-        raise UserError(f"{directory}: there is no sample to index; look at the arguments")
-    prefixed = _keys_repeat(directory, names, tables)
-    rows = np.concatenate([table.rows for table in tables])
-    lengths = np.concatenate([table.text_lengths for table in tables])
-    for file_name, array in ((INDEX_NAME, rows), (LENGTHS_NAME, lengths)):
-        with atomic_file(directory / file_name) as part, part.open("wb") as file:
-            np.save(file, array)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "num_samples": len(rows),
-        "num_captions": int(rows[:, 2].sum()),
-        "num_pictures": sum(table.num_pictures for table in tables),
-        "tasks": dict(sorted(sum((table.tasks for table in tables), Counter()).items())),
-        # Where shards number their keys anew, a sample's key is SHARD/KEY.
-        "key_prefix": "shard" if prefixed else None,
-        "shards": [
-            {
-                "name": name,
-                "samples": len(table.rows),
-                "examples": len(table.text_lengths),
-                "bytes": table.num_bytes,
-                "sha256": table.sha256,
-            }
-            for name, table in zip(names, tables, strict=True)
-        ],
-        "builder": builder,
-    }
-    with atomic_file(directory / MANIFEST_NAME) as part:
-        part.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return manifest
-
-
-def run_tasks(
-    function: Callable[[Task], Result], tasks: Sequence[Task], *, num_workers: int, title: str | None
-) -> list[Result]:
-    """Results of ``function(task)`` in the tasks' order, under a bar with this title (None: no bar).
-
-    With one worker, or one task, in this process. An error ends everything; among several it is that of the
-    earliest task, whatever the number of workers. No process outlives the call, however it ends.
-    """
-    if num_workers < 1:
-        raise UserError(f"--num-workers {num_workers}: must be at least 1")
-    several = min(num_workers, len(tasks)) > 1
-    with warnings.catch_warnings(action="ignore"):
-        # It warns of more workers than cores. They start before the bar, which starts a thread.
-        found = iter(
-            DataLoader(
-                _Results(function, tasks),
-                batch_size=None,
-                collate_fn=lambda result: result,
-                num_workers=num_workers if several else 0,
-                multiprocessing_context="fork" if several else None,
-            )
-        )
-    every = 0.1 if sys.stderr.isatty() else LINE_EVERY_S
-    delays: dict[str, Any] = {"mininterval": every, "maxinterval": max(every, 10.0), "delay": every}
-    results = []
-    try:
-        with tqdm(total=len(tasks), desc=title, unit=" shards", disable=title is None, **delays) as bar:
-            for result in found:
-                if isinstance(result, Exception):
-                    raise result
-                results.append(result)
-                bar.update()
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        remedy = "is there enough memory? Call again, with a smaller --num-workers"
-        raise UserError(f"a worker process was killed; {remedy}") from None
-    finally:
-        # The last reference: the workers end here.
-        del found
-    return results
-
-
-class _Results(Dataset):
-    """What a function makes of each task; a user's error is a result, for a worker's raise is a page."""
-
-    def __init__(self, function: Callable[[Any], Any], tasks: Sequence[Any]):
-        self._function = function
-        self._tasks = tasks
-
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    def __getitem__(self, number: int) -> Any:
-        try:
-            return self._function(self._tasks[number])
-        except (UserError, OSError) as error:
-            return error
-
-
-def _keys_repeat(directory: Path, names: Sequence[str], tables: Sequence[ShardTable]) -> bool:
-    """Whether two shards use the same key for different samples, as those that number their keys anew do.
-
-    The same sample in two shards is a ``UserError``, for it would be learnt twice.
-    """
-    hashes = np.concatenate([table.key_hashes for table in tables])
-    checks = np.concatenate([table.rows[:, 3] for table in tables])
-    order = np.lexsort((checks, hashes))
-    repeats = hashes[order[1:]] == hashes[order[:-1]]
-    same = np.flatnonzero(repeats & (checks[order[1:]] == checks[order[:-1]]))
-    if len(same):
-        ends = np.cumsum([len(table.key_hashes) for table in tables])
-        rows = order[same[0] : same[0] + 2]
-        first, second = (names[int(i)] for i in np.searchsorted(ends, sorted(rows), side="right"))
-        key = find_key(directory / first, int(hashes[rows[0]]))
-        others = f" (and {len(same) - 1} others)" if len(same) > 1 else ""
-        raise UserError(
-            f"{directory}: sample {key!r}{others} stands in {first} and, the same bytes, in {second}; "
-            "remove one of the two"
-        )
-    return bool(repeats.any())

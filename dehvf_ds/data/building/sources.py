@@ -1,49 +1,37 @@
 """Published annotation files, read into rows: COCO, Karpathy's splits, tables, ScienceQA, LLaVA.
 
-Only annotations are read here; the writer looks at the pictures. A mistake in a file as a whole is a
-``UserError`` that names the file; a mistake in one row goes to ``BadRows``.
+Builder and evaluation read them here. Only annotations are read; the writer looks at the pictures. A mistake
+in a file as a whole is a ``UserError`` that names the file; one in a row goes to ``BadRows``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import os
 import re
 import shlex
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from dehvf_ds.atomic import sha256_of
 from dehvf_ds.config import UserError
+from dehvf_ds.data.building.scan import BadRows, note
 from dehvf_ds.data.chat import TURN_FORM
 from dehvf_ds.data.records import check_record, pictures_named
-from dehvf_ds.data.shards import BAD_NAME, BAD_RECORD, KEY_TWICE, NO_CAPTION, DamagedSample, one_line
-from dehvf_ds.data.text import decode_text, is_text, parse_json
+from dehvf_ds.data.shards import BAD_NAME, BAD_RECORD, KEY_TWICE, NO_CAPTION, DamagedSample
+from dehvf_ds.data.text import decode_text, parse_json
 
-MAX_NAMED = 20
-"""Most rows that are named as left out."""
-
-# What a table's columns of pictures and captions may be called, in any case; the first that is there counts.
+# Names of a table's columns of pictures and captions, in any case; the first that is there counts.
 PICTURE_COLUMNS = (
     *("image", "image_name", "image_path", "image_file", "filepath", "file_path", "filename", "file_name"),
     *("file", "path", "img", "img_path", "picture", "photo"),
 )
 CAPTION_COLUMNS = (
-    "caption",
-    "captions",
-    "comment",
-    "title",
-    "text",
-    "description",
-    "sentence",
-    "raw",
-    "alt_text",
+    *("caption", "captions", "comment", "title", "text", "description", "sentence", "raw", "alt_text"),
 )
 
 # A field that pandas quoted in a table of bars: it holds a quote, doubled.
@@ -61,92 +49,23 @@ class SourceRow:
     record: dict[str, Any]
 
 
-def note(line: str) -> None:
-    """Prints a line that the user should read."""
-    print(f"note: {line}", file=sys.stderr, flush=True)
-
-
-class BadRows:
-    """Rows that cannot be used: the first ends the build, or all are left out and counted by reason.
-
-    Attributes:
-        skip: whether such rows are left out.
-        counts: rows that were left out, by reason.
-        notes: what was put right in rows that stay, with how often.
-    """
-
-    def __init__(self, *, skip: bool, remedy: str = "repair it, or leave such rows out with --skip-bad"):
-        """Begins without any; ``remedy`` ends the error's line."""
-        self.skip = skip
-        self.counts: Counter[str] = Counter()
-        self.notes: Counter[str] = Counter()
-        self._remedy = remedy
-        self._first: list[tuple[str, str]] = []
-
-    def add(self, name: str, line: str, reason: str) -> None:
-        """Leaves a row out, or raises a ``UserError`` of the line where that was not asked for.
-
-        The manifest keeps the name, which has no paths of this machine; rows are counted by the reason.
-        """
-        if not self.skip:
-            raise UserError(f"{line}; {self._remedy}")
-        self.counts[reason] += 1
-        if len(self._first) < MAX_NAMED:
-            self._first.append((name, line))
-
-    @contextlib.contextmanager
-    def row(self, name: str, where: str) -> Iterator[None]:
-        """Leaves the row out that is read inside, for any mistake in its annotation."""
-        try:
-            yield
-        except DamagedSample as error:
-            self.add(name, f"{where}: {error}", error.reason)
-        except (UserError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            line = f"{where}: cannot be read: {type(error).__name__} {one_line(error)}"
-            self.add(name, line, BAD_RECORD)
-
-    def tell(self, num_rows: int) -> None:
-        """Says what was left out of ``num_rows`` rows, and what was put right in the others."""
-        for _, line in self._first:
-            note(f"left out {line}")
-        if total := sum(self.counts.values()):
-            parts = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-            reasons = ", ".join(f"{count} {reason}" for reason, count in parts)
-            note(f"left out {total} of {num_rows}: {reasons}")
-        for what, count in sorted(self.notes.items()):
-            note(f"{count} times: {what}")
-
-    def fields(self) -> dict[str, Any]:
-        """What a manifest says of the rows that are not in the shards."""
-        return {
-            "left_out": sum(self.counts.values()),
-            "left_out_reasons": dict(sorted(self.counts.items())),
-            "left_out_first": [name for name, _ in self._first],
-        }
-
-
 def read_coco(annotations: Path, images: Path, *, bad: BadRows) -> list[SourceRow]:
     """Reads COCO's official ``captions_*.json``: pictures and their captions in the file's order."""
     content = _read_object(annotations, "COCO captions", "images", "annotations")
     pictures: dict[Any, tuple[str, list[Any]]] = {}
-    seen = set()
     for number, image in enumerate(content["images"]):
         with bad.row(f"images[{number}]", f"{annotations}: images[{number}]"):
             if image["id"] in pictures:
-                raise DamagedSample(f"image id {image['id']} is given to two pictures", KEY_TWICE)
+                raise DamagedSample(f"image id {image['id']} belongs to two pictures", KEY_TWICE)
             pictures[image["id"]] = image["file_name"], []
     for number, annotation in enumerate(content["annotations"]):
         with bad.row(f"annotations[{number}]", f"{annotations}: annotations[{number}]"):
             if annotation["image_id"] not in pictures:
                 raise DamagedSample(f"annotation {annotation.get('id')} names an unknown image_id")
-            same = tuple(annotation.get(name) for name in ("id", "image_id", "caption"))
-            if same[0] is not None and same in seen:
-                raise DamagedSample(f"annotation {same[0]} stands twice", KEY_TWICE)
-            seen.add(same)
             pictures[annotation["image_id"]][1].append(annotation.get("caption"))
     rows = _CaptionRows(images, bad)
     for image_id, (name, captions) in pictures.items():
-        with bad.row(f"image {image_id}", f"{annotations}: image id {image_id}"):
+        with bad.row(f"image {image_id}", f"{annotations}: image id {image_id}, {name}"):
             rows.add(image_id, name, captions, name)
     return rows.rows
 
@@ -182,8 +101,7 @@ def read_csv(captions: Path, images: Path, *, bad: BadRows) -> list[SourceRow]:
     The header shows whether commas, tabs, semicolons or bars separate. Rows of one picture are joined; blank
     lines and Excel's ``sep=;`` are skipped.
     """
-    texts: dict[str, list[str]] = {}
-    lines_of: dict[str, int] = {}
+    pictures: dict[str, tuple[int, list[str]]] = {}
     splits: Counter[str] = Counter()
     for line, fields, picture, caption in _table_rows(captions):
         if fields.pop(None, None) or None in fields.values():
@@ -191,42 +109,34 @@ def read_csv(captions: Path, images: Path, *, bad: BadRows) -> list[SourceRow]:
             bad.add(f"line {line}", f"{where}; quote texts that hold the separator", BAD_RECORD)
             continue
         splits[fields.get("split", "").strip()] += 1
-        name = fields[picture].strip()
-        texts.setdefault(name, []).append(fields[caption].strip())
-        lines_of.setdefault(name, line)
+        pictures.setdefault(fields[picture].strip(), (line, []))[1].append(fields[caption].strip())
     if len(splits) > 1:
-        found = f"has a column split ({_listed(splits)}), which is not looked at"
-        note(f"{captions}: {found}: all rows are taken")
+        note(f"{captions}: has a column split ({_listed(splits)}), which is not used: all rows are taken")
     rows = _CaptionRows(images, bad)
-    for name, found in texts.items():
-        with bad.row(f"line {lines_of[name]} ({name})", f"{captions}, line {lines_of[name]}"):
-            rows.add(Path(name).stem, name, found, name)
+    for name, (line, texts) in pictures.items():
+        with bad.row(f"line {line} ({name})", f"{captions}, line {line}"):
+            rows.add(Path(name).stem, name, texts, name)
     return rows.rows
 
 
 def read_scienceqa(
-    root: Path, split: str, *, captions: Path | None = None, allow_missing_images: bool = False, bad: BadRows
+    root: Path, split: str, captions: Path | None = None, allow_missing_images: bool = False, *, bad: BadRows
 ) -> list[SourceRow]:
     """Reads a split of ScienceQA. A record is the problem's own fields and its ``pid``.
 
-    Args:
-        root: holds ``problems.json``, ``pid_splits.json`` and the pictures as ``images/SPLIT/PID/NAME``,
-            SPLIT being the problem's own field.
-        split: a split of ``pid_splits.json``.
-        captions: the official ``captions.json``, for the ``image_caption`` of problems with a picture.
-        allow_missing_images: a problem whose picture is not there gets ``image_missing``: true.
-        bad: takes problems that could not be trained on or scored.
+    ``root`` holds ``problems.json``, ``pid_splits.json`` and the pictures as ``images/SPLIT/PID/NAME``, SPLIT
+    being the problem's own field. ``captions`` is the official ``captions.json``, for the ``image_caption``
+    of problems with a picture. A missing picture that is allowed gives ``image_missing``: true.
     """
     file = root / "problems.json"
     problems = _read_object(file, "ScienceQA")
     pids = _read_object(root / "pid_splits.json", f"splits of ScienceQA with --split {split}", split)[split]
-    texts = None if captions is None else _read_object(captions, "captions of ScienceQA").get("captions")
-    if captions and not (isinstance(texts, dict) and all(isinstance(text, str) for text in texts.values())):
+    texts = {} if captions is None else _read_object(captions, "captions of ScienceQA").get("captions")
+    if not (isinstance(texts, dict) and all(isinstance(text, str) for text in texts.values())):
         raise UserError(f"{captions}: not captions of ScienceQA: needs {{'captions': {{pid: text}}}}")
     rows: dict[str, SourceRow | None] = {}
-    counts: Counter[str] = Counter()
-    for given in pids:
-        pid = str(given) if type(given) is int else given
+    for number in pids:
+        pid = str(number) if type(number) is int else number
         with bad.row(f"problem {pid}", f"{file}: problem {pid}"):
             if pid not in problems:
                 raise DamagedSample("it is not there, but pid_splits.json names it")
@@ -235,24 +145,17 @@ def read_scienceqa(
             rows[pid] = None
             record, image = {**problems[pid], "pid": pid}, None
             if names := pictures_named(record):
-                counts["pictures"] += 1
                 image = inside(root / "images", record["split"], pid, names[0])
                 if allow_missing_images and not image.is_file():
                     image, record["image_missing"] = None, True
-                    counts["missing"] += 1
-                if texts is not None and pid in texts:
+                    bad.notes["problem whose picture is missing, text only"] += 1
+                if pid in texts:
                     record["image_caption"] = texts[pid]
-                else:
-                    counts["bare"] += 1
+                elif captions:
+                    bad.notes[f"problem whose picture has no caption in {captions.name}"] += 1
             checked = check_record(record, has_picture=image is not None)
             bad.notes.update(checked.notes)
             rows[pid] = SourceRow(f"{int(pid):06d}" if pid.isdecimal() else pid, image, checked.record)
-    if counts["missing"]:
-        note(
-            f"{counts['missing']} of {counts['pictures']} pictures are missing; their problems are text only"
-        )
-    if texts is not None and counts["bare"]:
-        note(f"{counts['bare']} of {counts['pictures']} pictures have no caption in {captions}")
     return [row for row in rows.values() if row is not None]
 
 
@@ -263,7 +166,7 @@ def read_llava(annotations: Path, images: Path, *, bad: BadRows) -> list[SourceR
     ``{"id": .., "image": NAME or absent, "conversations": [{"from": .., "value": ..}, ..]}``.
     """
     in_lines = annotations.suffix.lower() in (".jsonl", ".ndjson")
-    entries: Any = read_text(annotations).split("\n") if in_lines else _read_json(annotations)
+    entries: Any = _read_text(annotations).split("\n") if in_lines else _read_json(annotations)
     if not isinstance(entries, list):
         raise UserError(f"{annotations}: needs a list of rows; a file of one row a line is .jsonl")
     rows, count = [], 0
@@ -273,48 +176,67 @@ def read_llava(annotations: Path, images: Path, *, bad: BadRows) -> list[SourceR
         place, count = f"{'line' if in_lines else 'row'} {number}", count + 1
         with bad.row(place, f"{annotations}, {place}"):
             record = parse_json(entry) if in_lines else entry
-            given = record.get("id")
+            row_id = record.get("id")
             if "conversations" not in record:
                 held = f"(its fields are {', '.join(list(record)[:8])})"
                 raise DamagedSample(f"has no conversations, a list of {TURN_FORM} {held}", NO_CAPTION)
             names = pictures_named(record)
             path = inside(images, names[0]) if names else None
-            checked = check_record(record, has_picture=path is not None, where=f"id {given!r}")
+            checked = check_record(record, has_picture=path is not None)
             bad.notes.update(checked.notes)
-            rows.append(SourceRow(f"{count:09d}" if given is None else str(given), path, checked.record))
+            rows.append(SourceRow(f"{count:09d}" if row_id is None else str(row_id), path, checked.record))
     return rows
+
+
+class Layout(NamedTuple):
+    """A published layout: its reader, what it is, and the flags that the reader takes, in this order."""
+
+    read: Callable[..., list[SourceRow]]
+    about: str
+    flags: tuple[str, ...]
+
+
+LAYOUTS = {
+    "coco": Layout(read_coco, "official COCO captions_*.json", ("annotations", "images")),
+    "karpathy": Layout(read_karpathy, "Karpathy's dataset_*.json", ("dataset", "images", "split")),
+    "csv": Layout(read_csv, "a table with a header, as image,caption", ("captions", "images")),
+    "scienceqa": Layout(
+        read_scienceqa,
+        "ScienceQA's problems.json and pictures",
+        ("root", "split", "captions", "allow_missing_images"),
+    ),
+    "llava": Layout(read_llava, "conversations of LLaVA or ShareGPT", ("json", "images")),
+}
+
+
+def read_layout(
+    name: str, values: Mapping[str, Any], *, bad: BadRows
+) -> tuple[list[SourceRow], dict[str, Any]]:
+    """Reads a layout with the values of its flags; returns its rows, and what a manifest says of them."""
+    layout = LAYOUTS[name]
+    rows = layout.read(*(values[flag] for flag in layout.flags), bad=bad)
+    files = {flag: values[flag] for flag in layout.flags if isinstance(values[flag], Path)}
+    if root := files.get("root"):
+        files |= {part: root / f"{part}.json" for part in ("problems", "pid_splits")}
+    settings = {flag: values[flag] for flag in ("split", "allow_missing_images") if flag in layout.flags}
+    described = {flag: describe_file(path) for flag, path in files.items() if path.is_file()}
+    return rows, {"source": name, **settings, **described}
 
 
 def inside(directory: Path, *parts: str) -> Path:
     """A path below ``directory``; a ``DamagedSample`` where an annotation's names lead anywhere else."""
-    for part in parts:
-        if not isinstance(part, str):
-            raise DamagedSample(f"the picture's name {part!r} is not a text", BAD_NAME)
-        leaves = "\0" in part or ".." in PurePosixPath(part).parts
-        if part.startswith("/") and "\0" not in part:
-            # As it is named, or by where its folders and links lead.
-            ways = (os.path.abspath, os.path.realpath)
-            leaves = not any(Path(way(part)).is_relative_to(way(directory)) for way in ways)
-        if leaves:
-            raise DamagedSample(f"the picture's path {part!r} leaves the directory of the pictures", BAD_NAME)
-    if not is_text(parts[-1]):
-        raise DamagedSample("a picture's name is empty", BAD_NAME)
-    return directory.joinpath(*parts)
+    path = directory.joinpath(*parts)
+    # As it is named, or where its folders and links lead.
+    within = (Path(way(path)).is_relative_to(way(directory)) for way in (os.path.abspath, os.path.realpath))
+    if ".." in PurePosixPath(*parts).parts or not any(within):
+        shown = str(PurePosixPath(*parts))
+        raise DamagedSample(f"the picture's path {shown!r} leaves the directory of the pictures", BAD_NAME)
+    return path
 
 
 def describe_file(path: Path) -> dict[str, str]:
     """A file's name and hash: what a manifest says of it, the same on every machine."""
     return {"name": path.name, "sha256": sha256_of(path)}
-
-
-def read_text(path: Path) -> str:
-    """An annotation file's text; a ``UserError`` where it is not there or not in UTF-8."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        return decode_text(path.read_bytes(), command=shlex.quote(str(path)))
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 class _CaptionRows:
@@ -331,14 +253,12 @@ class _CaptionRows:
         path = inside(self._images, *parts)
         if path in self._seen:
             # It would be learnt twice as often, and scored twice.
-            raise DamagedSample(
-                f"{file_name}: the picture stands twice; put its captions together", KEY_TWICE
-            )
+            raise DamagedSample(f"{file_name}: the picture occurs twice; join its captions", KEY_TWICE)
         self._seen.add(path)
         if not captions:
             raise DamagedSample(f"{file_name}: has no caption", NO_CAPTION)
         record = {"image_id": image_id, "file_name": file_name, "captions": list(captions)}
-        checked = check_record(record, has_picture=True, where=file_name)
+        checked = check_record(record, has_picture=True)
         record["captions"] = [caption.strip() for caption in checked.record["captions"]]
         self._notes.update(checked.notes)
         self.rows.append(SourceRow(Path(file_name).stem, path, record))
@@ -350,7 +270,7 @@ def _table_rows(path: Path) -> Iterator[tuple[int, dict[Any, Any], str, str]]:
     As ``csv.DictReader`` has it: fields that a line lacks are None, those beyond the header a list at None.
     """
     # Line ends of any program; a field may hold them, too.
-    file = io.StringIO(read_text(path), newline="")
+    file = io.StringIO(_read_text(path), newline="")
     header, before = "", 0
     while (not header.strip() or _SEPARATOR.fullmatch(header)) and (header := file.readline()):
         before += 1
@@ -402,10 +322,19 @@ def _read_object(path: Path, kind: str, *lists: str) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return parse_json(read_text(path))
+        return parse_json(_read_text(path))
     except (ValueError, RecursionError) as error:
         hint = "; a file of one row a line is .jsonl" if "Extra data" in str(error) else ""
         raise UserError(f"{path}: not JSON: {error}{hint}") from None
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return decode_text(path.read_bytes(), command=shlex.quote(str(path)))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _listed(counts: Counter[str]) -> str:

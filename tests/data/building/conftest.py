@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,12 +59,3 @@ def table(tmp_path, images) -> list[object]:
     path = tmp_path / "t.csv"
     path.write_text("image,caption\n" + "".join(f"{name}.jpg,Text {name}.\n" for name in "abcd"))
     return ["csv", "--captions", path, "--images", images, "--samples-per-shard", 3]
-
-
-@pytest.fixture
-def write_json() -> Callable[[Path, object], Path]:
-    def call(path: Path, content: object) -> Path:
-        path.write_text(json.dumps(content), encoding="utf-8")
-        return path
-
-    return call

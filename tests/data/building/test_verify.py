@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import io
-import json
 import random
 import re
 import shutil
-import tarfile
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from webdataset import ShardWriter
 
-from dehvf_ds.data.building.writer import PLAN_NAME
+from dehvf_ds.data.building.directory import PLAN_NAME
 from dehvf_ds.data.index import MANIFEST_NAME, ShardIndex
-from dehvf_ds.data.records import parse_record
+from dehvf_ds.data.records import read_record
 
 
 @pytest.fixture
@@ -24,32 +23,33 @@ def downloaded(tmp_path, encoded):
     """What img2dataset leaves: tars, statistics, rows whose download failed, a web page."""
 
     def call(*, failed=(), page=None):
-        directory = tmp_path / "cc"
-        directory.mkdir()
-        for shard in range(2):
-            with tarfile.open(directory / f"{shard:05d}.tar", "w") as archive:
-                for number in range(3):
-                    key = f"{shard:05d}{number:04d}"
-                    record = {"url": "http://x", "caption": f"Text {key}", "key": key, "status": "success"}
-                    members = {"jpg": b"<html>404</html>" if key == page else encoded((shard, number, 0))}
-                    if key in failed:
-                        members, record["status"] = {}, "failed_to_download"
-                    members |= {"txt": record["caption"].encode(), "json": json.dumps(record).encode()}
-                    for ending, data in members.items():
-                        info = tarfile.TarInfo(f"{key}.{ending}")
-                        info.size = len(data)
-                        archive.addfile(info, io.BytesIO(data))
-            (directory / f"{shard:05d}_stats.json").write_text("{}")
-        return directory
+        (tmp_path / "cc").mkdir()
+        with ShardWriter(f"{tmp_path}/cc/%05d.tar", maxcount=3, verbose=0) as writer:
+            for number in range(6):
+                key = f"{number // 3:05d}{number % 3:04d}"
+                record = {"url": "http://x", "caption": f"Text {key}", "key": key, "status": "success"}
+                picture = b"<html>404</html>" if key == page else encoded((number // 3, number % 3, 0))
+                members: dict[str, Any] = {"jpg": picture}
+                if key in failed:
+                    members, record["status"] = {}, "failed_to_download"
+                writer.write({"__key__": key, **members, "txt": record["caption"], "json": record})
+        (tmp_path / "cc" / "00000_stats.json").write_text("{}")
+        return tmp_path / "cc"
 
     return call
 
 
 def test_shards_of_img2dataset(run, downloaded):
     directory = downloaded()
-    before = {path: path.read_bytes() for path in directory.iterdir()}
+    (directory / "val").mkdir()
+    # 00000.tar.gz is unpacked already.
+    for name in ("val/00000.tar", "00000.tar.gz", "00002.TGZ"):
+        shutil.copy(directory / "00000.tar", directory / name)
+    (directory / "00001.tar").rename(directory / "00001.TAR")
+    before = {path: path.read_bytes() for path in directory.iterdir() if path.is_file()}
     _, out, err = run("index", directory)
-    assert (f"{directory}: 6 samples, 6 captions, 6 pictures, 2 shards" in out, err) == (True, "")
+    assert f"{directory}: 6 samples, 6 captions, 6 pictures, 2 shards" in out
+    assert err.startswith(f"note: not indexed: 2 other shards, as {directory / '00002.TGZ'}; unpack")
     index = ShardIndex(directory)
     assert [index.read(row)["__key__"] for row in (0, 5)] == ["000000000", "000010002"]
     assert {path: path.read_bytes() for path in before} == before
@@ -73,7 +73,7 @@ def test_failed_downloads_and_undecodable_pictures(run, downloaded):
     assert index.manifest["builder"]["left_out_first"][0].startswith("00000.tar: sample 000000001: ")
     for row in range(len(index)):
         members = index.read(row)
-        assert parse_record(members)["captions"] == [f"Text {members['__key__']}"]
+        assert read_record(members).record["captions"] == [f"Text {members['__key__']}"]
         colour = Image.open(io.BytesIO(members["jpg"])).getpixel((0, 0))
         assert abs(colour[0] - int(members["__key__"][4])) < 3
     # Whoever verifies knows what was left out, with its pictures decoded or not.
@@ -95,61 +95,40 @@ def test_shards_that_number_their_keys_anew(run, tmp_path, encoded):
     index = ShardIndex(tmp_path)
     keys = [index.read(row)["__key__"] for row in range(4)]
     assert keys == [f"x{shard}-0/{number:06d}" for shard in range(2) for number in range(2)]
-    assert parse_record(index.read(2))["captions"] == ["Text 1 0"]
+    assert read_record(index.read(2)).record["captions"] == ["Text 1 0"]
     assert run("verify", tmp_path)[0] == 0
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:3000])
-
-
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "messages"),
     [
-        (lambda d: truncate(d / "00001.tar"), "00001.tar: not a whole"),
-        (lambda d: shutil.copy(d / "00000.tar", d / "00001.tar"), "in 00000.tar and, the same bytes, in"),
-        (lambda d: (d / "00001.tar").rename(d / "a b.tar"), "a shard's name has letters"),
-        (lambda d: [p.rename(f"{p}.gz") for p in d.glob("*.tar")], "00000.tar.gz (and 1 others) is compre"),
-        (lambda d: (d / "00001.tar").rename(d / "00001.tgz"), "00001.tgz is compressed"),
-        (lambda d: (d / "00000.tar").rename(d / "00000.TAR.ZST"), "00000.TAR.ZST is compressed"),
-        (lambda d: [p.rename(d / "train" / p.name) for p in d.glob("*.tar")], "2 tars in folders below, as "),
-        (lambda d: [p.unlink() for p in d.glob("*.tar")], "holds no *.tar"),
-        (lambda d: (d / PLAN_NAME).write_text("{}"), "a build that is not finished"),
-        (shutil.rmtree, "no such directory"),
+        (lambda d: (d / "00001.tar").write_bytes(b"x" * 3000), ["00001.tar: not a whole"]),
+        (
+            lambda d: shutil.copy(d / "00000.tar", d / "00001.tar"),
+            ["sample '000000000' is in 00000.tar and, with the same bytes, in 00001.tar"],
+        ),
+        (lambda d: (d / "00001.tar").rename(d / "a b.tar"), ["a shard's name has letters"]),
+        (
+            lambda d: [p.rename(f"{p}.gz") for p in d.glob("*.tar")],
+            ["holds no *.tar", "not indexed: 2 other shards, as ", "00000.tar.gz; unpack"],
+        ),
+        (lambda d: (d / PLAN_NAME).write_text("{}"), ["an unfinished build"]),
+        (shutil.rmtree, ["no such directory"]),
     ],
 )
-def test_directories_that_cannot_be_indexed(run, downloaded, damage, message):
+def test_directories_that_cannot_be_indexed(run, downloaded, damage, messages):
     directory = downloaded()
-    (directory / "train").mkdir()
     damage(directory)
     code, _, err = run("index", directory, "--skip-bad")
     assert code == 2
-    assert message in err
+    assert all(message in err for message in messages), err
     assert not (directory / MANIFEST_NAME).exists()
-
-
-def test_upper_case_and_folders_beside(run, downloaded):
-    directory = downloaded()
-    (directory / "val").mkdir()
-    shutil.copy(directory / "00000.tar", directory / "val")
-    (directory / "00001.tar").rename(directory / "00001.TAR")
-    shutil.copy(directory / "00000.tar", directory / "00000.tar.gz")
-    _, out, err = run("index", directory)
-    assert "6 samples" in out
-    assert f"note: not indexed: 1 tars in folders below, as {directory / 'val'}" in err
 
 
 def edit(path, change):
     data = bytearray(path.read_bytes())
     change(data)
     path.write_bytes(data)
-
-
-def swap(out):
-    first, second = (out / f"csv-00000{number}.tar" for number in (0, 1))
-    data = first.read_bytes()
-    first.write_bytes(second.read_bytes())
-    second.write_bytes(data)
 
 
 def change_index(out, column, name="index.npy"):
@@ -159,7 +138,7 @@ def change_index(out, column, name="index.npy"):
 
 
 TAR = "csv-000000.tar"
-CHANGED = r"csv-000000\.tar: its bytes are not those that manifest.json was made of \({}"
+CHANGED = r"csv-000000\.tar: its bytes are not those that manifest.json was made of; copy it again"
 INDEX = r"index\.npy: not what csv-000000\.tar holds"
 
 
@@ -167,18 +146,13 @@ INDEX = r"index\.npy: not what csv-000000\.tar holds"
     ("damage", "patterns"),
     [
         (lambda out: (out / TAR).unlink(), [r"csv-000000\.tar: cannot be read: No such file"]),
-        (lambda out: edit(out / TAR, lambda d: d.__delitem__(slice(4000, None))), [CHANGED.format("2 of 3")]),
-        (
-            lambda out: edit(out / TAR, lambda d: d.__setitem__(d.index(b"Text b"), 7)),
-            [CHANGED.format(r"1 of 3 samples changed, as \[1\]")],
-        ),
-        (lambda out: edit(out / TAR, lambda d: d.__setitem__(-1, 1)), [CHANGED.format("0 of 3")]),
-        (swap, ["holds what manifest.json calls csv-000001", "holds what manifest.json calls csv-000000"]),
-        (lambda out: change_index(out, 0), [INDEX]),
-        (lambda out: change_index(out, 1), [INDEX]),
+        (lambda out: edit(out / TAR, lambda d: d.__delitem__(slice(4000, None))), [CHANGED]),
+        (lambda out: edit(out / TAR, lambda d: d.__setitem__(d.index(b"Text b"), 7)), [CHANGED]),
+        *((lambda out, column=column: change_index(out, column), [INDEX]) for column in (0, 1, 3)),
         (lambda out: change_index(out, 2), [INDEX, "num_captions is not"]),
-        (lambda out: change_index(out, 3), [INDEX]),
         (lambda out: change_index(out, 0, "text_lengths.npy"), [r"text_lengths\.npy: not what csv-0"]),
+        (lambda out: (out / "index.npy").write_bytes(b"x"), []),
+        (lambda out: (out / MANIFEST_NAME).unlink(), []),
     ],
 )
 def test_verify_names_the_damage(run, table, tmp_path, damage, patterns):
@@ -187,18 +161,10 @@ def test_verify_names_the_damage(run, table, tmp_path, damage, patterns):
     code, out, err = run("verify", tmp_path / "out")
     problems = out.splitlines()
     assert (code, len(problems), err.count("\n")) == (2, len(patterns), 1)
-    assert f"2 shards, 4 samples: {len(patterns)} of them damaged" in err
+    assert not patterns or f"2 shards, 4 samples: {len(patterns)} of them damaged" in err
     for problem, pattern in zip(problems, patterns, strict=True):
         assert re.search(pattern, problem), problem
         assert problem.startswith(str(tmp_path / "out"))
-
-
-def test_verify_needs_manifest_and_index(run, table, tmp_path):
-    assert run(*table, "--output", tmp_path / "out")[0] == 0
-    (tmp_path / "out" / "index.npy").write_bytes(b"x")
-    assert "index.npy: not an index" in run("verify", tmp_path / "out")[2]
-    (tmp_path / "out" / MANIFEST_NAME).unlink()
-    assert "manifest.json: no such file" in run("verify", tmp_path / "out")[2]
 
 
 def test_verify_finds_any_flipped_bit_and_never_fails_itself(run, table, tmp_path):
