@@ -30,7 +30,7 @@ def main() -> None:
     model = trained.load("fp32")
     questions = open_questions(
         args.data,
-        "coco",
+        "caption",
         load_tokenizer(trained.tokenizer_source),
         build_image_transform(trained.processor_source, trained.config.image_size),
         prompt=trained.config.prompt,

@@ -1,6 +1,6 @@
 """Evaluates a trained model on shards: answers, scores and example pictures.
 
-    python dehvf_ds/eval.py --model RUN_DIR --data SHARDS [--task coco|scienceqa] [--split test]
+    python dehvf_ds/eval.py --model RUN_DIR --data SHARDS [--task caption|scienceqa] [--split test]
     python dehvf_ds/eval.py --model RUN_DIR --data ScienceQA --task scienceqa --split test
 
 Under ``deepspeed``, ``torchrun`` or ``srun`` every rank holds a whole model and takes its own rows. A killed

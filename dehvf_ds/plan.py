@@ -19,16 +19,12 @@ if not __package__:
 
 from dehvf_ds.config import parse_config, parse_run_config, settings_of
 from dehvf_ds.distributed import run_entry
-from dehvf_ds.planning.report import build_plan, print_plan
+from dehvf_ds.planning.plan import build_plan, print_plan
 from dehvf_ds.planning.time import PlanConfig
 
 
 def main(argv: list[str]) -> int:
-    """Prints the plan; returns the exit code.
-
-    Raises:
-        UserError: a flag, a configuration file or a backbone that the user must mend.
-    """
+    """Prints the plan; returns the exit code."""
     own, others = split_flags(argv)
     place = parse_plan_config(own)
     print_plan(build_plan(parse_run_config(others), place))
@@ -36,7 +32,7 @@ def main(argv: list[str]) -> int:
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Parts the flags of ``PlanConfig``, written with dashes or underscores, from the run's."""
+    """Separates the flags of ``PlanConfig``, written with dashes or underscores, from the run's."""
     names = settings_of(PlanConfig)
     own, others = [], []
     rest = iter(argv)
@@ -55,11 +51,7 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def parse_plan_config(args: Sequence[str]) -> PlanConfig:
-    """Parses the plan's own flags.
-
-    Raises:
-        UserError: a value of the wrong type or outside its range.
-    """
+    """Parses the plan's own flags."""
     description = (__doc__ or "").splitlines()[0] + " Every flag of train.py is taken too."
     return parse_config(PlanConfig, args, description)
 

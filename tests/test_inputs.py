@@ -139,7 +139,7 @@ def pictures(tmp_path_factory) -> Path:
 def asked_in_evaluation(pictures: Path, rows: Sequence[int], tokenizer, transform, prompt: str) -> Any:
     model: Any = Recorder()
     form: dict[str, Any] = {"prompt": prompt, "scienceqa": QCM_A}
-    open_questions(str(pictures / "shards"), "coco", tokenizer, transform, **form).ask(model, rows)
+    open_questions(str(pictures / "shards"), "caption", tokenizer, transform, **form).ask(model, rows)
     return model
 
 

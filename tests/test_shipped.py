@@ -20,7 +20,7 @@ from dehvf_ds.config import (
     parse_run_config,
 )
 from dehvf_ds.planning.memory import JSON_NAMES
-from dehvf_ds.planning.report import build_plan
+from dehvf_ds.planning.plan import build_plan
 from dehvf_ds.planning.time import PlanConfig
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 

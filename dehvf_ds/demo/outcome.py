@@ -23,7 +23,7 @@ from dehvf_ds.demo.scenes import COLORS, SHAPES, TEXTURES
 from dehvf_ds.distributed import run_entry
 
 RUN, RUN_BLIND = Path("runs/demo"), Path("runs/demo-none")
-EVALUATION = Path("eval/coco-test")
+EVALUATION = Path("eval/caption-test")
 PICTURES = Path("demo_data/scenes/images/test")
 NUM_PICTURES = 12
 

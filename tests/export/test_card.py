@@ -76,7 +76,7 @@ def test_its_code_is_python_and_its_paths_are_nobodys(run, form) -> None:
 
 
 def test_settings_and_scores(run) -> None:
-    score(run, "coco-test", json.dumps(COCO))
+    score(run, "caption-test", json.dumps(COCO))
     score(run, "scienceqa-test", '{"accuracy": {"NAT": 40.0, "Avg": 44.2568}, "num_samples": 296}')
     text = card(run).text
     for line in ("data: coco/train", "batch size: 8", "step: 7"):
@@ -84,7 +84,7 @@ def test_settings_and_scores(run) -> None:
     assert "\nProtocol: tokenizer PTB; num_beams 3.\n" in text
     assert "\n\n| BLEU-4 | CIDEr |\n| --- | --- |\n| 31.25 | 101.50 |\n\n" in text
     assert "\n\n| NAT | Avg |\n| --- | --- |\n| 40.00 | 44.26 |\n\n" in text
-    assert "\n\n**coco-test**, 80 samples\n\n" in text
+    assert "\n\n**caption-test**, 80 samples\n\n" in text
     assert "\n\n\n\n" not in text
     count = sum(p.numel() for p in find_trained(run).load().trainable_parameters().values())
     assert f"\n- trained parameters: {count:,}; all others are frozen\n" in text
@@ -92,7 +92,7 @@ def test_settings_and_scores(run) -> None:
 
 def test_damaged_scores_and_no_run_do_not_stop_an_export(run) -> None:
     for number, metrics in enumerate(["not JSON", "[]", "{}", '{"accuracy": 3}']):
-        score(run, f"coco-{number}", metrics)
+        score(run, f"caption-{number}", metrics)
     assert "None came with the checkpoint." in card(run).text
     assert "step: 7" in model_card(find_trained(run), None, form="adapter", dtype=None)
 

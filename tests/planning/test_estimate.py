@@ -10,7 +10,7 @@ from tiny_models import LORA
 from dehvf_ds.model import DehvfConfig
 from dehvf_ds.planning import memory
 from dehvf_ds.planning.memory import JSON_NAMES, MicroStep, Parameters, Sharding, Strategy, resting_bytes
-from dehvf_ds.planning.report import BACKBONES
+from dehvf_ds.planning.plan import BACKBONES
 from dehvf_ds.planning.time import Estimate, PlanConfig, choose, estimate, gathered_elements
 
 PLACE = PlanConfig()

@@ -20,7 +20,7 @@ from dehvf_ds.config import UserError
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.shards import ShardRow
 from dehvf_ds.report.__main__ import main
-from dehvf_ds.report.plots import line_chart, smooth
+from dehvf_ds.report.page import line_chart, smooth
 
 EVIL = '<script>alert("x")</script> & a „Häuschen“ \u2028\'s ✓ $x_1$ {{ 1 }} http://example.org/x'
 NAME = '2nd "b" & <i>ü $a$'
@@ -101,8 +101,8 @@ def runs(tmp_path_factory) -> list[Path]:
     first = make_run(root / "first", 1.0, 60, torn='{"step": 61, "train/lo')
     second, bare = make_run(root / NAME, 2.0, 60), make_run(root / "bare", 3.0, 5)
     scores = {"CIDEr": 101.256, "missing": {"SPICE": "no <Java>"}, "num_empty": 1}
-    evaluate(first, "coco-test", {"1": said(EVIL), "2": said("")}, **scores)
-    evaluate(second, "coco-val", {"1": said("a hut")}, CIDEr=90.0, METEOR=None, comparable=False)
+    evaluate(first, "caption-test", {"1": said(EVIL), "2": said("")}, **scores)
+    evaluate(second, "caption-val", {"1": said("a hut")}, CIDEr=90.0, METEOR=None, comparable=False)
     (first / "samples").mkdir()
     for step, content in ((20, png("red")), (100, png("blue")), (120, png("red")[:60])):
         (first / "samples" / f"step_{step:08d}.png").write_bytes(content)
@@ -194,7 +194,7 @@ def test_pictures_are_those_of_the_rows_or_none(tmp_path):
     write_shards(rows, tmp_path / "shards", **settings)
     data = {"path": str(tmp_path / "shards"), "sha256": ShardIndex(tmp_path / "shards").digest}
     run = make_run(tmp_path / "run")
-    evaluate(run, "coco-test", {name: said("x") for name in names}, data=data)
+    evaluate(run, "caption-test", {name: said("x") for name in names}, data=data)
     page = Page(run, tmp_path / "x.html")
     assert np.allclose(page.colors(), colors, atol=6)
     assert "Without pictures" not in page.text
@@ -221,19 +221,19 @@ def test_answers_of_scienceqa_are_letters(tmp_path):
 def test_runs_and_data_of_one_name_are_told_apart(tmp_path):
     paths = [make_run(tmp_path / parent / "run") for parent in "ab"]
     for path in paths:
-        evaluate(path, "coco-test", {"1": said("from a")}, CIDEr=1.0, data={"sha256": "a" * 64})
+        evaluate(path, "caption-test", {"1": said("from a")}, CIDEr=1.0, data={"sha256": "a" * 64})
     page = Page(*paths, paths[0], tmp_path / "x.html")
     assert [row[0] for row in page.table("Runs")[1:]] == ["a/run", "b/run"]
     assert "All settings are the same" in page.text
     assert "‡" not in page.text
-    evaluate(paths[0], "coco-test-12345678", {"1": said("from b")}, CIDEr=2.0, data={"sha256": "b" * 64})
-    for name in ("shards/coco-test-0a", "coco-killed/.answers-1"):
+    evaluate(paths[0], "caption-test-12345678", {"1": said("from b")}, CIDEr=2.0, data={"sha256": "b" * 64})
+    for name in ("shards/caption-test-0a", "caption-killed/.answers-1"):
         (paths[0] / "eval" / name).mkdir(parents=True)
     page = Page(paths[0], tmp_path / "x.html")
     assert [row[1:3] for row in page.table(CAPTIONS)[1:]] == [["test", "1.00"], ["test-12345678", "2.00"]]
     for heading, caption in (("Captions, test", "from a"), ("Captions, test-12345678", "from b")):
         assert [row[3] for row in page.table(heading)[1:]] == [caption]
-    assert page.table("Runs")[1][6] == "eval/coco-killed: not finished"
+    assert page.table("Runs")[1][6] == "eval/caption-killed: not finished"
 
 
 def test_numbers_that_are_none_stop_no_page(tmp_path):
@@ -248,7 +248,7 @@ def test_numbers_that_are_none_stop_no_page(tmp_path):
     with (run / "metrics.jsonl").open("a") as file:
         for step, value in enumerate(odd, 4):
             file.write(f'{values(curves, value)}, "step": {step}}}\n{values(("step", "lr"), value)}}}\n')
-            directory = evaluate(run, f"coco-{step}", {"1": said("x")})
+            directory = evaluate(run, f"caption-{step}", {"1": said("x")})
             (directory / "metrics.json").write_text(values(metrics, value) + "}")
     page = Page(run, tmp_path / "x.html")
     assert len(page.table("Runs")) == 2
