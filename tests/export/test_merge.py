@@ -21,8 +21,6 @@ from dehvf_ds.model.adapter import find_trained
 from dehvf_ds.model.ffn import fold_lora
 from dehvf_ds.model.trial import scaled_down
 
-BACKBONES = [("llama", "clip"), ("mistral", "siglip"), ("qwen3", "dinov2")]
-
 
 def saved_model(root: Path, bases: dict[str, str], **settings) -> DehvfForConditionalGeneration:
     """A trained model over the bases, whose artifact lies in ``root/adapter``."""
@@ -44,8 +42,10 @@ def exported(
     return tensors
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("text", "vision"), BACKBONES)
+@pytest.mark.parametrize(
+    ("text", "vision", "tied"),
+    [("llama", "clip", False), ("mistral", "siglip", True), ("qwen3", "dinov2", False)],
+)
 def test_every_tensor_is_the_folded_model_rounded_once(tmp_path, text, vision, tied) -> None:
     model = saved_model(tmp_path, build_bases(tmp_path, text, vision, tie_word_embeddings=tied))
     fold_lora(model)
@@ -88,13 +88,10 @@ def test_the_dtype_is_the_bases_own_and_the_base_may_be_stored_otherwise(tmp_pat
             assert torch.equal(tensor, whole[name].half()), name
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_weights_that_transformers_renames_are_found(tmp_path, tied) -> None:
+def test_weights_that_transformers_renames_are_found(tmp_path) -> None:
     bases = build_bases(tmp_path)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = AutoConfig.for_model(
-        "gpt_neox", **sizes, vocab_size=260, eos_token_id=0, tie_word_embeddings=tied
-    )
+    config = AutoConfig.for_model("gpt_neox", **sizes, vocab_size=260, eos_token_id=0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llm")
     model = saved_model(tmp_path, bases, lora=LORA | {"targets": ["dense_4h_to_h"]})
     fold_lora(model)
@@ -184,7 +181,7 @@ def test_shards_are_what_safetensors_reads_and_no_larger_than_asked(tmp_path) ->
     [
         (torch.tensor([1.0, float("nan")]), "a: holds values that are not finite$"),
         (torch.tensor([1e6, 1.0]).half(), "a: holds values that are not finite; fp16 ends at 65504"),
-        (torch.empty(0), "a: holds no values"),
+        (torch.empty(0), "a: empty, or of another shape"),
     ],
 )
 def test_values_that_no_weight_has_are_named(tmp_path, tensor, message) -> None:

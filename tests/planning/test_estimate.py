@@ -63,17 +63,13 @@ def test_where_the_frozen_weights_lie(parameters: Parameters) -> None:
     for strategy in JSON_NAMES:
         held = resting_bytes(parameters, sharding(strategy, nodes=2))
         assert held["frozen LLM"] + held["frozen tower"] == pytest.approx(expected[strategy], rel=1e-6)
-    for strategy, on_host in {
-        "ZeRO-3": (whole, 0),
-        "ZeRO-2": (0, 0),
-        "ZeRO-3 + offload": (whole, whole),
-    }.items():
+    hosts = {"ZeRO-3": (whole, 0), "ZeRO-2": (0, 0), "ZeRO-3 + offload": (whole, whole)}
+    for strategy, on_host in hosts.items():
         assert tuple(memory.host_bytes(parameters, sharding(strategy)).values()) == on_host
 
 
 def test_buckets_are_whole_and_two_where_zero2_overlaps(parameters: Parameters) -> None:
     for stage, size, overlap, expected in (
-        (3, 2e7, True, 80_000_000),
         (2, 2e7, True, 160_000_000),
         (2, 2e7, False, 80_000_000),
         (3, "auto", False, 2_000_000_000),
@@ -81,18 +77,6 @@ def test_buckets_are_whole_and_two_where_zero2_overlaps(parameters: Parameters) 
         zero = {"stage": stage, "reduce_bucket_size": size, "overlap_comm": overlap}
         read = Sharding.read({"zero_optimization": zero}, nodes=1, gpus_per_node=8)
         assert resting_bytes(parameters, read)["gradient buckets"] == expected
-
-
-@pytest.mark.parametrize("strategy", JSON_NAMES)
-def test_more_gpus_need_no_more_memory_each(strategy: Strategy, parameters: Parameters) -> None:
-    sizes = [(1, 2), (1, 4), (1, 8), (2, 8), (4, 8)]
-    places = [PlanConfig(nodes=nodes, gpus_per_node=gpus) for nodes, gpus in sizes]
-    totals = [planned(parameters, strategy, place).total_bytes for place in places]
-    if strategy == "ZeRO-3 + hpZ":
-        # Its second copy of the weights begins with the second node.
-        assert totals[3] > totals[2]
-        totals = totals[3:]
-    assert totals == sorted(set(totals), reverse=True)
 
 
 def test_gathers_hide_from_the_stated_micro_batch_on(parameters: Parameters) -> None:
