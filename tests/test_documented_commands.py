@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from itertools import dropwhile, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,11 +33,6 @@ PROGRAMS = ("dehvf_ds/*.py", "dehvf_ds/cluster/*.py", "dehvf_ds/demo/*.py", "too
 STARTERS = ("python", "deepspeed", "torchrun", "srun", "sbatch", "bash", "make", "pip")
 """What a command begins with; one that begins with a script is no command that a shell finds."""
 
-OTHERS = ("git", "source", "tail", "scontrol", "scancel")
-"""Commands beside them that are not checked."""
-
-_SCRIPT = re.compile(r"[\w/.-]+\.(py|sh)")
-
 
 class Command(NamedTuple):
     """One command, and the file that names it."""
@@ -50,83 +46,38 @@ class Command(NamedTuple):
 
 def documented() -> Iterator[Command]:
     """Every command of the pages, the programs' docstrings and the job scripts' comments."""
-    for path in (path for pattern in PAGES for path in sorted(REPOSITORY.glob(pattern))):
-        text, name = path.read_text(encoding="utf-8"), str(path.relative_to(REPOSITORY))
-        yield from (Command(name, words) for words in (*_blocks(name, text), *_spans(text)))
-    for path in (path for pattern in PROGRAMS for path in sorted(REPOSITORY.glob(pattern))):
-        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        name = str(path.relative_to(REPOSITORY))
-        yield from (Command(name, words) for words in (*_lines(text), *_spans(text.replace("``", "`"))))
-    for path in sorted((REPOSITORY / "slurm").glob("*.sh")):
-        comments = "\n".join(re.findall(r"(?m)^#(     .*)$", path.read_text(encoding="utf-8")))
-        yield from (Command(f"slurm/{path.name}", words) for words in _lines(comments))
+    for pattern in (*PAGES, *PROGRAMS, "slurm/*.sh"):
+        for path in sorted(REPOSITORY.glob(pattern)):
+            text, name = path.read_text(encoding="utf-8"), str(path.relative_to(REPOSITORY))
+            if path.suffix == ".py":
+                text = ast.get_docstring(ast.parse(text)) or ""
+                lines = text
+            elif path.suffix == ".sh":
+                lines, text = "\n".join(re.findall(r"(?m)^#(     .*)$", text)), ""
+            else:
+                lines = "\n".join(re.findall(r"(?m)^    .*$", text))
+            # On lines of their own, or between backticks, where they may continue on the next line.
+            joined = re.sub(r"\\\n\s*", " ", lines).splitlines()
+            candidates = [line for line in joined if not re.search(r"(?<!\.\.)[.:,]$", line)]
+            candidates += re.findall(r"`([^`]+)`", text.replace("``", "`"))
+            for candidate in candidates:
+                for words in _commands(" ".join(candidate.split())):
+                    yield Command(name, words)
 
 
-def is_command(words: list[str]) -> bool:
-    """Whether it starts something of this repository; a script without its folder only with flags."""
-    words = _after_settings(words)
-    if not words or words[0] in STARTERS:
-        return bool(words)
-    bare = "/" not in words[0]
-    return _SCRIPT.fullmatch(words[0]) is not None and (not bare or any(w.startswith("--") for w in words))
-
-
-def _blocks(name: str, text: str) -> Iterator[tuple[str, ...]]:
-    """Commands in a page's indented blocks: if one line is a command, every line must be known."""
-    for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", text + "\n", flags=re.MULTILINE):
-        split = [words for line in _joined(block) if (words := _split(line))]
-        if any(map(is_command, split)):
-            for words in split:
-                known = is_command(words) or _after_settings(words)[0] in OTHERS
-                assert known, f"{name}: not known; add it to the checks: {words}"
-                yield from _parts(words)
-
-
-def _lines(text: str) -> Iterator[tuple[str, ...]]:
-    """Commands on lines of their own."""
-    for line in _joined(text):
-        words = _split(line)
-        if words and words[0] in STARTERS and len(words) > 1 and not line.endswith((".", ":", ",")):
-            yield from _parts(words)
-
-
-def _spans(text: str) -> Iterator[tuple[str, ...]]:
-    """Commands between backticks, which may continue on the next line."""
-    for span in re.findall(r"`([^`]+)`", text):
-        words = _split(" ".join(span.split()))
-        if len(words) > 1 and is_command(words):
-            yield from _parts(words)
-
-
-def _parts(words: list[str]) -> Iterator[tuple[str, ...]]:
-    """The commands that a line joins, without the settings of variables before them."""
-    part: list[str] = []
-    for word in [*words, "&&"]:
-        if word not in ("&&", "|", ";"):
-            part.append(word)
-            continue
-        if is_command(part):
-            yield tuple(_after_settings(part))
-        part = []
-
-
-def _joined(text: str) -> list[str]:
-    return [" ".join(line.split()) for line in re.sub(r"\\\n\s*", " ", text).splitlines()]
-
-
-def _split(line: str) -> list[str]:
-    """Words as a shell splits them, without comments and redirections."""
+def _commands(line: str) -> Iterator[tuple[str, ...]]:
+    """The commands that a line joins, as a shell splits them, without settings, comments, redirections."""
     try:
         words = shlex.split(line, comments=True)
     except ValueError:
         # Prose with an apostrophe.
         words = line.split()
-    return words[: words.index(">")] if ">" in words else words
-
-
-def _after_settings(words: list[str]) -> list[str]:
-    first = next((i for i, word in enumerate(words) if not re.fullmatch(r"[A-Z_]+=.*", word)), len(words))
-    return words[first:]
+    for joined, part in groupby(words, lambda word: word in ("&&", "|", ";", ">")):
+        part = list(dropwhile(re.compile(r"[A-Z_]+=").match, part))
+        if not joined and len(part) > 1:
+            assert not re.fullmatch(r"\w+/[\w/.-]+\.(py|sh)", part[0]), f"no shell finds {part[0]}: {line}"
+            if part[0] in STARTERS:
+                yield tuple(part)
 
 
 COMMANDS = list(dict.fromkeys(documented()))

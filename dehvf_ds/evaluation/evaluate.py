@@ -53,7 +53,8 @@ def evaluate(config: EvalConfig) -> None:
     """Runs one evaluation. Every rank must call it; rank 0 writes and prints for all."""
     world = read_world()
     meet(world)
-    data, name = config.data, f"{config.task}-{_directory_name(_split_of(config))}"
+    data, split = config.data, _UNFIT.sub("_", _split_of(config))[:MAX_NAME_LENGTH].strip()
+    name = f"{config.task}-{split or 'data'}"
     results = Path(config.output) if config.output is not None else Path(config.model) / "eval"
     if dataset.is_published(data):
         data = str(on_main(world, lambda: dataset.published_shards(config, results / "shards" / name)))
@@ -156,10 +157,6 @@ def _split_of(config: EvalConfig) -> str:
         return config.split
     name = Path(config.data).resolve().name
     return name.removesuffix(".json") if Path(config.data).is_file() else name
-
-
-def _directory_name(split: str) -> str:
-    return _UNFIT.sub("_", split)[:MAX_NAME_LENGTH].strip() or "data"
 
 
 # --- scores, and what is written ---

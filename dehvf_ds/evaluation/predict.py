@@ -115,27 +115,23 @@ def claim_directory(parent: Path, name: str, report: Mapping[str, Any]) -> tuple
     """
     terms = terms_of(report)
     digest = digest_of(terms)
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with (parent / ".claims").open("w") as lock:
-            # Of two that start together only one may find a place free. Not all network file systems lock.
-            with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            held = {place: _held(place) for place in (parent / name, *sorted(parent.glob(f"{name}-*")))}
-            same = [p for p in held if terms in map(terms_of, held[p].values())]
-            known = [p for p in held if held[p] or p.name == name]
-            free = [p for p in known if all(_is_outdated(h, report) for h in held[p].values())]
-            place = [*same, *free, parent / f"{name}-{digest}"][0]
-            outdated = [path for path, h in held.get(place, {}).items() if _is_outdated(h, report)]
-            for path in outdated:
-                path.unlink()
-                if path.name == TERMS_NAME:
-                    shutil.rmtree(path.parent)
-            mark = place / CACHE.format(digest) / TERMS_NAME
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.write_text(json.dumps(report), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{error.filename or parent}: {error.strerror or error}") from None
+    with writing(parent / name), (parent / ".claims").open("w") as lock:
+        # Of two that start together only one may find a place free. Not all network file systems lock.
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        held = {place: _held(place) for place in (parent / name, *sorted(parent.glob(f"{name}-*")))}
+        same = [p for p in held if terms in map(terms_of, held[p].values())]
+        known = [p for p in held if held[p] or p.name == name]
+        free = [p for p in known if all(_is_outdated(h, report) for h in held[p].values())]
+        place = [*same, *free, parent / f"{name}-{digest}"][0]
+        outdated = [path for path, h in held.get(place, {}).items() if _is_outdated(h, report)]
+        for path in outdated:
+            path.unlink()
+            if path.name == TERMS_NAME:
+                shutil.rmtree(path.parent)
+        mark = place / CACHE.format(digest) / TERMS_NAME
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(json.dumps(report), encoding="utf-8")
     notes = []
     if outdated:
         notes.append(f"{place}: results of an earlier model or earlier data are replaced")

@@ -233,8 +233,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         content = json.loads((path / INFO_FILE).read_text(encoding="utf-8"))
         if content["format_version"] != CHECKPOINT_FORMAT:
             raise UserError(
-                f"{path}: checkpoint format {content['format_version']}, not {CHECKPOINT_FORMAT}; continue with "
-                "the version of the program that wrote it, or train anew"
+                f"{path}: checkpoint format {content['format_version']}, not {CHECKPOINT_FORMAT}; "
+                "continue with the version of the program that wrote it, or train anew"
             )
         for name, promised in content["files"].items():
             if _describe(path / name) != promised:

@@ -224,9 +224,3 @@ def test_what_fails_after_decoding_leaves_the_run_alive(evaluation, monkeypatch,
     assert evaluation.run() is None
     assert "warning: step 7 not evaluated: too large; the run goes on" in capsys.readouterr().err
     assert len(lines(evaluation.said)) == 3
-
-
-def test_a_record_without_a_word_is_named_before_the_first_step(evaluation, monkeypatch) -> None:
-    monkeypatch.setattr(Questions, "records", [("x", {"captions": ["..."]})])
-    with pytest.raises(UserError, match="1 pictures have no reference caption with a word, x the first"):
-        evaluation.run()

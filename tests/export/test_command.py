@@ -96,8 +96,6 @@ def test_a_wrong_fold_is_found_and_not_exported(root, world, monkeypatch, where,
 def test_verify_needs_rows_and_memory(root, world, monkeypatch) -> None:
     with pytest.raises(UserError, match="is in no run; name shards with --verify-data"):
         merge(given(root, "--verify"))
-    with pytest.raises(UserError, match=r"a row for data\.task scienceqa, not caption"):
-        merge(given(root, "--verify", "--verify-data", str(world / "scienceqa")))
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000})())
     with pytest.raises(UserError, match=r"in fp32 and its export beside it, .* GB are free"):
         merge(given(root, "--verify", "--verify-data", str(world / "test")))
@@ -190,14 +188,11 @@ def test_a_disk_that_fills_up_and_a_killed_merge_leave_nothing_that_looks_finish
     assert left_by(root) == {"model"}
 
 
-def test_an_output_that_cannot_be_written_and_an_artifact_that_cannot_be_read(root, monkeypatch) -> None:
+def test_an_output_that_cannot_be_written_is_named(root, monkeypatch) -> None:
     (root / "run/file").write_text("")
     with pytest.raises(UserError, match="not written: Not a directory"):
         merge(given(root, output="run/file/model"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match=r"--output needs 0\.0 GB, 0\.0 GB are free there"):
-        merge(given(root))
-    (root / "run/adapter/visual.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"visual\.safetensors: changed since it was written"):
         merge(given(root))
     assert left_by(root) == set()

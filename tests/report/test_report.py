@@ -150,11 +150,9 @@ def test_charts_break_where_a_loss_is_not_finite_and_keep_every_spike(page):
     chart = str(line_chart("x", [(steps, values)], "step", "y", "fitted"))
     curve = max(re.findall(r' d="([^"]*)"', chart), key=len)
     heights = sorted(float(y) for y in re.findall(r"[ML] \S+ (\S+)", curve))
-    assert curve.count("M") == 2
-    # Thinned out, but for the spike, which is far above the rest; the lone point has a mark.
-    assert len(heights) < 4000
+    # Two gaps, and thinned out, but for the spike.
+    assert (curve.count("M"), len(heights) < 4000) == (2, True)
     assert heights[1] - heights[0] > 100
-    assert re.search(r'<use href="#m\w+" x="[^"]*" y="[^"]*" style="fill: var\(--c0\)', chart)
     assert smooth(np.array([2.0, math.nan, 2.0]), 5).tolist()[::2] == [2.0, 2.0]
 
 
