@@ -16,7 +16,8 @@ from dehvf_ds.data.collate import build_image_transform, load_tokenizer
 from dehvf_ds.distributed import World
 from dehvf_ds.evaluation.dataset import open_questions
 from dehvf_ds.model.adapter import find_trained
-from dehvf_ds.planning.memory import Sharding, count_parameters, evaluation_bytes
+from dehvf_ds.planning.estimate import evaluation_bytes
+from dehvf_ds.planning.memory import Sharding, count_parameters
 from dehvf_ds.training.full_model import full_copy
 
 

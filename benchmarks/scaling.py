@@ -16,9 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dehvf_ds.config import parse_run_config
+from dehvf_ds.planning.estimate import LINK_SHARE, Estimate, PlanConfig
 from dehvf_ds.planning.memory import JSON_NAMES, Strategy
 from dehvf_ds.planning.plan import Plan, build_plan
-from dehvf_ds.planning.time import LINK_SHARE, Estimate, PlanConfig
 
 RECIPE = "coco_llama13b"
 ROWS = 16

@@ -20,8 +20,8 @@ if not __package__:
 
 from dehvf_ds.config import parse_config, parse_run_config, settings_of
 from dehvf_ds.distributed import run_entry
+from dehvf_ds.planning.estimate import PlanConfig
 from dehvf_ds.planning.plan import build_plan, print_plan
-from dehvf_ds.planning.time import PlanConfig
 
 
 def main(argv: list[str]) -> int:

@@ -19,9 +19,9 @@ from dehvf_ds.config import (
     ignored_settings,
     parse_run_config,
 )
+from dehvf_ds.planning.estimate import PlanConfig
 from dehvf_ds.planning.memory import JSON_NAMES
 from dehvf_ds.planning.plan import build_plan
-from dehvf_ds.planning.time import PlanConfig
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 
 RECIPES = {path.stem for path in RECIPES_DIR.glob("*.yaml")}

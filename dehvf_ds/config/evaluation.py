@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from dehvf_ds.config.values import CHECKS, AtLeastZero, LocalPath, Positive, require
 
 Beams = Annotated[Positive, Field(description="hypotheses of beam search; 1 is greedy")]
-BackbonePath = Annotated[LocalPath | None, Field(description="where it lies now; None: as in training")]
+BackbonePath = Annotated[LocalPath | None, Field(description="where it is now; None: as in training")]
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -80,11 +80,11 @@ class EvalConfig:
         require(fits, "min_new_tokens is larger than max_new_tokens")
         if self.task == "caption":
             require(self.reading == "generation", "reading likelihood is ScienceQA's; captions are generated")
-            require(not self.image_captions, "image_captions is of ScienceQA, and not of task caption")
+            require(not self.image_captions, "image_captions applies to ScienceQA, not to task caption")
         else:
-            require(self.references is None, "references is of captions, and not of task scienceqa")
+            require(self.references is None, "references apply to captions, not to task scienceqa")
         fits = self.images is None or self.data.lower().endswith(".json")
-        require(fits, "images is of annotation files, and data is none")
+        require(fits, "images applies to annotation files, and data is none")
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)

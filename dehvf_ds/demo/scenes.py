@@ -84,7 +84,7 @@ class Scene:
 
     @property
     def relation(self) -> str:
-        """How the first of two things lies to the second."""
+        """Where the first of two things is, seen from the second."""
         first, second = self.things
         behind = first.x > second.x if self.axis == "x" else first.y > second.y
         return RELATIONS[self.axis, behind]

@@ -214,7 +214,7 @@ def _spice(truth: Tokens, guess: Tokens) -> tuple[Any, Any]:
 
     folder = Path(spice.__file__).parent / "lib"
     if not all((folder / name).is_file() for name in SPICE_PARSER):
-        raise RuntimeError("its parser is not installed; docs/evaluation.md tells how")
+        raise RuntimeError("its parser is not installed; docs/evaluation.md says how")
     _find_java()
     total, rows = spice.Spice().compute_score(truth, guess)
     return total, [row["All"]["f"] for row in rows]

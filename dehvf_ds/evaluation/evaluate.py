@@ -120,7 +120,7 @@ def require_task(task: TextTask, trained_for: str | None, *, prompt: str | None)
 def _report(
     config: EvalConfig, trained: TrainedModel, questions: Questions, prompt: str | None, dtype: str
 ) -> dict[str, Any]:
-    """What the predictions depend on, for the metrics; tells a killed evaluation from another."""
+    """What the predictions depend on, for the metrics; it identifies a killed evaluation."""
     protocol: dict[str, Any] = {"task": config.task, "split": _split_of(config), "reading": config.reading}
     if config.task == "caption":
         protocol |= {"prompt": build_prompt({}, "caption", prompt=prompt), "tokenizer": config.tokenizer}

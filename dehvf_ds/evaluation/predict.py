@@ -1,4 +1,4 @@
-"""The predictions of all rows: where they lie, cached as they come, resumed; and the loss beside them."""
+"""The predictions of all rows: their directory, their cache, which rank makes which; and the loss."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def terms_of(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies an evaluation in its ``metrics.json``; not where model and data lie."""
+    """What identifies an evaluation in its ``metrics.json``; not the paths of model and data."""
     terms = {name: report.get(name) for name in _COMMON_TERMS}
     return terms | {name: report.get(name, {}).get("sha256") for name in ("model", "data")}
 
@@ -110,7 +110,7 @@ def claim_directory(parent: Path, name: str, report: Mapping[str, Any]) -> tuple
     """Creates the directory of an evaluation and marks it as taken; returns it, and notes for the user.
 
     It is ``parent/name``, or with a digest behind the name if an evaluation of other data, another model or
-    other settings lies there, finished or not. Results are removed in one case: model or data have changed
+    other settings is there, finished or not. Results are removed in one case: model or data have changed
     since, at the same path. ``report`` is what will be written into ``metrics.json``.
     """
     terms = terms_of(report)

@@ -1,4 +1,4 @@
-"""Memory of a run: weights and states in closed form, activations by running the model without values."""
+"""Memory of a step: weights and states in closed form, activations by running the model without values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,12 +19,9 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import flop_registry
 
 from dehvf_ds.batch import Batch
-from dehvf_ds.config import InTrainingConfig, RunConfig, UserError
-from dehvf_ds.data.collate import build_image_transform
-from dehvf_ds.distributed import World
+from dehvf_ds.config import UserError
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
 from dehvf_ds.training.deepspeed_json import compute_dtype
-from dehvf_ds.training.engine import build_model_config
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -37,9 +33,6 @@ OVERHEAD_GIB = 3.0
 
 USABLE_SHARE = 0.92
 """Share of a GPU's memory that a run may fill; fragmentation takes some of the rest."""
-
-LONGEST_ROW = 256
-"""Assumed tokens of a question with its answer."""
 
 Strategy = Literal["ZeRO-3", "ZeRO-3 + hpZ", "ZeRO-3 + offload", "ZeRO-2"]
 JSON_NAMES: dict[Strategy, str] = {
@@ -368,49 +361,3 @@ def host_bytes(parameters: Parameters, sharding: Sharding) -> dict[str, int]:
 def checkpoint_bytes(parameters: Parameters) -> int:
     """A checkpoint: fp32 masters, two moments, and the adapter in fp32."""
     return parameters.trainable * 4 * FP32_BYTES
-
-
-# --- in-training evaluation ---
-
-
-def evaluation_bytes(
-    config: DehvfConfig, parameters: Parameters, sharding: Sharding, settings: InTrainingConfig
-) -> dict[str, int]:
-    """What one GPU holds during an in-training evaluation, when training's activations are gone.
-
-    ``decoding`` is an upper bound: logits, and keys and values as if every attention head had its own.
-    """
-    p, size, text = parameters, sharding.element_bytes, config.text_config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    prefix = (config.prefix_tokens or config.patches_per_side**2) if config.fusion == "prefix" else 0
-    kept = 2 * config.num_layers * text.num_attention_heads * head_dim * (LONGEST_ROW + prefix) * size
-    rows = settings.batch_size * settings.num_beams
-    return {
-        "training at rest": sum(resting_bytes(p, sharding).values()),
-        "the copy": 0 if sharding.strategy == "ZeRO-2" else (p.frozen + p.trainable) * size,
-        f"decoding {settings.batch_size} rows": rows * (kept + text.vocab_size * (size + FP32_BYTES)),
-    }
-
-
-def check_evaluation_memory(config: RunConfig, ds_config: dict[str, Any], world: World) -> None:
-    """Refuses an in-training evaluation that would not fit beside the run, before any weight is loaded."""
-    if not config.eval.every_steps:
-        return
-    nodes = world.size // world.local_size
-    sharding = Sharding.read(ds_config, nodes=nodes, gpus_per_node=world.local_size)
-    image_size = build_image_transform(config.model.vision_tower, config.model.image_size).image_size
-    model_config = build_model_config(config.model, image_size=image_size)
-    parameters = count_parameters(build_on_meta(model_config), sharding.zero.param_persistence_threshold)
-    parts: dict[str, float] = {**evaluation_bytes(model_config, parameters, sharding, config.eval)}
-    if world.device.type == "cuda":
-        parts["CUDA"] = OVERHEAD_GIB * GIB
-        limit = USABLE_SHARE * torch.cuda.get_device_properties(world.device).total_memory
-    else:
-        limit = psutil.virtual_memory().available / world.local_size
-    if sum(parts.values()) > limit:
-        listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
-        raise UserError(
-            f"eval.every_steps: an evaluation does not fit beside the run: {listed} make "
-            f"{sum(parts.values()) / GIB:.1f} GiB a rank, and {limit / GIB:.1f} GiB may be filled; lower "
-            "eval.batch_size, or leave it 0 and evaluate checkpoints with eval.py"
-        )

@@ -1,4 +1,4 @@
-"""The plan of a run on given machines, and the plan as text."""
+"""Makes the plan of a run, and prints it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, PreTrained
 from dehvf_ds.config import DEEPSPEED_DIR, ModelConfig, RunConfig, UserError, find_deepspeed_json
 from dehvf_ds.data.collate import build_image_transform
 from dehvf_ds.model import DehvfConfig
+from dehvf_ds.planning.estimate import (
+    GB,
+    LINK_SHARE,
+    Estimate,
+    PlanConfig,
+    choose,
+    estimate,
+    evaluation_bytes,
+)
 from dehvf_ds.planning.memory import (
     GIB,
     JSON_NAMES,
@@ -29,11 +38,9 @@ from dehvf_ds.planning.memory import (
     build_on_meta,
     checkpoint_bytes,
     count_parameters,
-    evaluation_bytes,
     full_batch,
     run_micro_step,
 )
-from dehvf_ds.planning.time import GB, LINK_SHARE, Estimate, PlanConfig, choose, estimate
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.engine import build_model_config
 from dehvf_ds.training.metrics import GPUS
@@ -242,7 +249,7 @@ def _memory_rows(plan: Plan) -> list[list[str]]:
         parts["total, checkpointing"] = [e.total_bytes for e in plan.recomputed]
     if plan.evaluations:
         overhead = plan.place.overhead_bytes
-        parts["full model for evaluation"] = [held["the copy"] for held in plan.evaluations]
+        parts["full model for evaluation"] = [held["the full model"] for held in plan.evaluations]
         parts["total while it evaluates"] = [sum(held.values()) + overhead for held in plan.evaluations]
     for when in estimates[0].host:
         parts[f"host of a node, {when}"] = [e.host[when] for e in estimates]

@@ -68,7 +68,7 @@ class Evaluation:
     def find_shards(self) -> ShardIndex | None:
         """The shards that were evaluated; None if they are gone or have changed."""
         path = self.part("data").get("path")
-        # Shards built from published files lie beside the evaluations.
+        # Shards built from published files are beside the evaluations.
         for place in (path, *self.directory.parent.glob("shards/*")):
             try:
                 index = ShardIndex(str(place))
@@ -163,7 +163,7 @@ def _load_run(path: Path, name: str) -> Run:
     files = config, metrics = path / "config.yaml", path / "metrics.jsonl"
     notes = [f"no {file.name}" for file in files if not file.is_file()]
     if len(notes) == len(files):
-        raise UserError(f"{path}: no run directory: neither config.yaml nor metrics.jsonl lies there")
+        raise UserError(f"{path}: no run directory: it has neither config.yaml nor metrics.jsonl")
     settings: Json = {}
     if config.is_file():
         with config.open(encoding="utf-8") as file:

@@ -18,7 +18,7 @@ from dehvf_ds.config import (
     parse_config,
     settings_of,
 )
-from dehvf_ds.planning.time import PlanConfig
+from dehvf_ds.planning.estimate import PlanConfig
 
 NEEDED = {
     RunConfig: ["--run_dir=r", "--model.language_model=l", "--model.vision_tower=v", "--data.train=d"],

@@ -293,7 +293,7 @@ MISTAKES = [
     ("caption", "a/test", ["--max_new_tokens=9999"], "max_new_tokens 9999 after a prompt of 4 is more than"),
     # The longest of all prompts counts.
     ("scienceqa", "long", SCIENCE, r"max_new_tokens 4 after a prompt of \d{4} is more than the 1000"),
-    ("caption", "a/test", ["--output", "{root}/llm/config.json"], "config.json: (Not a dir|File exists)"),
+    ("caption", "a/test", ["--output", "{root}/llm/config.json"], "caption-test: (Not a dir|File exists)"),
 ]
 
 

@@ -26,7 +26,7 @@ from dehvf_ds.evaluation.coco import METRICS, CaptionScorer
 from dehvf_ds.evaluation.dataset import Questions, published_shards
 from dehvf_ds.evaluation.decode import Decoding
 from dehvf_ds.evaluation.in_training import InTrainingEvaluation
-from dehvf_ds.planning.memory import check_evaluation_memory
+from dehvf_ds.planning.estimate import check_evaluation_memory
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.metrics import Evaluated
 from dehvf_ds.training.stop import StopRequest
@@ -132,7 +132,9 @@ def test_an_evaluation_that_does_not_fit_is_refused_with_its_numbers(world: Path
     ds_config = read_deepspeed_json(config.deepspeed, config, 1, 1)
     check_evaluation_memory(config, ds_config, ALONE)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    with pytest.raises(UserError, match=r"the copy 0\.0, decoding 2 rows 0\.0 make .* GiB a rank, and 0\.0"):
+    with pytest.raises(
+        UserError, match=r"the full model 0\.0, decoding 2 rows 0\.0 make .* GiB a rank, and 0\.0"
+    ):
         check_evaluation_memory(config, ds_config, ALONE)
 
 

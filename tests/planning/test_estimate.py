@@ -9,9 +9,9 @@ from tiny_models import LORA
 
 from dehvf_ds.model import DehvfConfig
 from dehvf_ds.planning import memory
+from dehvf_ds.planning.estimate import Estimate, PlanConfig, choose, estimate, gathered_elements
 from dehvf_ds.planning.memory import JSON_NAMES, MicroStep, Parameters, Sharding, Strategy, resting_bytes
 from dehvf_ds.planning.plan import BACKBONES
-from dehvf_ds.planning.time import Estimate, PlanConfig, choose, estimate, gathered_elements
 
 PLACE = PlanConfig()
 FLOPS = 10**13

@@ -1,16 +1,22 @@
-"""The machines that a run is planned for, and the time of its arithmetic and traffic there."""
+"""What a run needs on its machines: memory, and time for arithmetic and traffic."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import psutil
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from dehvf_ds.config import InTrainingConfig, RunConfig, UserError
 from dehvf_ds.config.values import CHECKS, Positive, PositiveNumber
+from dehvf_ds.data.collate import build_image_transform
+from dehvf_ds.distributed import World
+from dehvf_ds.model import DehvfConfig
 from dehvf_ds.planning.memory import (
     FP32_BYTES,
     GIB,
@@ -20,15 +26,21 @@ from dehvf_ds.planning.memory import (
     Parameters,
     Sharding,
     Strategy,
+    build_on_meta,
+    count_parameters,
     host_bytes,
     passing_bytes,
     resting_bytes,
 )
+from dehvf_ds.training.engine import build_model_config
 from dehvf_ds.training.metrics import GPUS
 
 GB = 1e9
 LINK_SHARE = 0.8
 """Share of a link's nominal speed that large messages are assumed to reach."""
+
+LONGEST_ROW = 256
+"""Assumed tokens of a question with its answer."""
 
 GpuName = Literal["H100-80G", "H200-141G", "A100-80G", "A100-40G", "B200-192G", "L40S-48G", "cpu"]
 PREFERENCE: tuple[Strategy, ...] = ("ZeRO-2", "ZeRO-3", "ZeRO-3 + hpZ", "ZeRO-3 + offload")
@@ -187,3 +199,49 @@ def choose(estimates: Sequence[Estimate], limit_bytes: float | None, *, tie: flo
     fastest = min(e.step_s for e in plain)
     equal = (e for e in plain if e.step_s <= fastest * (1 + tie))
     return min(equal, key=lambda e: PREFERENCE.index(e.strategy))
+
+
+# --- in-training evaluation ---
+
+
+def evaluation_bytes(
+    config: DehvfConfig, parameters: Parameters, sharding: Sharding, settings: InTrainingConfig
+) -> dict[str, int]:
+    """What one GPU holds during an in-training evaluation, when training's activations are gone.
+
+    ``decoding`` is an upper bound: logits, and keys and values as if every attention head had its own.
+    """
+    p, size, text = parameters, sharding.element_bytes, config.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    prefix = (config.prefix_tokens or config.patches_per_side**2) if config.fusion == "prefix" else 0
+    kept = 2 * config.num_layers * text.num_attention_heads * head_dim * (LONGEST_ROW + prefix) * size
+    rows = settings.batch_size * settings.num_beams
+    return {
+        "training state": sum(resting_bytes(p, sharding).values()),
+        "the full model": 0 if sharding.strategy == "ZeRO-2" else (p.frozen + p.trainable) * size,
+        f"decoding {settings.batch_size} rows": rows * (kept + text.vocab_size * (size + FP32_BYTES)),
+    }
+
+
+def check_evaluation_memory(config: RunConfig, ds_config: dict[str, Any], world: World) -> None:
+    """Refuses an in-training evaluation that would not fit beside the run, before any weight is loaded."""
+    if not config.eval.every_steps:
+        return
+    nodes = world.size // world.local_size
+    sharding = Sharding.read(ds_config, nodes=nodes, gpus_per_node=world.local_size)
+    image_size = build_image_transform(config.model.vision_tower, config.model.image_size).image_size
+    model_config = build_model_config(config.model, image_size=image_size)
+    parameters = count_parameters(build_on_meta(model_config), sharding.zero.param_persistence_threshold)
+    parts: dict[str, float] = {**evaluation_bytes(model_config, parameters, sharding, config.eval)}
+    if world.device.type == "cuda":
+        parts["CUDA"] = OVERHEAD_GIB * GIB
+        limit = USABLE_SHARE * torch.cuda.get_device_properties(world.device).total_memory
+    else:
+        limit = psutil.virtual_memory().available / world.local_size
+    if sum(parts.values()) > limit:
+        listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
+        raise UserError(
+            f"eval.every_steps: an evaluation does not fit beside the run: {listed} make "
+            f"{sum(parts.values()) / GIB:.1f} GiB a rank, and {limit / GIB:.1f} GiB may be filled; lower "
+            "eval.batch_size, or leave it 0 and evaluate checkpoints with eval.py"
+        )
