@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from PIL import Image
 from transformers import TextStreamer
@@ -17,7 +17,7 @@ from dehvf_ds.batch import Sample
 from dehvf_ds.config import GenerateConfig, require
 from dehvf_ds.data.collate import Collator, build_image_transform, load_tokenizer
 from dehvf_ds.data.images import FORMATS, decode_image
-from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX
+from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX, Task
 from dehvf_ds.data.text import is_text
 from dehvf_ds.distributed import has_fast_bf16, read_world
 from dehvf_ds.evaluation.decode import MAX_NEW_TOKENS, Decoding, decode, require_positions
@@ -113,16 +113,21 @@ def ask_as_trained(config: GenerateConfig, trained: TrainedModel) -> tuple[dict[
         require(not config.choices and not config.hint, unfit)
         if task == "chat":
             record = {"conversations": [{"from": "human", "value": config.prompt}]}
-    collator = Collator(
+    return record, prompt_collator(trained, config.prompt)
+
+
+def prompt_collator(trained: TrainedModel, prompt: str | None = None) -> Collator:
+    """Makes prompts in the form of the model's training, or with another instruction for captions."""
+    task = cast(Task, trained.task or "caption")
+    return Collator(
         load_tokenizer(trained.tokenizer_source),
         build_image_transform(trained.processor_source, trained.config.image_size),
-        task=task,  # pyright: ignore[reportArgumentType]
+        task=task,
         max_tokens=512,
-        prompt=trained.config.prompt if config.prompt is None else config.prompt,
+        prompt=trained.config.prompt if prompt is None else prompt,
         for_generation=True,
         answer_prefix=SCIENCEQA_ANSWER_PREFIX if task == "scienceqa" else "",
     )
-    return record, collator
 
 
 def read_picture(path: str | None, record: dict[str, Any], image_size: int) -> Sample | str:

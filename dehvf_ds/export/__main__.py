@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import torch
@@ -22,11 +22,10 @@ from transformers import AutoModelForImageTextToText
 from dehvf_ds.atomic import atomic_directory
 from dehvf_ds.batch import Batch
 from dehvf_ds.config import UserError, expand_flags, load_run_config
-from dehvf_ds.data.collate import Collator, build_image_transform, load_tokenizer
 from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.prompts import Task
 from dehvf_ds.distributed import run_entry
+from dehvf_ds.evaluation.generate import prompt_collator
 from dehvf_ds.export.card import copy_licence_files, model_card
 from dehvf_ds.export.merge import MergedModel, write_model
 from dehvf_ds.model import DehvfForConditionalGeneration, ModelError
@@ -168,18 +167,10 @@ def _check_memory(merged: MergedModel) -> None:
 
 def read_prompts(trained: TrainedModel, data: str, num_rows: int) -> list[Batch]:
     """Prompts in the form of the model's training, a batch each, from rows spread evenly over the shards."""
-    index, task = ShardIndex(data), cast(Task, trained.task or "caption")
-    collator = Collator(
-        load_tokenizer(trained.tokenizer_source),
-        build_image_transform(trained.processor_source, trained.config.image_size),
-        task=task,
-        max_tokens=512,
-        prompt=trained.config.prompt,
-        for_generation=True,
-    )
-    num_rows, side = min(num_rows, len(index)), collator.image_size
+    index, collator = ShardIndex(data), prompt_collator(trained)
+    num_rows, form = min(num_rows, len(index)), {"shorter_side": collator.image_size, "task": collator.task}
     rows = (len(index) * i // num_rows for i in range(num_rows))
-    return [collator([read_sample(index, row, shorter_side=side, task=task)]) for row in rows]
+    return [collator([read_sample(index, row, **form)]) for row in rows]
 
 
 def verify_export(

@@ -249,6 +249,7 @@ def test_pictures_stand_above_their_texts_which_are_whole(tmp_path) -> None:
     gap, side = evaluation.GAP, evaluation.PICTURE_SIDE
     step, middle = side + gap, gap + side // 2
     assert [tuple(sheet[middle, middle + i * step]) for i in range(4)] == [red, blue, red, red]
+    assert tuple(sheet[gap + 2, gap + 2]) == tuple(sheet[gap + side - 3, gap + side - 3]) == red
     # Fitted into its square with its proportions.
     assert (sheet[2 * gap, middle + step] == 255).all()
     # The fifth is in a second row, with nothing beside it.

@@ -85,6 +85,9 @@ def test_gathers_hide_from_the_stated_micro_batch_on(parameters: Parameters) -> 
     steps = [replace(STEP, flops=(rows + more) * FLOPS) for more in (0, -1)]
     found = [planned(parameters, "ZeRO-3", place, step) for step in steps]
     assert [e.gather_s <= e.arithmetic_s for e in found] == [True, False]
+    # A GPU receives all but its own shard.
+    received = gathered_elements(parameters, sharding(nodes=2), False) * 2 * 15 / 16
+    assert found[0].gather_bytes == pytest.approx(received)
 
 
 def test_hpz_spares_slow_links_and_is_zero3_where_auto_makes_no_copy(parameters: Parameters) -> None:
