@@ -51,7 +51,6 @@ def test_same_seed_same_bytes_and_another_seed_others(world, tmp_path):
         assert main(["--output", str(tmp_path / seed), *ARGUMENTS, "--seed", seed]) == 0
     assert digest(world, "*.json") == TEXTS_SHA256
     assert digest(world, "*") == digest(tmp_path / "0", "*") != digest(tmp_path / "1", "*")
-    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
 
 
 def test_held_out_objects_never_occur_in_train_but_every_pair_of_values_does():

@@ -180,19 +180,15 @@ def test_the_page_loads_nothing_and_is_always_the_same(page, runs, tmp_path):
 
 
 def test_pictures_are_those_of_the_rows_or_none(tmp_path):
-    colors = [(200, 0, 0), (0, 0, 200), (0, 150, 0)]
-    names = [str(i) for i in range(3)]
-    rows = [
-        ShardRow(key=name, members={"png": png(color), "txt": b"x"})
-        for name, color in zip(names, colors, strict=True)
-    ]
+    colors = {"0": (200, 0, 0), "1": (0, 0, 200), "2": (0, 150, 0)}
+    rows = [ShardRow(key=key, members={"png": png(color), "txt": b"x"}) for key, color in colors.items()]
     settings = {"name": "x", "samples_per_shard": 2, "builder": {}}
     write_shards(rows, tmp_path / "shards", **settings)
     data = {"path": str(tmp_path / "shards"), "sha256": ShardIndex(tmp_path / "shards").digest}
     run = make_run(tmp_path / "run")
-    evaluate(run, "caption-test", {name: said("x") for name in names}, data=data)
+    evaluate(run, "caption-test", {key: said("x") for key in colors}, data=data)
     page = Page(run, tmp_path / "x.html")
-    assert np.allclose(page.colors(), colors, atol=6)
+    assert np.allclose(page.colors(), list(colors.values()), atol=6)
     assert "Without pictures" not in page.text
     # Other shards in that place: the contact sheet is the evaluation's own.
     write_shards(rows[::-1], tmp_path / "shards", **settings)
