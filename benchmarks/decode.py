@@ -14,7 +14,7 @@ from bench import DTYPES, flags, median_and_range, print_profile, seconds_in_tur
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig
 
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
-from dehvf_ds.planning.report import BACKBONES
+from dehvf_ds.planning.plan import BACKBONES
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from dehvf_ds.batch import Batch
 from dehvf_ds.distributed import init_process_group, read_world
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
 from dehvf_ds.planning.memory import build_on_meta, count_parameters, run_micro_step, step_bytes
-from dehvf_ds.planning.report import BACKBONES
+from dehvf_ds.planning.plan import BACKBONES
 from dehvf_ds.training import engine as engine_module
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.metrics import model_flops, peak_flops, peak_memory_bytes

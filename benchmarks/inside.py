@@ -16,7 +16,8 @@ from dehvf_ds.data.collate import build_image_transform, load_tokenizer
 from dehvf_ds.distributed import World
 from dehvf_ds.evaluation.dataset import open_questions
 from dehvf_ds.model.adapter import find_trained
-from dehvf_ds.planning.memory import Sharding, count_parameters, evaluation_bytes
+from dehvf_ds.planning.estimate import evaluation_bytes
+from dehvf_ds.planning.memory import Sharding, count_parameters
 from dehvf_ds.training.full_model import full_copy
 
 
@@ -30,7 +31,7 @@ def main() -> None:
     model = trained.load("fp32")
     questions = open_questions(
         args.data,
-        "coco",
+        "caption",
         load_tokenizer(trained.tokenizer_source),
         build_image_transform(trained.processor_source, trained.config.image_size),
         prompt=trained.config.prompt,

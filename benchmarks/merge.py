@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil,
 from dehvf_ds.export.merge import TensorSpec, write_shards
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
 from dehvf_ds.model.adapter import save_adapter
-from dehvf_ds.planning.report import BACKBONES
+from dehvf_ds.planning.plan import BACKBONES
 
 
 def build(root: Path, num_layers: int) -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dehvf_ds.config import parse_run_config
+from dehvf_ds.planning.estimate import LINK_SHARE, Estimate, PlanConfig
 from dehvf_ds.planning.memory import JSON_NAMES, Strategy
-from dehvf_ds.planning.report import Plan, build_plan
-from dehvf_ds.planning.time import GPUS, LINK_SHARE, Estimate, PlanConfig
+from dehvf_ds.planning.plan import Plan, build_plan
 
 RECIPE = "coco_llama13b"
 ROWS = 16
@@ -106,7 +106,7 @@ def table(strategy: Strategy, internode_gb_s: float) -> list[str]:
 def main() -> None:
     """Prints the page."""
     defaults = PlanConfig()
-    _, nvlink, _ = GPUS[defaults.gpu]
+    nvlink = defaults.links_gb_s[0]
     print(f"""# Scaling on paper
 
 Computed by `python benchmarks/scaling.py > benchmarks/scaling.md` from the formulas of `plan.py`.

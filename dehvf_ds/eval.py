@@ -1,10 +1,10 @@
 """Evaluates a trained model on shards: answers, scores and example pictures.
 
-    python dehvf_ds/eval.py --model RUN_DIR --data SHARDS [--task coco|scienceqa] [--split test]
+    python dehvf_ds/eval.py --model RUN_DIR --data SHARDS [--task caption|scienceqa] [--split test]
     python dehvf_ds/eval.py --model RUN_DIR --data ScienceQA --task scienceqa --split test
 
-Under ``deepspeed``, ``torchrun`` or ``srun`` every rank holds a whole model and takes its own rows. A killed
-evaluation goes on where it was when it is started again.
+Under ``deepspeed``, ``torchrun`` or ``srun`` every rank holds the full model and answers its own rows. If an
+evaluation is killed, the same command resumes it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dehvf_ds.training.stop import exit_on_signal
 
 def main(argv: list[str]) -> int:
     """Runs one evaluation; returns the exit code."""
-    # Predictions are kept as they come, and taken up again.
+    # Predictions are cached as they come.
     exit_on_signal()
     config = parse_eval_config(argv)
     try:

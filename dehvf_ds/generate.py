@@ -1,4 +1,4 @@
-"""Describes pictures, or answers about them, from the shell.
+"""Describes pictures, or answers questions about them, from the shell.
 
 python dehvf_ds/generate.py --model DIR --image FILE|FOLDER [...] [--prompt TEXT] [--output FILE.jsonl]
 """
@@ -19,7 +19,7 @@ from dehvf_ds.model import ModelError
 
 
 def main(argv: list[str]) -> int:
-    """Prints a line a picture; returns the exit code."""
+    """Prints a line for each picture; returns the exit code."""
     config = parse_generate_config(argv)
     try:
         generate(config)

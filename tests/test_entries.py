@@ -39,14 +39,14 @@ def test_train_evaluate_generate_merge_load(world: Path) -> None:
     data = ["--data", str(world / "test"), "--batch_size", "3", "--max_new_tokens", "8", "--loss", "true"]
     data += ["--references", str(world / "scenes/annotations/captions_test.json")]
     run_ranks(REPOSITORY / "dehvf_ds/eval.py", ["--model", str(run), *data], 2)
-    metrics = read_metrics(run / "eval/coco-test")
+    metrics = read_metrics(run / "eval/caption-test")
     assert metrics["num_samples"] == 4
     assert metrics["comparable"] is True
     assert metrics["protocol"]["references"]["sha256"]
     assert metrics["seeds"] == {"training": 0, "decoding": None}
     assert metrics["decoding"]["num_beams"] == 1
     assert 4 < metrics["loss"] < 7
-    assert (run / "eval/coco-test/examples.png").stat().st_size > 1000
+    assert (run / "eval/caption-test/examples.png").stat().st_size > 1000
 
     merged = world / "merged"
     # In fp32, as the run: a model of random weights says another thing at every rounding.

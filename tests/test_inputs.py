@@ -123,7 +123,7 @@ def pictures(tmp_path_factory) -> Path:
 def evaluated(pictures: Path, rows: Sequence[int], tokenizer, transform, prompt: str) -> Any:
     model: Any = Recorder()
     form: dict[str, Any] = {"prompt": prompt, "scienceqa": QCM_A}
-    open_questions(str(pictures / "shards"), "coco", tokenizer, transform, **form).ask(model, rows)
+    open_questions(str(pictures / "shards"), "caption", tokenizer, transform, **form).ask(model, rows)
     return model
 
 

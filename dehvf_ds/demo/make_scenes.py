@@ -1,16 +1,15 @@
-"""Draw a small world of shapes with captions and questions, in the official COCO and ScienceQA layouts.
+"""Draws a small world of shapes with captions and questions, in the official COCO and ScienceQA layouts.
 
     python tools/make_scenes.py --output scenes
 
-writes pictures (``images/SPLIT/NAME.png``), five captions for each (``annotations/captions_SPLIT.json``,
-COCO) and as many multiple-choice questions as pictures (``scienceqa/problems.json`` and ``pid_splits.json``,
-``scienceqa/images/SPLIT/ID/image.png``), so that training and evaluation can be tried with no download. The
-same arguments and the same pillow give the same bytes.
+writes pictures (``images/SPLIT/NAME.png``), five captions for each (``annotations/captions_SPLIT.json``) and
+as many multiple-choice questions as pictures (``scienceqa/problems.json``, ``scienceqa/pid_splits.json``,
+``scienceqa/images/SPLIT/ID/image.png``), so that training and evaluation need no download. The same arguments
+and the same version of pillow give the same bytes.
 
-Unseen means unseen: an object is a combination of colour, texture and shape (8 x 4 x 8 = 256). Of these 192
-are drawn in ``train`` only, 32 in ``val`` only and 32 in ``test`` only, while every *pair* of values is left
-to ``train``. So no object of a val or test picture was ever shown in training, in any picture: a model must
-put it together from parts it knows. The world, its wording and this split are ours.
+An object is a combination of colour, texture and shape (8 x 4 x 8 = 256): 192 are drawn in ``train`` only, 32
+in ``val`` only and 32 in ``test`` only, while every *pair* of values occurs in ``train``. So no object of a
+val or test picture is seen in training: a model must put it together from known parts.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ IMAGE_SIZE = 224
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes ``content``, the folder made if needed."""
+    """Writes ``content``; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def write_world(directory: Path, counts: dict[str, int], seed: int) -> None:
-    """Writes pictures and captions of every split, as many as ``counts`` says, and a question about each."""
+    """Writes ``counts`` pictures of every split with their captions, and a question about each."""
     problems, pids = {}, {}
     number = 0
     for split, count in counts.items():
@@ -70,7 +69,7 @@ def write_world(directory: Path, counts: dict[str, int], seed: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry of the script; returns the exit code."""
+    """Draws the world; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--output", type=Path, required=True, help="directory to write; must not exist yet")
     for split in SPLITS:
@@ -80,9 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     args = expand_flags(parser.parse_args(argv))
     counts = {split: getattr(args, split) for split in SPLITS}
     for split, count in counts.items():
-        require(count > 0, f"--{split} {count}: give at least 1 picture")
-    told = f"--output {args.output} exists; remove it or name another directory"
-    require(not args.output.exists(), told)
+        require(count > 0, f"--{split} {count}: at least 1 picture is needed")
+    exists = f"--output {args.output} exists; remove it or name another directory"
+    require(not args.output.exists(), exists)
     with atomic_directory(args.output) as directory:
         write_world(directory, counts, args.seed)
     total = sum(counts.values())

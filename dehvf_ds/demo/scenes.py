@@ -1,6 +1,6 @@
 """The demo's world of shapes: what a scene holds, its captions, its picture, and questions about it.
 
-Everything is drawn from a ``Random`` in a fixed order, so that one seed gives the same bytes everywhere.
+Everything is drawn from a ``Random`` in a fixed order, so one seed gives the same bytes everywhere.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PHRASINGS = (
     "on a {background} background there is {body}.",
 )
 OVERSAMPLING = 2
-"""Pictures are drawn this much larger and then reduced, for smooth edges."""
+"""Pictures are drawn larger by this factor and then reduced, for smooth edges."""
 
 Point = tuple[float, float]
 Problem = dict[str, str | int | list[str] | None]
@@ -67,7 +67,7 @@ class Thing:
 
     @property
     def phrase(self) -> str:
-        """Noun phrase with its article; a middle size and a plain texture are not named."""
+        """Noun phrase with its article, without a middle size or a plain texture."""
         size = "" if self.size == "middle" else self.size
         texture = "" if self.texture == "plain" else self.texture
         words = " ".join(word for word in (size, texture, self.color, self.shape) if word)
@@ -84,7 +84,7 @@ class Scene:
 
     @property
     def relation(self) -> str:
-        """How the first of two things lies to the second."""
+        """Where the first of two things is, seen from the second."""
         first, second = self.things
         behind = first.x > second.x if self.axis == "x" else first.y > second.y
         return RELATIONS[self.axis, behind]
@@ -104,8 +104,8 @@ class Scene:
 def split_of(color: str, texture: str, shape: str) -> str:
     """The only split in which this combination is drawn.
 
-    One residue of eight is held out for val and one for test. With these factors each pair of values loses at
-    most two of its combinations, so that every pair stays in train.
+    One residue of eight is val's and one is test's. With these factors a pair of values loses at most two of
+    its combinations, so every pair stays in train.
     """
     residue = (list(COLORS).index(color) + 2 * TEXTURES.index(texture) + 3 * SHAPES.index(shape)) % 8
     return {0: "val", 4: "test"}.get(residue, "train")
@@ -131,8 +131,8 @@ def draw_scene(random: Random, split: str) -> Scene:
     count = random.randint(1, 3)
     kinds = draw_kinds(random, split, count)
     axis = random.choice("xy")
-    # Things stand on a line along the axis; across it they share a shift, and each wavers a little. The
-    # margins leave everything in sight after the usual crop of 224 from 256 pixels.
+    # Things are on a line along the axis, with one shift across it and a little noise each. The margins
+    # survive the usual crop of 224 from 256 pixels.
     along = {1: [0.5], 2: [0.3, 0.7], 3: [0.22, 0.5, 0.78]}[count]
     spread = 0.2 if count == 1 else 0.01
     shift = random.uniform(-0.2, 0.2)
@@ -152,7 +152,7 @@ def draw_scene(random: Random, split: str) -> Scene:
 
 
 def outline(shape: str, radius: float) -> list[Point]:
-    """Corners in pixels of a shape around the origin; circles and rings have none."""
+    """Corners in pixels of a shape around the origin, which is no circle or ring."""
     r, a, b = radius, 0.86 * radius, 0.34 * radius
     if shape == "star":
         angles = [math.pi * index / 5 - math.pi / 2 for index in range(10)]
@@ -173,7 +173,7 @@ def outline(shape: str, radius: float) -> list[Point]:
 
 
 def draw_disc(draw: ImageDraw.ImageDraw, center: Point, radius: float, fill: int) -> None:
-    """Fills a circle; pixels."""
+    """Fills a circle, in pixels."""
     x, y = center
     draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
 
@@ -207,7 +207,7 @@ def draw_pattern(random: Random, texture: str, side: int, unit: float) -> Image.
     elif texture == "dotted":
         for row in range(-1, int(side / (1.7 * unit)) + 2):
             for column in steps:
-                # Rows are set off by half a step, which looks unlike checks.
+                # Every second row is shifted by half a step, unlike checks.
                 center = (2 * unit * (column + 0.5 * (row % 2)) + phase, 1.7 * unit * row + phase)
                 draw_disc(draw, center, 0.62 * unit, 255)
     elif texture == "checkered":
@@ -235,7 +235,7 @@ def draw_picture(random: Random, scene: Scene, image_size: int) -> Image.Image:
         pattern = draw_pattern(random, thing.texture, side, unit=0.036 * side)
         picture.paste(color, mask=outer)
         picture.paste((250, 250, 250), mask=ImageChops.multiply(outer, pattern))
-        # A rim in the colour keeps the outline whole where white meets a light background.
+        # A rim in the thing's colour separates white from a light background.
         inner = draw_mask(thing.shape, side, center, radius - 0.018 * side)
         picture.paste(color, mask=ImageChops.subtract(outer, inner))
     return picture.resize((image_size, image_size), Image.Resampling.BOX)
@@ -258,7 +258,7 @@ class Question(NamedTuple):
 
 
 def draw_problem(random: Random, scene: Scene, split: str) -> Problem:
-    """A multiple-choice question in ScienceQA's fields; three in ten are asked without the picture."""
+    """A multiple-choice question in ScienceQA's fields; three in ten have no picture."""
     about_picture = random.random() >= 0.3
     ask = ask_about_picture if about_picture else ask_in_words
     question = ask(random, scene)
@@ -285,7 +285,7 @@ def draw_problem(random: Random, scene: Scene, split: str) -> Problem:
 
 
 def ask_about_picture(random: Random, scene: Scene) -> Question:
-    """A question that only the picture can answer; one in four comes with a hint besides."""
+    """A question that only the picture answers; one in four has a hint."""
     thing = random.choice(scene.things)
     numbers = ["one", "two", "three"]
     hint = "The picture shows shapes on a colored background." if random.random() < 0.25 else ""
@@ -306,7 +306,7 @@ def ask_about_picture(random: Random, scene: Scene) -> Question:
 
 
 def ask_in_words(random: Random, scene: Scene) -> Question:
-    """A question without a picture: about a described scene, about a told map, or about words alone."""
+    """A question without a picture: about a scene or a map in words, or about words alone."""
     kind = random.choice(("scene", "map", "words"))
     if kind == "scene":
         thing = random.choice(scene.things)

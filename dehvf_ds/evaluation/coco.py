@@ -29,16 +29,16 @@ NO_JAVA = "no `java` is on the PATH; install one (Debian and Ubuntu: apt-get ins
 
 JAVA_MINUTES = 30.0
 JAVA_MINUTES_OF_A_TEXT = 0.002
-"""How long a scorer may take, and for each text more; COCO's 5,000 pictures take METEOR one or two."""
+"""Time limit of a scorer, and what each text adds; METEOR takes a minute or two for COCO's 5,000 pictures."""
 
 PUNCTUATION = "'`\".?!,:;-()[]{}"
-"""The characters of the official list of punctuation, and those that PTB rewrites into entries of it."""
+"""Characters of the official list of punctuation, or that PTB rewrites into its entries."""
 
-# Numbers are written and read by the machine's language, where "0,31" is none; texts travel as UTF-8.
+# Java writes and reads numbers in the machine's language ("0,31"), and texts in its encoding.
 _JAVA_OPTIONS = "-Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8 -Dstdout.encoding=UTF-8"
-# All at which the Java tokenizer ends a line: one of them inside a caption shifts all later captions.
+# Where the Java tokenizer ends a line: one of these inside a caption would shift all later captions.
 _LINE_ENDS = re.compile("[\n\v\f\r\u2028\u2029]")
-# Stands between the texts of a line of METEOR's; inside a caption it would make two of it.
+# Separates the texts of a line for METEOR; inside a caption it would split it.
 _BARS = re.compile(r"\|{3,}")
 _MAX_REASON_LENGTH = 240
 
@@ -47,7 +47,7 @@ Tokens = dict[str, list[str]]
 
 
 class CaptionScorer:
-    """Scores one caption a row; what can be wrong with the references is found when it is made."""
+    """Scores one caption per row."""
 
     def __init__(
         self,
@@ -56,16 +56,16 @@ class CaptionScorer:
         tokenizer: Literal["ptb", "simple"] = "ptb",
         references: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        """Tokenizes the records' own captions, or those of ``references``, by file name.
+        """Tokenizes the records' own captions, or those of ``references``, by file name; refuses bad ones.
 
         A reference without a word, such as "...", is left out: to ROUGE-L an empty answer would equal it.
-        The simple tokenizer needs no Java, and its scores compare with no published ones.
+        The scores of the simple tokenizer, which needs no Java, do not compare with published ones.
         """
         self.keys = [key for key, _ in records]
         if references is None:
             self._captions = {key: list(record.get("captions") or ()) for key, record in records}
         else:
-            # Shards of other tools have no file names; their keys are made of them.
+            # The shards of other tools hold file names as keys.
             names = {key: str(record.get("file_name") or key) for key, record in records}
             self._captions = match_references(references, names)
         self._tokenizer = tokenizer
@@ -79,14 +79,14 @@ class CaptionScorer:
             )
 
     def lines(self, predictions: Sequence[str | int | None]) -> list[dict[str, Any]]:
-        """Of ``predictions.jsonl``, without scores."""
+        """Lines of ``predictions.jsonl``, without scores."""
         return [
             {"key": key, "prediction": _text(prediction), "references": self._captions[key]}
             for key, prediction in zip(self.keys, predictions, strict=True)
         ]
 
     def score(self, predictions: Sequence[str | int | None]) -> Scored:
-        """Scores one caption a row, None standing for an empty one; a metric that fails does so alone."""
+        """Scores one caption per row, None for an empty one; a metric that fails does not stop the others."""
         texts = dict(zip(self.keys, map(_text, predictions), strict=True))
         guess = self._tokenize({key: [texts[key]] for key in self._truth})
         corpus, each, missing = _all_metrics(self._truth, guess)
@@ -118,7 +118,7 @@ def _text(prediction: str | int | None) -> str:
 def _all_metrics(
     truth: Tokens, guess: Tokens
 ) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, str]]:
-    """Each metric over the corpus, x100; the same of each picture; why a metric has no value, in one line."""
+    """Each metric over the corpus, x100; the same for each picture; in one line why a metric is missing."""
     missing = _undefined(truth, guess)
     corpus: dict[str, float] = {}
     each: dict[str, dict[str, float]] = {key: {} for key in truth}
@@ -151,11 +151,11 @@ def _all_metrics(
 
 
 def _undefined(truth: Tokens, guess: Tokens) -> dict[str, str]:
-    """Metrics that have no value on these captions, though the package gives a number, and why."""
+    """Metrics that are not defined on these captions, although the package returns a number, and why."""
     found = {}
     longest = max(len(captions[0].split()) for captions in guess.values())
     for length in range(longest + 1, 5):
-        # Its precision is that of no sequence at all; the package takes one millionth for it.
+        # The precision of zero sequences, for which the package takes one millionth.
         found[f"BLEU-{length}"] = f"no answer has {'a word' if length == 1 else f'{length} words'}"
     pictures = Counter()
     for captions in truth.values():
@@ -163,10 +163,10 @@ def _undefined(truth: Tokens, guess: Tokens) -> dict[str, str]:
         pictures.update(
             {tuple(w[i : i + n]) for w in words for n in range(1, 5) for i in range(len(w) - n + 1)}
         )
-    # Only sequences that are not every picture's count in CIDEr.
+    # Sequences that every picture has do not count in CIDEr.
     if min(pictures.values()) == len(truth):
         reason = "with one picture" if len(truth) == 1 else "where all pictures have the same references"
-        found["CIDEr"] = f"{reason} every word weighs nothing; evaluate more pictures"
+        found["CIDEr"] = f"{reason} every word has weight zero; evaluate more pictures"
     return found
 
 
@@ -188,7 +188,7 @@ def _meteor(truth: Tokens, guess: Tokens) -> tuple[Any, Any]:
     )
     scorer, failure, said = Meteor(), None, []
     java: Any = scorer.meteor_p
-    # A pipe that nobody reads would stop Java once it is full.
+    # Java would block on a full pipe.
     reader = threading.Thread(target=lambda: said.extend(java.stderr), daemon=True)
     reader.start()
     try:
@@ -200,12 +200,12 @@ def _meteor(truth: Tokens, guess: Tokens) -> tuple[Any, Any]:
         java.wait()
         reader.join()
         for pipe in (java.stdin, java.stdout, java.stderr):
-            # Standard input may still hold something.
+            # Standard input may not be flushed.
             with contextlib.suppress(OSError):
                 pipe.close()
-        # A failure leaves it locked, and the scorer's end would wait for it for ever.
+        # A failure leaves it locked, and the scorer's destructor would wait for it for ever.
         scorer.lock = threading.Lock()
-    # What is read from a process that died is no number; its own words tell more.
+    # What was read from a dead process is not a number; its own message says more.
     raise RuntimeError(_java_error(b"".join(said)) or f"Java ended: {failure}") from failure
 
 
@@ -214,7 +214,7 @@ def _spice(truth: Tokens, guess: Tokens) -> tuple[Any, Any]:
 
     folder = Path(spice.__file__).parent / "lib"
     if not all((folder / name).is_file() for name in SPICE_PARSER):
-        raise RuntimeError("its parser is not installed; docs/evaluation.md tells how")
+        raise RuntimeError("its parser is not installed; docs/evaluation.md says how")
     _find_java()
     total, rows = spice.Spice().compute_score(truth, guess)
     return total, [row["All"]["f"] for row in rows]
@@ -227,16 +227,16 @@ METRICS: dict[tuple[str, ...], Callable[[Tokens, Tokens], tuple[Any, Any]]] = {
     ("CIDEr",): _of_package("cider.cider", "Cider"),
     ("SPICE",): _spice,
 }
-"""What computes each metric: the score over the corpus and the pictures' own in order, or several of both."""
+"""What computes metrics: scores over the corpus and of each picture in order; for several names, of each."""
 
 CAPTION_METRICS = tuple(name for names in METRICS for name in names)
 
 
 def ptb_tokens(captions: Mapping[str, Sequence[str]]) -> Tokens:
-    """Tokenizes by the official tokenizer, in Java: lower case, punctuation left out.
+    """Tokenizes with the official tokenizer, in Java: lower case, without punctuation.
 
-    Only its jar and its list of punctuation are used. The package's class around them writes into
-    site-packages, asks for no exit status, and drops or shifts captions when lines do not match.
+    The package's class around its jar is not used: it writes into site-packages, ignores the exit status, and
+    drops or shifts captions when lines do not match.
     """
     from pycocoevalcap.tokenizer import ptbtokenizer as official
 
@@ -255,18 +255,18 @@ def ptb_tokens(captions: Mapping[str, Sequence[str]]) -> Tokens:
     except RuntimeError as error:
         raise UserError(f"PTB tokenization: {error}") from None
     except subprocess.CalledProcessError as error:
-        told = _java_error(error.stderr) or f"exit {error.returncode}"
-        raise UserError(f"PTB tokenization failed: {told}") from None
+        reason = _java_error(error.stderr) or f"exit {error.returncode}"
+        raise UserError(f"PTB tokenization failed: {reason}") from None
     found = done.stdout.decode().split("\n")
-    told = f"PTB tokenization gave {len(found)} lines for {len(lines)} captions"
-    require(len(found) == len(lines), told)
+    counted = f"PTB tokenization gave {len(found)} lines for {len(lines)} captions"
+    require(len(found) == len(lines), counted)
     dropped = set(official.PUNCTUATIONS)
     rest = (" ".join(word for word in line.rstrip().split(" ") if word not in dropped) for line in found)
     return {key: [next(rest) for _ in group] for key, group in captions.items()}
 
 
 def simple_tokens(captions: Mapping[str, Sequence[str]]) -> Tokens:
-    """Tokenizes without Java; unlike PTB it does not part ``dog's``."""
+    """Tokenizes without Java; unlike PTB it does not split ``dog's``."""
 
     def tokens(caption: str) -> str:
         words = (word.strip(PUNCTUATION) for word in _one_line(caption).lower().split())
@@ -276,14 +276,14 @@ def simple_tokens(captions: Mapping[str, Sequence[str]]) -> Tokens:
 
 
 def _one_line(caption: str) -> str:
-    # JSON may hold half a surrogate pair, which has no bytes.
+    # JSON may hold a lone surrogate, which has no bytes.
     return _LINE_ENDS.sub(" ", caption).encode(errors="replace").decode()
 
 
 def require_java() -> None:
     """Refuses PTB tokenization where it cannot run."""
-    told = "or take the simple tokenizer, whose scores compare with no published ones"
-    require(shutil.which("java") is not None, f"PTB tokenization needs Java: {NO_JAVA}, {told}")
+    remedy = f"{NO_JAVA}, or use the simple tokenizer, whose scores do not compare with published ones"
+    require(shutil.which("java") is not None, f"PTB tokenization needs Java: {remedy}")
 
 
 def _find_java() -> None:
@@ -293,10 +293,7 @@ def _find_java() -> None:
 
 @contextlib.contextmanager
 def bounded_java(num_texts: int) -> Iterator[None]:
-    """Has Java that is started inside speak English and UTF-8, and kills it once its time is over.
-
-    Other ranks may wait for it.
-    """
+    """Makes Java that is started inside use English and UTF-8, and kills it at the time limit."""
     minutes = JAVA_MINUTES + JAVA_MINUTES_OF_A_TEXT * num_texts
     is_over = threading.Event()
 
@@ -310,7 +307,7 @@ def bounded_java(num_texts: int) -> Iterator[None]:
     timer = threading.Timer(60 * minutes, kill)
     timer.daemon = True
     before = dict(os.environ)
-    # The second is read after the command line.
+    # Java reads the second after the command line.
     for name in ("JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS"):
         os.environ[name] = f"{before.get(name, '')} {_JAVA_OPTIONS}".strip()
     os.environ["LC_ALL"] = "C.UTF-8"
@@ -329,7 +326,7 @@ def bounded_java(num_texts: int) -> Iterator[None]:
 
 
 def _java_error(stderr: bytes) -> str:
-    """What Java said of its end, in one line; empty if nothing."""
+    """Java's own message in one line; empty if there is none."""
     lines = (line.strip() for line in stderr.decode(errors="replace").splitlines())
-    told = [line for line in lines if line and not line.startswith(("at ", "Picked up "))]
-    return " ".join(told[:2])[:_MAX_REASON_LENGTH]
+    reasons = [line for line in lines if line and not line.startswith(("at ", "Picked up "))]
+    return " ".join(reasons[:2])[:_MAX_REASON_LENGTH]

@@ -1,4 +1,4 @@
-"""What an evaluation reads: rows of shards, put as questions; published layouts and reference captions."""
+"""What an evaluation reads: rows of shards as questions, published layouts, reference captions."""
 
 from __future__ import annotations
 
@@ -23,23 +23,19 @@ from dehvf_ds.data.building.writer import BuildSettings, build_shards
 from dehvf_ds.data.collate import Collator, ImageTransform, letter_ids
 from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX, Task
+from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX, TextTask
 from dehvf_ds.data.records import read_record
 from dehvf_ds.data.shards import DamagedSample
 from dehvf_ds.evaluation.decode import MAX_NEW_TOKENS, Decoding, decode, likeliest_options, require_positions
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
 
-EvalTask = Literal["coco", "scienceqa"]
 Reading = Literal["generation", "likelihood"]
 
-TASKS: dict[str, EvalTask] = {"caption": "coco", "scienceqa": "scienceqa"}
-"""What is scored, by ``data.task``."""
-
 Unreadable = dict[Literal["unreadable"], str]
-"""Stands for the answer to a row whose picture cannot be read, and says why."""
+"""Why a row's picture cannot be read, in place of an answer."""
 
 Prediction = str | int | Unreadable | None
-"""A text, or an option's number where the likeliest is taken (None if no logit is a number)."""
+"""A text, or the number of the likeliest option (None if its logit is NaN)."""
 
 # What follows the last dot of another name belongs to it: "3.5 mm".
 _ENDINGS = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm"}
@@ -47,23 +43,23 @@ _ENDINGS = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """The rows of an evaluation, opened.
+    """The rows of an evaluation, opened."""
 
-    The first ``num_rows`` of ``index`` are asked. ``collator`` makes prompts, ``targets`` rows for the loss.
-    ``letters`` holds the token of each option where the likeliest is taken, else nothing.
-    """
-
-    task: EvalTask
+    task: TextTask
     index: ShardIndex
     num_rows: int
+    """of the index, from the first"""
     collator: Collator
+    """makes prompts"""
     targets: Collator
+    """makes rows for the loss"""
     tokenizer: PreTrainedTokenizerBase
     decoding: Decoding
     letters: tuple[int, ...] = ()
+    """each option's token if the likeliest option is the answer; empty if answers are generated"""
 
     def ask(self, model: DehvfForConditionalGeneration, rows: Sequence[int]) -> list[Prediction]:
-        """Answers some rows together; a shard that cannot be read is an error, since that is no answer."""
+        """Answers some rows in one batch; a shard that cannot be read is an error."""
         samples = [self._read(row) for row in rows]
         good = [sample for sample in samples if isinstance(sample, Sample)]
         answers = iter(self._answer(model, good) if good else [])
@@ -73,7 +69,7 @@ class Questions:
         try:
             return read_sample(self.index, row, shorter_side=self.collator.image_size)
         except DamagedSample as error:
-            # Of the picture alone: a shard that cannot be read raises once more.
+            # A damaged picture is no error here; a shard that cannot be read raises again.
             self.index.read(row)
             return {"unreadable": " ".join(str(error).split())}
 
@@ -87,7 +83,7 @@ class Questions:
         return [answer.text for answer in decode(model, batch, self.tokenizer, self.decoding)]
 
     def require_positions(self, model_config: DehvfConfig) -> None:
-        """Refuses a longest answer for which the decoder has no positions behind the longest prompt."""
+        """Refuses answers that may run past the decoder's last position after the longest prompt."""
         lengths = self.prompt_lengths()
         _, record = self._record(lengths.index(max(lengths)))
         prompt = self.collator([Sample(key="", image=None, record=record)]).input_ids
@@ -95,13 +91,13 @@ class Questions:
 
     def prompt_lengths(self) -> list[int]:
         """Of each row, in characters; 1 for captions, whose prompts are all the same."""
-        if self.task == "coco":
+        if self.task == "caption":
             return [1] * self.num_rows
         return self.index.text_lengths[: self.num_rows].tolist()
 
     @cached_property
     def records(self) -> list[tuple[str, dict[str, Any]]]:
-        """Keys and records, read one row at a time: a split's pictures would not fit into memory."""
+        """Keys and records; rows are read one at a time, since all pictures would not fit into memory."""
         return [self._record(row) for row in range(self.num_rows)]
 
     def _record(self, row: int) -> tuple[str, dict[str, Any]]:
@@ -111,7 +107,7 @@ class Questions:
 
 def open_questions(
     data: str,
-    task: EvalTask,
+    task: TextTask,
     tokenizer: PreTrainedTokenizerBase,
     transform: ImageTransform,
     *,
@@ -123,26 +119,25 @@ def open_questions(
     num_beams: int = 1,
     max_samples: int | None = None,
 ) -> Questions:
-    """Opens shards for an evaluation, and checks now what would else fail after hours of decoding.
+    """Opens shards for an evaluation, and checks now what would otherwise fail after hours of decoding.
 
-    ``prompt`` is of captions, ``scienceqa`` and ``reading`` of problems; None takes the task's longest answer
-    and all rows.
+    ``prompt`` applies to captions, ``scienceqa`` and ``reading`` to problems. None takes the task's longest
+    answer and all rows.
     """
-    of_captions = task == "coco"
-    rows: Task = "caption" if of_captions else "scienceqa"
-    longest = max_new_tokens or MAX_NEW_TOKENS[rows]
-    told = f"--min_new_tokens {min_new_tokens} is more than the longest answer, {longest} tokens"
-    require(min_new_tokens <= longest, told)
+    longest = max_new_tokens or MAX_NEW_TOKENS[task]
+    too_short = f"--min_new_tokens {min_new_tokens} is more than the longest answer, {longest} tokens"
+    require(min_new_tokens <= longest, too_short)
     index = ShardIndex(data)
-    held, other = ("rows without captions", "scienceqa") if of_captions else ("captions", "coco")
-    told = f"{data}: holds {held}, which --task {task} cannot score; they need --task {other}"
-    require(index.num_without_captions == (0 if of_captions else len(index)), told)
-    index.check_task(rows, "--task")
-    prefix = "" if of_captions else SCIENCEQA_ANSWER_PREFIX
+    is_caption = task == "caption"
+    held, other = ("rows without captions", "scienceqa") if is_caption else ("captions", "caption")
+    unfit = f"{data}: holds {held}, which --task {task} cannot score; they need --task {other}"
+    require(index.num_without_captions == (0 if is_caption else len(index)), unfit)
+    index.check_task(task, "--task")
+    prefix = "" if is_caption else SCIENCEQA_ANSWER_PREFIX
     if reading == "likelihood":
-        # Up to the letter, which ``ask`` takes off again: some tokenizers have a token before it.
+        # With the letter, which ``ask`` removes again: some tokenizers put a token before it.
         prefix = f"{prefix} A"
-    form: dict[str, Any] = {"task": rows, "prompt": prompt, "scienceqa": scienceqa, "max_tokens": 512}
+    form: dict[str, Any] = {"task": task, "prompt": prompt, "scienceqa": scienceqa, "max_tokens": 512}
     return Questions(
         task=task,
         index=index,

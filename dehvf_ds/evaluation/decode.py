@@ -15,7 +15,7 @@ from dehvf_ds.config import require
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
 
 MAX_NEW_TOKENS = {"caption": 40, "scienceqa": 8, "chat": 256}
-"""Longest answer in tokens where the user names none, by the task that a model was trained for."""
+"""Default longest answer in tokens, by the task that a model was trained for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ def require_positions(num_prompt_tokens: int, decoding: Decoding, model_config: 
     most = model_config.max_tokens
     require(
         most is None or num_prompt_tokens + decoding.max_new_tokens <= most,
-        f"max_new_tokens {decoding.max_new_tokens} behind a prompt of {num_prompt_tokens} is more than "
+        f"max_new_tokens {decoding.max_new_tokens} after a prompt of {num_prompt_tokens} is more than "
         f"the {most} tokens that the language model has positions for",
     )
 
@@ -47,7 +47,7 @@ def require_positions(num_prompt_tokens: int, decoding: Decoding, model_config: 
 def end_ids(tokenizer: PreTrainedTokenizerBase, *settings: GenerationConfig | None) -> list[int]:
     """Ids that end an answer: the tokenizer's end of text, then those that generation settings name.
 
-    A chat template ends a turn with a token of its own, which instruction-tuned decoders name in theirs.
+    Chat templates end a turn with a token of their own; instruction-tuned decoders name it in theirs.
     """
     ends: list[Any] = [tokenizer.eos_token_id]
     for part in settings:
@@ -64,24 +64,20 @@ def decode(
     decoding: Decoding,
     streamer: BaseStreamer | None = None,
 ) -> list[Answer]:
-    """Answers prompts that are padded on the left; a picture is encoded once for all steps and beams.
+    """Answers left-padded prompts; a picture is encoded once for all steps and beams.
 
-    ``streamer`` is handed tokens as they come, of a batch of one row.
+    ``streamer`` receives the tokens of a batch of one row as they come.
     """
     own = model.generation_config
-    # A merged model has the decoder's settings as its own; others' are made up from their configuration.
+    # A merged model has the decoder's settings as its own; others' are derived from their configuration.
     own = None if getattr(own, "_from_model_config", True) else own
     ends = end_ids(tokenizer, model.language_model.generation_config, own)
-    moved = batch.to(model.device, model.dtype)
-    new_ids = model.generate(
-        moved.input_ids,
-        moved.pixel_values,
-        moved.has_image,
-        attention_mask=moved.attention_mask,
+    new_ids = _generate(
+        model,
+        batch,
         max_new_tokens=decoding.max_new_tokens,
         min_new_tokens=decoding.min_new_tokens or None,
         num_beams=decoding.num_beams,
-        do_sample=False,
         streamer=streamer,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
@@ -97,26 +93,28 @@ def decode(
 def likeliest_options(
     model: DehvfForConditionalGeneration, batch: Batch, option_ids: Sequence[int], num_options: Sequence[int]
 ) -> list[int | None]:
-    """The option of each row whose token is the likeliest to come next; None where a logit is NaN.
+    """The number of each row's likeliest option, by the next token; None where a logit is NaN.
 
-    Prompts are padded on the left and end where the option's token is to come.
+    Prompts are padded on the left and end right before the option's token.
     """
-    moved = batch.to(model.device, model.dtype)
-    generated = model.generate(
-        moved.input_ids,
-        moved.pixel_values,
-        moved.has_image,
-        attention_mask=moved.attention_mask,
-        max_new_tokens=1,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    logits = generated.logits[0][:, list(option_ids)].float()  # pyright: ignore[reportAttributeAccessIssue]
+    settings = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+    logits = _generate(model, batch, **settings).logits[0][:, list(option_ids)].float()
     return [
         None if row[:count].isnan().any() else int(row[:count].argmax())
         for row, count in zip(logits, num_options, strict=True)
     ]
+
+
+def _generate(model: DehvfForConditionalGeneration, batch: Batch, **settings: Any) -> Any:
+    moved = batch.to(model.device, model.dtype)
+    return model.generate(
+        moved.input_ids,
+        moved.pixel_values,
+        moved.has_image,
+        attention_mask=moved.attention_mask,
+        do_sample=False,
+        **settings,
+    )
 
 
 @torch.inference_mode()

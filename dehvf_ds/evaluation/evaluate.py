@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from dehvf_ds.atomic import atomic_file
 from dehvf_ds.config import EvalConfig, ScienceqaConfig, UserError, load_run_config, require, to_plain
@@ -21,22 +21,27 @@ from dehvf_ds.data.building.sources import describe_file
 from dehvf_ds.data.collate import build_image_transform, load_tokenizer
 from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.prompts import build_prompt
+from dehvf_ds.data.prompts import TextTask, build_prompt
 from dehvf_ds.data.shards import DamagedSample
 from dehvf_ds.distributed import has_fast_bf16, init_process_group, meet, on_main, read_world
 from dehvf_ds.evaluation import dataset, predict
 from dehvf_ds.evaluation.coco import CaptionScorer
-from dehvf_ds.evaluation.contact_sheet import contact_sheet
-from dehvf_ds.evaluation.dataset import TASKS, EvalTask, Prediction, Questions
+from dehvf_ds.evaluation.dataset import Prediction, Questions
 from dehvf_ds.evaluation.predict import METRICS_NAME, Scored, writing
 from dehvf_ds.evaluation.scienceqa import AnswerScorer
 from dehvf_ds.model.adapter import TrainedModel, find_trained
 
 PREDICTIONS_NAME = "predictions.jsonl"
-NUM_EXAMPLES = 8
 MAX_NAME_LENGTH = 80
 
-# What may stand in a directory's name on every file system; all letters and digits of all languages may.
+NUM_EXAMPLES = 8
+EXAMPLES_A_ROW = 4
+PICTURE_SIDE = 224
+GAP = 20
+LINE_HEIGHT = 20
+PAPER, INK, FAINT, FRAME = "#ffffff", "#18181b", "#71717a", "#d4d4d8"
+
+# Characters that some file system does not take in a directory's name.
 _UNFIT = re.compile(r"[^\w.+=@%() -]")
 # JSON takes them as they are, but programs that read line by line end a line there.
 _LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
@@ -48,7 +53,8 @@ def evaluate(config: EvalConfig) -> None:
     """Runs one evaluation. Every rank must call it; rank 0 writes and prints for all."""
     world = read_world()
     meet(world)
-    data, name = config.data, f"{config.task}-{_directory_name(_split_of(config))}"
+    data, split = config.data, _UNFIT.sub("_", _split_of(config))[:MAX_NAME_LENGTH].strip()
+    name = f"{config.task}-{split or 'data'}"
     results = Path(config.output) if config.output is not None else Path(config.model) / "eval"
     if dataset.is_published(data):
         data = str(on_main(world, lambda: dataset.published_shards(config, results / "shards" / name)))
@@ -98,27 +104,25 @@ def evaluate(config: EvalConfig) -> None:
         cache.remove()
 
 
-def require_task(task: EvalTask, trained_for: str | None, *, prompt: str | None) -> list[str]:
-    """Refuses a model that was trained for the other task, where its ``task`` says so.
+def require_task(task: TextTask, trained_for: str | None, *, prompt: str | None) -> list[str]:
+    """Refuses a model that was trained for the other task.
 
-    Returns a line for the user where the question has another form than in training.
+    Returns a warning for the user if the model has not seen this form of question in training.
     """
-    if trained_for is None or TASKS.get(trained_for) == task:
+    if trained_for in (None, task):
         return []
-    told = f"the model was trained for {trained_for}, and --task {task} asks for something else"
-    if trained_for in TASKS and prompt is None:
-        raise UserError(
-            f"{told}; pass --task {TASKS[trained_for]} and data of that kind, or name another model"
-        )
-    return [f"warning: {told}; the question is put in a form that it has not seen in training"]
+    differs = f"the model was trained for {trained_for}, and --task {task} asks for something else"
+    if trained_for in get_args(TextTask) and prompt is None:
+        raise UserError(f"{differs}; pass --task {trained_for} and data of that kind, or name another model")
+    return [f"warning: {differs}; it has not seen this form of question in training"]
 
 
 def _report(
     config: EvalConfig, trained: TrainedModel, questions: Questions, prompt: str | None, dtype: str
 ) -> dict[str, Any]:
-    """What the predictions depend on, for the metrics; tells a killed evaluation from another."""
+    """What the predictions depend on, for the metrics; it identifies a killed evaluation."""
     protocol: dict[str, Any] = {"task": config.task, "split": _split_of(config), "reading": config.reading}
-    if config.task == "coco":
+    if config.task == "caption":
         protocol |= {"prompt": build_prompt({}, "caption", prompt=prompt), "tokenizer": config.tokenizer}
         if config.references is not None:
             protocol |= {"references": describe_file(Path(config.references))}
@@ -142,21 +146,17 @@ def _report(
             "images": None if config.images is None else str(Path(config.images).absolute()),
             "sha256": questions.index.digest,
         },
-        # Nothing is drawn in decoding; artifacts and merged models that lie elsewhere know of no run.
+        # Decoding draws nothing; an artifact or merged model outside a run has no seed of training.
         "seeds": {"training": load_run_config(files[0]).seed if files else None, "decoding": None},
     }
 
 
 def _split_of(config: EvalConfig) -> str:
-    """The split's name: the user's, or the last part of where the data really lie, without ``.json``."""
+    """The split's name: the user's, or the last part of the data's resolved path, without ``.json``."""
     if config.split is not None:
         return config.split
     name = Path(config.data).resolve().name
     return name.removesuffix(".json") if Path(config.data).is_file() else name
-
-
-def _directory_name(split: str) -> str:
-    return _UNFIT.sub("_", split)[:MAX_NAME_LENGTH].strip() or "data"
 
 
 # --- scores, and what is written ---
@@ -171,16 +171,16 @@ def open_scorer(
     split: str | None = None,
     image_captions: bool = False,
 ) -> Scorer:
-    """Reads the records of all rows that are asked, and finds before decoding what would keep them unscored.
+    """Reads the records of all rows, and refuses before decoding what could not be scored after it.
 
-    ``name`` is of the row in ScienceQA's table; ``references`` a file of captions, its part ``split``;
-    ``image_captions`` whether problems are asked with their pictures' captions.
+    ``name`` begins the row of ScienceQA's table; ``references`` is a file of captions, of which ``split`` is
+    read; ``image_captions`` says whether the problems are asked with their pictures' captions.
     """
     records = questions.records
-    if twice := [key for key, count in Counter(key for key, _ in records).items() if count > 1]:
-        told = f"{len(twice)} keys stand more than once, {twice[0]} the first"
-        raise UserError(f"{told}; build the shards again")
-    if questions.task == "coco":
+    if repeated := [key for key, count in Counter(key for key, _ in records).items() if count > 1]:
+        counted = f"{len(repeated)} keys occur more than once, {repeated[0]} the first"
+        raise UserError(f"{counted}; build the shards again")
+    if questions.task == "caption":
         found = None if references is None else dataset.load_references(Path(references), split)
         return CaptionScorer(records, tokenizer=tokenizer, references=found)
     with_picture = [record for _, record in records if record.get("image")]
@@ -195,10 +195,10 @@ def open_scorer(
 def score(
     scorer: Scorer, predictions: Sequence[Prediction], path: Path
 ) -> tuple[Scored, list[dict[str, Any]]]:
-    """Scores one prediction a row, and writes a line of each into ``path``; returns both.
+    """Scores one prediction per row, and writes a line for each into ``path``; returns both.
 
-    The lines are written without scores first, since predictions cost the most. A picture that could not be
-    read counts as an empty answer, and is told.
+    The lines are first written without scores, so that a failing metric loses no prediction. A picture that
+    could not be read counts as an empty answer, with a warning.
     """
     texts = [None if isinstance(said, dict) else said for said in predictions]
     lines = [
@@ -216,8 +216,8 @@ def score(
     if unreadable:
         numbers = numbers | {"num_unreadable": float(len(unreadable))}
         named = ", ".join([*list(unreadable)[:3], *["..."] * (len(unreadable) > 3)])
-        told = f"{len(unreadable)} of {len(lines)} pictures could not be read and count as empty answers"
-        summary = [*summary, f"warning: {told}: {named} ({reason})"]
+        counted = f"{len(unreadable)} of {len(lines)} pictures could not be read and count as empty answers"
+        summary = [*summary, f"warning: {counted}: {named} ({reason})"]
     for line, scores in zip(lines, found.scores, strict=True):
         line.update({"scores": scores} if scores else {})
     write_lines(path, lines)
@@ -231,7 +231,7 @@ def finish(
     report: Mapping[str, Any],
     index: ShardIndex,
 ) -> None:
-    """Scores, writes and tells; examples may fail alone."""
+    """Scores the predictions, writes the results and prints a summary."""
     path = directory / PREDICTIONS_NAME
     try:
         scored, lines = score(scorer, predictions, path)
@@ -249,32 +249,8 @@ def finish(
     print("\n".join([*scored.summary, *notes, f"metrics: {directory / METRICS_NAME}"]), flush=True)
 
 
-def try_examples(index: ShardIndex, lines: Sequence[Mapping[str, Any]], path: Path) -> str | None:
-    """Draws some rows, evenly spread: picture, answer, reference; where that fails, why, in one line."""
-    count = min(NUM_EXAMPLES, len(lines))
-    rows = [i * len(lines) // count for i in range(count)]
-    pictures, said, truths = [], [], []
-    try:
-        for row in rows:
-            line, image = lines[row], None
-            with contextlib.suppress(DamagedSample):
-                image = read_sample(index, row).image
-            pictures.append(image or Image.new("RGB", (1, 1), "white"))
-            said.append("(picture not readable)" if "unreadable" in line else _shown(line["prediction"]))
-            truths.append(line["references"][0] if "references" in line else _shown(line["answer"]))
-        contact_sheet(pictures, said, path, references=truths)
-    except Exception as error:
-        path.unlink(missing_ok=True)
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return None
-
-
-def _shown(answer: str | int | None) -> str:
-    return ascii_uppercase[answer] if isinstance(answer, int) else str(answer)
-
-
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON that UTF-8 can hold: letters as they are, but where a text has half a surrogate pair.
+    """JSON that UTF-8 can encode: escaped only if a text holds a lone surrogate.
 
     Without ``indent`` it is one line, whatever a reader takes for the end of one.
     """
@@ -287,6 +263,79 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a JSON object a line; the file gets its name when it is whole."""
+    """Writes one JSON object per line."""
     with writing(path), atomic_file(path) as part:
         part.write_text("".join(json_text(line) + "\n" for line in lines), encoding="utf-8")
+
+
+# --- example pictures ---
+
+
+def try_examples(index: ShardIndex, lines: Sequence[Mapping[str, Any]], path: Path) -> str | None:
+    """Draws evenly spread rows: picture, answer, reference; returns in one line why that failed."""
+    count = min(NUM_EXAMPLES, len(lines))
+    cells = []
+    try:
+        for row in (i * len(lines) // count for i in range(count)):
+            line, image = lines[row], None
+            with contextlib.suppress(DamagedSample):
+                image = read_sample(index, row).image
+            said = "(picture not readable)" if "unreadable" in line else _shown(line["prediction"])
+            truth = line["references"][0] if "references" in line else _shown(line["answer"])
+            cells.append((image or Image.new("RGB", (1, 1), PAPER), said, truth))
+        contact_sheet(cells, path)
+    except Exception as error:
+        path.unlink(missing_ok=True)
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+def _shown(answer: str | int | None) -> str:
+    return ascii_uppercase[answer] if isinstance(answer, int) else str(answer)
+
+
+def contact_sheet(cells: Sequence[tuple[Image.Image, str, str]], path: Path) -> None:
+    """Writes a PNG of RGB pictures, each above its answer and, in grey, its reference; no text is cut."""
+    font = ImageFont.load_default(size=15)
+    drawn = []
+    for picture, *texts in cells:
+        # A blank line between the two.
+        answer, reference = (_wrap(text, font, PICTURE_SIDE) for text in texts)
+        colored = [(line, INK) for line in [*answer, ""]] + [(line, FAINT) for line in reference]
+        cell = Image.new(
+            "RGB", (PICTURE_SIDE + GAP, PICTURE_SIDE + 2 * GAP + LINE_HEIGHT * len(colored)), PAPER
+        )
+        draw = ImageDraw.Draw(cell)
+        scale = PICTURE_SIDE / max(picture.size)
+        width, height = (max(1, round(side * scale)) for side in picture.size)
+        fitted = picture.resize((width, height), Image.Resampling.LANCZOS)
+        cell.paste(fitted, ((PICTURE_SIDE - width) // 2, (PICTURE_SIDE - height) // 2))
+        # It shows where a white picture ends.
+        draw.rectangle((0, 0, PICTURE_SIDE - 1, PICTURE_SIDE - 1), outline=FRAME)
+        for number, (line, color) in enumerate(colored):
+            draw.text((0, PICTURE_SIDE + GAP // 2 + LINE_HEIGHT * number), line, fill=color, font=font)
+        drawn.append(cell)
+    rows = [drawn[start : start + EXAMPLES_A_ROW] for start in range(0, len(drawn), EXAMPLES_A_ROW)]
+    heights = [max(cell.height for cell in row) for row in rows]
+    sheet = Image.new("RGB", (GAP + len(rows[0]) * (PICTURE_SIDE + GAP), GAP + sum(heights)), PAPER)
+    for number, row in enumerate(rows):
+        for column, cell in enumerate(row):
+            sheet.paste(cell, (GAP + column * cell.width, GAP + sum(heights[:number])))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, format="PNG")
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines of at most ``width`` pixels, broken at white space, or inside a word that is too long."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return [line for line in lines if line]

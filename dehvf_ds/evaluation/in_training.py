@@ -1,4 +1,4 @@
-"""Answers and scores in the middle of a run, by a full model on every rank."""
+"""Answers and scores during a run, by a full model on every rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dehvf_ds.config import InTrainingConfig, UserError
 from dehvf_ds.data.examples import read_sample
 from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, on_main
 from dehvf_ds.evaluation.coco import require_java
-from dehvf_ds.evaluation.dataset import TASKS, Prediction, Questions, open_questions
+from dehvf_ds.evaluation.dataset import Prediction, Questions, open_questions
 from dehvf_ds.evaluation.evaluate import Scorer, open_scorer, score, try_examples
 from dehvf_ds.evaluation.predict import in_batches
 from dehvf_ds.model import DehvfForConditionalGeneration
@@ -19,8 +19,8 @@ from dehvf_ds.training.metrics import Evaluated
 from dehvf_ds.training.resolve import ResolvedRun
 from dehvf_ds.training.stop import StopRequest
 
-SCORE = {"coco": "CIDEr", "scienceqa": "accuracy"}
-"""The number that tells which checkpoint is the best, the higher the better."""
+SCORE = {"caption": "CIDEr", "scienceqa": "accuracy"}
+"""The score that decides which checkpoint is the best, the higher the better."""
 
 
 class InTrainingEvaluation:
@@ -32,12 +32,12 @@ class InTrainingEvaluation:
 
     @classmethod
     def of_run(cls, run: ResolvedRun) -> InTrainingEvaluation | None:
-        """Opens the rows that a run evaluates on; None where it evaluates nothing."""
+        """Opens the rows that a run evaluates on; None if it evaluates nothing."""
         config, settings = run.config, run.config.eval
-        data, task = settings.data or config.data.val, TASKS.get(config.data.task)
-        if not settings.every_steps or data is None or task is None:
+        data, task = settings.data or config.data.val, config.data.task
+        if not settings.every_steps or data is None or task == "chat":
             return None
-        if task == "coco" and settings.tokenizer == "ptb":
+        if task == "caption" and settings.tokenizer == "ptb":
             require_java()
         questions = open_questions(
             data,
@@ -54,11 +54,11 @@ class InTrainingEvaluation:
         return cls(settings, questions, run.world, Path(config.run_dir))
 
     def open(self) -> None:
-        """Looks at the rows' records before the first step. Every rank must call it."""
+        """Checks the rows' records before the first step. Every rank must call it."""
         on_main(self.world, self._open_scorer)
 
     def describe(self) -> str:
-        """Opens the scorer and says in one line what is asked. Rank 0 alone."""
+        """Opens the scorer and says in one line what will be asked. Rank 0 alone."""
         self._open_scorer()
         num_tokens = self.questions.collator([read_sample(self.questions.index, 0)]).input_ids.shape[1]
         return (
@@ -73,26 +73,25 @@ class InTrainingEvaluation:
     def __call__(
         self, model: DehvfForConditionalGeneration, step: int, stop: StopRequest
     ) -> Evaluated | None:
-        """Evaluates the weights as they are. Every rank must call it.
+        """Evaluates the current weights. Every rank must call it.
 
-        The model is the one inside the engine; it is gathered and not changed. Rows and scores that fail
-        leave the run alive, with a warning. None where the evaluation was ended early or nothing could be
-        scored.
+        The engine's model is gathered, not changed. A row or a score that fails is a warning, and the run
+        continues. None if the evaluation was stopped early or nothing could be scored.
         """
         started = time.perf_counter()
         try:
-            asked = self._predict(model, stop)
+            answered = self._predict(model, stop)
         except UserError as error:
             _warn(f"step {step} not evaluated: rank {self.world.rank}: {error}; the run goes on")
-            asked = None
-        if all_reduce_sum([float(asked is None)], self.world.device)[0]:
+            answered = None
+        if all_reduce_sum([float(answered is None)], self.world.device)[0]:
             return None
-        gathered = sorted(gather_to_main(asked or [], self.world), key=lambda pair: pair[0])
+        gathered = sorted(gather_to_main(answered or [], self.world), key=lambda pair: pair[0])
 
         def finish() -> Evaluated | None:
             try:
                 return self._finish(step, [prediction for _, prediction in gathered], started)
-            # Whatever it is, the other ranks wait, and the training is worth more.
+            # Whatever it is: the other ranks are waiting, and the training is worth more.
             except Exception as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 _warn(f"step {step} not evaluated: {reason}; the run goes on")
@@ -104,14 +103,14 @@ class InTrainingEvaluation:
         self, model: DehvfForConditionalGeneration, stop: StopRequest
     ) -> list[tuple[int, Prediction]] | None:
         """This rank's rows with their predictions; None after a request to stop."""
-        asked: list[tuple[int, Prediction]] = []
+        answered: list[tuple[int, Prediction]] = []
         own = range(self.world.rank, self.questions.num_rows, self.world.size)
-        with full_model(model, self.world) as whole:
+        with full_model(model, self.world) as gathered:
             for rows in in_batches(own, self.config.batch_size):
                 if stop.requested:
                     return None
-                asked += zip(rows, self.questions.ask(whole, rows), strict=True)
-        return asked
+                answered += zip(rows, self.questions.ask(gathered, rows), strict=True)
+        return answered
 
     def _finish(self, step: int, predictions: list[Prediction], started: float) -> Evaluated:
         assert self.scorer is not None
@@ -122,7 +121,7 @@ class InTrainingEvaluation:
                 _warn(f"step {step}: {line.removeprefix('warning: ')}")
         best = SCORE[self.questions.task]
         if reason := scored.metrics.get("missing", {}).get(best):
-            _warn(f"step {step}: without {best}, which tells the best checkpoint: {reason}")
+            _warn(f"step {step}: without {best}, which decides the best checkpoint: {reason}")
         if reason := try_examples(self.questions.index, lines, sheet):
             _warn(f"step {step}: without {sheet.name}: {reason}")
         numbers = {f"eval/{name}": value for name, value in scored.numbers.items()}

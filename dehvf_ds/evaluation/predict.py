@@ -1,4 +1,4 @@
-"""Predictions of all rows: where they lie, kept as they come, taken up again, and the loss beside them."""
+"""The predictions of all rows: their directory, their cache, which rank makes which; and the loss."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """Scores of one prediction a row.
-
-    ``metrics`` go to ``metrics.json``, of these ``numbers``, x100, into curves; ``scores`` to each row's line
-    of ``predictions.jsonl`` (empty where it has none), ``summary`` to the console.
-    """
+    """Scores of one prediction per row."""
 
     metrics: dict[str, Any]
+    """for ``metrics.json``"""
     numbers: dict[str, float]
+    """those that make curves, x100"""
     scores: list[dict[str, float]]
+    """of each row, for its line of ``predictions.jsonl``"""
     summary: list[str]
+    """lines for the console"""
 
 
 def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -56,24 +56,23 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def terms_of(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What two evaluations share that are the same one, of ``metrics.json``; not where model and data lie."""
+    """What identifies an evaluation in its ``metrics.json``; not the paths of model and data."""
     terms = {name: report.get(name) for name in _COMMON_TERMS}
     return terms | {name: report.get(name, {}).get("sha256") for name in ("model", "data")}
 
 
 class PredictionCache:
-    """The predictions of an evaluation that is not finished, by row; every rank appends to its own file.
+    """The predictions of an unfinished evaluation, by row; every rank appends to its own file.
 
     The directory's name is a digest of all that a prediction depends on.
     """
 
     def __init__(self, output: Path, terms: Mapping[str, Any], rank: int):
-        """Names the directory inside ``output``."""
         self.directory = output / CACHE.format(digest_of(terms))
         self._path = self.directory / f"rank-{rank:05d}.jsonl"
 
     def read(self) -> dict[int, Prediction]:
-        """All ranks' predictions by row; the torn last line of a killed rank is passed over."""
+        """All ranks' predictions by row, without the torn last line of a killed rank."""
         found: dict[int, Prediction] = {}
         for path in sorted(self.directory.glob("rank-*.jsonl")):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -86,20 +85,20 @@ class PredictionCache:
 
     def add(self, rows: Sequence[int], predictions: Sequence[Prediction]) -> None:
         """Appends this rank's predictions of some rows."""
-        lines = [json.dumps([row, said]) + "\n" for row, said in zip(rows, predictions, strict=True)]
+        lines = [json.dumps(pair) + "\n" for pair in zip(rows, predictions, strict=True)]
         with writing(self._path):
             torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(("\n" if torn else "") + "".join(lines))
 
     def remove(self) -> None:
-        """Removes the files, once the predictions are written in one."""
+        """Removes all ranks' files."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Makes the folder of a file that is written inside; what goes wrong is one line that names the file."""
+    """Creates the folder of a file that is written inside; an ``OSError`` becomes a line with its name."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
@@ -108,52 +107,46 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def claim_directory(parent: Path, name: str, report: Mapping[str, Any]) -> tuple[Path, list[str]]:
-    """The directory of an evaluation, created and marked as its own, and what the user should read.
+    """Creates the directory of an evaluation and marks it as taken; returns it, and notes for the user.
 
-    It is ``parent/name``, unless an evaluation of other data, another model or other settings lies there,
-    finished or not: then a digest of the terms follows the name. What lies there stays, with one exception:
-    where model or data were made anew at the same place, the results of the earlier ones give way. ``report``
-    is what will be written into ``metrics.json``.
+    It is ``parent/name``, or with a digest behind the name if an evaluation of other data, another model or
+    other settings is there, finished or not. Results are removed in one case: model or data have changed
+    since, at the same path. ``report`` is what will be written into ``metrics.json``.
     """
     terms = terms_of(report)
     digest = digest_of(terms)
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with (parent / ".claims").open("w") as lock:
-            # Two that start together must not both find a place free. Not all network file systems lock.
-            with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            held = {place: _held(place) for place in (parent / name, *sorted(parent.glob(f"{name}-*")))}
-            same = [p for p in held if terms in map(terms_of, held[p].values())]
-            known = [p for p in held if held[p] or p.name == name]
-            free = [p for p in known if all(_is_outdated(h, report) for h in held[p].values())]
-            # The last one is nobody else's.
-            place = [*same, *free, parent / f"{name}-{digest}"][0]
-            outdated = [path for path, h in held.get(place, {}).items() if _is_outdated(h, report)]
-            for path in outdated:
-                path.unlink()
-                if path.name == TERMS_NAME:
-                    shutil.rmtree(path.parent)
-            mark = place / CACHE.format(digest) / TERMS_NAME
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.write_text(json.dumps(report), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{error.filename or parent}: {error.strerror or error}") from None
+    with writing(parent / name), (parent / ".claims").open("w") as lock:
+        # Of two that start together only one may find a place free. Not all network file systems lock.
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        held = {place: _held(place) for place in (parent / name, *sorted(parent.glob(f"{name}-*")))}
+        same = [p for p in held if terms in map(terms_of, held[p].values())]
+        known = [p for p in held if held[p] or p.name == name]
+        free = [p for p in known if all(_is_outdated(h, report) for h in held[p].values())]
+        place = [*same, *free, parent / f"{name}-{digest}"][0]
+        outdated = [path for path, h in held.get(place, {}).items() if _is_outdated(h, report)]
+        for path in outdated:
+            path.unlink()
+            if path.name == TERMS_NAME:
+                shutil.rmtree(path.parent)
+        mark = place / CACHE.format(digest) / TERMS_NAME
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(json.dumps(report), encoding="utf-8")
     notes = []
     if outdated:
         notes.append(f"{place}: results of an earlier model or earlier data are replaced")
     if place.name != name:
         notes.append(
-            f"{parent / name} is of other data or settings; this evaluation is written to {place.name}"
+            f"{parent / name} holds other data or settings; this evaluation is written to {place.name}"
         )
     return place, notes
 
 
 def _held(directory: Path) -> dict[Path, dict[str, Any]]:
-    """What tells of an evaluation here, finished or not, by its file; one that nobody can read says {}."""
+    """The files that describe evaluations here, finished or not; {} for one that cannot be understood."""
     found = {}
     for path in (directory / METRICS_NAME, *directory.glob(CACHE.format("*") + f"/{TERMS_NAME}")):
-        # One that was cut off by what ended its writer tells nothing.
+        # A file that was cut short holds nothing.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
             content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
             described = isinstance(content, dict) and [content.get(name) for name in ("model", "data")]
@@ -162,14 +155,14 @@ def _held(directory: Path) -> dict[Path, dict[str, Any]]:
 
 
 def _is_outdated(held: Mapping[str, Any], report: Mapping[str, Any]) -> bool:
-    """Whether it is the same evaluation of a model or data that are no more what they were at their place."""
+    """Whether it is the same evaluation, of a model or data that have changed at their place."""
     return terms_of(held) != terms_of(report) and _places_of(held) == _places_of(report)
 
 
 def _places_of(report: Mapping[str, Any]) -> list[Any]:
-    """As ``terms_of``, with paths for hashes."""
+    """``terms_of`` with paths instead of hashes."""
     names = (("model", "path"), ("data", "path"), ("data", "images"))
-    paths = [report.get(of, {}).get(name) for of, name in names]
+    paths = [report.get(part, {}).get(name) for part, name in names]
     terms = [report.get(name) for name in _COMMON_TERMS]
     return terms + [path and Path(path).resolve() for path in paths]
 
@@ -181,42 +174,43 @@ def predict_rows(
     world: World,
     batch_size: int,
 ) -> list[Prediction]:
-    """Asks the rows that the cache has no prediction of. Every rank must call it.
+    """Asks the rows that are not in the cache, the longest prompts first. Every rank must call it.
 
-    The longest prompts come first, so that rows of a batch are of similar length and a batch that does not
-    fit into memory fails at the start. Returns the predictions in the rows' order on rank 0, else nothing.
+    So the rows of a batch are of similar length, and a batch that does not fit into memory fails at the
+    start. Returns the predictions in the rows' order on rank 0, else nothing.
     """
-    # Rank 0 alone, before anybody writes.
+    # Rank 0 alone, before any rank writes.
     done = on_main(world, cache.read)
     left = sorted((row for row in range(len(lengths)) if row not in done), key=lambda row: -lengths[row])
     own = left[world.rank :: world.size]
     if done and world.is_main:
-        print(f"going on after {len(done)} of {len(lengths)} rows", flush=True)
-    asked: list[tuple[int, Prediction]] = []
+        print(f"resuming after {len(done)} of {len(lengths)} rows", flush=True)
+    answered: list[tuple[int, Prediction]] = []
     for rows in in_batches(own, batch_size):
         predictions = ask(rows)
         cache.add(rows, predictions)
-        before = len(asked)
-        asked += zip(rows, predictions, strict=True)
-        if world.is_main and before * PROGRESS_LINES // len(own) < len(asked) * PROGRESS_LINES // len(own):
-            print(f"answered {len(asked)} of this rank's {len(own)} rows", flush=True)
-    gathered = gather_to_main(asked, world)
+        before = len(answered)
+        answered += zip(rows, predictions, strict=True)
+        if world.is_main and before * PROGRESS_LINES // len(own) < len(answered) * PROGRESS_LINES // len(own):
+            print(f"answered {len(answered)} of this rank's {len(own)} rows", flush=True)
+    gathered = gather_to_main(answered, world)
     if not world.is_main:
         return []
     found = sorted([*done.items(), *gathered], key=lambda pair: pair[0])
-    told = f"{len(found)} answers to {len({row for row, _ in found})} of {len(lengths)} rows"
-    require([row for row, _ in found] == list(range(len(lengths))), f"{cache.directory}: {told}; remove it")
+    message = f"{len(found)} answers to {len({row for row, _ in found})} of {len(lengths)} rows"
+    complete = [row for row, _ in found] == list(range(len(lengths)))
+    require(complete, f"{cache.directory}: {message}; remove it")
     return [prediction for _, prediction in found]
 
 
 def measure_loss(
     model: DehvfForConditionalGeneration, questions: Questions, batch_size: int, world: World
 ) -> dict[str, Any]:
-    """The mean cross-entropy a supervised token, in nats, of every caption or answer. All ranks must call it.
+    """Mean cross-entropy per supervised token, in nats, of every caption or answer. All ranks must call it.
 
-    For ``metrics.json``: ``loss``, ``loss_num_tokens``, and ``loss_num_left_out``, examples without a
-    supervised token (a prompt as long as the row), or with a picture or a text that cannot be read. The loss
-    is None where nothing is supervised or the sum is not finite, and ``loss_reason`` says so.
+    Returns entries of ``metrics.json``. ``loss_num_left_out`` counts examples without a supervised token (a
+    prompt as long as the row), or with a picture or a text that cannot be read. The loss is None where
+    nothing is supervised or the sum is not finite, and ``loss_reason`` says so.
     """
     loss_sum, num_tokens, left_out = 0.0, 0, 0
 
@@ -228,7 +222,7 @@ def measure_loss(
                 try:
                     side = questions.targets.image_size
                     sample = read_sample(questions.index, row, caption=caption, shorter_side=side)
-                    # Half a surrogate pair can be scored, but no tokenizer reads it.
+                    # A lone surrogate can be scored, but no tokenizer reads it.
                     str(sample.record.get("caption", "")).encode()
                 except (DamagedSample, UnicodeEncodeError):
                     left_out += 1

@@ -3,7 +3,7 @@
 The protocol is that of MemVP and ADEM-VL: a generation that names no choice is wrong, and counted as a parse
 failure. LaVIN draws a choice at random there, and LLaVA lets the model explain first: numbers across
 protocols are not comparable, nor are those with and without captions of the pictures
-(``data.scienceqa.image_captions``), so say which beside a number. A caption makes no problem one of TXT.
+(``data.scienceqa.image_captions``). A caption does not put a problem into the column TXT.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dehvf_ds.data.records import problem_of
 from dehvf_ds.evaluation.predict import Scored
 
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")
-"""Columns in the papers' order: subject, context, grade, all."""
+"""The papers' columns, in their order: subject, context, grade, all."""
 
 # After the letter a full stop that ends the word, or nothing more: "A dog" and "A.5" name no choice.
 _LETTER = re.compile(rf"(?:\A\s*|(?<!\S){re.escape(SCIENCEQA_ANSWER_PREFIX)}\s+)([A-Z])(?:\.(?!\S)|\s*\Z)")
@@ -30,13 +30,11 @@ _LATEX = str.maketrans(
 
 
 def read_letter(text: str, num_choices: int) -> int | None:
-    """The choice that a generation names, from 0; None if it names none.
+    """The choice that a generation names, from 0; None if it names none, or two.
 
-    A letter is one of A to Z at the start of the text, for the prompt may end in ``The answer is``, or
-    anywhere after these three words. It is a word of its own: a full stop and then white space or the end
-    follows, or the text ends. White space around it does not matter. `` A``, ``A.``, ``A. BECAUSE: ..`` and
-    ``.. The answer is A.`` name A. ``Apple``, ``A dog``, ``(A)``, ``a`` and letters of other alphabets name
-    nothing, and neither does a text that names two different letters, or one beyond the choices.
+    A letter A to Z counts at the start of the text, since the prompt may end in ``The answer is``, or
+    anywhere after these three words, if it ends the text, or a full stop follows and ends the word. `` A``,
+    ``A. BECAUSE: ..`` and ``.. The answer is A.`` name A; ``Apple``, ``A dog``, ``(A)`` and ``a`` nothing.
     """
     letters = set(_LETTER.findall(text))
     if len(letters) != 1:
@@ -46,18 +44,18 @@ def read_letter(text: str, num_choices: int) -> int | None:
 
 
 class AnswerScorer:
-    """Scores one answer a problem; a record that is no problem is found when it is made."""
+    """Scores one answer per problem."""
 
     def __init__(self, records: Sequence[tuple[str, Mapping[str, Any]]], *, name: str) -> None:
-        """Looks at every problem; ``name`` stands in the table's row."""
-        # For the papers' columns a picture is one that the record names, also where the shard lacks it.
+        """Refuses records that are no problems; ``name`` begins the table's row."""
+        # For the papers' columns a picture counts if the record names one, even if the shard lacks it.
         self._problems = [problem_of(record, key, bool(record.get("image"))) for key, record in records]
         self._num_missing = sum(bool(record.get("image_missing")) for _, record in records)
         self._name = " ".join(name.split())
         self.keys = [key for key, _ in records]
 
     def lines(self, predictions: Sequence[str | int | None]) -> list[dict[str, Any]]:
-        """Of ``predictions.jsonl``, with the choice that each answer names."""
+        """Lines of ``predictions.jsonl``, with the choice that each answer names."""
         choices = self._choices(predictions)
         return [
             {"key": p.id, "prediction": prediction, "choice": choice, "answer": p.answer}
@@ -65,11 +63,11 @@ class AnswerScorer:
         ]
 
     def score(self, predictions: Sequence[str | int | None]) -> Scored:
-        """Scores one answer a problem: a text, or a choice's number; None names no choice."""
+        """Scores one answer per problem: a text, or a choice's number; None names no choice."""
         choices = self._choices(predictions)
         right, total, confusion = Counter(), Counter(), {}
         for size in sorted({problem.num_choices for problem in self._problems}):
-            # A row for each right answer, a column for each answer given, and a last one for parse failures.
+            # A row for each right answer, a column for each prediction, the last one for parse failures.
             confusion[size] = [[0] * (size + 1) for _ in range(size)]
         for problem, choice in zip(self._problems, choices, strict=True):
             total.update(problem.columns)

@@ -8,25 +8,41 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
 from dehvf_ds.atomic import atomic_directory
+from dehvf_ds.batch import Batch
 from dehvf_ds.config import UserError, expand_flags, load_run_config
+from dehvf_ds.data.examples import read_sample
+from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.distributed import run_entry
+from dehvf_ds.evaluation.generate import prompt_collator
 from dehvf_ds.export.card import copy_licence_files, model_card
 from dehvf_ds.export.merge import MergedModel, write_model
-from dehvf_ds.export.verify import check_memory, read_prompts, verify_export
-from dehvf_ds.model import ModelError
+from dehvf_ds.model import DehvfForConditionalGeneration, ModelError
 from dehvf_ds.model.adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from dehvf_ds.model.adapter import EXPORT_FILE, MANIFEST_FILE, TrainedModel, find_trained, read_manifest
+from dehvf_ds.model.ffn import fold_lora
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+FOLD_TOLERANCE = 1e-5
+"""What folding in fp32 may change in a logit, as a share of the largest."""
+
+COMPARED_TOKENS = 40
+"""Longest answer that ``--verify`` compares, whatever the task."""
+
+Answer = tuple[Tensor, Tensor]
+"""Ids of prompt and greedy answer, ``[1, tokens]``; fp32 logits."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,25 +70,25 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--verify", action="store_true", help="compare the export with the trained model")
     parser.add_argument("--verify-data", help="shards to verify on; default: the run's validation shards")
     parser.add_argument("--verify-rows", type=int, default=8, help="rows to verify on; default: 8")
-    parser.add_argument("--language-model", help="where the decoder lies now, if it was moved")
-    parser.add_argument("--vision-tower", help="where the tower lies now, if it was moved")
+    parser.add_argument("--language-model", help="where the decoder is now, if it was moved")
+    parser.add_argument("--vision-tower", help="where the tower is now, if it was moved")
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     args = parser.parse_args(argv)
     expand_flags(args, "checkpoint", "verify_data", "language_model", "vision_tower")
     if args.adapter_only and (args.dtype or args.no_fold or args.verify):
-        parser.error("--adapter-only copies what was trained; --dtype, --no-fold and --verify are of a model")
+        parser.error("--adapter-only copies what was trained; --dtype, --no-fold and --verify need a model")
     if args.verify_rows < 1:
         parser.error("--verify-rows must be at least 1")
     return args
 
 
 def _size(text: str) -> str:
-    split_torch_state_dict_into_shards({}, max_shard_size=text)  # ValueError, which argparse tells
+    split_torch_state_dict_into_shards({}, max_shard_size=text)  # argparse reports its ValueError
     return text
 
 
 def _check_output(args: argparse.Namespace, trained: TrainedModel) -> None:
-    """Refuses an output that would cover something: --force replaces an earlier export, and nothing else."""
+    """Refuses an output that would replace anything but, with --force, an earlier export."""
     output: Path = args.output
     needed = {
         "--checkpoint": args.checkpoint,
@@ -96,15 +112,39 @@ def _check_output(args: argparse.Namespace, trained: TrainedModel) -> None:
         raise UserError(f"--output {output} is in use; name another{remedy}")
 
 
-@contextmanager
-def _written(output: Path) -> Iterator[Path]:
-    """Yields a hidden directory that becomes ``output`` once it is whole; till then an earlier one stays."""
+def _export(trained: TrainedModel, args: argparse.Namespace) -> None:
+    directories = (Path(args.checkpoint), *Path(args.checkpoint).absolute().parents[:3])
+    run_dir = next((path for path in directories if (path / "config.yaml").is_file()), None)
+    merged, dtype, prompts = None, None, []
+    if not args.adapter_only:
+        merged = MergedModel(trained, dtype=DTYPES.get(args.dtype), fold=not args.no_fold)
+        dtype = merged.dtype
+    if merged and args.verify:
+        _check_memory(merged)
+        prompts = read_prompts(trained, args.verify_data or _validation_shards(run_dir), args.verify_rows)
+    form = "adapter" if args.adapter_only else "unfolded" if args.no_fold else "merged"
+    card = model_card(trained, run_dir, form=form, dtype=dtype)
     try:
-        with atomic_directory(output.resolve()) as part:  # a link stays one
-            yield part
+        # Resolved: a link stays one.
+        with atomic_directory(args.output.resolve()) as part:
+            (part / "README.md").write_text(card, encoding="utf-8")
+            if merged is None:
+                for name in [*read_manifest(trained.path)["files"], MANIFEST_FILE]:
+                    (part / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(trained.path / name, part / name)
+            else:
+                copy_licence_files(trained, part / "licences")
+                write_model(part, trained, merged, args.max_shard_size)
+                merged = None
+            if dtype and prompts:
+                verify_export(trained, part, prompts, dtype=dtype, fold=not args.no_fold)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"--output {output}: not written: {reason}") from None
+        raise UserError(f"--output {args.output}: not written: {reason}") from None
+    print(f"{args.output}: {form}; its README.md says how to load it")
+
+
+# --- what --verify compares ---
 
 
 def _validation_shards(run_dir: Path | None) -> str:
@@ -114,31 +154,87 @@ def _validation_shards(run_dir: Path | None) -> str:
     return data.val or data.train
 
 
-def _export(trained: TrainedModel, args: argparse.Namespace) -> None:
-    directories = (Path(args.checkpoint), *Path(args.checkpoint).absolute().parents[:3])
-    run_dir = next((path for path in directories if (path / "config.yaml").is_file()), None)
-    merged, dtype, prompts = None, None, []
-    if not args.adapter_only:
-        merged = MergedModel(trained, dtype=DTYPES.get(args.dtype), fold=not args.no_fold)
-        dtype = merged.dtype
-    if merged and args.verify:
-        check_memory(merged.model, merged.dtype)
-        prompts = read_prompts(trained, args.verify_data or _validation_shards(run_dir), args.verify_rows)
-    form = "adapter" if args.adapter_only else "unfolded" if args.no_fold else "merged"
-    card = model_card(trained, run_dir, form=form, dtype=dtype)
-    with _written(args.output) as part:
-        (part / "README.md").write_text(card, encoding="utf-8")
-        if merged is None:
-            for name in [*read_manifest(trained.path)["files"], MANIFEST_FILE]:
-                (part / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(trained.path / name, part / name)
-        else:
-            copy_licence_files(trained, part / "licences")
-            write_model(part, trained, merged, args.max_shard_size)
-            merged = None
-        if dtype and prompts:
-            verify_export(trained, part, prompts, dtype=dtype, fold=not args.no_fold)
-    print(f"{args.output}: {form}; its README.md says how to load it")
+def _check_memory(merged: MergedModel) -> None:
+    """Refuses to verify a model that does not fit in memory in fp32, with its export beside it."""
+    needed = sum(p.numel() for p in merged.model.parameters()) * (4 + merged.dtype.itemsize)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"--verify holds the model in fp32 and its export beside it, {needed / 1e9:.0f} GB; "
+            f"{free / 1e9:.0f} GB are free. Export without it, or on a larger machine"
+        )
+
+
+def read_prompts(trained: TrainedModel, data: str, num_rows: int) -> list[Batch]:
+    """Prompts in the form of the model's training, a batch each, from rows spread evenly over the shards."""
+    index, collator = ShardIndex(data), prompt_collator(trained)
+    num_rows, form = min(num_rows, len(index)), {"shorter_side": collator.image_size, "task": collator.task}
+    rows = (len(index) * i // num_rows for i in range(num_rows))
+    return [collator([read_sample(index, row, **form)]) for row in rows]
+
+
+def verify_export(
+    trained: TrainedModel, directory: Path, prompts: Sequence[Batch], *, dtype: torch.dtype, fold: bool
+) -> None:
+    """Compares an export with the trained model, on the CPU, and prints how far they differ."""
+    model = trained.load("fp32")
+    before = _answer(model, prompts)
+    known = [ids for ids, _ in before]
+    if fold:
+        fold_lora(model)
+        share, text = _compare(before, _answer(model, prompts, known))
+        print(f"fp32 fold: {text}; {FOLD_TOLERANCE:g} of the largest logit allowed", flush=True)
+        if not share <= FOLD_TOLERANCE:
+            raise UserError(f"not exported: folding changes the logits by {share:.1e} of the largest")
+    exported: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype).eval()
+    wanted, found = model.state_dict(), exported.state_dict()
+    wrong = wanted.keys() ^ found.keys()
+    for name in wanted.keys() & found.keys():
+        tensor = wanted[name].to(dtype) if wanted[name].is_floating_point() else wanted[name]
+        wrong |= set() if torch.equal(tensor, found[name]) else {name}
+    if wrong:
+        raise UserError(f"not exported: {len(wrong)} tensors differ from the trained ones, as {min(wrong)}")
+    name, kind = str(dtype).removeprefix("torch."), "fold" if fold else "model"
+    print(f"files: all {len(found)} tensors equal the fp32 {kind}, rounded to {name}", flush=True)
+    if dtype != torch.float32:
+        print(f"{name}: {_compare(before, _answer(exported, prompts, known))[1]}", flush=True)
+
+
+@torch.inference_mode()
+def _answer(
+    model: DehvfForConditionalGeneration, prompts: Sequence[Batch], known: Sequence[Tensor] | None = None
+) -> list[Answer]:
+    """Answers every prompt; the logits are those of ``known`` ids, to compare models, or of the answer."""
+    answers = []
+    for number, prompt in enumerate(prompts):
+        moved = prompt.to(model.device, model.dtype)
+        new_ids = model.generate(
+            moved.input_ids,
+            moved.pixel_values,
+            moved.has_image,
+            attention_mask=moved.attention_mask,
+            do_sample=False,
+            max_new_tokens=COMPARED_TOKENS,
+        )
+        ids = torch.cat([moved.input_ids, new_ids], dim=1)
+        scored = known[number] if known is not None else ids
+        output = model(input_ids=scored, pixel_values=moved.pixel_values, has_image=moved.has_image)
+        answers.append((ids, output.logits.float()))
+    return answers
+
+
+def _compare(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[float, str]:
+    """The largest difference of two models' logits, as a share of the largest logit; and that in words."""
+    pairs = [(a, b) for (_, a), (_, b) in zip(before, after, strict=True)]
+    # A maximum of tensors, so that one NaN makes it NaN.
+    difference = torch.stack([(a - b).abs().max() for a, b in pairs]).max()
+    share = float(difference / torch.stack([a.abs().max() for a, _ in pairs]).max())
+    likeliest = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in pairs])
+    same = sum(torch.equal(ids, other) for (ids, _), (other, _) in zip(before, after, strict=True))
+    return share, (
+        f"logits differ by at most {share:.1e} of the largest; the likeliest token is the same at "
+        f"{int(likeliest.sum())} of {len(likeliest)} positions, the answer for {same} of {len(pairs)} rows"
+    )
 
 
 if __name__ == "__main__":

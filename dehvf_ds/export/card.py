@@ -1,4 +1,4 @@
-"""The model card of an export, from ``card.md.j2``: bases and licences, training, scores, how to load it."""
+"""The model card of an export (``card.md.j2``): base models, licences, training, scores, how to load it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dehvf_ds.data.prompts import CAPTION_PROMPT
 from dehvf_ds.model.adapter import TrainedModel, read_manifest
 
 Form = Literal["merged", "unfolded", "adapter"]
-"""Adapters folded into the weights, beside them, or without the base models' weights."""
+"""Adapters folded into the weights, apart from them, or without the base models' weights."""
 
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -30,10 +30,10 @@ _LICENCE_FILE = re.compile(r"(licen[cs]e|notice|copying|use_policy)", re.IGNOREC
 
 
 def model_card(trained: TrainedModel, run_dir: Path | None, *, form: Form, dtype: torch.dtype | None) -> str:
-    """The card of an adapter artifact, or of what it is exported as in ``dtype``: Markdown with front matter.
+    """The card of an export, Markdown with front matter; with settings and scores of its run, if any.
 
-    Settings and scores are those of the run that it lies in, if any. It names no path of this machine. Scores
-    stay out of the front matter, where hubs would rank them beside those of the real COCO.
+    It names no path of this machine. Scores stay out of the front matter, where hubs would rank them beside
+    those on the real COCO.
     """
     manifest, task = read_manifest(trained.path), trained.task or "caption"
     names = [_public_name(manifest["bases"][kind]["path"]) for kind in ("language_model", "vision_tower")]
@@ -74,9 +74,9 @@ def model_card(trained: TrainedModel, run_dir: Path | None, *, form: Form, dtype
 
 
 def stated_licence(source: str) -> dict[str, str]:
-    """``license``, and if given ``license_name`` and ``license_link``, that a base states; empty if none is.
+    """``license``, and possibly ``license_name`` and ``license_link``, that a base states; {} if none.
 
-    By the front matter of its model card, or ``source.json`` of ``prepare_backbones.py``.
+    From the front matter of its model card, or ``source.json`` of ``prepare_backbones.py``.
     """
     directory = _directory(source)
     if directory is None:
@@ -92,7 +92,7 @@ def stated_licence(source: str) -> dict[str, str]:
 
 
 def copy_licence_files(trained: TrainedModel, target: Path) -> None:
-    """Copies the base models' licences, notices and use policies, those that there are."""
+    """Copies the base models' licences, notices and use policies."""
     for kind in ("language_model", "vision_tower"):
         directory = _directory(getattr(trained, kind))
         for path in directory.iterdir() if directory is not None else ():
@@ -102,7 +102,7 @@ def copy_licence_files(trained: TrainedModel, target: Path) -> None:
 
 
 def _directory(source: str) -> Path | None:
-    """Where a base's files lie on this machine; of a hub id, in the local cache."""
+    """A base's directory on this machine; for a hub id, in the local cache."""
     if Path(source).is_dir():
         return Path(source)
     try:
@@ -113,7 +113,7 @@ def _directory(source: str) -> Path | None:
 
 
 def _public_name(source: str) -> str:
-    """A hub id as it is, of a directory its last component: a card goes where its path means nothing."""
+    """A hub id, or the last component of a directory, whose path means nothing on other machines."""
     return source if _HUB_ID.fullmatch(source) and not Path(source).exists() else Path(source).name
 
 

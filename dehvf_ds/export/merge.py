@@ -1,7 +1,7 @@
-"""A trained model becomes a Hugging Face directory, tensor by tensor, so that any size fits in little memory.
+"""Writes a trained model as a Hugging Face directory, tensor by tensor, so that any size needs little memory.
 
-The decoder's weights come from its own files, with the FFN adapters added in fp32. What is small, the visual
-branch and the tower, is held.
+The decoder's weights are read from its own files, and the FFN adapters added in fp32. Only what is small, the
+visual branch and the tower, is loaded.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,8 +31,8 @@ from dehvf_ds import __version__
 from dehvf_ds.config import UserError
 from dehvf_ds.data.chat import PLAIN_CHAT_TEMPLATE
 from dehvf_ds.data.collate import build_image_transform, load_tokenizer
+from dehvf_ds.data.prompts import CAPTION_PROMPT
 from dehvf_ds.evaluation.decode import MAX_NEW_TOKENS, end_ids
-from dehvf_ds.export.verify import check_processor
 from dehvf_ds.model import DehvfForConditionalGeneration, DehvfProcessor, ModelError
 from dehvf_ds.model.adapter import EXPORT_FILE, LORA_FILE, TrainedModel, decoder_name, load_adapter, peft_name
 from dehvf_ds.model.backbones import load_backbone, names_in_files, settle_head
@@ -41,7 +42,7 @@ from dehvf_ds.model.processing import bos_ids
 
 _DTYPE_NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
 
-# Clients send messages as texts or as lists of text and image parts; decoders' own templates expect texts.
+# Clients send messages as texts or as lists of text and image parts; decoders' templates expect texts.
 _MESSAGES_AS_TEXT = (
     "{%- set texts = namespace(of=[]) -%}"
     "{%- for message in messages -%}"
@@ -64,7 +65,7 @@ class TensorSpec(NamedTuple):
 
 
 class DecoderFiles:
-    """The frozen decoder's own files, of which one is open at a time."""
+    """The frozen decoder's own files, one open at a time."""
 
     def __init__(self, source: str, decoder: PreTrainedModel) -> None:
         self.source = source
@@ -75,10 +76,10 @@ class DecoderFiles:
         for stored in self._tensors.values():
             sizes[stored.dtype] += stored.num_elements
         self.dtype = sizes.most_common(1)[0][0]
-        """The dtype that most values are stored in."""
+        """of most values"""
 
     def find(self, names: Sequence[str], shape: torch.Size) -> str:
-        """The files' name of one of the decoder's tensors, which has several ``names`` if it is tied."""
+        """A tensor's name in the files; it has several ``names`` in the decoder if it is tied."""
         options = ({name} & self._tensors.keys() or self._aliases.get(bare_name(name)) for name in names)
         found = next(filter(None, options), set())
         stored = self._tensors[min(found)] if len(found) == 1 else None
@@ -87,7 +88,7 @@ class DecoderFiles:
         return min(found)
 
     def read(self, name: str) -> Tensor:
-        """One tensor as it is stored, by its name in the files."""
+        """One tensor as it is stored."""
         path = self._tensors[name].path
         if self._open is None or self._open.path != path:
             self._open = StoredFile(path)
@@ -95,11 +96,11 @@ class DecoderFiles:
 
 
 class MergedModel:
-    """A trained model in the form that is exported; its decoder's weights are still on the disk.
+    """A trained model in the form of the export; its decoder's weights are still on the disk.
 
-    Branch and tower of ``model`` are loaded; its decoder is on the meta device unless it is a mixture of
-    experts. Its configuration is the export's. ``fold`` adds the FFN adapters to the weights; without it,
-    what was trained stays in fp32. No ``dtype`` takes that of the decoder's files.
+    Branch and tower of ``model`` are loaded; the decoder is on the meta device, unless it is a mixture of
+    experts. With ``fold`` the FFN adapters are added to the weights; without it what was trained stays in
+    fp32. ``dtype`` is by default that of the decoder's files.
     """
 
     def __init__(self, trained: TrainedModel, *, dtype: torch.dtype | None, fold: bool) -> None:
@@ -115,7 +116,7 @@ class MergedModel:
         if config.fusion != "none":
             tower = load_backbone(trained.vision_tower, config.vision_config, self.dtype, vision=True)
         if any(hasattr(layer.mlp, "experts") for layer in decoder_layers(decoder)):
-            # transformers stacks what the files hold of each expert; so it is loaded whole.
+            # transformers stacks the weights that the files hold for each expert.
             decoder = load_backbone(trained.language_model, config.text_config, self.dtype, vision=False)
         self.model = DehvfForConditionalGeneration(config, decoder, tower)
         load_adapter(self.model, trained.path)
@@ -129,7 +130,7 @@ class MergedModel:
             part.dtype = self.dtype
 
     def decoder_tensors(self) -> list[TensorSpec]:
-        """The decoder, its adapters added or beside it, in the model's order; of tied weights one."""
+        """The decoder's tensors with adapters added or beside them, in the model's order; tied ones once."""
         tied: dict[Tensor, list[str]] = {}
         state = self.model.language_model.state_dict(prefix="language_model.", keep_vars=True)
         for name, tensor in state.items():
@@ -161,9 +162,9 @@ class MergedModel:
 
 
 def write_shards(directory: Path, tensors: Sequence[TensorSpec], max_shard_size: str) -> dict[str, Any]:
-    """Writes safetensors files as ``save_pretrained`` lays them out; returns their ``bytes`` and ``sha256``.
+    """Writes safetensors files in ``save_pretrained``'s layout, one tensor in memory at a time.
 
-    One tensor is in memory at a time; ``safetensors.torch.save_file`` would need all of a file at once.
+    Returns each file's ``bytes`` and ``sha256``.
     """
     plan = split_torch_state_dict_into_shards(
         {spec.name: spec.like for spec in tensors},
@@ -202,8 +203,8 @@ def _write_shard(path: Path, tensors: Sequence[TensorSpec]) -> dict[str, Any]:
 def _checked_bytes(spec: TensorSpec) -> Any:
     tensor = spec.read()
     if tensor.numel() == 0 or (tensor.shape, tensor.dtype) != (spec.like.shape, spec.like.dtype):
-        raise ModelError(f"{spec.name}: holds no values, or other ones than its header says")
-    # The sum is finite in fp32 unless a value is not: one pass, without a mask as large as the tensor.
+        raise ModelError(f"{spec.name}: empty, or of another shape or dtype than its header says")
+    # The sum is rarely infinite unless a value is: one pass, without a mask as large as the tensor.
     if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
         why = "; fp16 ends at 65504: pass --dtype bf16" if tensor.dtype == torch.float16 else ""
         raise ModelError(f"{spec.name}: holds values that are not finite{why}")
@@ -213,14 +214,14 @@ def _checked_bytes(spec: TensorSpec) -> Any:
 def write_model(directory: Path, trained: TrainedModel, merged: MergedModel, max_shard_size: str) -> None:
     """Writes weights, code, configurations, processor and tokenizer into an empty directory.
 
-    ``config.json``, without which nothing loads it, comes last but for the record of all files.
+    ``config.json``, without which nothing loads it, is written near the end.
     """
     tokenizer = load_tokenizer(trained.tokenizer_source)
     transform = build_image_transform(trained.processor_source, trained.config.image_size)
     model: Any = merged.model
     tensors = merged.decoder_tensors()
     branch_and_tower = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
-    # What is small is written twice.
+    # Branch and tower are written twice.
     needed = sum(spec.like.nbytes for spec in tensors) + 2 * sum(t.nbytes for t in branch_and_tower.values())
     if needed > (free := shutil.disk_usage(directory).free):
         raise UserError(f"--output needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
@@ -258,7 +259,7 @@ def write_model(directory: Path, trained: TrainedModel, merged: MergedModel, max
 
 @contextlib.contextmanager
 def _saved_tensors(directory: Path) -> Iterator[list[TensorSpec]]:
-    """The tensors that ``save_pretrained`` wrote; their file is gone afterwards."""
+    """The tensors that ``save_pretrained`` wrote; removes their file afterwards."""
     path = directory / SAFE_WEIGHTS_NAME
     if not path.exists():
         yield []
@@ -274,8 +275,26 @@ def _saved_tensors(directory: Path) -> Iterator[list[TensorSpec]]:
     path.unlink()
 
 
+def check_processor(processor: DehvfProcessor, directory: Path, prompt: str | None) -> None:
+    """Refuses a processor that makes other ids or pixels once it is saved and loaded again."""
+    loaded = DehvfProcessor.from_pretrained(directory)
+    eos = processor.tokenizer.eos_token
+    for text in (prompt or CAPTION_PROMPT, "", "What is it?\n", f"Options: (A) a (B) b {eos} Response:", eos):
+        ids, found = (each(text=text)["input_ids"].tolist() for each in (processor, loaded))
+        if ids != found:
+            raise UserError(
+                f"not exported: the tokenizer, saved and loaded again, makes other ids of {text!r}: "
+                f"{found[0][:8]}, not {ids[0][:8]}"
+            )
+    for size in ((40, 30), (30, 400)):
+        picture = Image.radial_gradient("L").resize(size).convert("RGBA")
+        pixels, found = (each(images=picture)["pixel_values"] for each in (processor, loaded))
+        if not torch.equal(pixels, found):
+            raise UserError("not exported: the image processor, saved and loaded again, makes other pixels")
+
+
 def _generation_config(trained: TrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Greedy, as models are evaluated; ends at the tokenizer's end of text and at the decoder's own ends."""
+    """Greedy, as in evaluation; ends at the tokenizer's end of text and at the decoder's own ends."""
     own = None
     with contextlib.suppress(OSError):
         own = GenerationConfig.from_pretrained(trained.tokenizer_source)
@@ -290,9 +309,9 @@ def _generation_config(trained: TrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, task: str | None) -> str:
-    """The Jinja template that writes conversations as the model was trained, begin-of-text token included.
+    """The Jinja template that writes conversations as in training, with the begin-of-text token.
 
-    Only ``chat`` learned the form of conversations; for the other tasks the messages' texts are the prompt.
+    Only task ``chat`` knows the form of conversations; for the others the messages' texts are the prompt.
     """
     bos = "{{ bos_token }}" if bos_ids(tokenizer) else ""
     if task != "chat":

@@ -1,1 +1,1 @@
-"""What a run costs before it starts: memory, arithmetic and traffic (ours)."""
+"""What a run costs before it starts: memory, arithmetic and traffic."""

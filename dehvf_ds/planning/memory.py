@@ -1,4 +1,4 @@
-"""Memory of a run: weights and states in closed form, activations by running the model without values."""
+"""Memory of a step: weights and states in closed form, activations by running the model without values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,12 +19,9 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import flop_registry
 
 from dehvf_ds.batch import Batch
-from dehvf_ds.config import InTrainingConfig, RunConfig, UserError
-from dehvf_ds.data.collate import build_image_transform
-from dehvf_ds.distributed import World
+from dehvf_ds.config import UserError
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
 from dehvf_ds.training.deepspeed_json import compute_dtype
-from dehvf_ds.training.engine import build_model_config
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -33,13 +29,10 @@ if TYPE_CHECKING:
 GIB = 2**30
 FP32_BYTES = 4
 OVERHEAD_GIB = 3.0
-"""Assumed memory of CUDA's context, NCCL's buffers and the libraries' workspaces."""
+"""Assumed memory of CUDA's context, NCCL's buffers and libraries' workspaces."""
 
 USABLE_SHARE = 0.92
-"""Share of a GPU's memory that may be planned for; the allocator's fragments take some of the rest."""
-
-LONGEST_ROW = 256
-"""Assumed tokens of a question with its answer."""
+"""Share of a GPU's memory that a run may fill; fragmentation takes some of the rest."""
 
 Strategy = Literal["ZeRO-3", "ZeRO-3 + hpZ", "ZeRO-3 + offload", "ZeRO-2"]
 JSON_NAMES: dict[Strategy, str] = {
@@ -72,17 +65,16 @@ class MicroStep:
 
     rows: int
     checkpointing: bool
-    """whether decoder layers are recomputed in backward"""
     activation_bytes: int
-    """peak of all tensors but parameters and buffers"""
+    """peak of all tensors except parameters and buffers"""
     flops: int
     """of all matrix products"""
     tower_flops: int
-    """of these, the frozen tower's"""
+    """the frozen tower's part"""
 
 
 def full_batch(config: DehvfConfig, rows: int, tokens: int) -> Batch:
-    """A micro-batch of rows of equal length, every token supervised, with pictures where the model sees."""
+    """A micro-batch of rows of equal length, every token supervised, with pictures if the model takes any."""
     ids = torch.ones(rows, tokens, dtype=torch.long)
     side = config.image_size if config.fusion != "none" else 0
     return Batch(
@@ -95,10 +87,10 @@ def full_batch(config: DehvfConfig, rows: int, tokens: int) -> Batch:
 
 
 def run_micro_step(model: DehvfForConditionalGeneration, batch: Batch, *, zero3: bool) -> MicroStep:
-    """Runs a model of ``build_on_meta`` forward and backward: shapes are computed, and nothing else.
+    """Runs a model of ``build_on_meta`` forward and backward: only shapes are computed.
 
-    Rows count as padded, whatever the batch's mask holds. Linear maps under ``zero3`` also keep the inputs of
-    frozen weights. A decoder whose code needs values raises ``UserError``.
+    Rows count as padded, whatever the batch's mask says. Under ``zero3`` linear maps also keep the inputs of
+    frozen weights. A decoder whose code needs values is refused.
     """
     meter = _Meter([*model.parameters(), *model.buffers()])
     inputs = batch.to("meta", next(model.parameters()).dtype).inputs()
@@ -121,13 +113,13 @@ def run_micro_step(model: DehvfForConditionalGeneration, batch: Batch, *, zero3:
         checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         activation_bytes=meter.peak,
         flops=meter.flops,
-        # Nothing is multiplied before it.
+        # The tower runs first.
         tower_flops=counts[-1],
     )
 
 
 class _Meter(TorchDispatchMode):
-    """Counts FLOPs, and the bytes of tensors made under it for as long as anything refers to them."""
+    """Counts FLOPs, and the bytes of tensors that are created under it while anything refers to them."""
 
     def __init__(self, outside: list[Tensor]) -> None:
         super().__init__()
@@ -137,7 +129,7 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 0  # Code that asks whether a mask is all ones is told that it is not.
+            return 0  # Code that asks whether a mask is all ones gets "no".
         output = func(*args, **(kwargs or {}))
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=output)
@@ -147,7 +139,7 @@ class _Meter(TorchDispatchMode):
         return output
 
     def add(self, tensor: Tensor) -> None:
-        """Counts a tensor's storage once, until it is let go."""
+        """Counts a tensor's storage once, until it is released."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._outside or key in self._watched:
@@ -164,10 +156,10 @@ class _Meter(TorchDispatchMode):
 
 @contextmanager
 def _kernels(*, zero3: bool) -> Iterator[None]:
-    """Attention by the kernel that a GPU takes for padded rows, and linear maps as under the ZeRO stage."""
+    """Attention by the kernel that a GPU takes for padded rows, and the ZeRO stage's linear maps."""
     own = F.linear, F.scaled_dot_product_attention
     F.scaled_dot_product_attention = _attention
-    # torch's own, also where DeepSpeed has put another in its place.
+    # torch's own, even if DeepSpeed has replaced it.
     F.linear = torch._C._nn.linear  # pyright: ignore[reportAttributeAccessIssue]
     if zero3:
         from deepspeed.runtime.zero.linear import zero3_linear_wrap
@@ -180,9 +172,9 @@ def _kernels(*, zero3: bool) -> Iterator[None]:
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Any = None, enable_gqa=False, **given: Any
+    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Any = None, enable_gqa=False, **more: Any
 ) -> Tensor:
-    """Without a score matrix, but with the mask in the compute dtype, a copy in every layer."""
+    """Without a score matrix, but with a copy of the mask in the compute dtype in every layer."""
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
@@ -193,7 +185,7 @@ def _attention(
         bias = query.new_empty(rows, 1, length, 8 * math.ceil(width / 8))[..., :width]
         bias = bias.expand(rows, heads, length, width)
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    return kernel(query, key, value, bias, torch.is_grad_enabled(), **given)[0]
+    return kernel(query, key, value, bias, torch.is_grad_enabled(), **more)[0]
 
 
 # --- weights and states under ZeRO ---
@@ -201,15 +193,15 @@ def _attention(
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Parameters of a model, in elements; decoder and tower are frozen."""
+    """A model's parameters, in elements; decoder and tower are frozen."""
 
     language: int
     tower: int
     trainable: int
     lora: int
-    """of the trainable ones, in the FFN adapters"""
+    """the FFN adapters' part of the trainable ones"""
     largest: int
-    """in the largest frozen tensor"""
+    """of the largest frozen tensor"""
     persistent_language: int
     """the decoder's in tensors so small that ZeRO-3 keeps them whole"""
     persistent_tower: int
@@ -226,7 +218,7 @@ class Parameters:
 
 
 def count_parameters(model: DehvfForConditionalGeneration, persistence_threshold: int = 0) -> Parameters:
-    """Counts a model on any device; ZeRO-3 keeps tensors of at most the threshold's elements whole."""
+    """Counts a model on any device; ZeRO-3 keeps tensors up to the threshold whole."""
     trainable = {name: p.numel() for name, p in model.trainable_parameters().items()}
     frozen = {name: p.numel() for name, p in model.named_parameters() if name not in trainable}
     language = [n for name, n in frozen.items() if name.startswith("language_model.")]
@@ -244,7 +236,7 @@ def count_parameters(model: DehvfForConditionalGeneration, persistence_threshold
 
 @dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """How a DeepSpeed configuration spreads a model over GPUs; read off DeepSpeed 0.19.8."""
+    """How a DeepSpeed configuration spreads a model over GPUs, as of DeepSpeed 0.19.8."""
 
     strategy: Strategy
     zero: DeepSpeedZeroConfig
@@ -256,7 +248,7 @@ class Sharding:
 
     @classmethod
     def read(cls, ds_config: dict[str, Any], *, nodes: int, gpus_per_node: int) -> Sharding:
-        """Reads a DeepSpeed JSON, with DeepSpeed's own defaults; stages below 3 count as ZeRO-2."""
+        """Reads a DeepSpeed JSON, with DeepSpeed's defaults; stages below 3 count as ZeRO-2."""
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
         zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
@@ -282,39 +274,39 @@ class Sharding:
 
     @property
     def gather_ranks(self) -> int:
-        """GPUs whose shards make a frozen parameter whole: with hpZ those of a node of several, else all."""
+        """GPUs over which a frozen parameter is gathered: with hpZ those of a node of several, else all."""
         within = self.strategy == "ZeRO-3 + hpZ" and self.gpus_per_node > 1
         return self.gpus_per_node if within else self.world
 
     @property
     def gathers(self) -> bool:
-        """Whether frozen weights have to be gathered. One GPU that has all copies nothing."""
+        """Whether frozen weights are gathered; a single GPU that holds them all copies nothing."""
         return self.strategy == "ZeRO-3 + offload" or (self.strategy != "ZeRO-2" and self.world > 1)
 
     @property
     def kept_at_turn(self) -> int:
-        """Gathered elements that stay from a forward's end into its backward, where they are needed next.
+        """Gathered elements that are kept from the end of a forward for the backward.
 
-        Half of the reuse distance, since it counts the layers above twice. With prefetching, all that may be
-        live: it runs ahead of the forward until that limit, and what it finds gathered is not released.
+        Half of the reuse distance, since it counts the layers above twice; with prefetching, all that may be
+        live, since it runs ahead up to that limit, and what is gathered by then is not released.
         """
         live = self.zero.max_live_parameters if self.zero.prefetch_bucket_size else 0
         return max(live, self.zero.max_reuse_distance // 2)
 
     def frozen_bytes(self, numel: int, persistent: int) -> int:
-        """Frozen parameters at rest on one GPU; ``persistent`` of them also whole under ZeRO-3."""
+        """Frozen parameters on one GPU between steps; under ZeRO-3 ``persistent`` of them are whole, too."""
         if self.strategy == "ZeRO-2":
             return numel * self.element_bytes
-        # Of offloaded parameters only the persistent ones' shards stay on the GPU.
+        # With offloading only the shards of persistent parameters stay on the GPU.
         held = math.ceil((persistent if self.strategy == "ZeRO-3 + offload" else numel) / self.world)
         if self.gather_ranks < self.world:
             held += math.ceil(numel / self.gather_ranks)
-        # One rank's shard is the parameter itself.
+        # With one rank the shard is the parameter itself.
         return (held + (persistent if self.world > 1 else 0)) * self.element_bytes
 
 
 def resting_bytes(parameters: Parameters, sharding: Sharding) -> dict[str, int]:
-    """What one GPU holds between steps. Gradient buckets are allocated whole."""
+    """What one GPU holds between steps; gradient buckets are allocated at their full size."""
     p, size, share = parameters, sharding.element_bytes, math.ceil(parameters.trainable / sharding.world)
     zero2 = sharding.strategy == "ZeRO-2"
     buckets = 2 if zero2 and sharding.zero.overlap_comm else 1
@@ -328,10 +320,10 @@ def resting_bytes(parameters: Parameters, sharding: Sharding) -> dict[str, int]:
 
 
 def passing_bytes(parameters: Parameters, sharding: Sharding) -> dict[str, int]:
-    """What one GPU holds besides in a step, activations apart.
+    """What one GPU holds in addition during a step, without activations.
 
     Gradients are whole in the compute dtype; the shard's are summed in fp32 and copied at the step. Whole
-    tensors are gathered until the limit is passed; a bucket of them is there twice while it is unpacked.
+    tensors are gathered until the limit is exceeded; one bucket exists twice while it is unpacked.
     """
     p, size, share = parameters, sharding.element_bytes, math.ceil(parameters.trainable / sharding.world)
     gathered = min(p.partitioned, sharding.kept_at_turn + p.largest)
@@ -345,7 +337,7 @@ def passing_bytes(parameters: Parameters, sharding: Sharding) -> dict[str, int]:
 def step_bytes(
     config: DehvfConfig, batch: Batch, ds_config: dict[str, Any], *, checkpointing: bool = False
 ) -> dict[str, int]:
-    """What a job of one GPU holds at the peak of a step, by what it is; CUDA's own apart."""
+    """What a job of one GPU holds at the peak of a step, by kind, without CUDA's own memory."""
     sharding = Sharding.read(ds_config, nodes=1, gpus_per_node=1)
     model = build_on_meta(config, compute_dtype(ds_config), checkpointing=checkpointing)
     parameters = count_parameters(model, sharding.zero.param_persistence_threshold)
@@ -355,9 +347,9 @@ def step_bytes(
 
 
 def host_bytes(parameters: Parameters, sharding: Sharding) -> dict[str, int]:
-    """Host memory of a node: of the first while weights load, and pinned in training.
+    """Host memory of a node: on the first while weights load, and pinned in training.
 
-    Under ZeRO-3 rank 0 merges the whole checkpoint once; under ZeRO-2 weights go to the GPU as they are read.
+    Under ZeRO-3 rank 0 merges the whole checkpoint; under ZeRO-2 weights go to the GPU as they are read.
     """
     size, offloads = sharding.element_bytes, sharding.strategy == "ZeRO-3 + offload"
     return {
@@ -369,52 +361,3 @@ def host_bytes(parameters: Parameters, sharding: Sharding) -> dict[str, int]:
 def checkpoint_bytes(parameters: Parameters) -> int:
     """A checkpoint: fp32 masters, two moments, and the adapter in fp32."""
     return parameters.trainable * 4 * FP32_BYTES
-
-
-# --- in-training evaluation ---
-
-
-def evaluation_bytes(
-    config: DehvfConfig, parameters: Parameters, sharding: Sharding, settings: InTrainingConfig
-) -> dict[str, int]:
-    """What one GPU holds while it evaluates in the middle of a run, training's activations being gone.
-
-    ``decoding`` is an upper bound: logits, and keys and values as if every attention head had its own.
-    """
-    p, size, text = parameters, sharding.element_bytes, config.text_config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    prefix = (config.prefix_tokens or config.patches_per_side**2) if config.fusion == "prefix" else 0
-    kept = 2 * config.num_layers * text.num_attention_heads * head_dim * (LONGEST_ROW + prefix) * size
-    rows = settings.batch_size * settings.num_beams
-    return {
-        "training at rest": sum(resting_bytes(p, sharding).values()),
-        "the copy": 0 if sharding.strategy == "ZeRO-2" else (p.frozen + p.trainable) * size,
-        f"decoding {settings.batch_size} rows": rows * (kept + text.vocab_size * (size + FP32_BYTES)),
-    }
-
-
-def check_evaluation_memory(config: RunConfig, ds_config: dict[str, Any], world: World) -> None:
-    """Refuses an in-training evaluation that would not fit beside the run, before any weight is loaded.
-
-    On a GPU its own memory counts, on a CPU what is free now.
-    """
-    if not config.eval.every_steps:
-        return
-    nodes = world.size // world.local_size
-    sharding = Sharding.read(ds_config, nodes=nodes, gpus_per_node=world.local_size)
-    image_size = build_image_transform(config.model.vision_tower, config.model.image_size).image_size
-    model_config = build_model_config(config.model, image_size=image_size)
-    parameters = count_parameters(build_on_meta(model_config), sharding.zero.param_persistence_threshold)
-    parts: dict[str, float] = {**evaluation_bytes(model_config, parameters, sharding, config.eval)}
-    if world.device.type == "cuda":
-        parts["CUDA"] = OVERHEAD_GIB * GIB
-        limit = USABLE_SHARE * torch.cuda.get_device_properties(world.device).total_memory
-    else:
-        limit = psutil.virtual_memory().available / world.local_size
-    if sum(parts.values()) > limit:
-        told = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
-        raise UserError(
-            f"eval.every_steps: an evaluation does not fit beside the run: {told} make "
-            f"{sum(parts.values()) / GIB:.1f} GiB a rank, and {limit / GIB:.1f} GiB may be filled; lower "
-            "eval.batch_size, or leave it 0 and evaluate checkpoints with eval.py"
-        )

@@ -1,4 +1,4 @@
-"""Reads run directories, also those of runs that were killed, never validated or never evaluated."""
+"""Reads run directories, also those of runs that were killed or never evaluated."""
 
 from __future__ import annotations
 
@@ -18,59 +18,57 @@ from dehvf_ds.data.images import decode_image
 from dehvf_ds.data.index import ShardIndex
 
 MAX_SHOWN = 1e100
-"""Largest number that is taken for one; no axis can show a range beyond."""
+"""Larger numbers count as not finite: no axis can show them."""
 
 Json = dict[str, object]
 Curve = tuple[np.ndarray, np.ndarray]
-"""Places on the x axis (steps or layers) and values; NaN where there is no finite number."""
+"""Steps or layers, and values, NaN where they are not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A finished evaluation: what lies in one ``eval/TASK-LABEL``; the label is mostly the split.
-
-    ``predictions`` are by line number, which is the row's number in the shards.
-    """
+    """A finished evaluation, read from ``eval/TASK-LABEL``."""
 
     directory: Path
     metrics: Json
     predictions: dict[int, Json]
+    """by line number, which is the row's number in the shards"""
 
     @property
     def task(self) -> str:
-        """``coco`` or ``scienceqa``."""
-        return self.directory.name.partition("-")[0]
+        """``caption``, which was ``coco`` before 0.2, or ``scienceqa``."""
+        return self.directory.name.partition("-")[0].replace("coco", "caption")
 
     @property
     def label(self) -> str:
-        """No other evaluation of the run's task has the same."""
+        """The split, mostly; unique among the run's evaluations of a task."""
         return self.directory.name.partition("-")[2]
 
     @property
     def data(self) -> str:
-        """Hash of the evaluated shards; the directory's name in old evaluations, which lack it."""
+        """Hash of the evaluated shards, or the directory's name if an old evaluation lacks it."""
         return str(self.part("data").get("sha256") or self.directory.name)
 
     def part(self, name: str) -> Json:
-        """The object of that name in the metrics; an empty one where there is none."""
+        """The object of that name in the metrics; {} if there is none."""
         return _mapping(self.metrics.get(name))
 
     def score(self, name: str) -> float:
-        """A metric, a column of ScienceQA, ``parse failures (%)`` or ``loss``; NaN where there is none."""
+        """A metric, a column of ScienceQA, ``parse failures (%)`` or ``loss``; NaN if there is none."""
         others = {"parse failures (%)": self.metrics.get("parse_failure_rate")}
         return finite((self.metrics | self.part("accuracy") | others).get(name))
 
     def terms(self) -> dict[str, str]:
-        """What must be equal in two evaluations for their scores to compare, by dotted name."""
+        """What must be equal for two evaluations' scores to compare, by dotted name."""
         # The dtype changes rounding, not the protocol.
         decoding = {name: value for name, value in self.part("decoding").items() if name != "dtype"}
         named = {"split": self.label, **self.part("protocol"), "data": self.data, "decoding": decoding}
         return flatten(named | {name: self.metrics.get(name) for name in ("num_samples", "tokenizer")})
 
     def find_shards(self) -> ShardIndex | None:
-        """The shards that were evaluated; None where they are gone, or others lie in their place."""
+        """The shards that were evaluated; None if they are gone or have changed."""
         path = self.part("data").get("path")
-        # Shards made from a published layout lie beside the evaluations.
+        # Shards built from published files are beside the evaluations.
         for place in (path, *self.directory.parent.glob("shards/*")):
             try:
                 index = ShardIndex(str(place))
@@ -81,34 +79,34 @@ class Evaluation:
         return None
 
     def load_sheet(self) -> Image.Image | None:
-        """The contact sheet of some rows; None where there is none."""
+        """The contact sheet of some rows."""
         return _load_picture(self.directory / "examples.png")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What lies in one run directory.
-
-    The name has as much of its path as tells it from the other runs. Settings are by dotted name, ``rows`` of
-    ``metrics.jsonl`` by rising step; ``sample`` is the last contact sheet of the in-training evaluations and
-    its file's name; ``notes`` say what could not be read.
-    """
+    """What is read from a run directory."""
 
     name: str
+    """with as much of its path as distinguishes it from the other runs"""
     settings: dict[str, str]
+    """by dotted name"""
     rows: dict[int, Json]
+    """lines of ``metrics.jsonl`` by rising step"""
     evaluations: list[Evaluation]
     sample: tuple[str, Image.Image] | None
+    """file name and content of the last contact sheet of the in-training evaluations"""
     notes: list[str]
+    """what could not be read"""
 
     def curve(self, name: str) -> Curve:
-        """The steps that hold ``name``, and their values."""
+        """The steps that recorded ``name``, and their values."""
         found = [(float(step), finite(row[name])) for step, row in self.rows.items() if name in row]
         steps, values = np.array(found).reshape(-1, 2).T
         return steps, values
 
     def family(self, name: str) -> tuple[list[int], list[int], np.ndarray]:
-        """Numbers and steps of what was recorded as ``NAME/NUMBER``, and the values: [numbers, steps]."""
+        """Numbers and steps of what is recorded as ``NAME/NUMBER``, and the values [numbers, steps]."""
         prefix = f"{name}/"
         recorded: dict[int, dict[int, float]] = {}
         for step, row in self.rows.items():
@@ -122,7 +120,7 @@ class Run:
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Reads each directory once, in the order given; a ``UserError`` names one that is no run."""
+    """Reads each directory once, in their order."""
     unique: dict[Path, Path] = {}
     for path in paths:
         unique.setdefault(path.resolve(), path)
@@ -154,10 +152,10 @@ def shown(value: object) -> str:
 
 
 def finite(value: object) -> float:
-    """The value as a float; NaN where it is no finite number."""
+    """The value as a float; NaN if it is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
-    # A whole number may be larger than any float.
+    # An integer may be larger than any float.
     return float(value) if abs(value) <= MAX_SHOWN else math.nan
 
 
@@ -165,12 +163,12 @@ def _load_run(path: Path, name: str) -> Run:
     files = config, metrics = path / "config.yaml", path / "metrics.jsonl"
     notes = [f"no {file.name}" for file in files if not file.is_file()]
     if len(notes) == len(files):
-        raise UserError(f"{path}: no run directory: neither config.yaml nor metrics.jsonl lies there")
+        raise UserError(f"{path}: no run directory: it has neither config.yaml nor metrics.jsonl")
     settings: Json = {}
     if config.is_file():
         with config.open(encoding="utf-8") as file:
             settings = _mapping(yaml.safe_load(file))
-    # A later line of the same step is the one that counts: the run had gone back.
+    # The last line of a step counts: the run was resumed from an earlier one.
     rows = {
         step: row
         for row in _load_lines(metrics, "step", notes).values()
@@ -182,7 +180,6 @@ def _load_run(path: Path, name: str) -> Run:
     pictures = ((sheet.name, _load_picture(sheet)) for sheet in sheets)
     return Run(
         name=name,
-        # Without those that name a run rather than describe it.
         settings=flatten({key: settings[key] for key in settings if key not in ("run_dir", "overwrite")}),
         rows=dict(sorted(rows.items())),
         evaluations=[found for directory in directories if (found := _load_evaluation(directory, notes))],
@@ -192,10 +189,10 @@ def _load_run(path: Path, name: str) -> Run:
 
 
 def _load_evaluation(directory: Path, notes: list[str]) -> Evaluation | None:
-    """None where it is not finished: its metrics are written last."""
+    """None if it is not finished: its metrics are written last."""
     path, predictions = directory / "metrics.json", directory / "predictions.jsonl"
     if not path.is_file():
-        # Shards made from a published layout lie there, too.
+        # The directory ``shards`` is no evaluation.
         if any(directory.glob(".answers-*")) or predictions.is_file():
             notes.append(f"eval/{directory.name}: not finished")
         return None
@@ -208,7 +205,7 @@ def _load_evaluation(directory: Path, notes: list[str]) -> Evaluation | None:
 
 
 def _load_lines(path: Path, needs: str, notes: list[str]) -> dict[int, Json]:
-    """JSON objects that have the key ``needs``, by line number; unreadable lines are counted in ``notes``."""
+    """JSON objects with the key ``needs``, by line number; ``notes`` counts the unreadable lines."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     # By "\n" alone: a caption may hold U+2028, at which splitlines() would cut.
     lines = [_parse(line) for line in text.split("\n") if line.strip()]
@@ -219,7 +216,7 @@ def _load_lines(path: Path, needs: str, notes: list[str]) -> dict[int, Json]:
 
 
 def _load_picture(path: Path) -> Image.Image | None:
-    """None where there is none, or half of one, as a killed run may leave it."""
+    """None if there is none, or half of one, as a killed run may leave it."""
     try:
         return decode_image(path.read_bytes()) if path.is_file() else None
     except ValueError:
@@ -227,7 +224,7 @@ def _load_picture(path: Path) -> Image.Image | None:
 
 
 def _parse(text: str) -> Json:
-    """A JSON object; an empty one where the text is none."""
+    """A JSON object; {} for any other text."""
     try:
         return _mapping(json.loads(text))
     except ValueError:

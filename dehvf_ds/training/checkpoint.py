@@ -37,7 +37,7 @@ from dehvf_ds.training.step import StepResult
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-FORMAT_VERSION = 3
+CHECKPOINT_FORMAT = 3
 STATE_FILE = "state.safetensors"
 INFO_FILE = "state.json"
 LATEST, BEST = "latest", "best"
@@ -174,7 +174,7 @@ class Checkpoints:
             masters = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             self._write_adapter(part / "adapter", masters, progress)
             content = {
-                "format_version": FORMAT_VERSION,
+                "format_version": CHECKPOINT_FORMAT,
                 "progress": asdict(progress),
                 "optimizer_steps": optimizer_steps,
                 "config": to_plain(self.config),
@@ -231,10 +231,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Reads where a checkpoint stands, and compares its files with their sizes and hashes."""
     try:
         content = json.loads((path / INFO_FILE).read_text(encoding="utf-8"))
-        if content["format_version"] != FORMAT_VERSION:
+        if content["format_version"] != CHECKPOINT_FORMAT:
             raise UserError(
-                f"{path}: checkpoint format {content['format_version']}, not {FORMAT_VERSION}; continue with "
-                "the version of the program that wrote it, or train anew"
+                f"{path}: checkpoint format {content['format_version']}, not {CHECKPOINT_FORMAT}; "
+                "continue with the version of the program that wrote it, or train anew"
             )
         for name, promised in content["files"].items():
             if _describe(path / name) != promised:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -27,8 +27,29 @@ from dehvf_ds.training.step import StepResult
 from dehvf_ds.training.stop import StopRequest
 from dehvf_ds.training.trackers import Trackers
 
-# Dense bf16 FLOP/s of a GPU, from its maker's data sheet.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
+
+class Gpu(NamedTuple):
+    """A kind of GPU, from its maker's data sheet."""
+
+    peak_flops: float
+    """dense, bf16, per second"""
+    memory_gib: float | None
+    """as CUDA reports it, rounded; None for no limit"""
+    gpu_gb_s: float
+    """between GPUs of a node, GB/s per GPU and direction"""
+    host_gb_s: float
+    """between GPU and host, likewise"""
+
+
+GPUS = {
+    "H100-80G": Gpu(989e12, 79, 450, 64),
+    "H200-141G": Gpu(989e12, 140, 450, 64),
+    "A100-80G": Gpu(312e12, 79, 300, 32),
+    "A100-40G": Gpu(312e12, 39, 300, 32),
+    "B200-192G": Gpu(2250e12, 178, 900, 64),
+    "L40S-48G": Gpu(362e12, 44, 32, 32),
+    "cpu": Gpu(1e11, None, 10, 10),
+}
 
 MAX_SUBSTITUTION_LINES = 20
 
@@ -83,7 +104,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    return next((gpu.peak_flops for kind, gpu in GPUS.items() if kind.partition("-")[0] in name), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

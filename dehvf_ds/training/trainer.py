@@ -42,7 +42,7 @@ from dehvf_ds.training.trackers import Trackers
 MIN_SAMPLES_OF_SHARE = 1000
 """Samples before shares of them are looked at; one among the first ten says nothing."""
 
-MAX_UNSUPERVISED_SHARE = 0.01
+UNSUPERVISED_WARNING_SHARE = 0.01
 """Share of rows without a token to learn that a run warns of, once."""
 
 
@@ -305,7 +305,7 @@ class Trainer:
     def _warn_of_unsupervised(self, last: bool) -> None:
         progress = self.progress
         seen = progress.samples if last else max(progress.samples, MIN_SAMPLES_OF_SHARE)
-        if self.warned_of_unsupervised or progress.unsupervised_rows <= MAX_UNSUPERVISED_SHARE * seen:
+        if self.warned_of_unsupervised or progress.unsupervised_rows <= UNSUPERVISED_WARNING_SHARE * seen:
             return
         self.warned_of_unsupervised = True
         self._print(

@@ -33,7 +33,7 @@ from dehvf_ds.config import (
 from dehvf_ds.config.parse import WITHOUT_EFFECT
 from dehvf_ds.config.settings import ModelConfig
 from dehvf_ds.model.configuration import ROUTERS
-from dehvf_ds.planning.time import PlanConfig
+from dehvf_ds.planning.estimate import PlanConfig
 
 BASE = """\
 run_dir: runs/x

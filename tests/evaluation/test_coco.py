@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.meteor import meteor
-from pycocoevalcap.spice import get_stanford_models, spice
+from pycocoevalcap.spice import spice
 
 from dehvf_ds.config import UserError
 from dehvf_ds.evaluation import coco
@@ -29,21 +28,15 @@ PREDICTIONS = {
     "d": "犬 läuft (café) 😀",
 }
 BLEU = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"]
-ALL_BUT_SPICE = [*BLEU, "METEOR", "ROUGE-L", "CIDEr"]
 WITHOUT_JAVA = [*BLEU, "ROUGE-L", "CIDEr"]
 
-FAILS = "echo 'Picked up JAVA_TOOL_OPTIONS' >&2; echo 'no room for 2G' >&2; exit 1"
-"""As the real one where memory is short."""
 
-
-java = [
-    pytest.mark.java,
-    pytest.mark.skipif(shutil.which("java") is None, reason="no Java runtime"),
-]
+def java(test):
+    return pytest.mark.java(pytest.mark.skipif(shutil.which("java") is None, reason="no Java runtime")(test))
 
 
 class Scores:
-    """What a scorer says, as it is compared here."""
+    """What a scorer returns."""
 
     def __init__(self, references=REFERENCES, predictions=PREDICTIONS, tokenizer="simple") -> None:
         records = [(key, {"captions": captions}) for key, captions in references.items()]
@@ -57,19 +50,11 @@ def no_java(monkeypatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
 
 
-@pytest.fixture(autouse=True)
-def no_download(monkeypatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("SPICE's parser is not to be downloaded")
-
-    monkeypatch.setattr(get_stanford_models, "urlretrieve", refuse)
-
-
 @pytest.fixture
 def fake_java(tmp_path: Path, monkeypatch):
     """Puts a script in Java's place."""
 
-    def put(script: str = FAILS) -> None:
+    def put(script: str) -> None:
         program = tmp_path / "java"
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(0o755)
@@ -78,100 +63,79 @@ def fake_java(tmp_path: Path, monkeypatch):
     return put
 
 
-def test_java_that_never_ends_is_ended(fake_java, monkeypatch) -> None:
-    fake_java("while :; do read line || sleep 0.1; done")
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("while :; do read line || sleep 0.1; done", "Java was not done after 0.01 minutes"),
+        # As the real one where memory is short.
+        ("echo 'Picked up JAVA_TOOL_OPTIONS' >&2; echo 'no room for 2G' >&2; exit 1", "no room for 2G"),
+    ],
+    ids=["never ends", "fails"],
+)
+def test_java_that_fails_or_hangs_is_quoted_and_stops_no_other_metric(
+    fake_java, monkeypatch, script: str, reason: str
+) -> None:
+    fake_java(script)
     monkeypatch.setattr(coco, "JAVA_MINUTES", 0.01)
     monkeypatch.setattr(coco, "JAVA_MINUTES_OF_A_TEXT", 0)
-    with pytest.raises(UserError, match=r"PTB tokenization: Java was not done after 0.01 minutes"):
+    with pytest.raises(UserError, match=f"PTB tokenization.*: {reason}"):
         Scores(tokenizer="ptb")
     scores = Scores()
-    assert scores.missing["METEOR"] == "Java was not done after 0.01 minutes"
-    assert "CIDEr" in scores.corpus
-
-
-def test_java_that_fails_is_quoted_and_takes_no_other_metric_along(fake_java) -> None:
-    fake_java()
-    with pytest.raises(UserError, match="PTB tokenization failed: no room for 2G"):
-        Scores(tokenizer="ptb")
-    scores = Scores()
-    assert scores.missing["METEOR"] == "no room for 2G"
+    assert scores.missing["METEOR"] == reason
     assert list(scores.corpus) == WITHOUT_JAVA
 
 
-class TestOfficial:
-    pytestmark = java
+@java
+@pytest.mark.slow
+# The driver leaves its own processes to the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_scores_equal_the_packages_own_driver(monkeypatch) -> None:
+    import pycocoevalcap.eval as package
 
-    @pytest.mark.slow
-    # The driver leaves its own processes to the garbage collector.
-    @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-    def test_scores_equal_the_packages_own_driver(self, monkeypatch) -> None:
-        import pycocoevalcap.eval as package
+    class Annotations:
+        def __init__(self, captions: dict[str, list[str]]) -> None:
+            self.imgToAnns = {k: [{"caption": c} for c in v] for k, v in captions.items()}
 
-        class Annotations:
-            def __init__(self, captions: dict[str, list[str]]) -> None:
-                self.imgToAnns = {k: [{"caption": c} for c in v] for k, v in captions.items()}
+        def getImgIds(self) -> list[str]:
+            return sorted(self.imgToAnns)
 
-            def getImgIds(self) -> list[str]:
-                return sorted(self.imgToAnns)
+    # Its parser is not installed.
+    monkeypatch.setattr(package, "Spice", package.Rouge)
+    guesses = Annotations({k: [v] for k, v in PREDICTIONS.items()})
+    driver = package.COCOEvalCap(Annotations(REFERENCES), guesses)
+    driver.evaluate()
 
-        class NoSpice:
-            def compute_score(self, *_: object) -> tuple[float, list[float]]:
-                return 0.0, [0.0] * 4
-
-            def method(self) -> str:
-                return ""
-
-        monkeypatch.setattr(package, "Spice", NoSpice)
-        driver = package.COCOEvalCap(
-            Annotations(REFERENCES), Annotations({k: [v] for k, v in PREDICTIONS.items()})
-        )
-        driver.evaluate()
-
-        started = []
-        popen = meteor.subprocess.Popen
-
-        def watched(*args, **kwargs):
-            started.append(popen(*args, **kwargs))
-            return started[-1]
-
-        monkeypatch.setattr(meteor.subprocess, "Popen", watched)
-        # A machine that writes 0,31 and has no Unicode; Java reads the second after the command line.
-        german = "-Duser.language=de -Dfile.encoding=ISO-8859-1"
-        given = {"LC_ALL": "de_DE.ISO-8859-1", "JAVA_TOOL_OPTIONS": german, "_JAVA_OPTIONS": german}
-        for name, value in given.items():
-            monkeypatch.setenv(name, value)
-        scores = Scores(tokenizer="ptb")
-        assert list(scores.corpus) == ALL_BUT_SPICE
-        assert scores.metrics["comparable"]
-        assert scores.metrics["num_empty"] == 1
-        names = {ours: ours.replace("BLEU-", "Bleu_").replace("-", "_") for ours in ALL_BUT_SPICE}
-        for ours, theirs in names.items():
-            assert scores.corpus[ours] == pytest.approx(100 * driver.eval[theirs], abs=1e-6)
-            for key in REFERENCES:
-                expected = 100 * driver.imgToEval[key][theirs]
-                assert scores.each[key][ours] == pytest.approx(expected, abs=1e-6)
-        assert all(os.environ.get(name) == value for name, value in given.items())
-        assert len(started) == 3, "two tokenizations, METEOR"
-        for process in started:
-            assert process.returncode is not None
-            pipes = (process.stdin, process.stdout, process.stderr)
-            assert all(pipe is None or pipe.closed for pipe in pipes)
-
-    def test_no_character_shifts_the_captions(self) -> None:
-        captions = {
-            "a": ["one\r\ntwo", "x\u2028y\vz\f", "half \ud83d pair"],
-            "b": ["", "\n"],
-            "c": ["U.S.", " "],
-        }
-        tokens = ptb_tokens(captions)
-        assert tokens["a"][:2] == ["one two", "x y z"]
-        assert [len(group) for group in tokens.values()] == [3, 2, 2]
-        assert [tokens["b"], tokens["c"]] == [["", ""], ["u.s.", ""]]
+    # A machine that writes 0,31 and has no Unicode; Java reads the second after the command line.
+    german = "-Duser.language=de -Dfile.encoding=ISO-8859-1"
+    environment = {"LC_ALL": "de_DE.ISO-8859-1", "JAVA_TOOL_OPTIONS": german, "_JAVA_OPTIONS": german}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    scores = Scores(tokenizer="ptb")
+    assert list(scores.corpus) == [*BLEU, "METEOR", "ROUGE-L", "CIDEr"]
+    assert (scores.metrics["comparable"], scores.metrics["num_empty"]) == (True, 1)
+    for name, value in scores.corpus.items():
+        official = name.replace("BLEU-", "Bleu_").replace("-", "_")
+        assert value == pytest.approx(100 * driver.eval[official], abs=1e-6)
+        for key in REFERENCES:
+            expected = 100 * driver.imgToEval[key][official]
+            assert scores.each[key][name] == pytest.approx(expected, abs=1e-6)
+    assert all(os.environ.get(name) == value for name, value in environment.items())
 
 
-def test_without_java_the_package_to_install_is_named_and_the_simple_tokenizer_is_not_comparable(
-    no_java,
-) -> None:
+@java
+def test_no_character_shifts_the_captions() -> None:
+    captions = {
+        "a": ["one\r\ntwo", "x\u2028y\vz\f", "half \ud83d pair"],
+        "b": ["", "\n"],
+        "c": ["U.S.", " "],
+    }
+    tokens = ptb_tokens(captions)
+    assert tokens["a"][:2] == ["one two", "x y z"]
+    assert [len(group) for group in tokens.values()] == [3, 2, 2]
+    assert [tokens["b"], tokens["c"]] == [["", ""], ["u.s.", ""]]
+
+
+def test_without_java_the_simple_tokenizer_scores_and_is_not_comparable(no_java) -> None:
     with pytest.raises(UserError, match="default-jre-headless"):
         Scores(tokenizer="ptb")
     scores = Scores()
@@ -193,15 +157,13 @@ def test_what_has_no_word_is_counted_and_scores_nothing(no_java) -> None:
     for key in "abc":
         assert max(scores.each[key].values()) == pytest.approx(0, abs=1e-6)
     assert scores.corpus["ROUGE-L"] == pytest.approx(scores.each["d"]["ROUGE-L"] / 4)
-    with pytest.raises(UserError, match="1 pictures have no reference caption with a word, b the first"):
-        Scores({"a": ["A dog."], "b": ["...", " \n"]}, {"a": "", "b": ""})
 
 
 def fail(*_: object) -> None:
     raise ZeroDivisionError("two\nlines")
 
 
-@pytest.mark.parametrize("broken", [fail, lambda *_: (float("nan"), [0.0] * 4), lambda *_: (0.5, [0.5] * 3)])
+@pytest.mark.parametrize("broken", [fail, lambda *_: (float("nan"), [0.0] * 4)])
 def test_a_metric_that_fails_or_gives_no_numbers_is_named_and_the_others_stay(
     no_java, monkeypatch, broken
 ) -> None:
@@ -239,11 +201,10 @@ def test_nothing_in_a_caption_ends_a_line_or_a_field_of_meteors(tmp_path, fake_j
     [
         ({"a": ["a dog runs fast"]}, {"a": "a dog runs fast"}, ["CIDEr"]),
         ({"a": ["a dog", "it"], "b": ["it", "a dog"]}, {"a": "a dog", "b": ""}, [*BLEU[2:], "CIDEr"]),
-        ({"a": ["a dog"], "b": ["a cat"]}, {"a": "", "b": "..."}, BLEU),
         ({"a": ["a dog"], "b": ["a cat"]}, {"a": "", "b": "dog"}, BLEU[1:]),
         ({"a": ["a dog"], "b": ["a cat"]}, {"a": "it is a cat", "b": "dog"}, []),
     ],
-    ids=["one picture", "the same references", "empty", "one word", "defined"],
+    ids=["one picture", "the same references", "one word", "defined"],
 )
 def test_what_the_captions_do_not_define_is_no_number(no_java, references, predictions, undefined) -> None:
     scores = Scores(references, predictions)
@@ -261,7 +222,7 @@ def test_spice_is_scored_where_its_parser_is(tmp_path, monkeypatch, fake_java) -
 
     monkeypatch.setattr(spice, "__file__", str(tmp_path / "spice.py"))
     monkeypatch.setattr(spice, "Spice", FakeSpice)
-    fake_java()
+    fake_java("exit 1")
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / SPICE_PARSER[0]).touch()
     assert Scores().missing["SPICE"].startswith("its parser is not installed")

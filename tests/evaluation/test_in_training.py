@@ -7,6 +7,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -14,7 +15,7 @@ import torch
 from evaluation.tiny_data import captions, lines
 from processes import REPOSITORY, run_ranks, start_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_entries import arguments, read_metrics, start, steps
+from tiny_entries import arguments, losses, read_metrics, start, steps
 
 from dehvf_ds.config import EvalConfig, InTrainingConfig, UserError, parse_run_config
 from dehvf_ds.data.index import ShardIndex
@@ -22,10 +23,10 @@ from dehvf_ds.data.shards import DamagedSample
 from dehvf_ds.distributed import World
 from dehvf_ds.evaluation import in_training
 from dehvf_ds.evaluation.coco import METRICS, CaptionScorer
-from dehvf_ds.evaluation.dataset import Questions, is_published, published_shards
+from dehvf_ds.evaluation.dataset import Questions, published_shards
 from dehvf_ds.evaluation.decode import Decoding
 from dehvf_ds.evaluation.in_training import InTrainingEvaluation
-from dehvf_ds.planning.memory import check_evaluation_memory
+from dehvf_ds.planning.estimate import check_evaluation_memory
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.metrics import Evaluated
 from dehvf_ds.training.stop import StopRequest
@@ -37,20 +38,20 @@ INSIDE += ["--eval.batch_size", "2", "--eval.tokenizer", "simple"]
 
 
 @pytest.fixture(scope="module")
-def asked_run(world: Path) -> tuple[Path, list[str]]:
-    """A run of two ranks with dropout that evaluates inside itself, and what its ranks printed."""
+def evaluated_run(world: Path) -> tuple[Path, list[str]]:
+    """A run of two ranks with dropout and in-training evaluations, and what its ranks printed."""
     more = ["--model.lora.dropout", "0.3", *INSIDE, "--eval.data", str(world / "test")]
-    outputs = run_ranks(TRAIN, arguments(world, "asked", *more), 2)
-    return world / "runs/asked", outputs
+    outputs = run_ranks(TRAIN, arguments(world, "evaluated", *more), 2)
+    return world / "runs/evaluated", outputs
 
 
 @pytest.mark.slow
-def test_an_evaluation_inside_a_run_changes_nothing_and_tells_the_best(world: Path, asked_run) -> None:
-    run, outputs = asked_run
+def test_an_evaluation_changes_no_loss_and_decides_the_best(world: Path, evaluated_run) -> None:
+    run, outputs = evaluated_run
     run_ranks(TRAIN, arguments(world, "calm", "--model.lora.dropout", "0.3"), 2)
-    calm, asked = steps(world, "calm"), steps(world, "asked")
-    assert [line["train/loss"] for line in asked] == [line["train/loss"] for line in calm]
-    scored = {line["step"]: line["eval/CIDEr"] for line in asked if "eval/CIDEr" in line}
+    assert losses(world, "evaluated") == losses(world, "calm")
+    found = steps(world, "evaluated")
+    scored = {line["step"]: line["eval/CIDEr"] for line in found if "eval/CIDEr" in line}
     assert list(scored) == [2, 4]
     assert "CIDEr" in outputs[0]
 
@@ -62,16 +63,16 @@ def test_an_evaluation_inside_a_run_changes_nothing_and_tells_the_best(world: Pa
     assert [event.step for event in events.Images("eval/examples")] == [2, 4]
     assert [event.value for event in events.Scalars("eval/CIDEr")] == pytest.approx(list(scored.values()))
 
-    # A whole copy says what the exported model says.
+    # The gathered model says what the saved one says.
     annotations = world / "scenes/annotations/captions_test.json"
     given = ["--model", str(run), "--data", str(annotations), "--images", str(world / "scenes/images/test")]
     given += ["--max_samples", "3", "--batch_size", "2", "--split", "test"]
     result = start("dehvf_ds/eval.py", [*given, "--max_new_tokens", "6", "--tokenizer", "simple"])
     assert result.returncode == 0, result.stderr
-    metrics = read_metrics(run / "eval/coco-test")
+    metrics = read_metrics(run / "eval/caption-test")
     assert metrics["comparable"] is False
     assert metrics["CIDEr"] == pytest.approx(scored[4], abs=1e-3)
-    outside = lines(run / "eval/coco-test/predictions.jsonl")
+    outside = lines(run / "eval/caption-test/predictions.jsonl")
     assert lines(run / "samples/step_00000004.jsonl") == outside
     assert (run / "samples/step_00000004.png").stat().st_size > 1000
 
@@ -89,8 +90,8 @@ def test_problems_are_answered_inside_a_run(world: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_where_it_was(world: Path, asked_run, tmp_path: Path) -> None:
-    given = ["--model", str(asked_run[0]), "--data", str(world / "train"), "--tokenizer", "simple"]
+def test_a_killed_evaluation_resumes_where_it_was(world: Path, evaluated_run, tmp_path: Path) -> None:
+    given = ["--model", str(evaluated_run[0]), "--data", str(world / "train"), "--tokenizer", "simple"]
     given += ["--batch_size", "1", "--max_new_tokens", "60", "--min_new_tokens", "60"]
     script = REPOSITORY / "dehvf_ds/eval.py"
     processes = start_ranks(script, [*given, "--output", str(tmp_path / "killed")], 2)
@@ -105,35 +106,25 @@ def test_a_killed_evaluation_goes_on_where_it_was(world: Path, asked_run, tmp_pa
     again = start("dehvf_ds/eval.py", [*given, "--output", str(tmp_path / "killed")])
     calm = start("dehvf_ds/eval.py", [*given, "--output", str(tmp_path / "calm")])
     assert again.returncode == calm.returncode == 0, again.stderr
-    assert ["going on after" in done.stdout for done in (again, calm)] == [True, False]
-    read_metrics(tmp_path / "killed/coco-train")
-    read = [(tmp_path / name / "coco-train/predictions.jsonl").read_text() for name in ("killed", "calm")]
+    assert ["resuming after" in done.stdout for done in (again, calm)] == [True, False]
+    read_metrics(tmp_path / "killed/caption-train")
+    read = [(tmp_path / name / "caption-train/predictions.jsonl").read_text() for name in ("killed", "calm")]
     assert read[0] == read[1]
     assert not list(tmp_path.rglob(".answers-*"))
 
 
-def test_published_layouts_become_the_shards_of_the_same_rows(world: Path, tmp_path: Path) -> None:
-    def build(task: str, data: Path, **more: str) -> ShardIndex:
-        config = EvalConfig(model="none", data=str(data), task=task, output=str(tmp_path), **more)
-        assert is_published(config.data)
+def test_scienceqas_directory_becomes_the_shards_of_the_same_rows(world: Path, tmp_path: Path) -> None:
+    def build(split: str | None) -> ShardIndex:
+        config = EvalConfig(model="none", data=str(world / "scenes/scienceqa"), task="scienceqa", split=split)
         return ShardIndex(published_shards(config, tmp_path / "shards"))
 
-    def keys(index: ShardIndex) -> list[str]:
-        return [index.read(row)["__key__"] for row in range(len(index))]
-
-    assert not is_published(str(world / "test"))
-    annotations = world / "scenes/annotations/captions_test.json"
-    found = build("coco", annotations, images=str(world / "scenes/images/test"))
-    assert keys(found) == keys(ShardIndex(world / "test"))
-    problems = build("scienceqa", world / "scenes/scienceqa", split="train")
-    assert keys(problems) == keys(ShardIndex(world / "scienceqa"))
+    found, wanted = build("train"), ShardIndex(world / "scienceqa")
+    keys = [[index.read(row)["__key__"] for row in range(len(index))] for index in (found, wanted)]
+    assert keys[0] == keys[1]
     # Built once; another split goes into another directory.
-    assert build("scienceqa", world / "scenes/scienceqa", split="train").directory == problems.directory
-    other = build("scienceqa", world / "scenes/scienceqa", split="test")
-    assert other.directory.parent == problems.directory.parent
-    assert other.digest != problems.digest
+    assert build("train").directory == found.directory != build("test").directory
     with pytest.raises(UserError, match="name one with --split"):
-        build("scienceqa", world / "scenes/scienceqa")
+        build(None)
 
 
 def test_an_evaluation_that_does_not_fit_is_refused_with_its_numbers(world: Path, monkeypatch) -> None:
@@ -141,38 +132,39 @@ def test_an_evaluation_that_does_not_fit_is_refused_with_its_numbers(world: Path
     ds_config = read_deepspeed_json(config.deepspeed, config, 1, 1)
     check_evaluation_memory(config, ds_config, ALONE)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    with pytest.raises(UserError, match=r"the copy 0\.0, decoding 2 rows 0\.0 make .* GiB a rank, and 0\.0"):
+    with pytest.raises(
+        UserError, match=r"the full model 0\.0, decoding 2 rows 0\.0 make .* GiB a rank, and 0\.0"
+    ):
         check_evaluation_memory(config, ds_config, ALONE)
 
 
 class Evaluation:
-    """Evaluates three rows, the second unreadable, with answers given."""
+    """Evaluates three rows, the second unreadable; every answer is the same."""
 
     def __init__(self, root: Path, monkeypatch) -> None:
         self.said = root / "run/samples/step_00000007.jsonl"
-        self.data, self.stop = (
-            captions(root / "data", ["a dog", "a cat", "a cow"], broken=(1,)),
-            StopRequest(),
-        )
+        self.data = captions(root / "data", ["a dog", "a cat", "a cow"], broken=(1,))
+        self.stop = StopRequest()
         monkeypatch.setattr(in_training, "full_model", lambda model, world: nullcontext(model))
         monkeypatch.setattr(Questions, "_answer", lambda self, model, samples: ["a dog"] * len(samples))
         without_java = {names: score for names, score in METRICS.items() if names[0] != "METEOR"}
         monkeypatch.setattr("dehvf_ds.evaluation.coco.METRICS", without_java)
 
     def run(self, num_rows: int = 3) -> Evaluated | None:
+        unused: Any = None
         questions = Questions(
-            task="coco",
+            task="caption",
             index=ShardIndex(self.data),
             num_rows=num_rows,
-            collator=SimpleNamespace(image_size=8),  # pyright: ignore[reportArgumentType]
-            targets=None,  # pyright: ignore[reportArgumentType]
-            tokenizer=None,  # pyright: ignore[reportArgumentType]
+            collator=cast(Any, SimpleNamespace(image_size=8)),
+            targets=unused,
+            tokenizer=unused,
             decoding=Decoding(max_new_tokens=2),
         )
         config = InTrainingConfig(every_steps=1, batch_size=1, tokenizer="simple")
         evaluation = InTrainingEvaluation(config, questions, ALONE, self.said.parents[1])
         evaluation.open()
-        return evaluation(None, 7, self.stop)  # pyright: ignore[reportArgumentType]
+        return evaluation(unused, 7, self.stop)
 
 
 @pytest.fixture
@@ -180,12 +172,17 @@ def evaluation(tmp_path: Path, monkeypatch) -> Evaluation:
     return Evaluation(tmp_path, monkeypatch)
 
 
-def test_an_unreadable_picture_counts_as_an_empty_answer(evaluation, capsys) -> None:
+def test_an_unreadable_picture_counts_as_an_empty_answer_and_one_row_decides_no_best(
+    evaluation, capsys
+) -> None:
     found = evaluation.run()
     assert found.numbers["eval/num_unreadable"] == 1
     assert found.numbers["eval/ROUGE-L"] < 100
     assert [line["prediction"] for line in lines(evaluation.said)] == ["a dog", "", "a dog"]
     assert "warning: step 7: 1 of 3 pictures could not be read" in capsys.readouterr().err
+    found = evaluation.run(num_rows=1)
+    assert (found.score, "eval/CIDEr" in found.numbers) == (None, False)
+    assert "step 7: without CIDEr, which decides the best checkpoint" in capsys.readouterr().err
 
 
 def test_a_request_to_stop_ends_the_evaluation(evaluation, monkeypatch) -> None:
@@ -206,23 +203,16 @@ def test_a_shard_that_cannot_be_read_leaves_the_run_alive(evaluation, monkeypatc
     read, rows = ShardIndex.read, []
 
     def gone(index: ShardIndex, row: int) -> dict:
-        # All records are read before the first step.
         rows.append(row)
+        # The first three are the records, before the first step.
         if row == 2 and len(rows) > 3:
             raise DamagedSample("x.tar: cannot be read: the network is down")
         return read(index, row)
 
     monkeypatch.setattr(ShardIndex, "read", gone)
     assert evaluation.run() is None
-    told = capsys.readouterr().err
-    assert "step 7 not evaluated: rank 0: x.tar: cannot be read: the network is down; the run" in told
-
-
-def test_one_picture_tells_no_best(evaluation, capsys) -> None:
-    found = evaluation.run(num_rows=1)
-    assert found.score is None
-    assert "eval/CIDEr" not in found.numbers
-    assert "step 7: without CIDEr, which tells the best checkpoint" in capsys.readouterr().err
+    reason = "step 7 not evaluated: rank 0: x.tar: cannot be read: the network is down; the run goes on"
+    assert reason in capsys.readouterr().err
 
 
 def test_what_fails_after_decoding_leaves_the_run_alive(evaluation, monkeypatch, capsys) -> None:
@@ -236,9 +226,3 @@ def test_what_fails_after_decoding_leaves_the_run_alive(evaluation, monkeypatch,
     assert evaluation.run() is None
     assert "warning: step 7 not evaluated: too large; the run goes on" in capsys.readouterr().err
     assert len(lines(evaluation.said)) == 3
-
-
-def test_a_record_without_a_word_is_named_before_the_first_step(evaluation, monkeypatch) -> None:
-    monkeypatch.setattr(Questions, "records", [("x", {"captions": ["..."]})])
-    with pytest.raises(UserError, match="1 pictures have no reference caption with a word, x the first"):
-        evaluation.run()

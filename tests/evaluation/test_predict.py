@@ -16,7 +16,7 @@ ANSWERS = [f"größe {row}" for row in range(7)]
 
 
 class Asked:
-    """Answers with the row's number, and remembers what it was asked; may die at a call."""
+    """Answers rows, and remembers which; may die at a call."""
 
     def __init__(self, dies_at: int | None = None):
         self.calls: list[list[int]] = []
@@ -34,7 +34,7 @@ def ask(directory: Path, asked: Asked, rank: int = 0, size: int = 1) -> list:
     return predict_rows(LENGTHS, asked, PredictionCache(directory, {"model": 1}, rank), world, 2)
 
 
-def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path, capsys) -> None:
+def test_a_killed_evaluation_resumes_and_asks_nothing_twice(tmp_path: Path, capsys) -> None:
     first, second, third = Asked(dies_at=2), Asked(), Asked()
     with pytest.raises(KeyboardInterrupt):
         ask(tmp_path, first)
@@ -46,10 +46,14 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path, caps
         file.write('[2, "gr')
     assert ask(tmp_path, second) == ANSWERS
     assert second.calls == [[0, 6], [2]]
-    assert "going on after 4 of 7 rows" in capsys.readouterr().out
-    # And a third finds all of it there, the line after the torn one too.
+    assert "resuming after 4 of 7 rows" in capsys.readouterr().out
+    # The line after the torn one is found, too.
     assert ask(tmp_path, third) == ANSWERS
     assert third.calls == []
+    # Damaged lines of another rank are passed over.
+    (cache.directory / "rank-00003.jsonl").write_bytes(b'[9, "d"]\n5\nnull\n[6]\n\x00\x00\xff\n[0, "c')
+    cache.add([8], [{"unreadable": "\u2028"}])
+    assert cache.read() == dict(enumerate(ANSWERS)) | {8: {"unreadable": "\u2028"}, 9: "d"}
     cache.remove()
     assert list(tmp_path.iterdir()) == []
 
@@ -59,18 +63,10 @@ def test_ranks_have_disjoint_rows_whatever_ranks_there_were_before(tmp_path: Pat
         ask(tmp_path, Asked(dies_at=1))
     gathered: list = []
     asked = Asked()
-    # Rank 1 first: it writes nothing that rank 0 takes for done before its own reading.
+    # Rank 1 runs first here, and must not write what rank 0 reads as done.
     before = PredictionCache(tmp_path, {"model": 1}, 0).read()
     monkeypatch.setattr(PredictionCache, "read", lambda self: dict(before))
     monkeypatch.setattr(predict, "gather_to_main", lambda own, place: gathered.extend(own) or gathered)
     answers = [ask(tmp_path, asked, rank, 2) for rank in (1, 0)]
     assert sorted(row for call in asked.calls for row in call) == sorted(set(range(7)) - set(before))
     assert answers == [[], ANSWERS]
-
-
-def test_what_is_cut_off_or_no_answer_is_asked_again(tmp_path: Path) -> None:
-    cache = PredictionCache(tmp_path, {}, 0)
-    cache.add([1, 2], ["a \u2028 b", {"unreadable": "why"}])
-    with (cache.directory / "rank-00003.jsonl").open("wb") as file:
-        file.write(b'[4, "d"]\n5\nnull\n[6]\n\x00\x00\xff\n[0, "c')
-    assert cache.read() == {1: "a \u2028 b", 2: {"unreadable": "why"}, 4: "d"}

@@ -1,4 +1,4 @@
-"""Rows find their references by their pictures' names, in whatever file either was published."""
+"""Rows find their references by their pictures' names, whatever file they were published in."""
 
 from __future__ import annotations
 
@@ -19,70 +19,56 @@ ENDINGS = [".jpg", ".JPG", ".jpeg", ".png", ".PNG"]
 
 
 def write(path: Path, names: list[str], *, karpathy: bool) -> Path:
-    """A published file with two captions a picture; of Karpathy's every third one is of val."""
+    """A published file with two captions a picture; in Karpathy's every third one belongs to val."""
     annotations(path, names)
     if karpathy:
         entries = []
         for i, name in enumerate(names):
             folder, _, last = name.rpartition("/")
+            sentences = [{"raw": f"a text of {name}"}, {"raw": f" a text of {name}! "}]
             entry = {"filename": last, "split": "test" if i % 3 else "val", "cocoid": i}
-            entry |= {"filepath": folder} if folder else {}
-            entries.append(
-                entry | {"sentences": [{"raw": f"a text of {name}"}, {"raw": f" a text of {name}! "}]}
-            )
+            entries.append(entry | {"sentences": sentences} | ({"filepath": folder} if folder else {}))
         path.write_text(json.dumps({"images": entries}), encoding="utf-8")
     return path
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("karpathy", [False, True])
 def test_every_row_finds_its_own_references_whatever_its_pictures_name(
-    tmp_path: Path, seed: int, karpathy: bool
+    tmp_path: Path, karpathy: bool
 ) -> None:
-    draw = random.Random(seed)
-    # Karpathy's pictures may lie without their folders, so that their names are their own.
+    draw = random.Random(0)
+    # Karpathy's pictures may lie without their folders, so their names alone must differ.
     folders = FOLDERS[1:2] if karpathy else FOLDERS
-    names = draw.sample([f + s + e for f in folders for s in STEMS for e in ENDINGS], 60)
-    found = load_references(write(tmp_path / "x.json", names, karpathy=karpathy), "test+val")
+    names = draw.sample([f + s + e for f in folders for s in STEMS for e in ENDINGS], 70)
+    path = write(tmp_path / "x.json", names, karpathy=karpathy)
+    found = load_references(path, "test+val")
     assert list(found) == names
-    rows = draw.sample(names, 40)
+    rows = draw.sample(names, 50)
     matched = match_references(found, {f"key {name}": name for name in rows})
     assert matched == {f"key {name}": [f"a text of {name}", f"a text of {name}!"] for name in rows}
+    if karpathy:
+        assert list(load_references(path, "val")) == names[::3]
 
 
-def test_splits_are_those_of_the_file(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.json", ["a.jpg", "b.jpg", "c.jpg", "d.jpg"], karpathy=True)
-    assert list(load_references(path, "test")) == ["b.jpg", "c.jpg"]
-    for split, message in (
-        ("dev", r"no split 'dev'; it has test \(2\), val \(2\)"),
-        (None, "name one with --split"),
-    ):
-        with pytest.raises(UserError, match=message):
-            load_references(path, split)
-
-
-def test_what_is_left_out_is_told(tmp_path: Path, capsys) -> None:
+def test_unusable_entries_are_left_out_with_a_note(tmp_path: Path, capsys) -> None:
     content = json.loads(write(tmp_path / "x.json", ["a.jpg", "b.jpg"], karpathy=False).read_text())
     content["annotations"][0]["caption"] = None
     content["annotations"].append({"image_id": 7, "caption": "of nothing"})
     (tmp_path / "x.json").write_text(json.dumps(content))
     assert list(load_references(tmp_path / "x.json", None)) == ["b.jpg"]
-    told = capsys.readouterr().err
-    assert "a.jpg" in told
-    assert "annotation None names an unknown image_id" in told
+    printed = capsys.readouterr().err
+    assert "a.jpg" in printed
+    assert "annotation None names an unknown image_id" in printed
 
 
 @pytest.mark.parametrize(
     ("row", "reference"),
     [
-        ("x.jpg", "val2014/x.jpg"),
         ("val2014/x.jpg", "x.jpg"),
         ("coco/val2014/x.jpg", "val2014/x.jpg"),
-        ("x.JPG", "x.jpg"),
-        ("x.jpg", "x.png"),
+        ("x.JPG", "x.png"),
         ("x", "x.jpg"),
-        ("ä 1.jpg", unicodedata.normalize("NFD", "ä 1.JPEG")),
-        ("ü/x.jpg", unicodedata.normalize("NFD", "ü/x.jpg")),
+        ("ü/ä 1.jpg", unicodedata.normalize("NFD", "ü/ä 1.JPEG")),
     ],
 )
 def test_names_of_one_picture(row: str, reference: str) -> None:
@@ -99,7 +85,6 @@ def test_names_of_one_picture(row: str, reference: str) -> None:
         (["x.jpg"], ["a/x.jpg", "b/x.jpg"], "x.jpg: .* have several such pictures: a/x.jpg, b/x.jpg"),
         (["x.jpg"], ["x.png", "x.webp"], "several such pictures"),
         (["a/x.jpg", "b/x.jpg"], ["x.jpg"], "a/x.jpg and b/x.jpg of the rows are both x.jpg"),
-        (["x.jpg", "y.jpg"], ["x.jpg"], "lack 1 of 2 evaluated pictures, y.jpg the first; .* another split"),
     ],
 )
 def test_no_row_is_scored_against_anothers_references(rows, references, message) -> None:

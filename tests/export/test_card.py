@@ -47,36 +47,41 @@ def test_the_hub_reads_its_front_matter(run) -> None:
     found = (data.library_name, data.pipeline_tag, data.license, data.tags)
     assert found == ("transformers", "image-text-to-text", "other", ["dehvf", "vision-language", "caption"])
     assert data.base_model is None  # directories are no names on a hub
-    assert card(run, "adapter").data.library_name == "dehvf_ds"
     file = run / "adapter/manifest.json"
     manifest = json.loads(file.read_text())
     manifest["bases"]["language_model"]["path"] = "some/llama"
     manifest["bases"]["vision_tower"]["path"] = "other/tower"
     file.write_text(json.dumps(manifest))
     trained = find_trained(run, str(run.parent / "llm"), str(run.parent / "tower"))
-    for form, relation in (("merged", "finetune"), ("adapter", "adapter")):
+    for form, relation, library in (
+        ("merged", "finetune", "transformers"),
+        ("adapter", "adapter", "dehvf_ds"),
+    ):
         found = ModelCard(model_card(trained, run, form=form, dtype=None))
         assert found.data.base_model == ["some/llama", "other/tower"]
-        assert found.data.base_model_relation == relation
+        assert (found.data.base_model_relation, found.data.library_name) == (relation, library)
         assert "language model: some/llama" in found.text
 
 
 @pytest.mark.parametrize("form", ["merged", "unfolded", "adapter"])
-def test_its_code_is_python_and_its_paths_are_nobodys(run, form) -> None:
+def test_its_code_is_python_and_it_holds_no_path_of_this_machine(run, form) -> None:
     text = card(run, form).text
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 2
     for block in blocks:
         compile(block, "card", "exec")
     assert str(run.parent) not in text
-    assert "/tmp" not in text
     assert ("peft" in text) == (form != "merged")
     if form != "adapter":
         assert repr('Say "what"\nis | there:') in blocks[0]
 
 
-def test_settings_and_scores(run) -> None:
-    score(run, "coco-test", json.dumps(COCO))
+def test_settings_and_scores_and_damaged_ones(run) -> None:
+    for number, metrics in enumerate(["not JSON", "[]", "{}", '{"accuracy": 3}']):
+        score(run, f"caption-{number}", metrics)
+    assert "None came with the checkpoint." in card(run).text
+    assert "step: 7" in model_card(find_trained(run), None, form="adapter", dtype=None)
+    score(run, "caption-test", json.dumps(COCO))
     score(run, "scienceqa-test", '{"accuracy": {"NAT": 40.0, "Avg": 44.2568}, "num_samples": 296}')
     text = card(run).text
     for line in ("data: coco/train", "batch size: 8", "step: 7"):
@@ -84,37 +89,25 @@ def test_settings_and_scores(run) -> None:
     assert "\nProtocol: tokenizer PTB; num_beams 3.\n" in text
     assert "\n\n| BLEU-4 | CIDEr |\n| --- | --- |\n| 31.25 | 101.50 |\n\n" in text
     assert "\n\n| NAT | Avg |\n| --- | --- |\n| 40.00 | 44.26 |\n\n" in text
-    assert "\n\n**coco-test**, 80 samples\n\n" in text
-    assert "\n\n\n\n" not in text
+    assert "\n\n**caption-test**, 80 samples\n\n" in text
     count = sum(p.numel() for p in find_trained(run).load().trainable_parameters().values())
     assert f"\n- trained parameters: {count:,}; all others are frozen\n" in text
-
-
-def test_damaged_scores_and_no_run_do_not_stop_an_export(run) -> None:
-    for number, metrics in enumerate(["not JSON", "[]", "{}", '{"accuracy": 3}']):
-        score(run, f"coco-{number}", metrics)
-    assert "None came with the checkpoint." in card(run).text
-    assert "step: 7" in model_card(find_trained(run), None, form="adapter", dtype=None)
 
 
 @pytest.mark.parametrize(
     ("readme", "source", "wanted"),
     [
         ("no front matter", "broken", {}),
-        ("---\nlicense: MIT\n---\n", "null", {"license": "mit"}),
         (LLAMA, "", {"license": "other", "license_name": "llama2", "license_link": "https://a.org/l"}),
         ("---\n: [broken\n---\n", '{"license": "Apache-2.0"}', {"license": "apache-2.0"}),
         ("---\nlicense: [a, b]\n---\n", "[]", {}),
     ],
 )
-def test_what_a_base_states_of_its_licence(tmp_path, readme, source, wanted) -> None:
-    (tmp_path / "README.md").write_text(readme)
-    (tmp_path / "source.json").write_text(source)
-    assert stated_licence(str(tmp_path)) == wanted
-
-
-def test_a_licence_reaches_the_card(run) -> None:
-    (run.parent / "llm/README.md").write_text(LLAMA)
-    found = card(run)
-    assert found.data.license_name == "llama2"
-    assert "\n- language model: llm; licence: llama2 (https://a.org/l)\n- vision tower: " in found.text
+def test_what_a_base_states_of_its_licence(run, readme, source, wanted) -> None:
+    (run.parent / "llm/README.md").write_text(readme)
+    (run.parent / "llm/source.json").write_text(source)
+    assert stated_licence(str(run.parent / "llm")) == wanted
+    if "license_name" in wanted:
+        found = card(run)
+        assert found.data.license_name == "llama2"
+        assert "\n- language model: llm; licence: llama2 (https://a.org/l)\n- vision tower: " in found.text

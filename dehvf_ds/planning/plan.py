@@ -1,4 +1,4 @@
-"""From a run's configuration and a place to its plan, and the plan as text."""
+"""Makes the plan of a run, and prints it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, PreTrained
 from dehvf_ds.config import DEEPSPEED_DIR, ModelConfig, RunConfig, UserError, find_deepspeed_json
 from dehvf_ds.data.collate import build_image_transform
 from dehvf_ds.model import DehvfConfig
+from dehvf_ds.planning.estimate import (
+    GB,
+    LINK_SHARE,
+    Estimate,
+    PlanConfig,
+    choose,
+    estimate,
+    evaluation_bytes,
+)
 from dehvf_ds.planning.memory import (
     GIB,
     JSON_NAMES,
@@ -29,13 +38,12 @@ from dehvf_ds.planning.memory import (
     build_on_meta,
     checkpoint_bytes,
     count_parameters,
-    evaluation_bytes,
     full_batch,
     run_micro_step,
 )
-from dehvf_ds.planning.time import GB, LINK_SHARE, Estimate, PlanConfig, choose, estimate
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.engine import build_model_config
+from dehvf_ds.training.metrics import GPUS
 
 
 def _sizes(width: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
@@ -43,7 +51,7 @@ def _sizes(width: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
     return dict(zip(names, (width, inner, layers, heads), strict=True))
 
 
-# Published sizes by the last part of a path or hub id, so that a plan needs no download.
+# Published sizes, by the last part of a path or hub id, so that a plan needs no download.
 BACKBONES: dict[str, PreTrainedConfig] = {
     "llama-7b": LlamaConfig(),
     "llama-13b": LlamaConfig(**_sizes(5120, 13824, 40, 40)),
@@ -63,22 +71,22 @@ class Plan:
     """Everything that is printed."""
 
     config: RunConfig
-    """the run, its micro-batch made to divide"""
+    """with a micro-batch that divides the global batch"""
     place: PlanConfig
     model_config: DehvfConfig
     parameters: Parameters
     dtype: torch.dtype
     """the compute dtype"""
     step: MicroStep
-    """under ZeRO-3, as the run is set"""
+    """under ZeRO-3"""
     estimates: list[Estimate]
-    """the configurations as the run is set"""
+    """of the DeepSpeed configurations"""
     recomputed: list[Estimate]
-    """the same with activation checkpointing"""
+    """likewise with activation checkpointing"""
     evaluations: list[dict[str, int]]
-    """of each, the memory of an in-training evaluation; empty where there is none"""
+    """likewise memory during an in-training evaluation; empty if there is none"""
     chosen: Estimate | None
-    """the recommended one of all; None where nothing fits"""
+    """the recommended one; None if nothing fits"""
     notes: list[str]
     """what was changed or taken from built-in sizes"""
 
@@ -102,7 +110,7 @@ def build_plan(config: RunConfig, place: PlanConfig) -> Plan:
     ]
     if not train.activation_checkpointing:
         model = build_on_meta(model_config, dtype, checkpointing=True)
-        # ZeRO-3's, also for ZeRO-2: of one layer at a time its inputs of frozen maps are next to nothing.
+        # Also for ZeRO-2: the inputs that one layer keeps under ZeRO-3 are negligible.
         step = run_micro_step(model, batch, zero3=True)
         recomputed = [estimate(parameters, step, s, place, accumulation=accumulation) for s in shardings]
     return Plan(
@@ -125,7 +133,7 @@ def build_plan(config: RunConfig, place: PlanConfig) -> Plan:
 
 
 def read_model_config(settings: ModelConfig, notes: list[str]) -> DehvfConfig:
-    """Reads the backbones' configuration files; a known name without files has built-in sizes and a note."""
+    """Reads the backbones' configuration files, or takes built-in sizes for known names without files."""
     with tempfile.TemporaryDirectory() as directory:
         paths = {}
         for part in ("language_model", "vision_tower"):
@@ -143,7 +151,7 @@ def read_model_config(settings: ModelConfig, notes: list[str]) -> DehvfConfig:
 
 
 def _divisible(config: RunConfig, world: int, notes: list[str]) -> RunConfig:
-    """Lowers the micro-batch to one that fills the global batch over these ranks."""
+    """Lowers the micro-batch until it divides the global batch over these ranks."""
     train = config.train
     if train.global_batch_size % world:
         raise UserError(
@@ -164,9 +172,9 @@ def _divisible(config: RunConfig, world: int, notes: list[str]) -> RunConfig:
 def _read_shardings(
     config: RunConfig, place: PlanConfig, notes: list[str]
 ) -> tuple[list[Sharding], torch.dtype]:
-    """The four configurations: the run's own JSON speaks for its own, the shipped ones for the others."""
-    given = read_deepspeed_json(config.deepspeed, config, place.world, place.gpus_per_node)
-    # The file's own, since "auto" there has been filled in for this machine, not for the planned one.
+    """The four configurations and the compute dtype: the run's own JSON, the shipped ones for the others."""
+    own_json = read_deepspeed_json(config.deepspeed, config, place.world, place.gpus_per_node)
+    # From the file, since "auto" has been filled in for this machine, not for the planned one.
     bf16 = _read_json(find_deepspeed_json(config.deepspeed)).get("bf16", {}).get("enabled", False)
     on_gpu = place.memory_bytes is not None
     dtype = torch.bfloat16 if bf16 is True or (bf16 == "auto" and on_gpu) else torch.float32
@@ -174,7 +182,7 @@ def _read_shardings(
         notes.append(f"{config.deepspeed} computes in fp32, but the times are at the GPU's bf16 peak")
     spread = partial(Sharding.read, nodes=place.nodes, gpus_per_node=place.gpus_per_node)
     found = {name: spread(_read_json(DEEPSPEED_DIR / file)) for name, file in JSON_NAMES.items()}
-    own = spread(given)
+    own = spread(own_json)
     found[own.strategy] = own
     planned = own.gather_ranks if own.gather_ranks < place.world else 1
     size = own.zero.zero_hpz_partition_size
@@ -193,7 +201,7 @@ def _read_json(path: Path) -> dict:
 
 
 def print_plan(plan: Plan) -> None:
-    """Prints the plan: tables on a terminal, aligned lines elsewhere."""
+    """Prints the plan: tables on a terminal, otherwise aligned lines."""
     console = Console(highlight=False, soft_wrap=True)
     console.print("\n".join(_head_lines(plan)), markup=False)
     recompute = "on" if plan.config.train.activation_checkpointing else "off"
@@ -241,7 +249,7 @@ def _memory_rows(plan: Plan) -> list[list[str]]:
         parts["total, checkpointing"] = [e.total_bytes for e in plan.recomputed]
     if plan.evaluations:
         overhead = plan.place.overhead_bytes
-        parts["full model for evaluation"] = [held["the copy"] for held in plan.evaluations]
+        parts["full model for evaluation"] = [held["the full model"] for held in plan.evaluations]
         parts["total while it evaluates"] = [sum(held.values()) + overhead for held in plan.evaluations]
     for when in estimates[0].host:
         parts[f"host of a node, {when}"] = [e.host[when] for e in estimates]
@@ -272,6 +280,7 @@ def _time_rows(plan: Plan) -> list[list[str]]:
 def _foot_lines(plan: Plan) -> list[str]:
     place = plan.place
     within, between, to_host = place.links_gb_s
+    peak = GPUS[place.gpu].peak_flops / 1e12
     times = place.world * plan.config.train.accumulation(place.world)
     return [
         "",
@@ -282,7 +291,7 @@ def _foot_lines(plan: Plan) -> list[str]:
         "",
         "Computed: parameters, states, buckets of the JSONs and traffic from their sizes; activations and",
         "  FLOPs by a step of the whole model without values (benchmarks/memory.py measures a real one).",
-        f"Assumed: MFU {place.mfu:g} of {place.peak_flops / 1e12:g} TFLOP/s; GB/s a GPU and direction:",
+        f"Assumed: MFU {place.mfu:g} of {peak:g} TFLOP/s; GB/s per GPU and direction:",
         f"  {within:g} within a node, {between:g} between nodes, {to_host:g} to the host;",
         f"  rings over all links at {LINK_SHARE:.0%} of their speed, gathers overlapping with arithmetic;",
         f"  {place.overhead_bytes / GIB:g} GiB for CUDA, NCCL, workspaces; a GPU {USABLE_SHARE:.0%} full;",

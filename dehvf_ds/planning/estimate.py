@@ -1,16 +1,22 @@
-"""Where a run is to go, and the time that arithmetic and traffic take there."""
+"""What a run needs on its machines: memory, and time for arithmetic and traffic."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import psutil
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from dehvf_ds.config import InTrainingConfig, RunConfig, UserError
 from dehvf_ds.config.values import CHECKS, Positive, PositiveNumber
+from dehvf_ds.data.collate import build_image_transform
+from dehvf_ds.distributed import World
+from dehvf_ds.model import DehvfConfig
 from dehvf_ds.planning.memory import (
     FP32_BYTES,
     GIB,
@@ -20,36 +26,30 @@ from dehvf_ds.planning.memory import (
     Parameters,
     Sharding,
     Strategy,
+    build_on_meta,
+    count_parameters,
     host_bytes,
     passing_bytes,
     resting_bytes,
 )
-from dehvf_ds.training.metrics import PEAK_FLOPS
+from dehvf_ds.training.engine import build_model_config
+from dehvf_ds.training.metrics import GPUS
 
 GB = 1e9
 LINK_SHARE = 0.8
 """Share of a link's nominal speed that large messages are assumed to reach."""
 
-CPU_FLOPS = 1e11
-GpuName = Literal["H100-80G", "H200-141G", "A100-80G", "A100-40G", "B200-192G", "L40S-48G", "cpu"]
+LONGEST_ROW = 256
+"""Assumed tokens of a question with its answer."""
 
-# Memory in GiB as CUDA tells it (rounded), GPU to GPU and host to GPU in GB/s and direction (data sheets).
-GPUS: dict[str, tuple[float | None, float, float]] = {
-    "H100-80G": (79, 450, 64),
-    "H200-141G": (140, 450, 64),
-    "A100-80G": (79, 300, 32),
-    "A100-40G": (39, 300, 32),
-    "B200-192G": (178, 900, 64),
-    "L40S-48G": (44, 32, 32),
-    "cpu": (None, 10, 10),
-}
+GpuName = Literal["H100-80G", "H200-141G", "A100-80G", "A100-40G", "B200-192G", "L40S-48G", "cpu"]
 PREFERENCE: tuple[Strategy, ...] = ("ZeRO-2", "ZeRO-3", "ZeRO-3 + hpZ", "ZeRO-3 + offload")
-"""Of equally fast ones the first, which relies least on assumed speeds of links and hosts, is taken."""
+"""Among equally fast ones the first is chosen: it relies least on assumed speeds of links and hosts."""
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=CHECKS)
 class PlanConfig:
-    """Where the run is to go, and what is assumed of it."""
+    """The machines that a run is planned for, and what is assumed about them."""
 
     gpus_per_node: Annotated[int, Field(ge=1, le=1024)] = 8
     """GPUs of a machine"""
@@ -62,11 +62,11 @@ class PlanConfig:
     tokens: Positive | None = None
     """text tokens of a row, padding included; None takes data.max_tokens"""
     nvlink_gb_s: PositiveNumber | None = None
-    """between GPUs of a node, GB/s a GPU and direction; None takes the GPU's"""
+    """between GPUs of a node, GB/s per GPU and direction; None takes the GPU's"""
     internode_gb_s: PositiveNumber = 50.0
-    """between nodes, GB/s a GPU and direction; 50 is 400 Gb/s"""
+    """between nodes, GB/s per GPU and direction; 50 is 400 Gb/s"""
     host_gb_s: PositiveNumber | None = None
-    """between GPU and host, GB/s a GPU and direction; None takes the GPU's"""
+    """between GPU and host, GB/s per GPU and direction; None takes the GPU's"""
     overhead_gib: Annotated[float, Field(ge=0, le=10**4)] = OVERHEAD_GIB
     """assumed memory of CUDA's context, NCCL's buffers and libraries' workspaces"""
 
@@ -78,41 +78,36 @@ class PlanConfig:
     @property
     def memory_bytes(self) -> float | None:
         """Memory of one GPU; None for the CPU, which is not checked."""
-        gibibytes = GPUS[self.gpu][0]
+        gibibytes = GPUS[self.gpu].memory_gib
         return None if gibibytes is None else gibibytes * GIB
 
     @property
     def limit_bytes(self) -> float | None:
-        """Memory of one GPU that may be planned for."""
+        """The part of it that a run may fill."""
         return None if self.memory_bytes is None else USABLE_SHARE * self.memory_bytes
 
     @property
     def overhead_bytes(self) -> float:
-        """Assumed overhead of a GPU; the CPU has none of it."""
+        """Assumed overhead of a GPU; the CPU has none."""
         return 0.0 if self.memory_bytes is None else self.overhead_gib * GIB
 
     @property
-    def peak_flops(self) -> float:
-        """Dense bf16 FLOP/s of a GPU."""
-        return next((v for k, v in PEAK_FLOPS.items() if self.gpu.startswith(k)), CPU_FLOPS)
-
-    @property
     def links_gb_s(self) -> tuple[float, float, float]:
-        """GB/s a GPU and direction: within a node, between nodes, to the host."""
-        _, intra, host = GPUS[self.gpu]
-        return self.nvlink_gb_s or intra, self.internode_gb_s, self.host_gb_s or host
+        """GB/s per GPU and direction: within a node, between nodes, to the host."""
+        gpu = GPUS[self.gpu]
+        return self.nvlink_gb_s or gpu.gpu_gb_s, self.internode_gb_s, self.host_gb_s or gpu.host_gb_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """One DeepSpeed configuration: bytes on a GPU and a host, and times of an optimizer step."""
+    """One DeepSpeed configuration: bytes on a GPU and a host, times of an optimizer step."""
 
     strategy: Strategy
     checkpointing: bool
     memory: dict[str, float]
-    """bytes of one GPU at its peak, by what they are"""
+    """bytes of one GPU at its peak, by kind"""
     host: dict[str, int]
-    """bytes of a node's host, by when"""
+    """bytes of a node's host, by phase"""
     arithmetic_s: float
     gather_bytes: float
     """frozen weights that a GPU receives"""
@@ -121,7 +116,7 @@ class Estimate:
     """gradients and trainables that a GPU receives"""
     gradient_traffic_s: float
     hiding_rows: int
-    """smallest micro-batch behind whose arithmetic the gathers disappear"""
+    """smallest micro-batch whose arithmetic takes as long as the gathers"""
 
     @property
     def total_bytes(self) -> float:
@@ -137,17 +132,17 @@ class Estimate:
 def estimate(
     parameters: Parameters, step: MicroStep, sharding: Sharding, place: PlanConfig, *, accumulation: int
 ) -> Estimate:
-    """One configuration's numbers, ``accumulation`` micro-steps making an optimizer step."""
-    micro_s = step.flops / (place.peak_flops * place.mfu)
+    """One configuration's numbers, with ``accumulation`` micro-steps in an optimizer step."""
+    micro_s = step.flops / (GPUS[place.gpu].peak_flops * place.mfu)
     elements = gathered_elements(parameters, sharding, step.checkpointing)
     gathered = elements * sharding.element_bytes * (1 - 1 / sharding.gather_ranks)
-    # With hpZ nothing frozen crosses a node's edge, since the second copy of a frozen weight never expires.
+    # With hpZ frozen weights never travel between nodes, since their second copy never expires.
     gather_s = ring_s(gathered, place, 1 if sharding.gather_ranks < sharding.world else place.nodes)
     if sharding.strategy == "ZeRO-3 + offload":
-        # Shards come up from the host meanwhile.
+        # Shards arrive from the host at the same time.
         share = elements * sharding.element_bytes / sharding.world
         gather_s = max(gather_s, share / (LINK_SHARE * GB * place.links_gb_s[2]))
-    # In every micro-step gradients are scattered, in fp32 as the JSONs have it; weights are gathered once.
+    # Gradients are scattered in every micro-step, in fp32 as the JSONs say; weights are gathered once.
     traffic = parameters.trainable * (accumulation * FP32_BYTES + sharding.element_bytes)
     traffic *= 1 - 1 / sharding.world
     return Estimate(
@@ -172,9 +167,8 @@ def estimate(
 def gathered_elements(parameters: Parameters, sharding: Sharding, checkpointing: bool) -> int:
     """Frozen elements that a micro-step gathers.
 
-    Tower and decoder in forward, the decoder in backward but for what was kept at the turn. Recomputation
-    gathers the decoder once more, whatever is kept, since DeepSpeed lets a recomputed layer's weights go
-    before its own backward.
+    Tower and decoder in forward; in backward the decoder, except what was kept. Recomputation always gathers
+    the decoder once more, since DeepSpeed releases a recomputed layer's weights before its own backward.
     """
     if not sharding.gathers:
         return 0
@@ -184,9 +178,9 @@ def gathered_elements(parameters: Parameters, sharding: Sharding, checkpointing:
 
 
 def ring_s(received_bytes: float, place: PlanConfig, nodes: int) -> float:
-    """Time for every GPU to receive so many bytes around rings, at the slowest of its links.
+    """Time for every GPU to receive these bytes around rings, at the speed of the slowest link.
 
-    A node's edge is crossed once, over the inter-node links of all its GPUs together.
+    Bytes enter a node once, over the links of all its GPUs together.
     """
     intra, inter, _ = (LINK_SHARE * GB * speed for speed in place.links_gb_s)
     within = received_bytes / intra if place.gpus_per_node > 1 else 0.0
@@ -194,9 +188,9 @@ def ring_s(received_bytes: float, place: PlanConfig, nodes: int) -> float:
 
 
 def choose(estimates: Sequence[Estimate], limit_bytes: float | None, *, tie: float = 0.03) -> Estimate | None:
-    """The fastest configuration that fits; one that recomputes only where no other fits.
+    """The fastest configuration that fits; one that recomputes only if no other fits.
 
-    No ``limit_bytes`` is no limit; step times whose relative difference is at most ``tie`` count as equal.
+    Step times within a share of ``tie`` count as equal.
     """
     fitting = [e for e in estimates if limit_bytes is None or e.total_bytes <= limit_bytes]
     plain = [e for e in fitting if not e.checkpointing] or fitting
@@ -205,3 +199,49 @@ def choose(estimates: Sequence[Estimate], limit_bytes: float | None, *, tie: flo
     fastest = min(e.step_s for e in plain)
     equal = (e for e in plain if e.step_s <= fastest * (1 + tie))
     return min(equal, key=lambda e: PREFERENCE.index(e.strategy))
+
+
+# --- in-training evaluation ---
+
+
+def evaluation_bytes(
+    config: DehvfConfig, parameters: Parameters, sharding: Sharding, settings: InTrainingConfig
+) -> dict[str, int]:
+    """What one GPU holds during an in-training evaluation, when training's activations are gone.
+
+    ``decoding`` is an upper bound: logits, and keys and values as if every attention head had its own.
+    """
+    p, size, text = parameters, sharding.element_bytes, config.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    prefix = (config.prefix_tokens or config.patches_per_side**2) if config.fusion == "prefix" else 0
+    kept = 2 * config.num_layers * text.num_attention_heads * head_dim * (LONGEST_ROW + prefix) * size
+    rows = settings.batch_size * settings.num_beams
+    return {
+        "training state": sum(resting_bytes(p, sharding).values()),
+        "the full model": 0 if sharding.strategy == "ZeRO-2" else (p.frozen + p.trainable) * size,
+        f"decoding {settings.batch_size} rows": rows * (kept + text.vocab_size * (size + FP32_BYTES)),
+    }
+
+
+def check_evaluation_memory(config: RunConfig, ds_config: dict[str, Any], world: World) -> None:
+    """Refuses an in-training evaluation that would not fit beside the run, before any weight is loaded."""
+    if not config.eval.every_steps:
+        return
+    nodes = world.size // world.local_size
+    sharding = Sharding.read(ds_config, nodes=nodes, gpus_per_node=world.local_size)
+    image_size = build_image_transform(config.model.vision_tower, config.model.image_size).image_size
+    model_config = build_model_config(config.model, image_size=image_size)
+    parameters = count_parameters(build_on_meta(model_config), sharding.zero.param_persistence_threshold)
+    parts: dict[str, float] = {**evaluation_bytes(model_config, parameters, sharding, config.eval)}
+    if world.device.type == "cuda":
+        parts["CUDA"] = OVERHEAD_GIB * GIB
+        limit = USABLE_SHARE * torch.cuda.get_device_properties(world.device).total_memory
+    else:
+        limit = psutil.virtual_memory().available / world.local_size
+    if sum(parts.values()) > limit:
+        listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
+        raise UserError(
+            f"eval.every_steps: an evaluation does not fit beside the run: {listed} make "
+            f"{sum(parts.values()) / GIB:.1f} GiB a rank, and {limit / GIB:.1f} GiB may be filled; lower "
+            "eval.batch_size, or leave it 0 and evaluate checkpoints with eval.py"
+        )
