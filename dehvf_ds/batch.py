@@ -1,8 +1,8 @@
 """What travels from the data to the model: one sample, one batch, and the names of their axes.
 
-Axes, as they stand in annotations everywhere: ``batch`` rows, ``tokens`` text positions, ``vocab``,
-``dim`` LLM width, ``layers`` LLM layers, ``feature_layers`` chosen depths of the tower, ``slots``
-visual tokens of one of them (class token and patches), ``vision_dim``, ``rank`` width of the visual memory.
+Axes in all annotations: ``batch`` rows, ``tokens`` text positions, ``vocab``,
+``dim`` LLM width, ``layers`` LLM layers, ``feature_layers`` of the tower, ``slots`` visual tokens of one
+feature layer (class token and patches), ``vision_dim``, ``rank`` width of the visual memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""Label of a position that takes no part in the loss."""
+"""Label of positions that the loss ignores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,9 @@ class Sample:
         key: the sample's unique ``__key__`` within its data set.
         image: the picture in mode RGB, or None for a text-only row.
         record: the row's ``.json`` member; its fields depend on the task.
-        messages: the turns of a conversation that was read from a shard, as ``chat.Messages``.
-        epoch: epoch in which it was drawn; augmentation and caption choice are seeded by it.
-        example: its number among the epoch's examples, for the same purpose.
+        messages: the parsed turns of a conversation read from a shard, as ``prompts.Messages``.
+        epoch: epoch in which it was drawn.
+        example: its number among the epoch's examples; augmentation is seeded by both.
     """
 
     key: str
@@ -50,14 +50,12 @@ class Batch:
     Attributes:
         input_ids: token ids, padded on the right for training and on the left for generation.
         attention_mask: 1 at text, 0 at padding.
-        labels: ``input_ids`` at supervised positions, ``IGNORE_INDEX`` elsewhere. A label stands at its
-            own token's position; the model shifts.
+        labels: ``input_ids`` at supervised positions, ``IGNORE_INDEX`` elsewhere, not shifted.
         pixel_values: normalised pictures, zeros where ``has_image`` is False.
         has_image: whether the row has a picture.
-        supervised: where a loss is taken, as positions in the rows laid end to end, each before its label's;
-            None until the batch moves.
+        supervised: positions that predict a label, in the rows laid end to end; None until the batch moves.
         keys: the samples' keys, in row order.
-        substituted: for each damaged sample in whose place another stands, its shard and what is wrong.
+        substituted: for each damaged sample that was replaced by another, its shard and what is wrong.
     """
 
     input_ids: Int[Tensor, "batch tokens"]
@@ -70,9 +68,9 @@ class Batch:
     substituted: tuple[tuple[str, str], ...] = ()
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """Moves the tensors; ``dtype`` applies to ``pixel_values`` alone.
+        """Moves the tensors; ``dtype`` applies to ``pixel_values`` only.
 
-        What leaves the host knows its supervised positions: a GPU that had to count them would be waited for.
+        ``supervised`` is computed before, on the CPU: on a GPU the host would have to wait for its size.
         """
         if self.supervised is None and self.labels.device.type == "cpu":
             followed = F.pad(self.labels[:, 1:] != IGNORE_INDEX, (0, 1))
@@ -87,7 +85,7 @@ class Batch:
         return replace(self, **moved)
 
     def without_last(self) -> Batch:
-        """The batch without its last position; for rows padded on the left."""
+        """The batch without the last position of its rows; for rows padded on the left."""
         names = ("input_ids", "attention_mask", "labels")
         cut = {name: getattr(self, name)[:, :-1] for name in names}
         return replace(self, **cut, supervised=None)
@@ -97,18 +95,18 @@ class Batch:
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
     def num_supervised(self) -> int:
-        """Positions that a loss is taken at: labels that are not ignored, the first token's apart."""
+        """Labels that count in the loss; a row's first token cannot."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
     def num_unsupervised_rows(self) -> int:
-        """Rows without a supervised token, of which nothing is learnt (a prompt as long as the row)."""
+        """Rows without a label that counts, such as one filled by its prompt."""
         return int((self.labels[:, 1:] == IGNORE_INDEX).all(dim=1).sum())
 
     def checksum(self) -> int:
         """Sum over the rows of the CRC-32 of key and token ids.
 
-        Free of the rows' order and padding, so that sums over micro-batches and ranks tell whether two
-        optimizer steps saw the same rows.
+        Independent of the rows' order and padding, so that sums over micro-batches and ranks tell whether
+        two optimizer steps saw the same rows.
         """
         keys = self.keys or ("",) * len(self.input_ids)
         rows = zip(keys, self.input_ids.cpu(), self.attention_mask.bool().cpu(), strict=True)
@@ -116,6 +114,6 @@ class Batch:
             zlib.crc32(ids[mask].numpy().tobytes(), zlib.crc32(key.encode())) for key, ids, mask in rows
         )
 
-    def num_tokens(self) -> int:
-        """Text tokens without padding."""
+    def num_input_tokens(self) -> int:
+        """Text tokens that the model reads, without padding."""
         return int(self.attention_mask.sum())

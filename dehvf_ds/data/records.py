@@ -15,8 +15,7 @@ from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.chat import PLACEHOLDER, Messages, parse_conversation
-from dehvf_ds.data.prompts import Task
+from dehvf_ds.data.prompts import PLACEHOLDER, Messages, Task, parse_conversation
 from dehvf_ds.data.shards import (
     BAD_CHAT,
     BAD_PROBLEM,
@@ -28,10 +27,16 @@ from dehvf_ds.data.shards import (
     SEVERAL_PICTURES,
     UNDECODABLE,
     DamagedSample,
+    clean_text,
+    decode_text,
+    is_caption,
+    is_null,
+    is_text,
+    is_value,
     one_line,
+    parse_json,
     picture_name,
 )
-from dehvf_ds.data.text import clean_text, decode_text, is_caption, is_null, is_text, is_value, parse_json
 
 PICTURE_FIELD = re.compile(
     r"(?:image|img|picture|pic|photo|video|frame|media)s?"

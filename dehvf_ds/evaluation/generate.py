@@ -18,7 +18,7 @@ from dehvf_ds.config import GenerateConfig, UserError, require
 from dehvf_ds.data.collate import Collator, build_image_transform, load_tokenizer
 from dehvf_ds.data.images import FORMATS, decode_image
 from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX
-from dehvf_ds.data.text import is_text
+from dehvf_ds.data.shards import is_text
 from dehvf_ds.distributed import has_fast_bf16, read_world
 from dehvf_ds.evaluation.decode import MAX_NEW_TOKENS, Decoding, decode, require_positions
 from dehvf_ds.evaluation.evaluate import json_text

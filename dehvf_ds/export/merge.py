@@ -28,8 +28,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from dehvf_ds import __version__
 from dehvf_ds.config import UserError
-from dehvf_ds.data.chat import PLAIN_CHAT_TEMPLATE
 from dehvf_ds.data.collate import build_image_transform, load_tokenizer
+from dehvf_ds.data.prompts import PLAIN_CHAT_TEMPLATE
 from dehvf_ds.evaluation.decode import MAX_NEW_TOKENS, end_ids
 from dehvf_ds.export.verify import check_processor
 from dehvf_ds.model import DehvfForConditionalGeneration, DehvfProcessor, ModelError

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dehvf_ds.data.records import check_record, read_record
-from dehvf_ds.data.shards import DamagedSample
-from dehvf_ds.data.text import clean_text, decode_text, is_text
+from dehvf_ds.data.shards import DamagedSample, clean_text, decode_text, is_text
 
 NAN = float("nan")
 PROBLEM = {"question": "Which?", "choices": ["a", "b"], "answer": 1, "hint": "", "grade": "grade2"}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dehvf_ds.config import UserError
 from dehvf_ds.data.building.sources import BadRows, read_scienceqa
-from dehvf_ds.data.prompts import scienceqa_target
+from dehvf_ds.data.prompts import build_target
 from dehvf_ds.evaluation.predict import Scored
 from dehvf_ds.evaluation.scienceqa import COLUMNS, AnswerScorer, read_letter
 
@@ -70,7 +70,7 @@ def test_letters_beyond_the_choices_are_failures(num_choices: int) -> None:
     choices = [str(number) for number in range(num_choices)]
     for answer in range(26):
         expected = answer if answer < num_choices else None
-        target = scienceqa_target({"choices": choices, "answer": answer})
+        target = build_target({"choices": choices, "answer": answer}, "scienceqa")
         assert read_letter(target, num_choices) == expected
         # The prompt ends in the first three words, so the model writes the rest.
         assert read_letter(target.removeprefix("The answer is"), num_choices) == expected

@@ -21,10 +21,19 @@ from typing import Any
 
 from dehvf_ds.atomic import sha256_of
 from dehvf_ds.config import UserError
-from dehvf_ds.data.chat import TURN_FORM
+from dehvf_ds.data.prompts import TURN_FORM
 from dehvf_ds.data.records import check_record, pictures_named
-from dehvf_ds.data.shards import BAD_NAME, BAD_RECORD, KEY_TWICE, NO_CAPTION, DamagedSample, one_line
-from dehvf_ds.data.text import decode_text, is_text, parse_json
+from dehvf_ds.data.shards import (
+    BAD_NAME,
+    BAD_RECORD,
+    KEY_TWICE,
+    NO_CAPTION,
+    DamagedSample,
+    decode_text,
+    is_text,
+    one_line,
+    parse_json,
+)
 
 MAX_NAMED = 20
 """Most rows that are named as left out."""
