@@ -50,9 +50,9 @@ WHY = "A force is a push. Moving air pushes. It is called wind."
     ],
 )
 def test_scienceqa(problem, form, context, target):
-    assert build_prompt(problem, "scienceqa", scienceqa=form) == (
-        f"Question: {problem['question']}\nContext: {context}\nOptions: (A) the wind (B) the string\nResponse:"
-    )
+    question = f"Question: {problem['question']}\nContext: {context}\n"
+    expected = f"{question}Options: (A) the wind (B) the string\nResponse:"
+    assert build_prompt(problem, "scienceqa", scienceqa=form) == expected
     assert build_target(problem, "scienceqa", scienceqa=form) == target
 
 
