@@ -305,7 +305,7 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!a} occurs twice in one object; keep one")
+        raise ValueError(f"the name {twice!a} stands twice in one object; keep one")
     return found
 
 
