@@ -119,12 +119,13 @@ def test_a_position_names_its_stream_in_every_epoch(case, epoch):
     [
         ({}, [2, 26, 73, 78, 3, 28, 72, 76, 7, 32, 74, 77]),
         ({"tail": "drop"}, [10, 37, 59, 90, 15, 34, 54, 85, 9, 38, 61, 84]),
+        ({"tail": "drop", "sizes": [40, 30, 2, 29]}, [10, 38, 60, 91, 15, 35, 55, 86, 9, 39, 62, 85]),
         ({"bucket_steps": 2}, [3, 28, 72, 78, 2, 26, 73, 76, 6, 33, 55, 80]),
         ({"window": 1000}, [16, 35, 66, 92, 4, 39, 61, 96, 0, 47, 73, 76]),
     ],
 )
 def test_order_golden(case, expected):
-    order = build([40, 30, 1, 29], seed=11, **case)
+    order = build(**{"sizes": [40, 30, 1, 29], "seed": 11, **case})
     assert order.num_streams == 4
     assert [example for _, example in read(order, 1000, 1012)] == expected
 
