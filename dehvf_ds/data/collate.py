@@ -105,15 +105,10 @@ def letter_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 class ImageTransform:
-    """A vision tower's own image processor as a function of one picture.
-
-    Attributes:
-        image_size: side of the square output in pixels.
-        processor: the configured image processor.
-    """
+    """A vision tower's own image processor; ``image_size`` is the side of its square output in pixels."""
 
     def __init__(self, processor: BaseImageProcessor):
-        """Finds the output size by trial, and refuses a processor whose pictures are not square."""
+        """Finds the output size by trial; refuses a processor whose pictures are not square."""
         sizes = _output_sizes(processor)
         if len({side for size in sizes for side in size}) > 1:
             found = " and ".join(f"{height} x {width}" for height, width in sizes)

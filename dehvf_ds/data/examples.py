@@ -141,19 +141,12 @@ def read_sample(
     shorter_side: int | None = None,
     task: Task | None = None,
 ) -> Sample:
-    """Reads and decodes one row.
+    """Reads and decodes one row; ``epoch`` and ``example`` as in ``Sample``, the side as in ``decode_image``.
 
-    Args:
-        index: the data set.
-        row: the row's number.
-        epoch: as in ``Sample``.
-        example: as in ``Sample``.
-        caption: number of the caption to learn, which becomes the record's field ``caption``.
-        shorter_side: as in ``decode_image``.
-        task: what the row must be for; None accepts any.
+    ``caption`` is the number of the caption to learn, which becomes the record's field ``caption``.
 
     Raises:
-        DamagedSample: the row is damaged, of another task, or lacks its picture.
+        DamagedSample: the row is damaged, lacks its picture, or is not for ``task`` (None accepts any).
     """
     members = index.read(row)
     where = f"{members['__url__']} ({members['__key__']})"

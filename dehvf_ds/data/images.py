@@ -96,9 +96,8 @@ def random_view(image: Image.Image, sample: Sample, *, config: AugmentConfig, se
     part fits, it is the largest centred one of an allowed ratio. Unlike there it is not resized: the tower's
     processor does that, and what the tower sees depends on it:
 
-    - CLIP and DINOv2 resize the shorter edge and crop the centre. Nothing is ever squashed; of the part they
-      keep the centred square, 3/4 to 1 of its area (0.87 on average), so of the picture at least
-      3/4 min_crop where a part fitted. DINOv2 then keeps (224/256)^2 = 0.77 of that.
+    - CLIP and DINOv2 resize the shorter edge and keep the centred square, 3/4 to 1 of the part's area (0.87
+      on average); DINOv2 then keeps (224/256)^2 = 0.77 of that.
     - SigLIP squashes the part to a square: all of it is seen, at most 4/3 out of proportion.
     """
     words = random_words(seed, Purpose.VIEW, sample.epoch, 0, sample.example, 1 + 4 * CROP_TRIES)

@@ -41,8 +41,6 @@ class ShardIndex:
     forking.
 
     Attributes:
-        directory: the shard directory.
-        manifest: the parsed ``manifest.json``.
         shard_names: file name of each shard, in the manifest's order.
         shard_rows: samples of each shard.
         shard_examples: examples of each shard, every caption counted as one.

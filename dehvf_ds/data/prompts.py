@@ -34,7 +34,7 @@ CAPTION_PROMPT = "Caption of the picture:"
 SCIENCEQA_ANSWER_PREFIX = "The answer is"
 """Appended to the prompt in evaluation, so that the next token is the letter."""
 QCM_A = ScienceqaConfig()
-"""ScienceQA's default form: no caption of the picture, the letter alone."""
+"""ScienceQA's default form: no caption of the picture, only the letter."""
 
 TURN_FORM = '{"from": "human" or "gpt", "value": TEXT}'
 """A turn as LLaVA and ShareGPT write it, for messages."""
@@ -181,8 +181,8 @@ def encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -
 
     Never cut: a conversation without its end asks another question.
     """
-    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    text = _render(tokenizer, _defuse(tokenizer, asked), for_generation=True)
+    before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    text = _render(tokenizer, _defuse(tokenizer, before), for_generation=True)
     return [*_own_bos(tokenizer), *text_ids(tokenizer, text)]
 
 

@@ -110,7 +110,7 @@ class ShardRow:
 
 
 class SampleRange(NamedTuple):
-    """Where a sample lies in its shard: key, first byte, end; ``problem`` if its name cannot be used."""
+    """Where a sample is in its shard: key, first byte, end; ``problem`` if its name cannot be used."""
 
     key: str
     begin: int
@@ -181,7 +181,7 @@ def parse_members(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _by_kind(members: dict[str, bytes]) -> dict[str, bytes]:
-    """The members, with picture and texts under their last endings alone."""
+    """The members, with picture and texts under their last endings."""
     kinds = {name: name.rpartition(".")[2] for name in members}
     pictures = [name for name, kind in kinds.items() if kind in IMAGE_MEMBERS]
     texts = [name for name, kind in kinds.items() if kind in TEXT_MEMBERS]

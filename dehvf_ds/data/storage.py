@@ -33,13 +33,11 @@ MAX_OPEN_SHARDS = 64
 CHUNK_BYTES = 1 << 20
 # A copy takes minutes at most; anything older was left by a killed process.
 STALE_S = 3600.0
-
 # A request that does not connect, or delivers nothing, for so long is repeated ..
 CONNECT_S, STALL_S = 30, 60
 # .. until nothing has come for so long.
 RETRY_WITHIN_S = 120.0
 RETRY_PAUSE_S = 2.0
-
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]*@")
@@ -68,10 +66,7 @@ class Storage:
         self._owner, self._parents = os.getpid(), self._opened
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Reads a range; fewer bytes at the shard's end.
-
-        ``OSError`` explains in one line; its number is in ``FULL_DISK`` if the temporary directory is full.
-        """
+        """Reads a range, or fewer bytes at the shard's end; an ``OSError`` explains itself in one line."""
         if self._owner != os.getpid():
             # A forked worker: the parent's streams have another position, and must not be closed here.
             self._parents, self._opened, self._owner = self._opened, OrderedDict(), os.getpid()
@@ -127,7 +122,7 @@ def shown(text: str) -> str:
 
 
 class _WholeShard:
-    """A file read at random."""
+    """A file read in any order."""
 
     def __init__(self, path: Path):
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -198,7 +193,6 @@ class _Cache:
     def open(self, shard: ShardFile) -> _OpenShard:
         path = self._directory / f"{shard.sha256}.tar"
         try:
-            # Shards share these locks, so that the cache need not hold one for each of them.
             with FileLock(self._directory / f".lock-copy-{shard.sha256[:2]}"):
                 if not path.is_file():
                     self._copy(shard, path)
@@ -206,13 +200,13 @@ class _Cache:
                 os.utime(path)
                 return _WholeShard(path)
         except OSError as error:
-            # Errors of the source have no number.
-            if error.errno is None:
+            if error.errno is None:  # an error of the source
                 raise
             if not self._has_warned:
                 self._has_warned = True
                 what = f"data.cache_dir {self._directory}: {one_line(error)}; shards are read without a copy"
-                print(f"warning: {what} until that changes", file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):  # the log may be on the full disk
+                    print(f"warning: {what} until that changes", file=sys.stderr, flush=True)
             return _open_directly(self._location, shard)
 
     def _copy(self, shard: ShardFile, path: Path) -> None:
@@ -234,8 +228,7 @@ class _Cache:
         """Removes the least recently used copies until ``num_bytes`` more fit."""
         found = []
         for path in self._directory.glob("*.tar*"):
-            # Another process may remove it meanwhile.
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # removed by another process meanwhile
                 found.append(((state := path.stat()).st_mtime, state.st_size, path))
         total = sum(size for _, size, _ in found)
         for used, size, path in sorted(found):
@@ -312,15 +305,13 @@ def _open_address(address: str, num_bytes: int) -> Any:
     if not address.startswith(("http://", "https://")):
         filesystem, path = fsspec.url_to_fs(address)
         return filesystem.open(path, "rb", block_size=8 * CHUNK_BYTES)
-    # Slow to import.
-    from aiohttp import ClientTimeout
+    from aiohttp import ClientTimeout  # slow to import
 
     client = {
         "timeout": ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S),
         "headers": {"Accept-Encoding": "identity"},
         "read_bufsize": CHUNK_BYTES,
-        # Proxies from the environment, as curl does.
-        "trust_env": True,
+        "trust_env": True,  # proxies, as curl takes them
     }
     # A forked worker would close a session that it shares with its parent.
     filesystem, path = fsspec.url_to_fs(address, client_kwargs=client, skip_instance_cache=True)
@@ -342,12 +333,12 @@ def _explain(error: Exception) -> str:
     status = 403 if isinstance(error, PermissionError) else getattr(error, "status", None)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return "there is no such file; look at data.location, or copy the shard there"
-    what = f"HTTP {status}" if status else one_line(error) or type(error).__name__
     if status in (401, 403):
-        return f"{what}: the server refuses it; look at login and permissions, or renew a signed address"
-    if status and _is_temporary(error):
-        return f"{what}: the server fails or has too many requests; try again later"
-    return f"{what}; look at data.location, and at this machine's network"
+        return (
+            f"HTTP {status}: the server refuses it; look at login and permissions, or renew a signed address"
+        )
+    what = f"HTTP {status}" if status else one_line(error) or type(error).__name__
+    return f"{what}; look at data.location, the server and the network, or try again later"
 
 
 def _pread(descriptor: int, offset: int, size: int) -> bytes:

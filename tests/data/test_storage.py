@@ -120,7 +120,7 @@ def test_streams_read_forward_once(make_shards, tmp_path, monkeypatch):
     [
         ("HTTP/404", "there is no such file; look at data.location"),
         ("HTTP/403", "HTTP 403: the server refuses it; look at login and permissions"),
-        ("HTTP/500", "HTTP 500: the server fails or has too many requests; try again later"),
+        ("HTTP/500", "HTTP 500; look at data.location, the server and the network"),
         ("HTTP/cut", r"not completed"),
         ("HTTP/short", r"ended after 700 of \d+ bytes; copy it again"),
         ("http://me:secret@127.0.0.1:9", "Cannot connect to host .*; look at data.location"),
