@@ -205,10 +205,9 @@ def test_bucketing_against_a_plain_reference(case, steps):
                 assert all(a[-1] <= b[0] for a, b in pairwise(sorted(row for row in rows if row)))
 
 
-@pytest.mark.parametrize(("bucket_steps", "least", "most"), [(0, 0.45, 0.6), (20, 0, 0.2)])
-def test_bucketing_saves_padding(bucket_steps, least, most):
-    order = build([500] * 64, window=64, global_batch=128, bucket_steps=bucket_steps)
+def test_bucketing_saves_padding():
+    order = build([500] * 64, window=64, global_batch=128, bucket_steps=20)
     lengths = np.array([text_lengths(*sample) for sample in read(order, 0, 60 * 128)]).reshape(60, 128)
-    assert least < 1 - lengths.sum() / (lengths.max(1).sum() * 128) < most
+    assert 1 - lengths.sum() / (lengths.max(1).sum() * 128) < 0.2  # half without bucketing
     # The steps of a window come in a drawn order.
     assert 4 <= (np.diff(lengths[:20].mean(1)) > 0).sum() <= 15
