@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,24 +25,16 @@ class TinyTransform:
         return colour[:, None, None].expand(3, 4, 4).clone()
 
 
-@pytest.fixture(scope="session")
-def byte_bpe(tmp_path_factory) -> PreTrainedTokenizerBase:
-    return build_tokenizer("byte_bpe", tmp_path_factory.mktemp("byte_bpe"))
+def tokenizer_fixture(kind: str) -> Any:
+    @pytest.fixture(scope="session", name=kind)
+    def build(tmp_path_factory) -> PreTrainedTokenizerBase:
+        return build_tokenizer(kind, tmp_path_factory.mktemp(kind))
+
+    return build
 
 
-@pytest.fixture(scope="session")
-def byte_bpe_bos(tmp_path_factory) -> PreTrainedTokenizerBase:
-    return build_tokenizer("byte_bpe_bos", tmp_path_factory.mktemp("byte_bpe_bos"))
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory) -> PreTrainedTokenizerBase:
-    return build_tokenizer("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="session")
-def llama_legacy(tmp_path_factory) -> PreTrainedTokenizerBase:
-    return build_tokenizer("llama_legacy", tmp_path_factory.mktemp("llama_legacy"))
+KINDS = ("byte_bpe", "byte_bpe_bos", "llama", "llama_legacy")
+byte_bpe, byte_bpe_bos, llama, llama_legacy = map(tokenizer_fixture, KINDS)
 
 
 @pytest.fixture(scope="session")
