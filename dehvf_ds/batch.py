@@ -1,8 +1,8 @@
 """Samples and batches, which travel from the data to the model, and the names of axes.
 
-Axes in annotations: ``batch`` rows, ``tokens`` text positions, ``vocab``, ``dim`` LLM width, ``layers`` LLM
-layers, ``feature_layers`` chosen depths of the tower, ``slots`` visual tokens of a feature layer (class token
-and patches), ``vision_dim``, ``rank`` width of the visual memory.
+Axes in all annotations: ``batch`` rows, ``tokens`` text positions, ``vocab``,
+``dim`` LLM width, ``layers`` LLM layers, ``feature_layers`` of the tower, ``slots`` visual tokens of one
+feature layer (class token and patches), ``vision_dim``, ``rank`` width of the visual memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""Label of a position without a loss."""
+"""Label of positions that the loss ignores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,9 @@ class Sample:
         key: the sample's unique ``__key__`` within its data set.
         image: in mode RGB, or None for a text-only row.
         record: the row's ``.json`` member; its fields depend on the task.
-        messages: the turns of a conversation, as ``chat.Messages``.
-        epoch: seeds augmentation and caption choice, with ``example``.
-        example: its number among the epoch's examples.
+        messages: the parsed turns of a conversation read from a shard, as ``prompts.Messages``.
+        epoch: epoch in which it was drawn.
+        example: its number among the epoch's examples; augmentation is seeded by both.
     """
 
     key: str
@@ -50,14 +50,12 @@ class Batch:
     Attributes:
         input_ids: token ids, padded on the right for training and on the left for generation.
         attention_mask: 1 at text, 0 at padding.
-        labels: ``input_ids`` at supervised positions, ``IGNORE_INDEX`` elsewhere. A label stands at its
-            own token's position; the model shifts.
+        labels: ``input_ids`` at supervised positions, ``IGNORE_INDEX`` elsewhere, not shifted.
         pixel_values: normalised pictures, zeros where ``has_image`` is False.
         has_image: whether the row has a picture.
-        supervised: the positions whose logits make the loss, each before its label, as indices into the
-            flattened rows; None until the batch is moved.
+        supervised: positions that predict a label, in the rows laid end to end; None until the batch moves.
         keys: the samples' keys, in row order.
-        substituted: for each damaged sample that was replaced, its shard and the error.
+        substituted: for each damaged sample that was replaced by another, its shard and what is wrong.
     """
 
     input_ids: Int[Tensor, "batch tokens"]
@@ -70,9 +68,9 @@ class Batch:
     substituted: tuple[tuple[str, str], ...] = ()
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """Moves the tensors; ``dtype`` applies to ``pixel_values`` alone.
+        """Moves the tensors; ``dtype`` applies to ``pixel_values`` only.
 
-        It computes the supervised positions on the host, which would otherwise wait for the GPU.
+        ``supervised`` is computed before, on the CPU: on a GPU the host would have to wait for its size.
         """
         if self.supervised is None and self.labels.device.type == "cpu":
             followed = F.pad(self.labels[:, 1:] != IGNORE_INDEX, (0, 1))
@@ -87,7 +85,7 @@ class Batch:
         return replace(self, **moved)
 
     def without_last(self) -> Batch:
-        """The batch without its last position, for rows padded on the left."""
+        """The batch without the last position of its rows; for rows padded on the left."""
         names = ("input_ids", "attention_mask", "labels")
         cut = {name: getattr(self, name)[:, :-1] for name in names}
         return replace(self, **cut, supervised=None)
@@ -97,18 +95,18 @@ class Batch:
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
     def num_supervised(self) -> int:
-        """Labels that count in the loss: those that are not ignored, except for the first token's."""
+        """Labels that count in the loss; a row's first token cannot."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
     def num_unsupervised_rows(self) -> int:
-        """Rows without a supervised token, from which nothing is learnt (a prompt as long as the row)."""
+        """Rows without a label that counts, such as one filled by its prompt."""
         return int((self.labels[:, 1:] == IGNORE_INDEX).all(dim=1).sum())
 
     def checksum(self) -> int:
         """Sum over the rows of the CRC-32 of key and token ids.
 
-        It does not depend on the rows' order and padding, so that sums over micro-batches and ranks are equal
-        for two optimizer steps with the same rows.
+        Independent of the rows' order and padding, so that sums over micro-batches and ranks tell whether
+        two optimizer steps saw the same rows.
         """
         keys = self.keys or ("",) * len(self.input_ids)
         rows = zip(keys, self.input_ids.cpu(), self.attention_mask.bool().cpu(), strict=True)
@@ -116,6 +114,6 @@ class Batch:
             zlib.crc32(ids[mask].numpy().tobytes(), zlib.crc32(key.encode())) for key, ids, mask in rows
         )
 
-    def num_tokens(self) -> int:
-        """Text tokens without padding."""
+    def num_input_tokens(self) -> int:
+        """Text tokens that the model reads, without padding."""
         return int(self.attention_mask.sum())

@@ -17,8 +17,17 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from dehvf_ds.batch import IGNORE_INDEX, Batch, Sample
 from dehvf_ds.config import ScienceqaConfig, UserError
-from dehvf_ds.data.chat import encode_chat, encode_chat_prompt, parse_conversation
-from dehvf_ds.data.prompts import QCM_A, SCIENCEQA_ANSWER_PREFIX, Task, build_prompt, build_target
+from dehvf_ds.data.prompts import (
+    QCM_A,
+    SCIENCEQA_ANSWER_PREFIX,
+    Task,
+    build_prompt,
+    build_target,
+    encode_chat,
+    encode_chat_prompt,
+    parse_conversation,
+)
+from dehvf_ds.data.shards import one_line
 from dehvf_ds.model import ModelError
 from dehvf_ds.model.fingerprint import POINTER, is_pointer
 from dehvf_ds.model.pictures import to_pixels
@@ -28,13 +37,10 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a directory or hub id; one without a pad token pads with its end of text.
-
-    One that prompts and targets cannot be made with is refused (``tokenizer_traits``).
-    """
+    """Loads the tokenizer of a directory or hub id; without a pad token it pads with its end of text."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # of a damaged file, about anything
+    except Exception as error:  # damaged files raise almost anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         pointers = [path for path in sorted(Path(source).glob("*")) if path.is_file() and is_pointer(path)]
         if pointers:
@@ -50,9 +56,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:
-    """Refuses a tokenizer that is another model's, as far as its size tells.
+    """Refuses a tokenizer that belongs to another model, judging by the size of its vocabulary.
 
-    ``num_embeddings`` are the rows of the language model's embedding: some more than ids, never fewer.
+    A model's ``num_embeddings`` may exceed the number of ids somewhat, but never falls below it.
     """
     vocabulary = tokenizer.get_vocab()
     token = max(vocabulary, key=lambda word: vocabulary[word])
@@ -63,7 +69,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> 
     else:
         return
     raise UserError(
-        f"{tokenizer_name(tokenizer)}: {found} the language model has {num_embeddings} embeddings; take the "
+        f"{tokenizer_name(tokenizer)}: {found} the language model has {num_embeddings} embeddings; use the "
         "tokenizer that came with the model"
     )
 
@@ -73,9 +79,9 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """Turns prompt and target into ids and labels: ``prompt_ids``, target, eos; the last two supervised.
 
-    The two are tokenised apart, so that the labels' border cannot drift. A target that does not fit into
-    ``max_tokens`` loses its end, and then its eos too: the model is not taught to stop in the middle. Where
-    the prompt alone fills the row it is cut and no token is supervised (``IGNORE_INDEX``).
+    The two are tokenised separately, so that the boundary of the labels cannot drift. A target that does not
+    fit into ``max_tokens`` is cut and has no eos: the model must not learn to stop in the middle. If the
+    prompt fills the row, no token is supervised.
     """
     head = prompt_ids(tokenizer, prompt)
     tail = [*target_ids(tokenizer, prompt, target), tokenizer_traits(tokenizer).eos_id]
@@ -83,10 +89,7 @@ def encode(
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, answer_prefix: str = "") -> list[int]:
-    """The ids to generate from: the prompt's, and of the target's first words where evaluation gives them.
-
-    Never cut: a prompt without its end asks another question.
-    """
+    """The ids to generate from: those of the prompt, never cut, and of the target's first words if any."""
     return prompt_ids(tokenizer, prompt) + target_ids(tokenizer, prompt, answer_prefix)
 
 
@@ -102,15 +105,10 @@ def letter_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 class ImageTransform:
-    """A vision tower's own image processor as a function of one picture.
-
-    Attributes:
-        image_size: side of the square output in pixels.
-        processor: the configured image processor.
-    """
+    """A vision tower's own image processor; ``image_size`` is the side of its square output in pixels."""
 
     def __init__(self, processor: BaseImageProcessor):
-        """Learns the output size from trial pictures, and refuses pictures that are not square."""
+        """Finds the output size by trial; refuses a processor whose pictures are not square."""
         sizes = _output_sizes(processor)
         if len({side for size in sizes for side in size}) > 1:
             found = " and ".join(f"{height} x {width}" for height, width in sizes)
@@ -129,34 +127,30 @@ class ImageTransform:
 def build_image_transform(vision_tower_dir: str | Path, image_size: int | None) -> ImageTransform:
     """Builds the transform of a vision tower from its ``preprocessor_config.json``, in the PIL backend.
 
-    Args:
-        vision_tower_dir: local directory or hub id of the tower.
-        image_size: side of the output in pixels. None, or the size that the processor makes anyway, keeps
-            its own way of resizing; for another the shortest edge is resized to it and the centre cropped.
+    ``image_size`` is the side of the output in pixels. None, or the processor's own size, keeps its way of
+    resizing; otherwise the shortest edge is resized to it and the centre cropped.
     """
     directory = Path(vision_tower_dir)
     if directory.is_dir() and not any((directory / name).is_file() for name in _PROCESSOR_FILES):
-        raise UserError(f"{directory}: no {_PROCESSOR_FILES[0]}; copy it from where the vision tower came")
+        raise UserError(f"{directory}: no {_PROCESSOR_FILES[0]}; copy it from the source of the vision tower")
     load = partial(AutoImageProcessor.from_pretrained, str(vision_tower_dir), backend="pil")
     try:
         processor = load()
         if image_size is not None and set(_output_sizes(processor)) != {(image_size, image_size)}:
             square, own = {"height": image_size, "width": image_size}, processor.size
-            # A tower that squashes to a square (SigLIP) keeps to it.
+            # A tower that squashes to a square (SigLIP) still does.
             squashes = own is not None and own["height"]
             crops = {"size": {"shortest_edge": image_size}, "do_center_crop": True}
             sizes = {"size": square} if squashes else crops
             processor = load(do_resize=True, crop_size=square, **sizes)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"model.vision_tower {vision_tower_dir}: no usable image processor: {reason}"
-        ) from None
+        unusable = f"model.vision_tower {vision_tower_dir}: no usable image processor"
+        raise UserError(f"{unusable}: {one_line(error)}") from None
     return ImageTransform(processor)
 
 
 def _output_sizes(processor: BaseImageProcessor) -> list[tuple[int, int]]:
-    """Height and width that a wide and a tall picture become."""
+    """Height and width of the output for a wide and a tall picture."""
     trials = (Image.new("RGB", size) for size in ((40, 20), (20, 40)))
     return [(pixels.shape[1], pixels.shape[2]) for pixels in (to_pixels(processor, t) for t in trials)]
 
@@ -166,14 +160,11 @@ class Collator:
     """Makes one ``Batch`` of samples: right padding for training, left padding for generation.
 
     Attributes:
-        tokenizer: the LLM's tokenizer.
-        image_transform: from an RGB picture to normalised pixels; text-only rows get zeros of its size.
-        task: chooses prompt and target.
+        image_transform: from an RGB picture to normalised pixels; text-only rows get zeros.
         max_tokens: longest row in training; prompts of generation are not cut.
         prompt: the caption task's instruction; None takes the default.
-        scienceqa: form of ScienceQA's prompt and target.
-        augment: gives another view of a sample's picture, in training only.
-        for_generation: rows hold the prompt alone and no label.
+        augment: returns a random view of a sample's picture, in training only.
+        for_generation: rows hold the prompt only and no label.
         answer_prefix: with ``for_generation``, the target's first words; not for conversations.
     """
 
@@ -190,11 +181,11 @@ class Collator:
 
     @property
     def image_size(self) -> int:
-        """Side in pixels that pictures are brought to; what ``read_sample`` takes as shorter_side."""
+        """Side of the pictures in pixels, for ``read_sample``'s shorter_side."""
         return self.image_transform.image_size
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Collates samples into a batch; a conversation that does not suit the tokenizer names its sample."""
+        """Collates samples into a batch."""
         rows = [self._row(sample) for sample in samples]
         width = max(len(ids) for ids, _ in rows)
         input_ids = torch.full((len(rows), width), tokenizer_traits(self.tokenizer).pad_id)
@@ -216,22 +207,22 @@ class Collator:
 
     def _row(self, sample: Sample) -> tuple[list[int], list[int]]:
         if self.task == "chat":
-            return self._chat_row(sample)
-        prompt = build_prompt(sample.record, self.task, prompt=self.prompt, scienceqa=self.scienceqa)
-        if self.for_generation:
-            return _without_labels(encode_prompt(self.tokenizer, prompt, self.answer_prefix))
-        target = build_target(sample.record, self.task, scienceqa=self.scienceqa)
-        return encode(self.tokenizer, prompt, target, self.max_tokens)
-
-    def _chat_row(self, sample: Sample) -> tuple[list[int], list[int]]:
-        try:
-            needs_answer = not self.for_generation
-            messages = sample.messages or parse_conversation(sample.record, needs_answer=needs_answer)
-            if self.for_generation:
-                return _without_labels(encode_chat_prompt(self.tokenizer, messages))
-            return encode_chat(self.tokenizer, messages, self.max_tokens)
-        except UserError as error:
-            raise UserError(f"sample {sample.key}: {error}") from None
+            try:
+                messages = sample.messages or parse_conversation(
+                    sample.record, needs_answer=not self.for_generation
+                )
+                if not self.for_generation:
+                    return encode_chat(self.tokenizer, messages, self.max_tokens)
+                ids = encode_chat_prompt(self.tokenizer, messages)
+            except UserError as error:
+                raise UserError(f"sample {sample.key}: {error}") from None
+        else:
+            prompt = build_prompt(sample.record, self.task, prompt=self.prompt, scienceqa=self.scienceqa)
+            if not self.for_generation:
+                target = build_target(sample.record, self.task, scienceqa=self.scienceqa)
+                return encode(self.tokenizer, prompt, target, self.max_tokens)
+            ids = encode_prompt(self.tokenizer, prompt, self.answer_prefix)
+        return ids, [IGNORE_INDEX] * len(ids)
 
     def _pixels(self, samples: Sequence[Sample]) -> Float[Tensor, "batch 3 height width"]:
         augment = None if self.for_generation else self.augment
@@ -241,7 +232,3 @@ class Collator:
                 view = augment(sample.image, sample) if augment else sample.image
                 pixels[i] = self.image_transform(view)
         return pixels
-
-
-def _without_labels(ids: list[int]) -> tuple[list[int], list[int]]:
-    return ids, [IGNORE_INDEX] * len(ids)

@@ -1,4 +1,4 @@
-"""What one epoch goes through, every caption of every row or every row once; and how a row is read."""
+"""The examples of an epoch, every caption of every row or every row once; and how a row is read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int64, Integer
 
 from dehvf_ds.batch import Sample
-from dehvf_ds.config import DataConfig, UserError
+from dehvf_ds.config import DataConfig
 from dehvf_ds.data.images import decode_image
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.order import MAX_STREAMS, Purpose, random_words
@@ -22,7 +22,7 @@ from dehvf_ds.data.shards import UNDECODABLE, DamagedSample, picture_name
 
 
 class _Shard(NamedTuple):
-    """Captions of a shard's rows, at least 1 in ``counts``, and where each row's texts end in the shard."""
+    """Captions of a shard's rows, ``counts`` of its texts (at least 1), and where each row's texts end."""
 
     captions: Integer[np.ndarray, " rows"]
     counts: Int64[np.ndarray, " rows"]
@@ -32,17 +32,17 @@ class _Shard(NamedTuple):
 class Examples:
     """The examples of a data set by number.
 
-    In mode ``all`` a row of k captions is k examples (one, if it has none), and the number counts them in
-    stored order; in mode ``one`` it is the row's, and one caption is drawn for each epoch. What is known of
-    the rows is read shard by shard, as shards are touched, so that memory maps of any length stay on disk.
+    In mode ``all`` a row of k captions is k examples (one if it has none), numbered in stored order; in mode
+    ``one`` a row is one example, and one of its captions is drawn for each epoch. Caption counts and lengths
+    are read shard by shard as needed, so that memory maps of any length stay on disk.
 
     Attributes:
         index: the opened shards.
-        shard_sizes: examples of each shard, as ``SampleOrder`` takes them.
+        shard_sizes: examples of each shard.
     """
 
     def __init__(self, index: ShardIndex, *, mode: Literal["all", "one"], seed: int):
-        """Keeps where the shards begin; ``seed`` draws the captions of ``one``."""
+        """Reads no rows yet; ``seed`` draws the captions of ``one``."""
         self.index = index
         self.shard_sizes = index.shard_examples if mode == "all" else index.shard_rows
         self._mode = mode
@@ -56,11 +56,11 @@ class Examples:
         self._chosen = cached(self._choose_texts)
 
     def __len__(self) -> int:
-        """Examples to go through in an epoch."""
+        """Examples of an epoch."""
         return int(self._firsts[-1])
 
     def resolve(self, epoch: int, example: int) -> tuple[int, int | None]:
-        """The row of an example and which of its captions to take; None where the row has none."""
+        """The row of an example and the number of its caption; None if the row has no captions."""
         shard, place = self._locate(example)
         captions, counts, ends = self._shard(shard)
         text = place if self._mode == "all" else int(self._chosen(epoch, shard)[place])
@@ -82,10 +82,9 @@ class Examples:
         return lengths
 
     def substitutes(self, example: int) -> Iterator[int]:
-        """What may stand in for a damaged example: each other one of its shard, always in one order.
+        """Yields what may replace a damaged example: all others of its shard, always in the same order.
 
-        It leaves the row at once, to a different one for each of its captions, and comes to the row's other
-        captions last.
+        Each caption of a row starts at a different other row; the row's own other captions come last.
         """
         shard, place = self._locate(example)
         size, begin, end = self.shard_sizes[shard], place, place + 1
@@ -121,18 +120,14 @@ class Examples:
         """The text of each row of a shard for an epoch."""
         _, counts, ends = self._shard(shard)
         words = random_words(self._seed, Purpose.CAPTION, epoch, shard, 0, len(counts))
-        # The remainder's bias, count / 2**64, is nothing.
+        # The bias of the remainder, count / 2**64, is negligible.
         return ends - counts + (words % counts.astype(np.uint64)).astype(np.int64)
 
 
 def open_examples(config: DataConfig, *, seed: int) -> Examples:
-    """Opens the training shards, if they hold rows of the task and no others."""
+    """Opens the training shards; they must hold rows of the task only."""
     index = ShardIndex.of_training(config)
     index.check_task(config.task)
-    # Manifests of format 2 do not count tasks.
-    if index.num_without_captions != (0 if config.task == "caption" else len(index)):
-        held = "rows without captions" if config.task == "caption" else "captions"
-        raise UserError(f"{config.train}: holds {held}, not rows as data.task {config.task} needs")
     return Examples(index, mode=config.captions, seed=seed)
 
 
@@ -146,29 +141,22 @@ def read_sample(
     shorter_side: int | None = None,
     task: Task | None = None,
 ) -> Sample:
-    """Reads and decodes one row.
+    """Reads and decodes one row; ``epoch`` and ``example`` as in ``Sample``, the side as in ``decode_image``.
 
-    Args:
-        index: the data set.
-        row: the row's number.
-        epoch: epoch in which it was drawn.
-        example: its number among the epoch's examples.
-        caption: number of the caption to learn, which becomes the record's field ``caption``.
-        shorter_side: pixels that the transform will keep of the shorter side; lets large JPEGs decode faster.
-        task: what the row must be for; None takes any.
+    ``caption`` is the number of the caption to learn, which becomes the record's field ``caption``.
 
     Raises:
-        DamagedSample: the row is damaged, of another task, or lacks its picture.
+        DamagedSample: the row is damaged, lacks its picture, or is not for ``task`` (None accepts any).
     """
     members = index.read(row)
     where = f"{members['__url__']} ({members['__key__']})"
     try:
         checked = read_record({**members, "__url__": where})
     except DamagedSample as error:
-        remedy = f"tools/build_shards.py index {index.directory} --overwrite --skip-bad"
-        raise DamagedSample(
-            f"{error}; build the shards again, or leave such samples out: {remedy}", error.reason
-        ) from None
+        remedy = (
+            f"leave such samples out: tools/build_shards.py index {index.directory} --overwrite --skip-bad"
+        )
+        raise DamagedSample(f"{error}; build the shards again, or {remedy}", error.reason) from None
     if task is not None and checked.task != task:
         raise DamagedSample(f"{where}: a row for data.task {checked.task}, not {task}")
     record, name = checked.record, picture_name(members)

@@ -1,8 +1,7 @@
-"""A shard directory opened: what its manifest promises, where each sample lies, and reading it at random.
+"""An opened shard directory: its manifest, where each sample is, and reading samples in any order.
 
-``index.npy`` (``ShardTable.rows`` of all shards) and ``text_lengths.npy`` stand beside ``manifest.json``,
-which is written last and vouches for all. The index makes every sample one byte range, so that the order of
-the samples is free of that in the files.
+``index.npy`` (``ShardTable.rows`` of all shards) and ``text_lengths.npy`` are beside ``manifest.json``, which
+is written last. The index makes every sample one byte range.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import json
 import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from jaxtyping import Int32, Int64
 from dehvf_ds.config import DataConfig, UserError, looked_in
 from dehvf_ds.data.prompts import Task
 from dehvf_ds.data.shards import DamagedSample, one_line, parse_members
-from dehvf_ds.data.storage import ShardFile, build_storage, is_remote, shown
+from dehvf_ds.data.storage import FULL_DISK, ShardFile, build_storage, is_remote, shown
 
 FORMAT_VERSION = 3
 OLDER_VERSIONS = (2,)
-"""Read, too: without the counts of pictures and tasks, so that rows are checked as they are read only."""
+"""Also read: without counts of pictures and tasks, so that rows are only checked as they are read."""
 
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
@@ -34,18 +34,16 @@ PLAIN_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._=-]*")
 
 
 class ShardIndex:
-    """A shard directory opened for reading at random.
+    """A shard directory opened for reading in any order.
 
     Opening reads the manifest, lists the directory and maps the index: milliseconds at any number of samples,
     microseconds a shard. Workers get their own instance by pickling (the directory is opened again) or by
     forking.
 
     Attributes:
-        directory: the shard directory.
-        manifest: the parsed ``manifest.json``.
         shard_names: file name of each shard, in the manifest's order.
         shard_rows: samples of each shard.
-        shard_examples: examples of each shard when every caption is one.
+        shard_examples: examples of each shard, every caption counted as one.
         text_lengths: characters of each example's text (mapped, not read).
     """
 
@@ -57,7 +55,7 @@ class ShardIndex:
         cache_dir: str | None = None,
         cache_gb: float = 100.0,
     ):
-        """Opens ``directory`` and checks that its parts agree; ``DataConfig`` says what the others are."""
+        """Opens ``directory`` and checks that its parts agree; the rest as in ``DataConfig``."""
         self.directory = Path(directory)
         self._settings = {"location": location, "cache_dir": cache_dir, "cache_gb": cache_gb}
         self._location = str(directory) if location is None else location
@@ -88,19 +86,18 @@ class ShardIndex:
         return int(self.manifest["num_samples"])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.directory, self._settings)
+        return partial(ShardIndex, **self._settings), (self.directory,)
 
     def __del__(self) -> None:
-        # A constructor that raised has none.
+        # Missing if the constructor raised.
         if hasattr(self, "_storage"):
             self.close()
 
     @property
     def digest(self) -> str:
-        """What tells this data set from others, wherever it lies: a hash of its shards' hashes and samples.
+        """Identifies this data set wherever it is: a hash of its shards' hashes and numbers of samples.
 
-        Two indexes of the same shards differ where one leaves out more samples. Earlier versions' manifests
-        keep the digest that they had, so that runs on them go on.
+        Manifests of earlier versions keep the digest that they had, so that runs on them can be resumed.
         """
         counts = self.manifest["format_version"] not in OLDER_VERSIONS
         shards = [f"{s['sha256']}:{s['samples']}" if counts else s["sha256"] for s in self.manifest["shards"]]
@@ -108,7 +105,7 @@ class ShardIndex:
 
     @property
     def captions(self) -> Int64[np.ndarray, " samples"]:
-        """Number of captions of each row, 0 where the row is of another task (mapped, not read)."""
+        """Number of captions of each row, 0 for rows of another task (mapped, not read)."""
         return self._table[:, 2]
 
     @property
@@ -117,7 +114,7 @@ class ShardIndex:
         return sum(self.shard_examples) - int(self.manifest["num_captions"])
 
     def locate(self, sample_id: int) -> tuple[str, int, int]:
-        """Where a sample lies: its shard's name, and the offset and size of its members in bytes."""
+        """The name of a sample's shard, and the offset and size of its members in bytes."""
         offset, size = (int(value) for value in self._table[sample_id, :2])
         return self.shard_names[self._shard_of(sample_id)], offset, size
 
@@ -126,6 +123,7 @@ class ShardIndex:
 
         Raises:
             DamagedSample: the bytes cannot be read, or are not those that the index was made of.
+            OSError: the temporary directory is full.
         """
         shard = self._shard_of(sample_id)
         offset, size, _, checksum = (int(value) for value in self._table[sample_id])
@@ -135,11 +133,13 @@ class ShardIndex:
         try:
             data = self._storage.read(shard, offset, size) if fits else b""
         except OSError as error:
+            if error.errno in FULL_DISK:
+                raise
             raise DamagedSample(f"{where}: cannot be read: {one_line(error)}") from error
         if len(data) != size or zlib.crc32(data) != checksum:
             raise DamagedSample(
                 f"{where} ({size} bytes at {offset}): not the bytes that the index was made of; copy the "
-                f"shard again, or see what else is damaged: tools/build_shards.py verify {self.directory}"
+                f"shard again, or look for other damage: tools/build_shards.py verify {self.directory}"
             )
         members = parse_members(data, where)
         if self.manifest.get("key_prefix") == "shard":
@@ -147,13 +147,16 @@ class ShardIndex:
         return members
 
     def check_task(self, task: Task, flag: str = "data.task") -> None:
-        """Refuses rows of another task than the one that the user set by ``flag``, and captions alone."""
-        held = {name: count for name, count in self.manifest.get("tasks", {}).items() if name != task}
-        if held:
+        """Refuses rows of a task other than the one set by ``flag``, and captions without a picture."""
+        # Manifests of format 2 only count captions.
+        captions, others = len(self) - self.num_without_captions, self.num_without_captions
+        found = {"caption": captions, "another task" if task == "caption" else task: others}
+        found = self.manifest.get("tasks", found)
+        if held := {name: count for name, count in found.items() if name != task and count}:
             listed = ", ".join(f"{count} rows for {name}" for name, count in held.items())
             raise UserError(
                 f"{self.directory}: holds {listed}, not only for {flag} {task}; set {flag} to the shards' "
-                "own task, or build the shards of each task by itself"
+                "own task, or build shards for each task"
             )
         lost = len(self) - self.manifest.get("num_pictures", len(self))
         if task == "caption" and lost:
@@ -163,7 +166,7 @@ class ShardIndex:
             )
 
     def check_sizes(self) -> None:
-        """Refuses shards of another size than the manifest's; one look at each, so one process is enough."""
+        """Refuses shards whose size is not the manifest's; looks at each file, so one process should."""
         if is_remote(self._location):
             return
         paths = [Path(self._location) / name for name in self.shard_names]
@@ -175,7 +178,7 @@ class ShardIndex:
                     raise UserError(f"{path}: {num_bytes} bytes where {promised}; copy the shard again")
 
     def close(self) -> None:
-        """Closes what reads have opened; a later read opens it again."""
+        """Closes all open shards; a later read opens its shard again."""
         self._storage.close()
 
     def _shard_of(self, sample_id: int) -> int:
@@ -184,28 +187,27 @@ class ShardIndex:
         return int(np.searchsorted(self._ends, sample_id, side="right"))
 
     def _check_listing(self) -> None:
-        """Looks for the shards in one listing, cheaper for a metadata server than many looks."""
+        """Looks for the shards in one listing, which a metadata server answers faster than many lookups."""
         if is_remote(self._location):
             return
         try:
-            there = {path.name for path in Path(self._location).iterdir()}
+            listed = {path.name for path in Path(self._location).iterdir()}
         except OSError as error:
             raise UserError(f"data.location {self._location}: {one_line(error)}") from None
-        if missing := [name for name in self.shard_names if name not in there]:
-            others = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
-            path = Path(self._location) / missing[0]
-            raise UserError(f"{path}: no such shard{others}, but {MANIFEST_NAME} names it; copy it again")
+        if missing := [name for name in self.shard_names if name not in listed]:
+            first, count = Path(self._location) / missing[0], len(missing)
+            raise UserError(f"{first}: no such shard, but {MANIFEST_NAME} names it ({count} missing in all)")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Reads a shard directory's manifest and checks what is needed of it."""
+    """Reads and checks a shard directory's manifest."""
     path = directory / MANIFEST_NAME
     if not directory.is_dir():
         where = looked_in(directory)
         raise UserError(f"{directory}: no such directory{where}; build shards with tools/build_shards.py")
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file; build shards with tools/build_shards.py (it is written last), or index "
+            f"{path}: no such file; build shards with tools/build_shards.py (which writes it last), or index "
             f"those of another tool: tools/build_shards.py index {directory}"
         )
     try:
@@ -237,7 +239,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def open_tables(
     directory: Path, manifest: dict[str, Any]
 ) -> tuple[Int64[np.ndarray, "samples 4"], Int32[np.ndarray, " examples"]]:
-    """Maps ``index.npy`` and ``text_lengths.npy``, of the sizes that the manifest promises; reads nothing."""
+    """Maps ``index.npy`` and ``text_lengths.npy``, whose shapes must be the manifest's; reads nothing."""
     tables = []
     num_examples = sum(shard["examples"] for shard in manifest["shards"])
     shapes = {INDEX_NAME: (np.int64, (manifest["num_samples"], 4)), LENGTHS_NAME: (np.int32, (num_examples,))}
@@ -255,7 +257,3 @@ def open_tables(
             raise UserError(f"{path}: {table.dtype} {table.shape} where {promised}; copy both again")
         tables.append(table)
     return tables[0], tables[1]
-
-
-def _reopen(directory: Path, settings: dict[str, Any]) -> ShardIndex:
-    return ShardIndex(directory, **settings)

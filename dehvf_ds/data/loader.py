@@ -24,16 +24,16 @@ from dehvf_ds.data.order import Bucketing, MicroBatches, SampleOrder
 from dehvf_ds.data.shards import DamagedSample
 
 MAX_SUBSTITUTES = 15
-"""Other samples of its shard that are tried in a damaged one's place."""
+"""Other samples of its shard that are tried in place of a damaged one."""
 
 PREFETCHED_BATCHES = 4
 
-# Number of an example that is read for its shape alone: the first one.
+# Marks a row without labels, which is read from the first example.
 _PADDING = -1
 
 
 class BatchReader(Dataset):
-    """Micro-batches by what was drawn for them. A ``UserError`` is returned: torch wraps what is raised."""
+    """Micro-batches by their (epoch, example) pairs. Errors are returned: torch would wrap raised ones."""
 
     def __init__(
         self, examples: Examples, collator: Collator, *, shorter_side: int, max_substitutes: int = 0
@@ -41,20 +41,20 @@ class BatchReader(Dataset):
         """Reads nothing yet; ``shorter_side`` is that of ``read_sample``."""
         self._examples = examples
         self._collator = collator
-        self._how: dict[str, Any] = {"shorter_side": shorter_side, "task": collator.task}
+        self._shorter_side = shorter_side
         self._max_substitutes = max_substitutes
 
-    def __getitem__(self, drawn: Sequence[tuple[int, int]]) -> Batch | UserError:
+    def __getitem__(self, drawn: Sequence[tuple[int, int]]) -> Batch | UserError | OSError:
         try:
             rows = [self._read(epoch, max(example, 0)) for epoch, example in drawn]
             batch = self._collator([sample for sample, _ in rows])
-        except UserError as error:
-            return UserError(str(error))
+        except (UserError, OSError) as error:
+            return error
         batch.labels[[example == _PADDING for _, example in drawn]] = IGNORE_INDEX
         return replace(batch, substituted=tuple(damage for _, damage in rows if damage))
 
     def _read(self, epoch: int, example: int) -> tuple[Sample, tuple[str, str] | None]:
-        """The sample, or the one in its place with the damaged one's shard and what is wrong with it."""
+        """The sample, or a substitute together with the damaged one's shard and what is wrong with it."""
         try:
             return self._read_one(epoch, example), None
         except DamagedSample as error:
@@ -66,16 +66,23 @@ class BatchReader(Dataset):
         for other in islice(self._examples.substitutes(example), self._max_substitutes):
             with contextlib.suppress(DamagedSample):
                 return self._read_one(epoch, other), (shard, damage)
-        raise UserError(f"{damage} (nor could {self._max_substitutes} others of its shard take its place)")
+        raise UserError(f"{damage} ({self._max_substitutes} other samples of its shard are no better)")
 
     def _read_one(self, epoch: int, example: int) -> Sample:
         row, caption = self._examples.resolve(epoch, example)
-        place = {"epoch": epoch, "example": example, "caption": caption}
-        return read_sample(self._examples.index, row, **place, **self._how)
+        return read_sample(
+            self._examples.index,
+            row,
+            epoch=epoch,
+            example=example,
+            caption=caption,
+            shorter_side=self._shorter_side,
+            task=self._collator.task,
+        )
 
 
 class TrainingLoader(DataLoader):
-    """A DataLoader of ``Batch`` whose workers outlive signals, but not their rank."""
+    """A DataLoader of ``Batch`` whose workers survive signals, but not their rank."""
 
     _started: Iterator[Any] | None = None
 
@@ -87,33 +94,30 @@ class TrainingLoader(DataLoader):
         num_workers: int,
         again: bool = False,
     ):
-        """Puts a reader to work on micro-batches as they are drawn, in this process, for each iteration.
-
-        ``again`` says that it is iterated more than once; the same workers then serve every iteration.
-        """
+        """``drawn`` is iterated in this process; with ``again`` the same workers serve every iteration."""
         if num_workers:
-            # Workers are forked after the tokenizer has run; without this it prints a warning in each.
+            # Workers are forked after the tokenizer was used; without this each prints a warning.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         super().__init__(
             reader,
             batch_size=None,
             sampler=drawn,
             num_workers=num_workers,
-            # Forked workers share the maps of the index; started anew they would each open it.
+            # Forked workers share the maps of the index; spawned ones would each open it.
             multiprocessing_context="fork" if num_workers else None,
             worker_init_fn=_init_worker,
             persistent_workers=again and num_workers > 0,
             prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
-            # Its own generator: an iteration must not draw from the one that dropout uses.
+            # Its own generator: an iteration must not draw from the one used by dropout.
             generator=torch.Generator(),
         )
 
     def start(self) -> None:
         """Forks the workers, which begin to read the first iteration; without workers it does nothing.
 
-        To be called before the backends start and the model is built: a process forked while a thread of it
-        makes or ends a Python thread state hangs in CPython's own clean-up for ever (seen with 3.11, at a
-        validation's start), and CUDA's, NCCL's and gloo's threads are no better to fork beside.
+        Call it before the backends start and the model is built: a process forked while another thread
+        creates or ends a Python thread state hangs in CPython's clean-up (seen with 3.11, at a validation's
+        start), and forking beside the threads of CUDA, NCCL and gloo is no better.
         """
         if self.num_workers:
             self._started = self._fork()
@@ -123,23 +127,23 @@ class TrainingLoader(DataLoader):
         batches, self._started = self._fork() if self._started is None else self._started, None
         try:
             for batch in batches:
-                if isinstance(batch, UserError):
-                    raise UserError(str(batch))
+                if isinstance(batch, Exception):
+                    raise batch
                 yield batch
         except RuntimeError as error:
             if "exited unexpectedly" not in str(error):
                 raise
             raise JobError(
-                f"a process that reads data died ({error}); killed for the memory it took, perhaps: "
-                "data.num_workers sets how many there are"
+                f"a process that reads data died ({error}), perhaps for lack of memory: try fewer "
+                "data.num_workers"
             ) from None
         finally:
             # The last reference: workers end here, not in a garbage collection that waits 5 s for each.
             del batches
 
     def _fork(self):
-        # Workers begin with SIGTERM blocked. Blocked later, it would kill by way of a thread that a library
-        # started before: one of torch's `set_num_threads` took it in a preempted job.
+        # Workers start with SIGTERM blocked. Blocked later, it could still kill them through a thread that a
+        # library started before, as torch's `set_num_threads` did in a preempted job.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         on_child = signal.getsignal(signal.SIGCHLD)
         try:
@@ -147,13 +151,13 @@ class TrainingLoader(DataLoader):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if threading.current_thread() is threading.main_thread():
-                # Torch's raises wherever this process is when a worker dies, in what cleans up after an error
-                # too. Who waits for a batch looks after the workers every five seconds.
+                # Torch's handler raises wherever this process is when a worker dies, even in a clean-up after
+                # an error. Waiting for a batch checks the workers every five seconds anyway.
                 signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
 
 
 def epoch_samples(config: DataConfig, num_examples: int, global_batch_size: int) -> int:
-    """Samples that an epoch consumes: all, or with ``tail: drop`` those that fill its batches."""
+    """Samples that an epoch consumes: all, or with ``tail: drop`` those that fill batches."""
     if config.tail == "wrap":
         return num_examples
     if num_examples < global_batch_size:
@@ -180,9 +184,8 @@ def build_loader(
 ) -> TrainingLoader:
     """Builds one rank's loader of ``num_steps * accumulation`` micro-batches.
 
-    The order is drawn in this process, so the number of workers changes nothing but the speed. The state
-    to resume from is ``start_sample``, the samples that all ranks have consumed. ``seed`` is that of the
-    order and of augmentation.
+    ``start_sample``, the samples that all ranks have consumed, is all the state to resume from. ``seed`` is
+    that of the order and of augmentation.
     """
     global_batch_size = micro_batch_size * accumulation * world_size
     bucketing = Bucketing(config.bucket_steps, global_batch_size, examples.lengths)
@@ -205,7 +208,7 @@ def build_loader(
     collator = replace(
         _build_collator(config, tokenizer, image_transform), augment=build_augment(config.augment, seed=seed)
     )
-    # A random crop shows a part of the picture at the tower's size.
+    # A random crop is part of a picture, and that part is resized to the tower's size.
     side = round(image_transform.image_size / config.augment.min_crop**0.5)
     max_substitutes = MAX_SUBSTITUTES if config.on_bad == "substitute" else 0
     reader = BatchReader(examples, collator, shorter_side=side, max_substitutes=max_substitutes)
@@ -213,7 +216,7 @@ def build_loader(
 
 
 def open_validation(config: DataConfig) -> Examples | None:
-    """Opens the validation shards, of which every caption is an example; None where there are none."""
+    """Opens the validation shards, every caption being an example; None if there are none."""
     if config.val is None:
         return None
     return open_examples(replace(config, train=config.val, location=None, captions="all"), seed=0)
@@ -231,9 +234,9 @@ def build_validation_loader(
 ) -> TrainingLoader:
     """Builds one rank's loader of the first ``val_samples`` validation examples, in stored order.
 
-    Every rank gets equally many micro-batches: where the rows do not fill them, rows without anything
-    supervised follow, so that the summed loss and token count are those of the rows alone. It can be
-    iterated again and again; ``start`` it before the training.
+    Every rank gets the same number of micro-batches; rows without labels fill them up, so that the summed
+    loss and token count are those of the examples. It can be iterated repeatedly; ``start`` it before the
+    training.
     """
     num_rows = min(len(examples), config.val_samples or len(examples))
     num_batches = -(-num_rows // (micro_batch_size * world_size))
@@ -261,9 +264,9 @@ def _build_collator(
 def _init_worker(worker_id: int) -> None:
     """Leaves the signals of an ending job to the rank's own process, which saves and then ends its workers.
 
-    SLURM and terminals signal every process of a job; a worker that died of it would take the rank's save
-    along. Only the parent's SIGTERM counts (it is blocked in all threads, and one waits for it), and a worker
-    whose parent is gone ends by torch's watchdog.
+    SLURM and terminals signal every process of a job; a worker that died of it would prevent the rank's save.
+    Only the parent's SIGTERM counts (it is blocked in all threads, and one waits for it); torch's watchdog
+    ends a worker whose parent is gone.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

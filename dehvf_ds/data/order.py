@@ -1,16 +1,16 @@
 """The order of the samples: a pure function of (seed, epoch), the same on any number of ranks and workers.
 
 C canonical streams share the examples: each owns a stretch of shards, permutes it anew every epoch, and is
-read in turn with the others. That gives one global sequence without an end: position p belongs to stream
-p mod C, and the epochs follow one another in it. Each optimizer step takes the next ``global_batch_size``
-positions, so every step is full on all ranks, and the state to resume from is one number, the samples
-consumed. Ours; the streams are after MosaicML Streaming's canonical nodes.
+read in turn with the others. The result is one endless global sequence: position p belongs to stream
+p mod C, and epochs follow one another in it. Each optimizer step takes the next ``global_batch_size``
+positions, so every step is full on all ranks, and the number of samples consumed is all the state needed to
+resume. Ours; the streams are modelled on MosaicML Streaming's canonical nodes.
 
-A rank whose world size divides C reads the shards of its own C / world size streams, nearly the same ones in
-every epoch: about C / world size x (1 + window / examples of a shard) shards are in use at a time. The window
-holds numbers, not samples; a longer one spreads the captions of a picture further apart, and the reads over
-more shards. Bucketing makes the rows of a step alike in length, and in whatever goes along with it, such as
-the source of a row.
+If the world size divides C, a rank reads the shards of its own C / world size streams, nearly the same ones
+in every epoch: about C / world size x (1 + window / examples of a shard) shards are in use at a time. The
+window holds numbers, not samples; a longer one spreads the captions of a picture further apart, and the reads
+over more shards. Bucketing gives the rows of a step similar lengths, and whatever else depends on length,
+such as the source of a row.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 MAX_STREAMS = 64
-"""Canonical streams. A part of the order: a change of this number changes every run's samples."""
+"""Canonical streams. Changing this number changes every run's order."""
 
 
 class Purpose(IntEnum):
-    """What random words are for. A change of a number changes what every run draws."""
+    """What random words are for. Changing a number changes what every run draws."""
 
     SHARDS = 0
     FIRST_PASS = 1
@@ -43,20 +43,20 @@ class Purpose(IntEnum):
 def random_words(
     seed: int, purpose: Purpose, epoch: int, group: int, number: int, count: int
 ) -> UInt64[np.ndarray, " count"]:
-    """Random 64-bit words as a pure function of what they are drawn for; no generator's state is kept.
+    """Random 64-bit words as a pure function of what they are drawn for.
 
-    Raw words: numpy promises those across versions, not ``Generator``'s methods. ``group`` is a stream or
-    shard, ``number`` a block, a window or an example. Of the seed 64 bits count.
+    Raw words are the same in all versions of numpy, unlike ``Generator``'s methods. ``group`` is a stream or
+    shard, ``number`` a block, a window or an example. The seed is taken modulo 2**64.
     """
     entropy = np.random.SeedSequence([seed & (2**64 - 1), int(purpose), epoch, group, number])
     return np.random.PCG64(entropy).random_raw(count)
 
 
 class Bucketing(NamedTuple):
-    """Rows of similar length in each optimizer step: inside windows of ``steps`` steps they change places.
+    """Sorts rows of similar length into the same optimizer step, within windows of ``steps`` steps.
 
-    ``global_batch_size`` becomes a part of the order, which else does not depend on it; ``lengths`` are those
-    of an epoch's examples in any unit, as ``Examples.lengths``.
+    The order then depends on ``global_batch_size``. ``lengths`` takes an epoch and its examples, and returns
+    their lengths in any unit, as ``Examples.lengths`` does.
     """
 
     steps: int
@@ -65,7 +65,7 @@ class Bucketing(NamedTuple):
 
 
 class _Stretch(NamedTuple):
-    """A stream's pieces of shards in an epoch's order; ``left_out`` places from ``hole`` on are not used."""
+    """A stream's pieces of shards in an epoch's order; ``left_out`` places from ``hole`` on are skipped."""
 
     ends: Int64[np.ndarray, " pieces"]
     offsets: Int64[np.ndarray, " pieces"]
@@ -88,13 +88,13 @@ class SampleOrder:
     """The endless global sequence of (epoch, example).
 
     A position is found without its predecessors: the shards of its stream and one or two blocks of half a
-    window are drawn, about 0.1 us an example of the window, and kept for the positions that follow.
+    window are drawn, about 0.1 us per example of the window, and kept for the positions that follow.
 
     Attributes:
-        num_examples: N, the examples to choose from.
-        epoch_length: U, positions of an epoch; no example stands twice in it.
-        num_streams: C, the largest power of two that neither ``MAX_STREAMS`` nor the number of shards
-            nor that of examples is below. It never depends on the world size.
+        num_examples: examples to choose from.
+        epoch_length: positions of an epoch; no example occurs twice in it.
+        num_streams: C, the largest power of two up to ``MAX_STREAMS``, the number of shards and that of
+            examples. It never depends on the world size.
     """
 
     def __init__(
@@ -112,13 +112,13 @@ class SampleOrder:
             shard_sizes: examples of each shard, in stored order.
             seed: of the run.
             window: examples among which a stream's order is drawn: shards are permuted, then every example
-                moves by less than this. A window as long as the stream shuffles it whole.
-            epoch_length: examples of an epoch, all of them if None. With fewer, others are left out of each
-                epoch, one run of neighbours in each stream's order.
-            bucketing: changes places inside each stream; which rows a window of steps holds stays as drawn,
-                and how many each stream gives to a step.
+                moves by less than this. A window as long as the stream shuffles it completely.
+            epoch_length: examples of an epoch, all of them if None. If fewer, each epoch leaves out others,
+                one run of neighbours in each stream's order.
+            bucketing: reorders inside each stream; the rows of a window of steps stay the same, and so does
+                each stream's number of rows in a step.
         """
-        # Repeated ends are those of empty shards.
+        # Empty shards repeat an end.
         self._shard_ends = np.unique(np.cumsum(shard_sizes, dtype=np.int64))
         self.num_examples = int(self._shard_ends[-1])
         self.epoch_length = self.num_examples if epoch_length is None else epoch_length
@@ -129,7 +129,7 @@ class SampleOrder:
         self._seed = seed
         self._window = window
         self._bucketing = bucketing
-        # Streams are read in turn: each keeps what it reads from now, and what an epoch's bound adds.
+        # Streams are read in turn: each keeps what it reads from, also across the end of an epoch.
         cached = lru_cache(maxsize=2 * self.num_streams)
         self._stretch = cached(self._draw_stretch)
         self._first_pass = cached(self._draw_first_pass)
@@ -144,7 +144,7 @@ class SampleOrder:
             return epoch, self._example(epoch, stream, index // self.num_streams)
         span = self._bucketing.steps * self._bucketing.global_batch_size
         window = position // span
-        # The stream's first position in the window is less than C after the window's begin in the epoch.
+        # The stream's first position in the window is less than C after the window begins in the epoch.
         turn = min(position - window * span, index) // self.num_streams
         return epoch, int(self._bucket(epoch, stream, window)[turn])
 
@@ -157,7 +157,7 @@ class SampleOrder:
 
     def _draw_stretch(self, epoch: int, stream: int) -> _Stretch:
         used = self._deal(self.epoch_length, epoch)
-        # Where C divides the epoch, ``used`` is the same in all of them; so are then the stretches' bounds.
+        # If C divides the epoch, ``used`` is the same in all epochs, and so are the stretches' bounds.
         turn = epoch if self.epoch_length % self.num_streams else 0
         left_out = self._deal(self.num_examples - self.epoch_length, turn)
         ends = np.cumsum(used + left_out)
@@ -181,17 +181,17 @@ class SampleOrder:
     def _deal(self, count: int, epoch: int) -> Int64[np.ndarray, " streams"]:
         """Each stream's share of ``count``, dealt in turn, every epoch from where the last one stopped.
 
-        So position mod C names the stream in every epoch, even where C does not divide the epoch.
+        So position mod C is the stream in every epoch, even if C does not divide the epoch.
         """
         first = (np.arange(self.num_streams) - epoch * count) % self.num_streams
         return (count - first + self.num_streams - 1) // self.num_streams
 
     def _draw_block(self, epoch: int, stream: int, number: int) -> Int64[np.ndarray, " examples"]:
-        """A block of the second pass, which stands half a block before those of the first."""
+        """A block of the second pass, whose blocks begin half a block before those of the first."""
         stretch = self._stretch(epoch, stream)
         begin, end = stretch.bounds(number)
         places = begin + self._permute(Purpose.SECOND_PASS, epoch, stream, number, end - begin)
-        # Without a shift one pass says all: the block is the whole stretch, or a single example.
+        # Without a shift one pass is enough: the block is the whole stretch, or a single example.
         if stretch.shift:
             first = begin // stretch.block
             before = range(first, (end - 1) // stretch.block + 1)
@@ -206,7 +206,7 @@ class SampleOrder:
         return begin + self._permute(Purpose.FIRST_PASS, epoch, stream, number, end - begin)
 
     def _draw_bucket(self, epoch: int, stream: int, window: int) -> Int64[np.ndarray, " examples"]:
-        """A stream's examples in a window of steps, as far as the window lies in the epoch."""
+        """A stream's examples in the part of a window of steps that is in the epoch."""
         assert self._bucketing is not None
         steps, rows = self._bucketing.steps, self._bucketing.global_batch_size
         first = epoch * self.epoch_length
@@ -215,7 +215,7 @@ class SampleOrder:
         positions = np.arange(begin + (stream - begin) % self.num_streams, end, self.num_streams)
         turns = ((positions - first) // self.num_streams).tolist()
         drawn = np.array([self._example(epoch, stream, turn) for turn in turns], dtype=np.int64)
-        # All streams draw the same order of the steps, so that the short ones of each meet in one step.
+        # All streams draw the same order of the steps, so that their short rows meet in one step.
         keys = random_words(self._seed, Purpose.STEPS, 0, 0, window, steps)[positions // rows % steps]
         dealt = np.empty_like(drawn)
         by_length = np.argsort(self._bucketing.lengths(epoch, drawn), kind="stable")
@@ -231,12 +231,12 @@ class SampleOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatches:
-    """One rank's micro-batches, each a list of (epoch, example); ``accumulation`` to an optimizer step.
+    """One rank's micro-batches, each a list of (epoch, example); ``accumulation`` make an optimizer step.
 
     Step s takes positions [start_sample + s G, start_sample + (s + 1) G), G = micro_batch_size x accumulation
-    x world_size; rank r takes every world_size-th from its r-th on, in rising order. ``start_sample`` are
-    the samples consumed before, by any number of ranks and with any batch size; a rank keeps its streams over
-    a resumption if it is a multiple of the world size.
+    x world_size; rank r takes every world_size-th of them, beginning with the r-th. ``start_sample`` is the
+    number of samples consumed before, by any number of ranks and with any batch size; a resumed rank keeps
+    its streams if that is a multiple of the world size.
     """
 
     order: SampleOrder

@@ -15,8 +15,7 @@ from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.chat import PLACEHOLDER, Messages, parse_conversation
-from dehvf_ds.data.prompts import Task
+from dehvf_ds.data.prompts import PLACEHOLDER, Messages, Task, parse_conversation
 from dehvf_ds.data.shards import (
     BAD_CHAT,
     BAD_PROBLEM,

@@ -11,6 +11,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,24 +43,22 @@ NO_PICTURES = (
     *("md5", "sha1", "sha256", "hash", "score", "scores", "meta", "metadata", "caption", "text", "log"),
     *("jsonl", "yaml", "yml", "toml", "ini", "csv", "tsv", "xml", "html", "htm", "md"),
 )
-"""Endings of members that surely are no picture. A sample with any other one is not text only, for that may
-be its picture in a form that is not decoded (HEIC, SVG, video, arrays, bytes)."""
+"""Endings of members that are certainly no picture; any other may be one in a form that is not decoded (HEIC,
+SVG, video, arrays, bytes), so its sample is not text-only."""
 
-SIDE_BY_SIDE = (
-    "a sample's members must stand side by side: write the tar in the order of the names (tar --sort=name)"
-)
-"""What to do where they do not."""
+SIDE_BY_SIDE = "a sample's members must lie side by side: write the tar sorted by name (tar --sort=name)"
 
-LFS_POINTER = b"version https://git-lfs"
-"""How the text begins that git leaves in the place of a large file that was not fetched."""
-
-FOREIGN_FILES = {
-    LFS_POINTER: "a Git LFS pointer: git lfs pull",
+BINARY_FILES = {
+    b"version https://git-lfs": "a Git LFS pointer: git lfs pull",
     b"\x1f\x8b": "packed by gzip: unpack it",
     b"BZh": "packed by bzip2: unpack it",
     b"\xfd7zXZ": "packed by xz: unpack it",
     b"\x28\xb5\x2f\xfd": "packed by zstd: unpack it",
-    b"PK": "packed by zip: unpack it",
+    b"PK\x03\x04": "a zip archive (unpack it) or a spreadsheet (save it as text)",
+    b"\xd0\xcf\x11\xe0": "a spreadsheet (.xls): save it as csv in UTF-8",
+    b"PAR1": "a parquet table: save it as text",
+}
+_FOREIGN_FILES = BINARY_FILES | {
     b"<svg": "an SVG drawing: convert it",
     b"<?xml": "XML, such as an SVG drawing: convert it",
     b"<": "a web page: fetch the file again",
@@ -67,8 +66,6 @@ FOREIGN_FILES = {
     b"ftyphei": "HEIC, as iPhones write: convert it",
     b"ftypmif1": "HEIC, as iPhones write: convert it",
 }
-"""What else lies under the name of a shard or a picture, by its first bytes (or those behind a length), and
-what to do."""
 
 # Two zero blocks end a tar archive; a byte range from its middle has none.
 _END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
@@ -79,14 +76,11 @@ _NO_MEMBER = re.compile(
     r"(?:.*/)?(?:\.[^./][^/]*|Thumbs\.db|desktop\.ini|(?:__MACOSX|PaxHeaders?[^/]*)/.*)|__[^/]*__(?:/(?s:.*))?",
     re.IGNORECASE,
 )
+_SPLIT = "a key ends at the first dot of a name, so rename files whose names have more"
 
 
 class DamagedSample(UserError):
-    """A sample that cannot be used; ``data.on_bad`` and ``--skip-bad`` say what becomes of it.
-
-    Attributes:
-        reason: one of the words above.
-    """
+    """A sample that cannot be used, for one of the reasons above; see ``data.on_bad`` and ``--skip-bad``."""
 
     def __init__(self, message: str, reason: str = BAD_RECORD):
         super().__init__(message)
@@ -95,19 +89,15 @@ class DamagedSample(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRow:
-    """One sample to be written.
-
-    Attributes:
-        key: unique in the data set, free of dots, slashes and white space.
-        members: bytes by member name: ``json`` and at most one of ``IMAGE_MEMBERS``.
-    """
+    """One sample to be written; the key is free of dots, slashes and white space."""
 
     key: str
     members: dict[str, bytes]
+    """bytes by member name: ``json`` and at most one of ``IMAGE_MEMBERS``"""
 
 
 class SampleRange(NamedTuple):
-    """Where a sample lies in its shard: key, first byte, end; ``problem`` if its name cannot be used."""
+    """Where a sample is in its shard: key, first byte, end; ``problem`` if its name cannot be used."""
 
     key: str
     begin: int
@@ -120,9 +110,9 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def told_by_first_bytes(data: bytes, kinds: Mapping[bytes, str]) -> str | None:
-    """What a file of another kind than its name says is, by how it begins; None if no kind begins so."""
-    return next((told for start, told in kinds.items() if data.startswith(start)), None)
+def foreign_kind(data: bytes, kinds: Mapping[bytes, str] = _FOREIGN_FILES) -> str | None:
+    """What a file that is no picture, tar or text is, by its first bytes, and what to do; None if unknown."""
+    return next((kind for start, kind in kinds.items() if data.startswith(start)), None)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -142,16 +132,14 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def picture_name(members: Mapping[str, Any]) -> str | None:
-    """Name of the picture among a sample's members, as ``parse_members`` gives them."""
+    """Name of the picture among a sample's members, as ``parse_members`` returns them."""
     return next((name for name in IMAGE_MEMBERS if name in members), None)
 
 
 def parse_members(data: bytes, where: str) -> dict[str, Any]:
-    """Splits one sample's byte range: ``__key__`` and ``__url__`` (str), and bytes by ending.
+    """Splits one sample's byte range: ``__key__`` and ``__url__`` (str), and bytes by last ending.
 
-    The picture stands under its last ending, one of ``IMAGE_MEMBERS``, and the texts under ``json`` and
-    ``txt``, whatever stands before these (``s0.input.jpg``). A ``DamagedSample`` says what cannot be: several
-    samples or pictures, a link in the place of a file, no text.
+    Several samples or pictures, a link in place of a file, or no text at all are a ``DamagedSample``.
     """
     members: dict[str, bytes] = {}
     keys = set()
@@ -179,11 +167,42 @@ def parse_members(data: bytes, where: str) -> dict[str, Any]:
     return {"__key__": keys.pop(), "__url__": where, **found}
 
 
+def _by_kind(members: dict[str, bytes]) -> dict[str, bytes]:
+    """The members, with picture and texts under their last endings."""
+    kinds = {name: name.rpartition(".")[2] for name in members}
+    pictures = [name for name, kind in kinds.items() if kind in IMAGE_MEMBERS]
+    texts = [name for name, kind in kinds.items() if kind in TEXT_MEMBERS]
+    if len(pictures) > 1:
+        several = f"holds {len(pictures)} pictures ({_listed(pictures)}); only one is read: {_SPLIT}"
+        raise DamagedSample(several, SEVERAL_PICTURES)
+    found = dict(members)
+    for name in (*pictures, *texts):
+        if (kind := kinds[name]) in members:
+            continue
+        if len(same := [text for text in texts if kinds[text] == kind]) > 1:
+            raise DamagedSample(f"holds {len(same)} members .{kind} ({_listed(same)}); keep one")
+        found[kind] = found.pop(name)
+    for picture, text in product(pictures, texts):
+        parts = [name.rpartition(".")[0] for name in (picture, text)]
+        if parts[0] != parts[1] and all(re.search(r"\d", part) for part in parts):
+            raise DamagedSample(
+                f"holds .{picture} beside .{text}, which are of two samples: {_SPLIT}", BAD_NAME
+            )
+    if not texts:
+        held = _listed(list(members))
+        raise DamagedSample(f"lacks its .json or .txt (it holds {held}); {SIDE_BY_SIDE}", NO_CAPTION)
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f".{name}" for name in names[:3]) + (", .." if len(names) > 3 else "")
+
+
 def sample_ranges(path: Path, shown: Path) -> Iterator[SampleRange]:
     """Yields every sample of a shard in order; neighbours of one key belong together.
 
-    Archives that were joined by ``cat`` are read to the end: after the mark of one's end the next may begin.
-    What is no whole tar is a ``UserError`` that calls it ``shown``.
+    Archives joined by ``cat`` are read to the end: another may follow one's end mark. Anything but a whole
+    tar is a ``UserError``, which calls it ``shown``.
     """
     try:
         with path.open("rb") as file:
@@ -196,8 +215,7 @@ def sample_ranges(path: Path, shown: Path) -> Iterator[SampleRange]:
                 start = _next_archive(file, end)
     except (tarfile.TarError, EOFError, OverflowError) as error:
         with path.open("rb") as file:
-            begin = file.read(tarfile.BLOCKSIZE).lstrip()
-        kind = told_by_first_bytes(begin, FOREIGN_FILES)
+            kind = foreign_kind(file.read(tarfile.BLOCKSIZE).lstrip())
         remedy = f"it is {kind}" if kind else "copy it again"
         raise UserError(f"{shown}: not a whole, uncompressed tar: {one_line(error)}; {remedy}") from None
 
@@ -207,7 +225,7 @@ def _ranges_of(archive: tarfile.TarFile) -> Iterator[SampleRange]:
     while info := archive.next():
         # tarfile remembers every member; a shard of millions would fill the memory.
         archive.members = []  # pyright: ignore[reportAttributeAccessIssue]
-        # Where the next header begins: ``size`` is another for sparse files and links.
+        # Where the next header begins: ``size`` differs for sparse files and links.
         key, end, problem = "", archive.offset, None
         try:
             if info.isdir() or (parts := split_name(info.name)) is None:
@@ -226,7 +244,7 @@ def _ranges_of(archive: tarfile.TarFile) -> Iterator[SampleRange]:
 
 
 def _next_archive(file: io.BufferedReader, end: int) -> int | None:
-    """Where an archive that follows the one which ends at ``end`` begins; None if only zeros follow."""
+    """Where the archive that follows the one ending at ``end`` begins; None if only zeros follow."""
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         # An archive that was cut between two members would look whole.
@@ -238,38 +256,3 @@ def _next_archive(file: io.BufferedReader, end: int) -> int | None:
         if rest:
             return place - place % tarfile.BLOCKSIZE
     return None
-
-
-def _by_kind(members: dict[str, bytes]) -> dict[str, bytes]:
-    """The members with picture and texts under their last endings alone."""
-    kinds: dict[str, list[str]] = {}
-    for name in members:
-        kinds.setdefault(name.rpartition(".")[2], []).append(name)
-    pictures = [name for kind in IMAGE_MEMBERS for name in kinds.get(kind, ())]
-    texts = [name for kind in TEXT_MEMBERS for name in kinds.get(kind, ())]
-    split = "a key ends at the first dot of a name, so rename files whose names have more"
-    if len(pictures) > 1:
-        several = f"holds {len(pictures)} pictures ({_listed(pictures)}); one a sample is read: {split}"
-        raise DamagedSample(several, SEVERAL_PICTURES)
-    found = dict(members)
-    for kind in (*IMAGE_MEMBERS, *TEXT_MEMBERS):
-        names = kinds.get(kind, [])
-        if kind in members or not names:
-            continue
-        if len(names) > 1:
-            raise DamagedSample(f"holds {len(names)} members .{kind} ({_listed(names)}); keep one")
-        found[kind] = found.pop(names[0])
-    for picture, text in ((picture, text) for picture in pictures for text in texts):
-        parts = [name.rpartition(".")[0] for name in (picture, text)]
-        if parts[0] != parts[1] and all(re.search(r"\d", part) for part in parts):
-            raise DamagedSample(
-                f"holds .{picture} beside .{text}, which are of two samples: {split}", BAD_NAME
-            )
-    if not texts:
-        held = _listed(list(members))
-        raise DamagedSample(f"lacks its .json or .txt (it holds {held}); {SIDE_BY_SIDE}", NO_CAPTION)
-    return found
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(f".{name}" for name in names[:3]) + (", .." if len(names) > 3 else "")

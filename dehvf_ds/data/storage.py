@@ -1,7 +1,7 @@
-"""Where a shard's bytes come from: a file, a copy of it on a local disk, or a stream that is read forward.
+"""Reads byte ranges of shards: from files, from copies on a local disk, or from streams read forward.
 
-Each gives any byte range of any shard, so the order of the samples is the same wherever the shards lie.
-Addresses (``https://``, ``s3://``, ``gs://``, ``hf://``, ..) are fsspec's; some need a package of their own.
+Addresses (``https://``, ``s3://``, ``gs://``,
+``hf://``, ..) are fsspec's; some need a package of their own.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 from filelock import FileLock
@@ -30,31 +31,21 @@ from dehvf_ds.data.shards import one_line
 
 MAX_OPEN_SHARDS = 64
 CHUNK_BYTES = 1 << 20
-# A copy takes minutes at most; what is older was left by a killed process.
+# A copy takes minutes at most; anything older was left by a killed process.
 STALE_S = 3600.0
-
-# A server that does not answer, or brings nothing while it is waited for, is asked again after so long ..
-CONNECT_S = 30
-STALL_S = 60
-# .. and for so long.
+# A request that does not connect, or delivers nothing, for so long is repeated ..
+CONNECT_S, STALL_S = 30, 60
+# .. until nothing has come for so long.
 RETRY_WITHIN_S = 120.0
 RETRY_PAUSE_S = 2.0
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
-_NO_FILE = "there is no such file; look at data.location, or copy the shard there"
-_REMEDIES = {
-    401: "the server wants a login; put it into the address, or use pipe: with a command that has it",
-    403: "the server refuses it; look at permissions, or make a signed address anew that may have expired",
-    404: _NO_FILE,
-    410: _NO_FILE,
-    429: "the server has too many requests; try again later, or with a data.cache_dir",
-}
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]*@")
 _QUERY = re.compile(r"(://[^?\s]*)\?[^\s'\"]*")
 
 
-@dataclass(frozen=True)
-class ShardFile:
-    """A shard as the manifest names it: file name, size in bytes, hash."""
+class ShardFile(NamedTuple):
+    """A shard as in the manifest."""
 
     name: str
     num_bytes: int
@@ -75,14 +66,9 @@ class Storage:
         self._owner, self._parents = os.getpid(), self._opened
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Reads a range; fewer bytes at the shard's end.
-
-        Raises:
-            OSError: what cannot be read or fetched, in one line that names the file, address or command.
-            UserError: the cache cannot be written.
-        """
+        """Reads a range, or fewer bytes at the shard's end; an ``OSError`` explains itself in one line."""
         if self._owner != os.getpid():
-            # A forked worker: the parent's streams have a position that is not ours, and are not ours to end.
+            # A forked worker: the parent's streams have another position, and must not be closed here.
             self._parents, self._opened, self._owner = self._opened, OrderedDict(), os.getpid()
         try:
             if shard not in self._opened:
@@ -97,7 +83,7 @@ class Storage:
             raise
 
     def close(self) -> None:
-        """Lets go of what reads have opened; a later read opens it again."""
+        """Closes all open shards; a later read opens its shard again."""
         while self._opened and self._owner == os.getpid():
             self._opened.popitem()[1].close()
 
@@ -114,17 +100,15 @@ def build_storage(
             fsspec.get_filesystem_class(location.partition("://")[0])
         except (ImportError, ValueError) as error:
             raise UserError(f"data.location {shown(location)}: {one_line(error)}") from None
-    if cache_dir is not None:
-        largest = max(shards, key=lambda shard: shard.num_bytes)
-        if largest.num_bytes > cache_bytes:
-            raise UserError(
-                f"data.cache_gb {cache_bytes / 1e9:g}: less than the largest shard, {largest.name} "
-                f"({largest.num_bytes / 1e9:.3g} GB)"
-            )
-        return Storage(shards, _Cache(location, Path(cache_dir), cache_bytes).open)
-    if is_remote(location):
-        return Storage(shards, lambda shard: _PassingShard(location, shard))
-    return Storage(shards, lambda shard: _WholeShard(Path(location) / shard.name))
+    if cache_dir is None:
+        return Storage(shards, partial(_open_directly, location))
+    largest = max(shards, key=lambda shard: shard.num_bytes)
+    if largest.num_bytes > cache_bytes:
+        raise UserError(
+            f"data.cache_gb {cache_bytes / 1e9:g}: less than the largest shard, {largest.name} "
+            f"({largest.num_bytes / 1e9:.3g} GB)"
+        )
+    return Storage(shards, _Cache(location, Path(cache_dir), cache_bytes).open)
 
 
 def is_remote(location: str) -> bool:
@@ -133,12 +117,12 @@ def is_remote(location: str) -> bool:
 
 
 def shown(text: str) -> str:
-    """A text without the passwords and signatures of the addresses in it."""
+    """A text without the passwords and signatures in its addresses."""
     return _QUERY.sub(r"\1", _PASSWORD.sub("", text))
 
 
 class _WholeShard:
-    """A file read at random."""
+    """A file read in any order."""
 
     def __init__(self, path: Path):
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -153,10 +137,8 @@ class _WholeShard:
 class _PassingShard:
     """A shard read from its beginning, once each time it is opened.
 
-    What has passed lies in an unnamed temporary file until the shard is left: the rows of a shuffle window
-    are asked for out of order, and a row once for each of its captions. Each loader worker reads for itself;
-    with several of them a ``cache_dir`` saves the others' traffic. Resuming within a shard reads it up to
-    there. Up to ``MAX_OPEN_SHARDS`` shards a worker lie in the temporary directory (``TMPDIR``).
+    What was read stays in an unnamed file in ``TMPDIR`` until the shard is closed: rows come out of order,
+    and once for each caption. Each loader worker reads for itself; a ``cache_dir`` saves that.
     """
 
     def __init__(self, location: str, shard: ShardFile):
@@ -168,49 +150,64 @@ class _PassingShard:
     def read(self, offset: int, size: int) -> bytes:
         while self._num_bytes < min(offset + size, self._shard.num_bytes):
             chunk = next(self._chunks)
-            self._passed.write(chunk)
+            try:
+                self._passed.write(chunk)
+                self._passed.flush()
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from None
             self._num_bytes += len(chunk)
-        self._passed.flush()
         return _pread(self._passed.fileno(), offset, size)
 
     def close(self) -> None:
         self._chunks.close()
-        self._passed.close()
+        with contextlib.suppress(OSError):  # of the bytes that could not be written
+            self._passed.close()
 
 
 _OpenShard = _WholeShard | _PassingShard
 
 
-class _Cache:
-    """Copies of shards on a fast local disk, made when first asked for, one copier a node.
+def _open_directly(location: str, shard: ShardFile) -> _OpenShard:
+    return _PassingShard(location, shard) if is_remote(location) else _WholeShard(Path(location) / shard.name)
 
-    A copy is named after the shard's hash, which is checked on the way, so several data sets and runs may
-    share a cache. The longest unused copies leave first; a process that still reads one keeps it until then.
+
+class _Cache:
+    """Copies of shards on a fast local disk, made on first use by one process of a node.
+
+    A copy is named after the shard's hash, which is checked on the way, so data sets and runs may share a
+    cache. The least recently used copies are removed first; open ones stay readable. A shard that cannot be
+    copied here (a full disk) is read as it would be without a cache.
     """
 
     def __init__(self, location: str, directory: Path, max_bytes: float):
         self._location = location
         self._directory = directory
         self._max_bytes = max_bytes
+        self._has_warned = False
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"data.cache_dir {directory}: {one_line(error)}") from None
+            if error.errno not in FULL_DISK:
+                raise UserError(f"data.cache_dir {directory}: {one_line(error)}") from None
 
-    def open(self, shard: ShardFile) -> _WholeShard:
+    def open(self, shard: ShardFile) -> _OpenShard:
         path = self._directory / f"{shard.sha256}.tar"
         try:
-            # Shards share these locks, so that the cache holds no lock file for each of them.
             with FileLock(self._directory / f".lock-copy-{shard.sha256[:2]}"):
                 if not path.is_file():
                     self._copy(shard, path)
-                # The time of use, for who leaves first; under the lock, so that it is not evicted unread.
+                # The time of use, by which copies are removed; under the lock, so that this one is not yet.
                 os.utime(path)
                 return _WholeShard(path)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                raise UserError(f"data.cache_dir {self._directory}: {one_line(error)}") from None
-            raise
+            if error.errno is None:  # an error of the source
+                raise
+            if not self._has_warned:
+                self._has_warned = True
+                what = f"data.cache_dir {self._directory}: {one_line(error)}; shards are read without a copy"
+                with contextlib.suppress(OSError):  # the log may be on the full disk
+                    print(f"warning: {what} until that changes", file=sys.stderr, flush=True)
+            return _open_directly(self._location, shard)
 
     def _copy(self, shard: ShardFile, path: Path) -> None:
         digest = hashlib.sha256()
@@ -228,16 +225,13 @@ class _Cache:
                 raise OSError("its bytes do not have the manifest's sha256; copy it again")
 
     def _make_room(self, num_bytes: int) -> None:
-        """Removes the longest unused copies until ``num_bytes`` more fit."""
+        """Removes the least recently used copies until ``num_bytes`` more fit."""
         found = []
-        for path in self._directory.iterdir():
-            # Another process may remove it meanwhile.
-            with contextlib.suppress(FileNotFoundError):
-                if path.suffix in (".tar", ".part"):
-                    state = path.stat()
-                    found.append((state.st_mtime, state.st_size, path))
+        for path in self._directory.glob("*.tar*"):
+            with contextlib.suppress(FileNotFoundError):  # removed by another process meanwhile
+                found.append(((state := path.stat()).st_mtime, state.st_size, path))
         total = sum(size for _, size, _ in found)
-        for used, size, path in sorted(found, key=lambda item: item[0]):
+        for used, size, path in sorted(found):
             if total + num_bytes <= self._max_bytes:
                 return
             if path.suffix == ".tar" or used < time.time() - STALE_S:
@@ -246,7 +240,7 @@ class _Cache:
 
 
 def _chunks(location: str, shard: ShardFile) -> Generator[bytes, None, None]:
-    """A shard's bytes in order; it may be closed early. ``OSError`` where that is not the whole shard."""
+    """A shard's bytes in order; it may be closed early. ``OSError`` without a number if not all came."""
     if location.startswith("pipe:"):
         chunks = _from_command(location.removeprefix("pipe:").replace("{}", shlex.quote(shard.name)))
     elif is_remote(location):
@@ -257,32 +251,26 @@ def _chunks(location: str, shard: ShardFile) -> Generator[bytes, None, None]:
     try:
         with contextlib.closing(chunks):
             for chunk in chunks:
-                if not num_bytes and chunk.lstrip()[:1] == b"<" and b"ustar" not in chunk[257:263]:
-                    raise OSError("sends a web page, not a shard (a login?); open it in a browser")
                 num_bytes += len(chunk)
                 yield chunk
         if num_bytes < shard.num_bytes:
-            early = f"ended after {num_bytes} of {shard.num_bytes} bytes"
-            raise OSError(f"{early}; copy it again, or try again")
+            raise OSError(f"ended after {num_bytes} of {shard.num_bytes} bytes; copy it again, or try again")
     except OSError as error:
-        # Without the number: one of no space or permission is not the cache's.
         raise OSError(shown(one_line(error))) from error
 
 
 def _from_file(path: Path) -> Generator[bytes, None, None]:
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
+        yield from iter(partial(file.read, CHUNK_BYTES), b"")
 
 
 def _from_command(command: str) -> Generator[bytes, None, None]:
-    """What a command of the shell writes, which is the file only if the command says so in the end."""
+    """The output of a shell command; it is whole only if the command ends with code 0."""
     with tempfile.TemporaryFile(prefix="dehvf-stderr-") as said:
         process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stderr=said)
         assert process.stdout is not None
         try:
-            while chunk := process.stdout.read(CHUNK_BYTES):
-                yield chunk
+            yield from iter(partial(process.stdout.read, CHUNK_BYTES), b"")
             if code := process.wait():
                 said.seek(0)
                 lines = said.read().decode(errors="replace").strip().splitlines()
@@ -294,7 +282,7 @@ def _from_command(command: str) -> Generator[bytes, None, None]:
 
 
 def _from_server(address: str, num_bytes: int) -> Generator[bytes, None, None]:
-    """A file of fsspec's, read forward; where it breaks off it is asked for again and read up to there."""
+    """A file of fsspec's, read forward; if it breaks off it is requested again and skipped up to there."""
     passed, failing_since = 0, None
     while True:
         place = 0
@@ -308,63 +296,53 @@ def _from_server(address: str, num_bytes: int) -> Generator[bytes, None, None]:
             return
         except Exception as error:
             failing_since = failing_since or time.monotonic()
-            if not _may_pass(error) or time.monotonic() - failing_since > RETRY_WITHIN_S:
-                raise OSError(_told(error)) from error
+            if not _is_temporary(error) or time.monotonic() - failing_since > RETRY_WITHIN_S:
+                raise OSError(_explain(error)) from error
             time.sleep(RETRY_PAUSE_S)
 
 
 def _open_address(address: str, num_bytes: int) -> Any:
-    options: dict[str, Any] = {}
-    how: dict[str, Any] = {"block_size": 8 * CHUNK_BYTES}
-    if address.startswith(("http://", "https://")):
-        # Slow to import.
-        from aiohttp import ClientTimeout
+    if not address.startswith(("http://", "https://")):
+        filesystem, path = fsspec.url_to_fs(address)
+        return filesystem.open(path, "rb", block_size=8 * CHUNK_BYTES)
+    from aiohttp import ClientTimeout  # slow to import
 
-        options["client_kwargs"] = {
-            "timeout": ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S),
-            "headers": {"Accept-Encoding": "identity"},
-            "read_bufsize": CHUNK_BYTES,
-            # Proxies, as curl takes them.
-            "trust_env": True,
-        }
-        # A forked worker would end a session that it shares with its parent.
-        options["skip_instance_cache"] = True
-        # One request for the whole, as not all servers know ranges; without a size another would ask for it.
-        how = {"block_size": 0, "size": num_bytes}
-    filesystem, path = fsspec.url_to_fs(address, **options)
-    return filesystem.open(path, "rb", **how)
+    client = {
+        "timeout": ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S),
+        "headers": {"Accept-Encoding": "identity"},
+        "read_bufsize": CHUNK_BYTES,
+        "trust_env": True,  # proxies, as curl takes them
+    }
+    # A forked worker would close a session that it shares with its parent.
+    filesystem, path = fsspec.url_to_fs(address, client_kwargs=client, skip_instance_cache=True)
+    # One request for the whole file, because not all servers know ranges; the size saves another request.
+    return filesystem.open(path, "rb", block_size=0, size=num_bytes)
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether asking again may help."""
-    from aiohttp import (
-        ClientConnectionError,
-        ClientConnectorDNSError,
-        ClientConnectorError,
-        ClientPayloadError,
-    )
+def _is_temporary(error: Exception) -> bool:
+    """Whether it may help to try again."""
+    from aiohttp import ClientConnectionError, ClientPayloadError
 
     if status := getattr(error, "status", None):
         return status in (408, 429) or status >= 500
-    passing = (TimeoutError, ConnectionError, ClientConnectionError, ClientPayloadError)
-    is_refused = isinstance(error, ClientConnectorError) and not isinstance(error, ClientConnectorDNSError)
-    return isinstance(error, passing) and not is_refused
+    return isinstance(error, TimeoutError | ConnectionError | ClientConnectionError | ClientPayloadError)
 
 
-def _told(error: Exception) -> str:
+def _explain(error: Exception) -> str:
     """An error of a server or the network in one line, with what to do."""
-    if isinstance(error, FileNotFoundError):
-        return _NO_FILE
     status = 403 if isinstance(error, PermissionError) else getattr(error, "status", None)
-    if status:
-        default = "the server fails; try again later" if status >= 500 else "look at data.location"
-        return f"HTTP {status}: {_REMEDIES.get(status, default)}"
-    said = one_line(error) or type(error).__name__
-    return f"{said}; look at data.location, and whether this machine has a network"
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        return "there is no such file; look at data.location, or copy the shard there"
+    if status in (401, 403):
+        return (
+            f"HTTP {status}: the server refuses it; look at login and permissions, or renew a signed address"
+        )
+    what = f"HTTP {status}" if status else one_line(error) or type(error).__name__
+    return f"{what}; look at data.location, the server and the network, or try again later"
 
 
 def _pread(descriptor: int, offset: int, size: int) -> bytes:
-    """Reads a range; a network file system may give it in pieces."""
+    """Reads a range; a network file system may return it in parts."""
     data = os.pread(descriptor, size, offset)
     while 0 < len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
         data += more

@@ -10,40 +10,29 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dehvf_ds.data.shards import LFS_POINTER, told_by_first_bytes
+from dehvf_ds.data.shards import BINARY_FILES, foreign_kind
 
-# Zero-width no-break space; at a text's beginning it is the byte order mark of a file that was read as text.
+# Zero-width no-break space; at the beginning of a file it is the byte order mark.
 _BYTE_ORDER_MARK = "\ufeff"
 _DAMAGE = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
 _BLANK = re.compile("[\\s\x1c-\x1f\u200b-\u200d\u2060\ufeff]*")
 # How a list, a mapping or bytes begin where a program wrote them as text.
 _VALUE = re.compile("\\s*(?:[\\[({]|b['\"])")
 _NULLS = frozenset(("nan", "none", "null", "<na>", "n/a", "#n/a"))
-_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-# Files of other kinds under a text's name: what they begin with.
-_NO_TEXTS = {
-    b"PK\x03\x04": "a zip archive, or a spreadsheet (.xlsx); save it as text",
-    b"\xd0\xcf\x11\xe0": "a spreadsheet (.xls); save it as csv in UTF-8",
-    LFS_POINTER: "a Git LFS pointer; fetch the file itself: git lfs pull",
-    b"PAR1": "a parquet table; save it as text",
-    b"\x1f\x8b": "packed by gzip; unpack it",
-    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it",
-    b"BZh": "packed by bzip2; unpack it",
-}
-_SHOWN = 24
 
 
 def decode_text(data: bytes, *, command: str = "") -> str:
-    """Decodes UTF-8, with or without a byte order mark; ``command`` is what a shell calls the file.
+    """Decodes UTF-8, with or without a byte order mark; ``command`` is the file's name in a shell.
 
-    A ``ValueError`` says where it is of another encoding, which it may be and how to convert it.
+    A ``ValueError`` says where it is not UTF-8, which encoding it may have and how to convert it.
     """
-    if kind := told_by_first_bytes(data, _NO_TEXTS):
+    if kind := foreign_kind(data, BINARY_FILES):
         raise ValueError(f"not a text in UTF-8: it is {kind}")
     head = data[:64]
-    encoding = "UTF-16" if data.startswith(_UTF_16) or 3 * head.count(0) > len(head) else "WINDOWS-1252"
+    is_utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff")) or 3 * head.count(0) > len(head)
+    encoding = "UTF-16" if is_utf_16 else "WINDOWS-1252"
     remedy = f"; convert it: iconv -f {encoding} -t UTF-8 {command} > NEW" if command else "; convert it"
-    if encoding == "UTF-16":
+    if is_utf_16:
         raise ValueError(f"not UTF-8 at byte {max(0, data.find(0))}: it looks like UTF-16{remedy}")
     try:
         return data.decode().removeprefix(_BYTE_ORDER_MARK)
@@ -76,31 +65,30 @@ def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 def clean_text(text: str) -> str:
     """A text without byte order marks.
 
-    Control characters and half a surrogate pair are a ``ValueError``: texts have them that were cut or
-    decoded wrongly, and nothing sensible can be learnt of those.
+    Control characters and half surrogate pairs, of texts cut or decoded wrongly, are a ``ValueError``.
     """
     if found := _DAMAGE.search(text):
-        around = text[max(0, found.start() - _SHOWN) : found.start() + _SHOWN]
+        around = text[max(0, found.start() - 24) : found.start() + 24]
         what = "half an emoji (a lone surrogate)" if found[0] >= "\ud800" else "a control character"
         raise ValueError(f"holds {what}, U+{ord(found[0]):04X}, in {around!a}")
     return text.replace(_BYTE_ORDER_MARK, "")
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is a text that shows something: not only white space and characters without width."""
+    """Whether a value is a text with something visible in it."""
     return isinstance(value, str) and not _BLANK.fullmatch(value)
 
 
 def is_caption(value: Any) -> bool:
-    """Whether a caption says something: a text with words that are not what tables write for none."""
+    """Whether a value is a text with words other than what tables write for a missing one."""
     return is_text(value) and not is_null(value)
 
 
 def is_value(text: str) -> bool:
-    """Whether a text is a value of a program written out: ``['A dog.', 'A cat.']``, ``b'A dog.'``, ``{}``."""
+    """Whether a text is a Python or JSON value written out: ``['A dog.', 'A cat.']``, ``b'A dog.'``."""
     if not _VALUE.match(text):
         return False
-    # JSON has true, false and null, too.
+    # JSON also has true, false and null.
     for read in (ast.literal_eval, json.loads):
         with (
             warnings.catch_warnings(action="ignore"),
@@ -111,5 +99,5 @@ def is_value(text: str) -> bool:
 
 
 def is_null(text: str) -> bool:
-    """Whether a text is what tables write where there is none: ``nan``, ``None``, ``null``, ..."""
+    """Whether a text is what tables write for a missing value: ``nan``, ``None``, ``null``, ..."""
     return text.strip().lower() in _NULLS

@@ -29,9 +29,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from dehvf_ds import __version__
 from dehvf_ds.config import UserError
-from dehvf_ds.data.chat import PLAIN_CHAT_TEMPLATE
 from dehvf_ds.data.collate import build_image_transform, load_tokenizer
-from dehvf_ds.data.prompts import CAPTION_PROMPT
+from dehvf_ds.data.prompts import CAPTION_PROMPT, PLAIN_CHAT_TEMPLATE
 from dehvf_ds.evaluation.decode import MAX_NEW_TOKENS, end_ids
 from dehvf_ds.model import DehvfForConditionalGeneration, DehvfProcessor, ModelError
 from dehvf_ds.model.adapter import EXPORT_FILE, LORA_FILE, TrainedModel, decoder_name, load_adapter, peft_name

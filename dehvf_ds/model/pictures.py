@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,40 +20,47 @@ from transformers.image_utils import load_image
 from .configuration import Float
 
 DRAFT_MARGIN = 2
-"""How many times larger than asked for a JPEG is decoded at least, so that the later resize shapes it."""
+"""A JPEG is decoded at least this many times larger than needed, which leaves the resize to the processor."""
 
 BAND_PIXELS = 1 << 22
-"""Pictures of 16 bits or with transparency are converted so many pixels at a time."""
+"""Pictures with 16 bits or transparency are converted this many pixels at a time."""
 
 THIN = 16
-"""Longer side to shorter side from which a picture is cropped before a resize that keeps its proportions."""
+"""Ratio of the sides from which a picture is cropped before a resize that keeps its proportions."""
 
-# White, of modes that do not imply it: the smallest of these that holds all values of a picture.
+MAX_TEXT_BYTES = 1 << 23
+"""A PNG's EXIF and XMP texts are read up to this size, all together."""
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+# Texts in which programs write a picture's orientation.
+_PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"exif\0")
+# The value of white in modes that do not imply it: the smallest of these that no value exceeds.
 _WHITES = {"I": (255, 65535), "F": (1, 255, 65535)}
 
 
 def to_pixels(processor: Any, image: Image.Image) -> Float[Tensor, "3 height width"]:
-    """Resizes, crops and normalises one picture of PIL's by the tower's own image processor (float32)."""
+    """Resizes, crops and normalises one PIL picture with the tower's own image processor (float32)."""
     picture = crop_thin(upright_rgb(image), processor)
     return processor(images=picture, return_tensors="pt")["pixel_values"][0]
 
 
 def upright_rgb(image: Image.Image, *, shorter_side: int | None = None) -> Image.Image:
-    """A picture upright, in mode RGB; the given one is not changed, but may be loaded.
+    """The picture upright and in mode RGB; the original is not changed, but may be loaded.
 
-    EXIF orientation is applied; transparency is laid on white (diagrams are often black on nothing); 16-bit
+    EXIF orientation is applied; transparency becomes white (diagrams are often black on nothing); 16-bit
     and float grey is scaled to 8 bits, not clipped. Colour profiles are ignored. On damaged files PIL's
-    parsers raise about anything.
+    parsers raise almost anything.
 
-    Where the picture is resized to a ``shorter_side`` in pixels later, a large JPEG that is not loaded yet is
-    decoded at 1/2, 1/4 or 1/8 of its size, its shorter side still ``DRAFT_MARGIN`` times that at least.
+    If the picture is to be resized to a ``shorter_side`` in pixels, a large JPEG that is not loaded yet is
+    decoded at 1/2, 1/4 or 1/8 of its size, its shorter side still at least ``DRAFT_MARGIN`` times that.
     """
     with warnings.catch_warnings(action="ignore"):
         if shorter_side is not None:
-            # Only the scale: a mode given here would turn grey and CMYK into something else.
+            # Only the scale: a mode would convert grey and CMYK to something else.
             image.draft(None, (DRAFT_MARGIN * shorter_side, DRAFT_MARGIN * shorter_side))
         image.load()
-        # Damaged EXIF does not make the pixels worse.
+        # Damaged EXIF leaves the pixels intact.
         with contextlib.suppress(Exception):
             if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                 image = ImageOps.exif_transpose(image)
@@ -59,12 +68,12 @@ def upright_rgb(image: Image.Image, *, shorter_side: int | None = None) -> Image
 
 
 def upright_for(image: Image.Image, side: int) -> Image.Image:
-    """As ``upright_rgb`` with ``shorter_side``, of a picture that its owner may still want whole.
+    """As ``upright_rgb`` with ``shorter_side``, for a picture that its owner may still need whole.
 
-    Decoding at a smaller scale changes it for good: a large JPEG that is not loaded yet is read twice.
+    Decoding at a smaller scale changes it for good, so a large JPEG that is not loaded yet is read twice.
     """
     file, large = getattr(image, "fp", None), min(image.size) >= 2 * DRAFT_MARGIN * side
-    # Many phones and cameras write a JPEG with further pictures behind it, which PIL calls MPO.
+    # Many phones and cameras write a JPEG followed by other pictures, which PIL calls MPO.
     scales = image.format in ("JPEG", "MPO") and image.tell() == 0
     if not large or not scales or not getattr(image, "tile", None) or file is None:
         return upright_rgb(image)
@@ -77,10 +86,10 @@ def upright_for(image: Image.Image, side: int) -> Image.Image:
 
 
 def crop_thin(image: Image.Image, processor: Any) -> Image.Image:
-    """Of a thin picture the middle that the processor's centred square is cut from; others as they are.
+    """Crops a thin picture to the middle part that the processor cuts its centred square from.
 
     A processor that resizes the shorter side makes 256 x 768,000 pixels of 1 x 3000, and keeps 224 x 224.
-    What is left is many times that, and of a length that puts the kept square on the same pixels.
+    What is left here is many times that, of a length that puts the square on the same pixels.
     """
     size = _sides(getattr(processor, "size", None))
     if not getattr(processor, "do_resize", True) or getattr(processor, "do_pad", False) or size.get("height"):
@@ -91,7 +100,7 @@ def crop_thin(image: Image.Image, processor: Any) -> Image.Image:
     ratio = max(THIN, math.ceil(4 * kept / edge))
     if longer <= ratio * shorter:
         return image
-    # As even or odd as the whole, before and after the resize: then neither centre moves.
+    # Of the same parity as the whole, before and after the resize: then neither centre moves.
     lengths = range(ratio * shorter - (longer - ratio * shorter) % 2, longer, 2)[:64]
     length = next(
         (n for n in lengths if (edge * n // shorter - edge * longer // shorter) % 2 == 0), lengths[0]
@@ -103,7 +112,7 @@ def crop_thin(image: Image.Image, processor: Any) -> Image.Image:
 
 
 def _sides(size: Any) -> dict[str, int]:
-    """The sides that a processor names: a mapping, transformers' own kind of one, or a number."""
+    """The sides in a processor's setting: a mapping, transformers' own kind of mapping, or a number."""
     if isinstance(size, int):
         return {"shortest_edge": size}
     return {} if size is None else {key: value for key, value in dict(size).items() if value}
@@ -111,7 +120,7 @@ def _sides(size: Any) -> dict[str, int]:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if type(image) is Image.Image and image.mode == "RGB" and "transparency" not in image.info:
-        return image  # was here before
+        return image
     if image.mode.startswith("I") or image.mode == "F":
         values = (np.asarray(band) for _, band in _bands(image))
         peak = max(float(np.max(each, where=np.isfinite(each), initial=0)) for each in values)
@@ -123,7 +132,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Image.Image]]:
-    """Stripes of a picture and where they lie: what is computed of one takes memory for it alone."""
+    """Yields a picture's stripes and their boxes, so that conversions need memory for one stripe only."""
     height = max(1, BAND_PIXELS // max(1, image.width))
     for top in range(0, image.height, height):
         box = (0, top, image.width, min(top + height, image.height))
@@ -131,14 +140,14 @@ def _bands(image: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Imag
 
 
 def _by_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    found = Image.new("RGB", image.size)
+    whole = Image.new("RGB", image.size)
     for box, band in _bands(image):
-        found.paste(convert(band), box)
-    return found
+        whole.paste(convert(band), box)
+    return whole
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode == "La":  # grey multiplied by its opacity, which PIL brings back to LA alone
+    if image.mode == "La":  # premultiplied grey, which PIL converts only to LA
         image = image.convert("LA")
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -153,8 +162,49 @@ def _scale_to_bytes(image: Image.Image, white: float) -> Image.Image:
     return Image.fromarray(scaled)
 
 
+def open_bytes(data: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """Opens a picture file's bytes and reads its header.
+
+    PIL refuses a PNG with large texts or colour profiles. They do not change a pixel, so they are removed,
+    except that the texts with the orientation are kept up to ``MAX_TEXT_BYTES``.
+    """
+    if not data.startswith(_PNG):
+        return Image.open(io.BytesIO(data), formats=formats)
+    whole, start, room = memoryview(data), len(_PNG), MAX_TEXT_BYTES
+    kept: list[bytes | memoryview] = [whole[:start]]
+    while start + 12 <= len(data):
+        # A chunk: length, kind, content, checksum.
+        length, kind = struct.unpack_from(">I4s", data, start)
+        end = start + 12 + length
+        if end > len(data):
+            break
+        if kind not in _PNG_TEXTS:
+            kept.append(whole[start:end])
+        elif room > 0 and data.startswith(_PNG_ORIENTATION, start + 8):
+            text = b"tEXt" + _plain_text(kind, data[start + 8 : end - 4], room)
+            kept.append(struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text)))
+            room -= len(text)
+        start = end
+    return Image.open(io.BytesIO(b"".join([*kept, whole[start:]])), formats=formats)
+
+
+def _plain_text(kind: bytes, content: bytes, limit: int) -> bytes:
+    """The content of a PNG's text chunk as that of a ``tEXt``: unpacked, and cut after ``limit`` bytes."""
+    keyword, _, rest = content.partition(b"\0")
+    is_packed, text = kind == b"zTXt", rest.removeprefix(b"\0") if kind == b"zTXt" else rest
+    if kind == b"iTXt":
+        # Before the text: whether and how it is compressed, its language, the keyword translated.
+        is_packed, text = rest[:1] == b"\1", rest[2:].split(b"\0", 2)[-1]
+    if is_packed:
+        try:
+            text = zlib.decompressobj().decompress(text, limit)
+        except zlib.error:
+            text = b""
+    return keyword + b"\0" + text[:limit]
+
+
 def open_picture(picture: Any) -> Image.Image:
-    """A picture as PIL's: one of PIL's, a path, an address, or a file's bytes."""
+    """A PIL picture, from one, a path, an address, or a file's bytes."""
     if isinstance(picture, Image.Image):
         return picture
     try:
@@ -163,7 +213,7 @@ def open_picture(picture: Any) -> Image.Image:
         if isinstance(picture, str | Path):
             picture = Path(picture).read_bytes()
         if isinstance(picture, bytes | bytearray):
-            return Image.open(io.BytesIO(picture))
+            return open_bytes(bytes(picture))
     except OSError as error:
         raise ValueError(f"no picture can be read: {error}") from None
     kind = type(picture).__name__

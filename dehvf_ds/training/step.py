@@ -75,7 +75,13 @@ def train_step(
         UnsupervisedError: no row of any rank has a token to learn; nothing was changed.
     """
     counts = (
-        (b.num_supervised(), b.num_tokens(), b.num_unsupervised_rows(), len(b.substituted), b.checksum())
+        (
+            b.num_supervised(),
+            b.num_input_tokens(),
+            b.num_unsupervised_rows(),
+            len(b.substituted),
+            b.checksum(),
+        )
         for b in micro_batches
     )
     own = [float(sum(column)) for column in zip(*counts, strict=True)]

@@ -1,4 +1,4 @@
-"""Prompts, label masks and pixels with the tokenizers and processors that backbones come with."""
+"""Rows, label masks and pixels with the tokenizers and image processors that backbones come with."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import json
 import logging
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sentencepiece import SentencePieceProcessor
 
 from dehvf_ds.batch import IGNORE_INDEX, Sample
 from dehvf_ds.config import ScienceqaConfig, UserError
-from dehvf_ds.data.chat import parse_conversation
 from dehvf_ds.data.collate import (
     Collator,
     build_image_transform,
@@ -27,10 +24,11 @@ from dehvf_ds.data.collate import (
     letter_ids,
     load_tokenizer,
 )
+from dehvf_ds.data.prompts import parse_conversation
 from dehvf_ds.model.processing import tokenizer_traits
 
-TOKENIZERS = ["byte_bpe", "byte_bpe_with_bos", "llama", "llama_legacy"]
-PROMPT, TARGET = "Caption of the picture:", "The dog runs."
+TOKENIZERS = ["byte_bpe", "byte_bpe_bos", "llama", "llama_legacy"]
+TARGET = "The dog runs."
 
 # Invented.
 PROBLEM = {
@@ -51,28 +49,14 @@ TALK = {
     ],
 }
 RECORDS = {"caption": {"caption": "A child in a\npink dress. 😀"}, "scienceqa": PROBLEM, "chat": TALK}
-# What is read, and in brackets what is learnt of it.
+# What is read, with the supervised parts in brackets.
 ROWS = {
     "caption": "Caption of the picture: [A child in a pink dress. 😀{eos}]",
     "scienceqa": "Question: Which is a dog?\nContext: a dog runs\nOptions: (A) the wind (B) Rex\n"
     "Response: [The answer is B. BECAUSE: Dogs run. Rex runs.{eos}]",
     "chat": "USER: What is it? ASSISTANT: [A dog.{eos}] USER: A pink dog? ASSISTANT: [No.{eos}]",
 }
-# One sign a token, X where it is supervised; a begin-of-text token puts one more in front.
-MASKS = {
-    ("byte_bpe", "caption"): ".....XXXXXXXXXXXXX",
-    ("byte_bpe", "scienceqa"): "." * 42 + "XXXXXXXXXXXXXXXXXXXXXXXXXX",
-    ("byte_bpe", "chat"): "........................XXXX....................XXXX",
-    ("llama", "caption"): "......XXXXXXXXXXXXX",
-    ("llama", "scienceqa"): "." * 36 + "XXXXXXXXXXXXXXXXXXXXXXXX",
-    ("llama", "chat"): ".........XXXX........XXXX",
-}
 FORM = ScienceqaConfig(image_captions=True, lecture=True, solution=True)
-
-
-@pytest.fixture(params=TOKENIZERS)
-def tokenizer(request):
-    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
@@ -80,19 +64,9 @@ def collator(byte_bpe, tiny_transform):
     return Collator(byte_bpe, tiny_transform, task="caption", max_tokens=64)
 
 
-def row(key="a", caption=TARGET, image=True):
+def sample(key="a", caption=TARGET, image=True):
     picture = Image.new("RGB", (5, 5), (255, 0, 0)) if image else None
-    return Sample(key=key, image=picture, record={"caption": caption})
-
-
-def make_row(tokenizer, transform, task, **how):
-    collator = Collator(tokenizer, transform, task=task, max_tokens=512, scienceqa=FORM, **how)
-    batch = collator([Sample(key="a", image=None, record=RECORDS[task])])
-    return batch.input_ids[0].tolist(), batch.labels[0].tolist()
-
-
-def mask(labels):
-    return "".join("." if label == IGNORE_INDEX else "X" for label in labels)
+    return Sample(key=key, image=picture, record={"caption": caption}, epoch=3)
 
 
 def decode(tokenizer, ids):
@@ -100,45 +74,35 @@ def decode(tokenizer, ids):
 
 
 @pytest.mark.parametrize("task", RECORDS)
-def test_golden_rows(tokenizer, tiny_transform, task):
-    ids, labels = make_row(tokenizer, tiny_transform, task)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_golden_rows(name, request, tiny_transform, task):
+    tokenizer = request.getfixturevalue(name)
+    collator = Collator(tokenizer, tiny_transform, task=task, max_tokens=512, scienceqa=FORM)
+    row = Sample(key="a", image=None, record=RECORDS[task])
+    batch = collator([row])
+    ids, labels = batch.input_ids[0].tolist(), batch.labels[0].tolist()
     assert all(label in (i, IGNORE_INDEX) for i, label in zip(ids, labels, strict=True))
-    row = ROWS[task].format(eos=tokenizer.eos_token)
+    golden = ROWS[task].format(eos=tokenizer.eos_token)
     bos = len(tokenizer_traits(tokenizer).bos)
-    assert decode(tokenizer, ids[bos:]) == row.replace("[", "").replace("]", "")
+    assert decode(tokenizer, ids[bos:]) == golden.replace("[", "").replace("]", "")
     runs = [list(run) for learnt, run in groupby(labels, lambda label: label != IGNORE_INDEX) if learnt]
-    learnt = [part.partition("]")[0] for part in row.split("[")[1:]]
+    learnt = [part.partition("]")[0] for part in golden.split("[")[1:]]
     assert [decode(tokenizer, run).strip() for run in runs] == learnt
     # Generation begins where the last answer does.
-    assert make_row(tokenizer, tiny_transform, task, for_generation=True)[0] == ids[: -len(runs[-1])]
-
-
-@pytest.mark.parametrize(("name", "task"), MASKS)
-def test_golden_masks(name, task, request, tiny_transform):
-    twin = {"byte_bpe": "byte_bpe_with_bos", "llama": "llama_legacy"}[name]
-    more = "." if twin == "byte_bpe_with_bos" else ""
-    for tokenizer, golden in ((name, MASKS[name, task]), (twin, more + MASKS[name, task])):
-        assert mask(make_row(request.getfixturevalue(tokenizer), tiny_transform, task)[1]) == golden
+    asked = replace(collator, for_generation=True)([row])
+    assert asked.input_ids[0].tolist() == ids[: -len(runs[-1])]
+    assert (asked.labels == IGNORE_INDEX).all()
 
 
 # "▁" is sentencepiece's sign for a space, and reads as one.
 words = st.lists(
     st.one_of(
         st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="▁"), min_size=1, max_size=8),
-        st.sampled_from(["dog", "42", "7th", "...", "👩‍👩‍👧", "e\u0301", "</s>", "<eos>", "'s", "(A)", "ﬁ"]),
+        st.sampled_from(["dog", "42", "7th", "...", "👩‍👩‍👧", "e\u0301", "</s>", "'s", "(A)", "ﬁ"]),
     ),
     min_size=1,
     max_size=6,
 ).map(" ".join)
-
-
-@settings(max_examples=60, deadline=None)
-@given(text=words.filter(lambda text: "</s>" not in text))
-@pytest.mark.parametrize("name", ["llama", "llama_legacy"])
-def test_llama_tokenises_as_sentencepiece_itself(name, request, text):
-    tokenizer = request.getfixturevalue(name)
-    reference = SentencePieceProcessor(model_file=str(Path(tokenizer.name_or_path) / "tokenizer.model"))
-    assert tokenizer(text).input_ids == [reference.bos_id(), *reference.encode(text)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -148,8 +112,8 @@ def test_any_target_is_supervised_whole_and_alone(name, request, prompt, target,
     tokenizer = request.getfixturevalue(name)
     ids, labels = encode(tokenizer, prompt, target, 10_000)
     head = encode_prompt(tokenizer, prompt)
-    assert mask(labels) == "." * len(head) + "X" * (len(ids) - len(head))
     assert ids[: len(head)] == head
+    assert labels == [IGNORE_INDEX] * len(head) + ids[len(head) :]
     assert labels[-1] == tokenizer.eos_token_id
     if tokenizer.eos_token not in prompt + target:
         assert ids[:-1] == tokenizer(f"{prompt} {target}").input_ids
@@ -157,20 +121,13 @@ def test_any_target_is_supervised_whole_and_alone(name, request, prompt, target,
     assert encode(tokenizer, prompt, target, size) == (ids[:size], labels[:size])
 
 
-@pytest.mark.parametrize("prompt", ["", " ", "\n"])
-def test_an_end_of_text_stands_for_the_begin_of_an_empty_prompt(byte_bpe, prompt):
-    ids, labels = encode(byte_bpe, prompt, TARGET, 64)
-    assert ids == [byte_bpe.eos_token_id, *byte_bpe(TARGET).input_ids, byte_bpe.eos_token_id]
-    assert labels == [IGNORE_INDEX, *ids[1:]]
-
-
-def test_letters_that_are_no_tokens_of_their_own_are_refused(tokenizer):
+def test_letters_that_are_no_tokens_of_their_own_are_refused(byte_bpe):
     with pytest.raises(UserError, match="a letter after the prompt is not one token of its own"):
-        letter_ids(tokenizer)
+        letter_ids(byte_bpe)
 
 
 def test_training_batch(collator, byte_bpe):
-    samples = [row("x"), row("y", "The dog", image=False)]
+    samples = [sample("x"), sample("y", "The dog", image=False)]
     batch = replace(collator, prompt="a")(samples)
     long, short = encode(byte_bpe, "a", TARGET, 64), encode(byte_bpe, "a", "The dog", 64)
     gap = len(long[0]) - len(short[0])
@@ -180,32 +137,29 @@ def test_training_batch(collator, byte_bpe):
     assert batch.attention_mask.tolist() == [[1] * len(long[0]), [1] * len(short[0]) + [0] * gap]
     assert batch.keys == ("x", "y")
     assert batch.has_image.tolist() == [True, False]
-    assert batch.pixel_values.shape == (2, 3, 4, 4)
     assert batch.pixel_values[:, :, 0, 0].tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     assert replace(collator, prompt="Caption of " * 40)(samples).num_unsupervised_rows() == 2
 
 
-def test_generation_batch(byte_bpe_with_bos, tiny_transform):
-    tokenizer = byte_bpe_with_bos
+def test_generation_batch_is_padded_on_the_left_and_never_cut(byte_bpe_bos, tiny_transform):
     rows = [Sample(key=hint, image=None, record={**PROBLEM, "hint": hint}) for hint in ("", "a b a b")]
     form = {"task": "scienceqa", "max_tokens": 8, "for_generation": True}
-    batch = Collator(tokenizer, tiny_transform, **form, answer_prefix="The answer is")(rows)
-    assert (batch.labels == IGNORE_INDEX).all()
+    batch = Collator(byte_bpe_bos, tiny_transform, **form, answer_prefix="The answer is")(rows)
     assert batch.attention_mask[:, -1].tolist() == [1, 1]
     assert batch.attention_mask.sum(1).unique().numel() == 2
     for ids, kept in zip(batch.input_ids, batch.attention_mask.bool(), strict=True):
-        assert ids[kept][0] == tokenizer.bos_token_id
-        assert tokenizer.decode(ids[kept]).endswith("Response: The answer is")
-        assert (ids[~kept] == tokenizer.eos_token_id).all()
+        assert ids[kept][0] == byte_bpe_bos.bos_token_id
+        assert byte_bpe_bos.decode(ids[kept]).endswith("Response: The answer is")
+        assert (ids[~kept] == byte_bpe_bos.eos_token_id).all()
 
 
 def test_a_chat_is_taken_as_it_was_parsed_or_parsed_here(collator):
     collator = replace(collator, task="chat", max_tokens=512)
-    sample = Sample(key="x7", image=None, record=TALK)
-    parsed = replace(sample, record={}, messages=parse_conversation(TALK))
-    assert torch.equal(*(collator([each]).labels for each in (sample, parsed)))
+    chat = Sample(key="x7", image=None, record=TALK)
+    parsed = replace(chat, record={}, messages=parse_conversation(TALK))
+    assert torch.equal(*(collator([each]).labels for each in (chat, parsed)))
     with pytest.raises(UserError, match=r"^sample x7: the conversation has no turns"):
-        collator([replace(sample, record={})])
+        collator([replace(chat, record={})])
 
 
 def test_augmented_in_training_only(collator):
@@ -213,20 +167,12 @@ def test_augmented_in_training_only(collator):
         assert (image.getpixel((0, 0)), sample.epoch) == ((255, 0, 0), 3)
         return Image.new("RGB", image.size, (0, 255, 0))
 
-    samples = [replace(row("a"), epoch=3), replace(row("b", image=False), epoch=3)]
     for for_generation, colour in ((False, [0.0, 1.0, 0.0]), (True, [1.0, 0.0, 0.0])):
-        pixels = replace(collator, augment=to_green, for_generation=for_generation)(samples).pixel_values
-        assert pixels[:, :, 0, 0].tolist() == [colour, [0.0, 0.0, 0.0]]
+        batch = replace(collator, augment=to_green, for_generation=for_generation)([sample("a")])
+        assert batch.pixel_values[:, :, 0, 0].tolist() == [colour]
 
 
-def test_long_text_prints_nothing(byte_bpe, caplog, monkeypatch):
-    monkeypatch.setattr(byte_bpe, "model_max_length", 4)
-    with caplog.at_level(logging.WARNING):
-        encode(byte_bpe, PROMPT, TARGET, 8)
-    assert caplog.records == []
-
-
-def test_tokenizers_that_cannot_be_used(byte_bpe, tmp_path):
+def test_tokenizers_that_cannot_be_used(byte_bpe, tmp_path, caplog):
     with pytest.raises(UserError, match=f"no tokenizer at {tmp_path}: "):
         load_tokenizer(str(tmp_path))
     byte_bpe.save_pretrained(tmp_path)
@@ -236,11 +182,11 @@ def test_tokenizers_that_cannot_be_used(byte_bpe, tmp_path):
     for num_embeddings, message in ((100, "has id .* has 100 embeddings"), (1000, "knows .* has 1000 emb")):
         with pytest.raises(UserError, match=message):
             check_tokenizer(tokenizer, num_embeddings)
-    path = tmp_path / "tokenizer_config.json"
-    config = {name: value for name, value in json.loads(path.read_text()).items() if name != "eos_token"}
-    path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match="no end-of-text token; set eos_token"):
-        load_tokenizer(str(tmp_path))
+    # A text beyond the tokenizer's own limit prints no warning.
+    tokenizer.model_max_length = 4
+    with caplog.at_level(logging.WARNING):
+        encode(tokenizer, "Caption of the picture:", TARGET, 8)
+    assert caplog.records == []
 
 
 DINOV2 = {
@@ -263,9 +209,8 @@ def tower(tmp_path):
 
 def test_tower_of_dinov2(tower):
     assert build_image_transform(tower(DINOV2), None).image_size == 224
-    transform = build_image_transform(tower(DINOV2), 98)
-    pixels = transform(Image.new("RGB", (50, 30), (255, 0, 128)))
-    assert (pixels.dtype, tuple(pixels.shape), transform.image_size) == (torch.float32, (3, 98, 98), 98)
+    pixels = build_image_transform(tower(DINOV2), 98)(Image.new("RGB", (50, 30), (255, 0, 128)))
+    assert (pixels.dtype, tuple(pixels.shape)) == (torch.float32, (3, 98, 98))
     expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (128 / 255 - 0.406) / 0.225]
     torch.testing.assert_close(pixels.mean((1, 2)), torch.tensor(expected), rtol=1e-4, atol=1e-4)
     image = Image.new("RGB", (60, 20), (255, 255, 255))
@@ -273,7 +218,7 @@ def test_tower_of_dinov2(tower):
     assert build_image_transform(tower(DINOV2), 20)(image).max() < 0  # the middle third and nothing else
 
 
-@pytest.mark.parametrize("kind", ["CLIPImageProcessor", "CLIPImageProcessorFast", "SiglipImageProcessor"])
+@pytest.mark.parametrize("kind", ["CLIPImageProcessorFast", "SiglipImageProcessor"])
 @pytest.mark.parametrize("size", [None, 32])
 def test_other_towers(tower, kind, size):
     transform = build_image_transform(tower({"image_processor_type": kind}), size)

@@ -1,4 +1,4 @@
-"""A caption is read with its own picture, or refused, or left out: whatever way a tar was put together."""
+"""A caption is read with its own picture, or refused, or left out, however a tar was put together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import random
-import shutil
 import tarfile
 
 import numpy as np
@@ -15,9 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_shards import write_shards
 
-from dehvf_ds.atomic import part_of
 from dehvf_ds.config import UserError
-from dehvf_ds.data.building.scan import find_key, hash_keys, scan_shard, write_shard
+from dehvf_ds.data.building.scan import find_key, scan_shard, write_shard
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.records import read_record
 from dehvf_ds.data.shards import (
@@ -39,7 +37,6 @@ from dehvf_ds.data.shards import (
 NUM_ROWS = 6
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A dog."}]
 CHAT = json.dumps({"conversations": TURNS}).encode()
-FORMS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 
 
 def caption(key: str) -> bytes:
@@ -111,27 +108,25 @@ def named(names: str) -> list[tuple[str, bytes]]:
 
 
 TEXT = ("b.json", caption("b"))
-LINK = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE)
 BAD = [
     (named("b.001.jpg b.002.json"), r"holds \.001\.jpg beside \.002\.json, which are of two", BAD_NAME),
     ([("b.heic", b"?"), ("b.json", CHAT)], r"\.heic is no kind of picture that is read", NO_PICTURE),
-    (named("b.npy b.json"), r"\.npy is no kind of picture that is read", NO_PICTURE),
-    ([("b.jpg", "a.jpg", LINK[0]), TEXT], "its .jpg is a link to 'a.jpg', .* --dereference", NO_PICTURE),
-    ([TEXT, ("b.jpg", "a.jpg", LINK[1])], "its .jpg is a link to 'a.jpg', not a file", NO_PICTURE),
-    ([("b.jpg", "a.jpg", LINK[2]), TEXT], "its .jpg is a device or pipe", NO_PICTURE),
+    (
+        [("b.jpg", "a.jpg", tarfile.LNKTYPE), TEXT],
+        "its .jpg is a link to 'a.jpg', .* --dereference",
+        NO_PICTURE,
+    ),
+    ([("b.jpg", "a.jpg", tarfile.FIFOTYPE), TEXT], "its .jpg is a device or pipe", NO_PICTURE),
     (named("b.jpg b.mask.png b.json"), "holds 2 pictures", SEVERAL_PICTURES),
     (named("b.jpg b.jpg b.json"), "holds two members .jpg; keep one", BAD_RECORD),
     (named("b.jpg"), r"lacks its \.json or \.txt", NO_CAPTION),
-    (named("b.jpg b.json b.json"), "holds two members .json", BAD_RECORD),
     (named("b.jpg b.0.txt b.1.txt"), r"holds 2 members \.txt \(\.0\.txt, \.1\.txt\)", BAD_RECORD),
-    (sample("b", record=b"{"), "its text is not usable", BAD_RECORD),
     (sample("b", record=b"[]"), "not an object", BAD_RECORD),
     ([("b.jpg", b"j"), ("b.txt", b"\xff")], "its text is not usable: not UTF-8 at byte 0", BAD_TEXT),
     (sample("b", record=b'{"url": "x"}'), "has no caption, nor conversations", NO_CAPTION),
     ([("b.jpg", b""), TEXT], "a picture of 0 bytes", UNDECODABLE),
     ([*sample("y"), *sample("a")], "key 'a' is given to two samples", KEY_TWICE),
     (named("../b.json"), "not KEY.EXTENSION inside the archive", BAD_NAME),
-    (named("/b.json"), "not KEY.EXTENSION inside the archive", BAD_NAME),
     (named("b"), "not KEY.EXTENSION inside the archive", BAD_NAME),
     (named("b\n.json"), "its name is not UTF-8, or has control characters; rename it", BAD_NAME),
 ]
@@ -153,20 +148,14 @@ def test_what_other_programs_leave_beside_files_is_no_sample(tmp_path):
         check(tar(tmp_path / "a.tar", *own[:place], *others, folder, *own[place:]), "ab", 0)
 
 
-@pytest.mark.parametrize("order", ["pictures first", "texts first", "two folders"])
-@pytest.mark.parametrize("record", [caption, lambda key: CHAT], ids=["captions", "chats"])
-def test_members_that_do_not_stand_side_by_side(tmp_path, order, record):
-    """Records of chats do not speak of a picture; that another member has their key tells of one."""
-    in_folders = order == "two folders"
-    pictures = [(f"{'i/' * in_folders}{key}.jpg", picture(key)) for key in "abc"]
-    texts = [(f"{'t/' * in_folders}{key}.json", record(key)) for key in "abc"]
-    path = tar(tmp_path / "a.tar", *([*texts, *pictures] if order == "texts first" else [*pictures, *texts]))
+@pytest.mark.parametrize("folders", [("", ""), ("i/", "t/")], ids=["beside", "in folders"])
+def test_no_chat_is_text_only_because_its_picture_lies_elsewhere(tmp_path, folders):
+    """Records of chats do not mention a picture; that another member has their key reveals one."""
+    pictures = [(f"{folders[0]}{key}.jpg", picture(key)) for key in "abc"]
+    path = tar(tmp_path / "a.tar", *pictures, *((f"{folders[1]}{key}.json", CHAT) for key in "abc"))
     table = scan_shard(path, skip_bad=True)
-    if in_folders and record is not caption:
-        # Of other keys: only the pictures are told.
-        assert (len(table.rows), table.num_pictures, len(table.bad)) == (3, 0, 3)
-    else:
-        assert (len(table.rows), len(table.bad)) == (0, 6)
+    # In folders the keys differ, so only the pictures are reported.
+    assert (len(table.rows), len(table.bad)) == ((3, 3) if folders[0] else (0, 6))
     with pytest.raises(UserError, match=r"side by side|without a picture"):
         scan_shard(path)
 
@@ -186,7 +175,7 @@ def test_no_order_of_members_gives_another_picture(tmp_path, data):
         assert set(found) == neighbours
 
 
-@pytest.mark.parametrize("padding", [10240, 1024, 512, 5 * 1024 * 1024])
+@pytest.mark.parametrize("padding", [10240, 512, 5 * 1024 * 1024])
 def test_tars_joined_by_cat_are_read_to_the_end(tmp_path, padding):
     parts = []
     for key in "abc":
@@ -202,80 +191,63 @@ def test_tars_joined_by_cat_are_read_to_the_end(tmp_path, padding):
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
-        (lambda data: data + b"junk" * 200, ""),
         (lambda data: data + b"\0" * 700 + b"x" * 3000, ""),
-        (lambda data: data[: len(data) // 2], ""),
         (lambda data: data.rstrip(b"\0").ljust(6 * 2048, b"\0"), "its end is missing"),
         (lambda data: data[:1000], ""),
-        (lambda data: b"", "copy it again"),
         (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer: git lfs pull"),
         (lambda data: b"\n<!DOCTYPE html><html>" + b"x" * 600, "a web page"),
-        (lambda data: b"\x1f\x8b" + bytes(600), "packed by gzip: unpack it"),
     ],
 )
-def test_no_whole_tar(tmp_path, damage, told):
+def test_no_whole_tar(tmp_path, damage, message):
     path = tar(tmp_path / "a.tar", *(member for key in "abcdef" for member in sample(key)))
     path.write_bytes(damage(path.read_bytes()))
     for skip_bad in (False, True):
-        with pytest.raises(UserError, match=rf"a\.tar: not a whole, uncompressed tar: .*{told}"):
+        with pytest.raises(UserError, match=rf"a\.tar: not a whole, uncompressed tar: .*{message}"):
             scan_shard(path, skip_bad=skip_bad)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_img2dataset_and_long_names(tmp_path, form):
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_folders_and_other_encodings(tmp_path, form):
     long = "x" * (180 if form != tarfile.USTAR_FORMAT else 80)
-    record = b'{"caption": "From json.", "key": "000000000", "width": 3}'
-    first = [("000000000.jpg", b"j"), ("000000000.json", record), ("000000000.txt", b"From txt.")]
-    deep = [("v1.0/x y/1.JPG", b"j"), ("./v1.0/x y/1.JSON", b'{"caption": "Alone."}')]
-    others = [(f"{long}.gif", b"g"), (f"{long}.txt", "Länge".encode()), ("naïve.json", CHAT)]
-    path = tar(tmp_path / "a.tar", *first, *deep, *others, form=form, encoding="latin-1")
+    deep = [("v1.0/x y/1.JPG", picture("v1.0/x y/1")), ("./v1.0/x y/1.JSON", caption("v1.0/x y/1"))]
+    path = tar(tmp_path / "a.tar", *deep, *sample(long), ("naïve.json", CHAT), form=form, encoding="latin-1")
     table = scan_shard(path, skip_bad=True)
-    # A name that is no UTF-8 is refused; pax writes it as UTF-8 in any case.
+    # A name that is not UTF-8 is refused; pax writes it as UTF-8 in any case.
     assert len(table.bad) == (form != tarfile.PAX_FORMAT)
-    assert table.text_lengths.tolist()[:3] == [9, 6, 5]
-    members = [parse_members(path.read_bytes()[o : o + size], "") for o, size, _, _ in table.rows.tolist()]
-    assert [m["__key__"] for m in members[:3]] == ["000000000", "v1.0/x y/1", long]
-    assert read_record(members[0]).record["captions"] == ["From txt."]
+    keys = [
+        parse_members(path.read_bytes()[o : o + size], "")["__key__"] for o, size, _, _ in table.rows.tolist()
+    ]
+    assert keys[:2] == ["v1.0/x y/1", long]
 
 
-def row(number: int, *, size: int = 700, **record) -> ShardRow:
-    texts = [f"Caption {number} {'x' * number}.", "Zwei é."]
-    members = {"json": json.dumps({"image_id": number, "captions": texts, **record}).encode()}
-    if size:
-        members["jpg"] = random.Random(number).randbytes(size + 400 * number)
-    return ShardRow(key=f"row{number}", members=members)
+def row(number: int) -> ShardRow:
+    record = {"captions": [f"Caption {number} {'x' * number}.", "Zwei é."]}
+    jpg = random.Random(number).randbytes(700 + 400 * number)
+    return ShardRow(key=f"row{number}", members={"json": json.dumps(record).encode(), "jpg": jpg})
 
 
 def test_what_is_written_is_scanned(tmp_path):
     path = tmp_path / "a.tar"
     problem = {"question": "Why?", "choices": ["a", "bc"], "answer": 1, "hint": "x", "grade": "grade2"}
-    problem |= {"subject": "social science"}
-    records = {"p": problem, "c": {"conversations": TURNS}}
-    bare = [ShardRow(key=key, members={"json": json.dumps(r).encode()}) for key, r in records.items()]
-
-    def rows():
-        yield row(0)
-        # It has its name only when it is whole.
-        assert not path.exists()
-        assert part_of(path).exists()
-        yield from (row(1), *bare)
-
-    table = write_shard(rows(), path)
+    records = {"p": problem | {"subject": "social science"}, "c": {"conversations": TURNS}}
+    rows = [row(0), row(1)]
+    rows += [ShardRow(key=key, members={"json": json.dumps(r).encode()}) for key, r in records.items()]
+    # It has its name only when it is whole.
+    table = write_shard((each for each in rows if not path.exists()), path)
     assert [file.name for file in tmp_path.iterdir()] == ["a.tar"]
     assert table.rows[:, 2].tolist() == [2, 2, 0, 0]
     assert (table.num_pictures, table.tasks) == (2, {"caption": 2, "scienceqa": 1, "chat": 1})
     assert table.text_lengths.tolist() == [11, 7, 12, 7, 8, 11]
     assert table.num_bytes == path.stat().st_size
     assert [find_key(path, int(value)) for value in table.key_hashes] == ["row0", "row1", "p", "c"]
-    assert table.key_hashes.tolist() == hash_keys(["row0", "row1", "p", "c"]).tolist()
     offset, size = table.rows[1, :2].tolist()
     assert parse_members(path.read_bytes()[offset : offset + size], "")["jpg"] == row(1).members["jpg"]
-    assert write_shard([row(0), row(1), *bare], tmp_path / "b.tar").sha256 == table.sha256
+    assert write_shard(rows, tmp_path / "b.tar").sha256 == table.sha256
 
 
-@pytest.mark.parametrize("key", ["", "a.b", "a/b", "a b", "../a", "/a", "a\n"])
+@pytest.mark.parametrize("key", ["", "a.b", "a/b", "a b", "a\n"])
 def test_keys_that_do_not_fit(tmp_path, key):
     with pytest.raises(UserError, match="empty, or has a dot, slash or space"):
         write_shard([ShardRow(key=key, members={"json": b"{}"})], tmp_path / "a.tar")
@@ -283,29 +255,24 @@ def test_keys_that_do_not_fit(tmp_path, key):
 
 
 def mutate(data: bytes, draw: random.Random) -> bytes:
-    """Flipped bytes, a cut, blocks swapped, doubled or removed, zeros, noise, another header."""
+    """Flipped bits, a cut, blocks inserted, removed or overwritten, or a changed header."""
     content, block = bytearray(data), tarfile.BLOCKSIZE
     places = range(len(data) // block)
     at, other = (draw.choice(places) * block for _ in range(2))
-    kind = draw.randrange(8)
+    kind = draw.randrange(6)
     if kind == 0:
         for _ in range(draw.choice((1, 1, 4))):
             content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     elif kind == 1:
         del content[draw.choice((at, draw.randrange(len(content)))) :]
     elif kind == 2:
-        first, second = data[at : at + block], data[other : other + block]
-        content[at : at + block], content[other : other + block] = second, first
-    elif kind == 3:
         content[at:at] = data[other : other + draw.randint(1, 6) * block]
-    elif kind == 4:
+    elif kind == 3:
         del content[at : at + draw.randint(1, 6) * block]
-    elif kind == 5:
-        content[at : at + block] = bytes(block)
-    elif kind == 6:
-        content[at : at + block] = draw.randbytes(block)
+    elif kind == 4:
+        content[at : at + block] = draw.choice((bytes(block), draw.randbytes(block), data[other:][:block]))
     else:
-        # A header whose sum is right and whose name, size or kind is another.
+        # A header with a right checksum but another name, size or kind.
         at = draw.choice([o * block for o in places if data[o * block + 257 : o * block + 262] == b"ustar"])
         header = content[at : at + block]
         start, stop = draw.choice([(3, 4), (4, 6), (128, 135), (156, 157), (345, 350)])
@@ -318,25 +285,23 @@ def mutate(data: bytes, draw: random.Random) -> bytes:
 
 
 def test_damage_gives_the_right_sample_or_one_error(tmp_path):
-    """Of shard or index: no change gives a traceback, or another sample's picture."""
-    source, work = tmp_path / "source", tmp_path / "work"
+    """No change of shard or index gives a traceback, or another sample's picture."""
     rows = [row(i) for i in range(NUM_ROWS)]
-    write_shards(rows, source, name="a", samples_per_shard=NUM_ROWS, builder={})
-    shutil.copytree(source, work)
-    path, whole, table = work / "a-000000.tar", (source / "a-000000.tar").read_bytes(), None
+    write_shards(rows, tmp_path, name="a", samples_per_shard=NUM_ROWS, builder={})
+    path = tmp_path / "a-000000.tar"
+    whole, table = path.read_bytes(), np.load(tmp_path / "index.npy")
     messages: list[str] = []
     read_right, num_tries = 0, 300
     for seed in range(num_tries):
-        draw = random.Random(seed)
-        if seed % 5:
+        draw, changed = random.Random(seed), table.copy()
+        if is_shard := seed % 5 != 0:
             path.write_bytes(mutate(whole, draw))
         else:
-            # Offset, size, captions, checksum.
+            # Offset, size, captions or checksum.
+            changed[draw.randrange(NUM_ROWS), draw.randrange(4)] ^= 1 << draw.randrange(61)
             path.write_bytes(whole)
-            table = np.load(source / "index.npy")
-            table[draw.randrange(NUM_ROWS), draw.randrange(4)] ^= 1 << draw.randrange(61)
-        np.save(work / "index.npy", np.load(source / "index.npy") if seed % 5 or table is None else table)
-        index = ShardIndex(work)
+        np.save(tmp_path / "index.npy", changed)
+        index = ShardIndex(tmp_path)
         for number in range(NUM_ROWS):
             try:
                 members = index.read(number)
@@ -347,7 +312,7 @@ def test_damage_gives_the_right_sample_or_one_error(tmp_path):
                 assert members["__key__"] == f"row{number}", seed
                 assert {name: members[name] for name in ("jpg", "json")} == rows[number].members, seed
         index.close()
-        for skip_bad in (False, True):
+        for skip_bad in (False, True) if is_shard else ():
             try:
                 scanned = scan_shard(path, skip_bad=skip_bad)
             except UserError as error:
@@ -357,5 +322,5 @@ def test_damage_gives_the_right_sample_or_one_error(tmp_path):
                 assert set(parse_members(path.read_bytes()[offset : offset + size], "")) > {"__key__"}, seed
     assert read_right > num_tries
     assert len(messages) > num_tries
-    assert all(str(path) in m or f"{work}: {path.name}: sample " in m for m in messages)
+    assert all(str(path) in m or f"{tmp_path}: {path.name}: sample " in m for m in messages)
     assert all("\n" not in message for message in messages)

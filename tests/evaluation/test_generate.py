@@ -14,10 +14,9 @@ from transformers import LlamaForCausalLM
 
 from dehvf_ds.batch import Sample
 from dehvf_ds.config import UserError, parse_generate_config
-from dehvf_ds.data.chat import encode_chat_prompt
 from dehvf_ds.data.collate import build_image_transform, load_tokenizer
 from dehvf_ds.data.examples import read_sample
-from dehvf_ds.data.prompts import QCM_A
+from dehvf_ds.data.prompts import QCM_A, encode_chat_prompt
 from dehvf_ds.evaluation.dataset import open_questions
 from dehvf_ds.evaluation.generate import ask_as_trained
 from dehvf_ds.generate import main

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dehvf_ds.config import UserError
-from dehvf_ds.data.prompts import scienceqa_target
+from dehvf_ds.data.prompts import build_target
 from dehvf_ds.evaluation.predict import Scored
 from dehvf_ds.evaluation.scienceqa import COLUMNS, AnswerScorer, read_letter
 
@@ -66,7 +66,7 @@ def test_letters_of_four_choices() -> None:
 @pytest.mark.parametrize("num_choices", [2, 5, 26])
 def test_the_targets_of_training_name_their_letter_and_none_beyond_the_choices(num_choices: int) -> None:
     for answer in range(26):
-        target = scienceqa_target({"choices": ["x"] * num_choices, "answer": answer})
+        target = build_target({"choices": ["x"] * num_choices, "answer": answer}, "scienceqa")
         # The prompt ends in the first three words, so the model writes the rest.
         for text in (target, target.removeprefix("The answer is")):
             assert read_letter(text, num_choices) == (answer if answer < num_choices else None)

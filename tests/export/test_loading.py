@@ -16,8 +16,8 @@ from tiny_artifacts import build_bases, save, trained_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from dehvf_ds.data.chat import encode_chat_prompt
 from dehvf_ds.data.collate import load_tokenizer
+from dehvf_ds.data.prompts import encode_chat_prompt
 from dehvf_ds.export.__main__ import main as merge
 from dehvf_ds.generate import main as generate
 from dehvf_ds.model import DehvfForConditionalGeneration, ModelError

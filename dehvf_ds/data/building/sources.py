@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from dehvf_ds.atomic import sha256_of
 from dehvf_ds.config import UserError
 from dehvf_ds.data.building.scan import BadRows, note
-from dehvf_ds.data.chat import TURN_FORM
+from dehvf_ds.data.prompts import TURN_FORM
 from dehvf_ds.data.records import check_record, pictures_named
 from dehvf_ds.data.shards import BAD_NAME, BAD_RECORD, KEY_TWICE, NO_CAPTION, DamagedSample
 from dehvf_ds.data.text import decode_text, parse_json
