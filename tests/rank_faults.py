@@ -31,7 +31,7 @@ import dehvf_ds.eval
 import dehvf_ds.train
 from dehvf_ds.config import UserError
 from dehvf_ds.data import loader
-from dehvf_ds.distributed import gather_to_main, meet, on_main, read_world, run_entry
+from dehvf_ds.distributed import connect_ranks, gather_to_main, on_main, read_world, run_entry
 from dehvf_ds.evaluation import predict
 from dehvf_ds.model import ModelError
 from dehvf_ds.training import checkpoint, engine, trainer
@@ -110,7 +110,7 @@ def while_it_answers(act: Callable[[], Any]) -> None:
 def travel(_: list[str]) -> int:
     """Gives more than torch's store takes at a time from rank 0 to the other, and back."""
     place = read_world()
-    meet(place)
+    connect_ranks(place)
     given = on_main(place, lambda: bytes(LARGE_BYTES))
     found = gather_to_main([len(given)], place)
     assert place.rank or found == [LARGE_BYTES] * 2
@@ -223,7 +223,7 @@ def start(fault: Fault, args: list[str], rank: int, port: int, out: Path) -> int
     sys.argv = ["program", *args]
     code: object = 99
     try:
-        run_entry(fault.program.main, meets=True)
+        run_entry(fault.program.main, distributed=True)
     except SystemExit as error:
         code = error.code
     finally:

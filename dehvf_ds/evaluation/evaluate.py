@@ -23,7 +23,7 @@ from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.prompts import build_prompt
 from dehvf_ds.data.shards import DamagedSample
-from dehvf_ds.distributed import has_fast_bf16, init_process_group, meet, on_main, read_world
+from dehvf_ds.distributed import connect_ranks, has_fast_bf16, init_process_group, on_main, read_world
 from dehvf_ds.evaluation import dataset, predict
 from dehvf_ds.evaluation.coco import CaptionScorer
 from dehvf_ds.evaluation.contact_sheet import contact_sheet
@@ -47,7 +47,7 @@ Scorer = CaptionScorer | AnswerScorer
 def evaluate(config: EvalConfig) -> None:
     """Runs one evaluation. Every rank must call it; rank 0 writes and prints for all."""
     world = read_world()
-    meet(world)
+    connect_ranks(world)
     data, name = config.data, f"{config.task}-{_directory_name(_split_of(config))}"
     results = Path(config.output) if config.output is not None else Path(config.model) / "eval"
     if dataset.is_published(data):

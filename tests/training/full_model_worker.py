@@ -13,8 +13,8 @@ from dehvf_ds.batch import Batch
 from dehvf_ds.distributed import World, gather_to_main, init_process_group, read_world, run_entry
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.engine import build_engine, build_model_config
-from dehvf_ds.training.full_model import full_model
 from dehvf_ds.training.step import train_step
+from dehvf_ds.training.zero import full_model
 
 
 def main(directory: Path) -> None:

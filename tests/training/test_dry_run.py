@@ -23,7 +23,7 @@ from dehvf_ds import train
 from dehvf_ds.config import UserError
 from dehvf_ds.model.trial import scaled_down
 from dehvf_ds.training import dry_run
-from dehvf_ds.training.stop import StopRequest
+from dehvf_ds.training.step import StopRequest
 
 
 @pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from dehvf_ds.distributed import World
 from dehvf_ds.model.backbones import build_config, load_model
-from dehvf_ds.training.full_model import full_copy
+from dehvf_ds.training.zero import full_copy
 
 WORKER = Path(__file__).parent / "full_model_worker.py"
 

@@ -8,8 +8,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dehvf_ds.config import UserError
-from dehvf_ds.training.metrics import MetricsWriter, model_flops
-from dehvf_ds.training.trackers import Trackers, check_trackers
+from dehvf_ds.training.metrics import MetricsWriter, Trackers, check_trackers, model_flops
 
 
 def step(number: int, loss: float) -> dict[str, float | None]:
@@ -19,7 +18,7 @@ def step(number: int, loss: float) -> dict[str, float | None]:
 
 def test_jsonl_and_tensorboard_carry_the_same_numbers(tmp_path, capsys) -> None:
     trackers = Trackers(["tensorboard"], tmp_path, {}, 0)
-    writer = MetricsWriter(tmp_path, num_steps=3, log_every=1, trackers=trackers)
+    writer = MetricsWriter(tmp_path, trackers, num_steps=3, log_every=1)
     for number, loss in enumerate([2.5, float("nan"), 1.5], start=1):
         writer.write(step(number, loss))
     writer.close()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dehvf_ds.config import TrainConfig
-from dehvf_ds.training.optim import GradientWatch, learning_rate, parameter_groups
+from dehvf_ds.training.engine import GradientWatch, learning_rate, parameter_groups
 
 
 def test_learning_rate_warms_up_and_ends_at_its_floor() -> None:

@@ -24,12 +24,11 @@ from training.resume_world import build_world, recipe
 from dehvf_ds.batch import Batch
 from dehvf_ds.config import UserError, parse_run_config
 from dehvf_ds.data.examples import open_examples
-from dehvf_ds.distributed import World
+from dehvf_ds.distributed import REQUEUE_EXIT_CODE, World
 from dehvf_ds.training.checkpoint import STATE_FILE, Checkpoint
 from dehvf_ds.training.run_dir import choose_start
 from dehvf_ds.training.run_lock import RunLock
-from dehvf_ds.training.step import validation_loss
-from dehvf_ds.training.stop import REQUEUE_EXIT_CODE, StopRequest
+from dehvf_ds.training.step import StopRequest, validation_loss
 
 TRAIN = REPOSITORY / "dehvf_ds/train.py"
 STEPS = 8

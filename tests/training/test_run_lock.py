@@ -42,7 +42,7 @@ def test_another_hosts_lock_is_waited_for(tmp_path, monkeypatch, alive, capsys):
         if alive:
             path.touch()
         else:
-            past = time.time() - run_lock.STALE_S - 1
+            past = time.time() - run_lock.DEAD_AFTER_S - 1
             os.utime(path, (past, past))
 
     past = time.time() - 60

@@ -17,8 +17,7 @@ from dehvf_ds.distributed import World
 from dehvf_ds.training.checkpoint import Progress
 from dehvf_ds.training.dry_run import check_supervised
 from dehvf_ds.training.metrics import Evaluated
-from dehvf_ds.training.step import train_step, validation_loss
-from dehvf_ds.training.stop import StopRequest
+from dehvf_ds.training.step import StopRequest, train_step, validation_loss
 from dehvf_ds.training.trainer import Trainer
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))

@@ -13,8 +13,7 @@ from training.zero_worker import make_rows, run_config
 from transformers import AutoModel, AutoModelForCausalLM
 
 from dehvf_ds.model.backbones import load_model
-from dehvf_ds.training.engine import build_model_config
-from dehvf_ds.training.optim import learning_rate, parameter_groups, set_learning_rate
+from dehvf_ds.training.engine import build_model_config, learning_rate, parameter_groups, set_learning_rate
 
 WORKER = Path(__file__).parent / "zero_worker.py"
 STEPS = 20

@@ -77,10 +77,15 @@ def run_config(directory: Path, case: dict) -> RunConfig:
 
 def main(directory: Path, case: dict) -> None:
     from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json
-    from dehvf_ds.training.engine import build_engine, build_model_config
-    from dehvf_ds.training.optim import GradientWatch, learning_rate, set_learning_rate
-    from dehvf_ds.training.optimizer_state import gather_trainables
+    from dehvf_ds.training.engine import (
+        GradientWatch,
+        build_engine,
+        build_model_config,
+        learning_rate,
+        set_learning_rate,
+    )
     from dehvf_ds.training.step import train_step
+    from dehvf_ds.training.zero import gather_trainables
 
     world = read_world()
     init_process_group(world)
