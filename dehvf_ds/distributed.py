@@ -312,7 +312,7 @@ def run_entry(main: Callable[[list[str]], int | None], *, distributed: bool = Fa
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             code = fail(one_line(error), 1)
         elif "onnection closed by peer" in str(error) or "onnection reset by peer" in str(error):
-            code = fail("another rank ended without a message; it may have been killed, see the launcher", 1)
+            code = fail("another rank is gone without a message; the launcher may say why", 1)
         else:
             code = fail(one_line(error), 1, details=traceback.format_exc())
     _exit(code)
