@@ -84,13 +84,3 @@ def wait_a_while(run_dir: Path, draw: random.Random) -> str:
 
 def read(path: Path) -> list[dict]:
     return [{k: json.loads(line)[k] for k in COMPARED} for line in path.read_text().splitlines()]
-
-
-def test_a_torn_line_of_a_killed_run_is_dropped(tmp_path: Path) -> None:
-    from dehvf_ds.training.metrics import keep_lines
-
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    keep_lines(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    keep_lines(tmp_path / "absent", 2)

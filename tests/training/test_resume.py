@@ -6,29 +6,23 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import REPOSITORY, run_ranks, start_ranks
+from processes import REPOSITORY, run_python, run_ranks, start_ranks
 from safetensors.torch import load_file, save_file
 from tiny_artifacts import save, trained_model
-from torch import Tensor
 from training.resume_world import build_world, recipe
 
-from dehvf_ds.batch import Batch
 from dehvf_ds.config import UserError, parse_run_config
 from dehvf_ds.data.examples import open_examples
-from dehvf_ds.distributed import REQUEUE_EXIT_CODE, World
+from dehvf_ds.distributed import REQUEUE_EXIT_CODE
 from dehvf_ds.training.checkpoint import STATE_FILE, Checkpoint
 from dehvf_ds.training.run_dir import choose_start
 from dehvf_ds.training.run_lock import RunLock
-from dehvf_ds.training.step import StopRequest, validation_loss
 
 TRAIN = REPOSITORY / "dehvf_ds/train.py"
 STEPS = 8
@@ -57,13 +51,10 @@ def losses(world: Path, run: str) -> list[float]:
 
 
 def forget_after(world: Path, run: str, step: int) -> None:
-    """Leaves the run as a kill after ``step`` did: later checkpoints and the artifact are not there."""
-    root = world / run / "checkpoints"
-    for path in root.glob("step_*"):
+    """Leaves the run as a kill after ``step`` did: without later checkpoints."""
+    for path in (world / run / "checkpoints").glob("step_*"):
         if int(path.name.removeprefix("step_")) > step:
-            for file in sorted(path.rglob("*"), reverse=True):
-                file.rmdir() if file.is_dir() else file.unlink()
-            path.rmdir()
+            shutil.rmtree(path)
 
 
 @pytest.mark.slow
@@ -157,10 +148,8 @@ def test_a_run_directory_has_one_live_job_and_a_dead_rank_ends_the_others(world:
     with pytest.raises(UserError, match=f"{world / 'dead'} is in use by process {processes[0].pid} on "):
         RunLock(world / "dead")
     processes[1].kill()
-    started = time.monotonic()
     processes[0].communicate(timeout=60)
     assert processes[0].returncode not in (0, REQUEUE_EXIT_CODE)
-    assert time.monotonic() - started < 60
     processes[1].communicate()
 
 
@@ -206,8 +195,8 @@ def test_what_would_be_another_run_is_refused(world: Path, whole: Path, capsys) 
     found = start_of(long_arguments(world, "kept"))
     assert found is not None
     assert found.progress.step == 20
-    told = capsys.readouterr().err
-    assert "changed since it was written (size or sha256 differs); looking for an older one" in told
+    message = "changed since it was written (size or sha256 differs); looking for an older one"
+    assert message in capsys.readouterr().err
 
 
 def start_of(args: list[str]) -> Checkpoint | None:
@@ -217,20 +206,17 @@ def start_of(args: list[str]) -> Checkpoint | None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_alive(world: Path) -> None:
-    # No file may grow beyond this: the state of one does, nothing else of the run.
+def test_a_full_disk_leaves_the_run_alive_until_too_many_checkpoints_failed(world: Path) -> None:
+    # No file may grow beyond this: the state of a checkpoint does, nothing else of the run.
     limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); "
     limited += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    result = subprocess.run(
-        [sys.executable, "-c", limited, str(TRAIN), *arguments(world, "full")],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    args = arguments(world, "full", **{"--train.max_failed_saves": 2})
+    result = run_python(["-c", limited, TRAIN, *args])
     assert "checkpoint of step 3 not written: " in result.stderr
     assert "the run goes on" in result.stderr
-    assert len(losses(world, "full")) == STEPS
+    assert "error: 2 checkpoints in a row could not be written; stopped at step 6;" in result.stderr
+    assert result.returncode == 74
+    assert len(losses(world, "full")) == 6
     assert list((world / "full/checkpoints").glob("*")) == []
 
 
@@ -260,27 +246,6 @@ def test_a_new_run_starts_from_another_runs_adapter(world: Path, whole: Path) ->
     assert losses(world, "second")[0] < losses(world, "whole")[0]
 
 
-def test_a_request_to_stop_ends_a_validation_early() -> None:
-    class Engine(torch.nn.Module):
-        calls = 0
-
-        def forward(self, **inputs: Tensor) -> SimpleNamespace:
-            self.calls += 1
-            stop.requested = self.calls == 2
-            return SimpleNamespace(loss_sum=inputs["labels"].float().sum())
-
-    ids = torch.ones(2, 3, dtype=torch.long)
-    pixels, has_image = torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.bool)
-    batch = Batch(input_ids=ids, attention_mask=ids, labels=ids, pixel_values=pixels, has_image=has_image)
-    engine, stop = Engine(), StopRequest()
-    world = World(0, 0, 1, 1, torch.device("cpu"))
-    assert validation_loss(engine, [batch], world, torch.float32, stop) == 6 / 4
-    engine.calls = 0
-    assert validation_loss(engine, [batch] * 5, world, torch.float32, stop) is None
-    assert engine.calls == 2
-    assert engine.training
-
-
 def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -307,15 +272,10 @@ def trained(world: Path) -> Path:
 @pytest.mark.parametrize(
     ("key", "value", "there"),
     [
-        ("model.feature_layers", "[1,4]", "[1, 3, 4] there, [1, 4] now"),
         ("model.feature_layers", "[2,3,4]", "[1, 3, 4] there"),
         ("model.router", "static", "layer there, static now"),
-        ("model.fusion", "none", "ffn there"),
         ("model.fusion", "prefix", "ffn there"),
-        ("model.rank", "8", "7 there"),
-        ("model.router_dim", "4", "5 there"),
         ("model.image_size", "24", "16 there"),
-        ("model.lora.rank", "2", "3 there"),
         ("model.lora.rank", "0", "3 there, 0 now"),
         ("model.lora.alpha", "4", "8.0 there, 4.0 now"),
         ("model.lora.targets", "up_proj", "['down_proj'] there, ['up_proj'] now"),
