@@ -35,16 +35,10 @@ REQUEUE_EXIT_CODE = 85
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Loader workers ignore them (``data.loader``); the supervisor of a SLURM job handles them, too."""
 
-STOP_S = 30.0
-"""How long a process that was stopped may take to end before it is ended by force."""
-
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 """Failures of the machine, to which a traceback would add nothing."""
 
 Result = TypeVar("Result")
-
-
-# --- this process ---
 
 
 @dataclass(frozen=True)
@@ -116,8 +110,6 @@ def has_fast_bf16() -> bool:
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
-
-# --- the ranks ---
 
 _store: RankStore | None = None
 
@@ -267,8 +259,8 @@ def _stop_now(number: int, frame: FrameType | None) -> NoReturn:
     # Once: many clusters signal both the shell, which passes it on, and the process.
     for each in STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
-    # A library may catch what is raised here, in a callback.
-    timer = threading.Timer(STOP_S, os._exit, [REQUEUE_EXIT_CODE])
+    # A library may catch what is raised here, in a callback: then the process is ended by force.
+    timer = threading.Timer(30.0, os._exit, [REQUEUE_EXIT_CODE])
     timer.daemon = True
     timer.start()
     raise StopNow
@@ -292,7 +284,11 @@ def run_entry(main: Callable[[list[str]], int | None], *, distributed: bool = Fa
     stacks = os.environ.get("DEHVF_STACKS")
     # The file stays open: a process that hangs or has no descriptors left cannot open it.
     faulthandler.register(signal.SIGUSR2, file=Path(stacks).open("a") if stacks else sys.stderr)  # noqa: SIM115
-    _quiet_libraries()
+    if not torch.cuda.is_available():
+        # Otherwise DeepSpeed warns that it found none, also where a library imports it without need.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     fail = partial(_fail, distributed=distributed)
     try:
         code = main(sys.argv[1:]) or 0
@@ -337,15 +333,6 @@ def _fail(line: str, code: int, *, distributed: bool, details: str = "") -> int:
     rank = os.environ.get("RANK", "0")
     print_failure(Failure(int(rank) if rank.isdecimal() else 0, line, code))
     return code
-
-
-def _quiet_libraries() -> None:
-    """Only a rank with a terminal shows bars while weights load; DeepSpeed need not look for a GPU."""
-    if not torch.cuda.is_available():
-        # Otherwise it warns that it found none, also where a library imports it without need.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
 
 
 def _exit(code: int) -> NoReturn:

@@ -14,6 +14,7 @@ The frozen weights are not saved either; their fingerprint is, in the adapter's 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Mapping
@@ -86,6 +87,21 @@ class Progress:
         self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
         self.unsupervised_rows += result.num_unsupervised_rows
         self.substituted += result.num_substituted
+
+    def note_loss(self, loss: float, *, decides: bool) -> None:
+        """Notes a validation loss; the lowest ``decides`` on the best step where nothing is scored."""
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            self.best_loss = loss
+            self.best_step = self.step if decides else self.best_step
+
+    def note_score(self, score: float | None) -> None:
+        """Notes an evaluation's score; the highest decides on the best step."""
+        if (
+            score is not None
+            and math.isfinite(score)
+            and (self.best_score is None or score > self.best_score)
+        ):
+            self.best_score, self.best_step = score, self.step
 
 
 @dataclass(frozen=True)

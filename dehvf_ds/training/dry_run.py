@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_model
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from dehvf_ds.batch import IGNORE_INDEX, Batch
-from dehvf_ds.config import RunConfig, UnsupervisedError, UserError
-from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, init_process_group, on_main
+from dehvf_ds.batch import Batch
+from dehvf_ds.config import DataConfig, RunConfig, UnsupervisedError, UserError
+from dehvf_ds.distributed import World, all_reduce_sum, init_process_group, on_main
 from dehvf_ds.model import DehvfConfig
 from dehvf_ds.model.trial import NUM_LAYERS, scaled_down
 from dehvf_ds.training.checkpoint import Checkpoint
@@ -49,13 +49,7 @@ def dry_run(run: ResolvedRun, describe_evaluation: Callable[[], str] | None) -> 
     validation = run.validation_batches()
     validation_batch = None if validation is None else next(iter(validation))
     init_process_group(world, config.train.start_timeout_minutes)
-    max_tokens = config.data.max_tokens
-    warning = check_supervised(micro_batches, world, data=config.data.train, max_tokens=max_tokens)
-    if validation_batch is not None and config.data.val is not None:
-        # Rows that pad the last micro-batch are unsupervised, too, so their share says nothing.
-        (supervised,) = all_reduce_sum([float(validation_batch.num_supervised())], world.device)
-        if not supervised:
-            check_supervised([validation_batch], world, data=config.data.val, max_tokens=max_tokens)
+    warning = check_supervised(micro_batches, world, config.data)
     begins = f"continues after step {start_step} of" if start_step else "begins, for"
     lines = [
         f"dry run on {world.size} x {world.device.type}; {config.run_dir} {begins} {run.num_steps} steps",
@@ -163,11 +157,11 @@ def _save(model: PreTrainedModel, directory: Path) -> None:
 # --- rows without a token to learn ---
 
 
-def check_supervised(batches: Sequence[Batch], world: World, *, data: str, max_tokens: int) -> str | None:
+def check_supervised(batches: Sequence[Batch], world: World, data: DataConfig) -> str | None:
     """Refuses this rank's first batches if too few rows have a token to learn. Every rank must call it.
 
     Refused are a micro-batch without any, and more than ``MAX_UNSUPERVISED_SHARE`` of all rows without;
-    fewer are returned as a warning. ``data`` and ``max_tokens`` are for the message.
+    fewer are returned as a warning.
     """
     counts = (
         sum(len(batch.labels) for batch in batches),
@@ -175,20 +169,10 @@ def check_supervised(batches: Sequence[Batch], world: World, *, data: str, max_t
         sum(not batch.num_supervised() for batch in batches),
     )
     rows, unsupervised, empty = map(int, all_reduce_sum([float(count) for count in counts], world.device))
-    if not unsupervised:
-        return None
-    found = [
-        batch.keys[row]
-        for batch in batches
-        for row, labels in enumerate(batch.labels)
-        if not (labels[1:] != IGNORE_INDEX).any()
-    ]
-    found = gather_to_main(found, world)
-    first = on_main(world, lambda: found[0])
     line = (
-        f"{data}: {unsupervised} of the first {rows} rows have no token to learn, {first} the first: their "
-        f"prompts fill all data.max_tokens {max_tokens}; raise it"
+        f"{data.train}: {unsupervised} of the first {rows} rows have no token to learn: their prompts fill "
+        f"all data.max_tokens {data.max_tokens}; raise it"
     )
     if empty or unsupervised > MAX_UNSUPERVISED_SHARE * rows:
         raise UnsupervisedError(line)
-    return line
+    return line if unsupervised else None

@@ -45,7 +45,7 @@ Metrics = dict[str, float | None]
 """Numbers of one optimizer step by name (docs/training.md lists them); None for what is not finite."""
 
 _OCCASIONAL = (("val/loss", "val", 4), ("eval/CIDEr", "CIDEr", 1), ("eval/accuracy", "accuracy", 2))
-"""Metrics that the console shows in the steps that have them: name, label, digits."""
+"""What the console shows in the steps that have it: name, label, digits."""
 
 TRACKERS_FILE = "trackers.json"
 """By tracker, the id under which a resumed run continues the same tracked run."""
@@ -58,10 +58,8 @@ _RUN_NAME = {"wandb": "name", "swanlab": "experiment_name"}
 class Evaluated:
     """An in-training evaluation's results.
 
-    Attributes:
-        score: decides which checkpoint is the best, the higher the better.
-        numbers: for the metrics, by name.
-        sheet: a PNG of example pictures with their answers; None where it could not be drawn.
+    The highest ``score`` decides which checkpoint is the best; ``numbers`` go to the metrics; ``sheet`` is a
+    PNG of example pictures with their answers, None where it could not be drawn.
     """
 
     score: float | None
@@ -196,8 +194,7 @@ class MetricsWriter:
         self._trackers = trackers
         self._start_step, self._num_steps, self._log_every = start_step, num_steps, log_every
         self._elapsed_s = 0.0
-        console = Console(file=sys.stdout)
-        self._bar = None
+        self._bar, console = None, Console(file=sys.stdout)
         if console.is_terminal:
             self._bar = Bar(
                 TextColumn("{task.description}"),
@@ -207,9 +204,8 @@ class MetricsWriter:
                 TimeRemainingColumn(),
                 console=console,
             )
-            self._task = self._bar.add_task(
-                "train", total=num_steps, completed=start_step, loss=float("nan"), speed=0.0
-            )
+            fields = {"completed": start_step, "loss": math.nan, "speed": 0.0}
+            self._task = self._bar.add_task("train", total=num_steps, **fields)
             self._bar.start()
 
     def write(self, metrics: Metrics) -> None:

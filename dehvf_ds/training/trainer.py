@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -53,12 +52,10 @@ class Trainer:
         self.evaluation = evaluation
         self.run_dir = Path(run.config.run_dir)
         self.dtype = compute_dtype(run.ds_config)
-        self.stop = StopRequest()
-        self.progress = Progress()
+        self.stop, self.progress = StopRequest(), Progress()
         self.lock: RunLock | None = None
         self.writer: MetricsWriter | None = None
-        self.open = ExitStack()
-        """What is closed when the run ends: the metrics' files, then the lock."""
+        self.on_exit = ExitStack()
         self.substitutions = SubstitutionLog(run.world)
         self.warned_of_unsupervised = False
 
@@ -66,7 +63,7 @@ class Trainer:
         """Trains to the last step; returns the exit code: 0 finished, 85 stopped on request."""
         # First: a job whose ranks never come together must not lock the directory.
         wait_for_ranks(self.config.train.start_timeout_minutes)
-        with self.open:
+        with self.on_exit:
             checkpoint = on_main(self.world, self._open_run_dir)
             if checkpoint is not None:
                 self.progress = checkpoint.progress
@@ -89,7 +86,7 @@ class Trainer:
 
     def _open_run_dir(self) -> Checkpoint | None:
         self.lock, checkpoint = open_run_dir(self.config, self.run.index.digest)
-        self.open.callback(self.lock.release)
+        self.on_exit.callback(self.lock.release)
         on_abort(self.lock.release)
         return checkpoint
 
@@ -120,7 +117,7 @@ class Trainer:
         )
         if checkpoint is not None:
             self.checkpoints.load(checkpoint)
-        self.num_parameters = sum(numel(p) for p in self.model.language_model.parameters())
+        self.num_parameters = sum(map(numel, self.model.language_model.parameters()))
         self._announce()
         if self.evaluation is not None:
             self.evaluation.open()
@@ -134,10 +131,10 @@ class Trainer:
                 log_every=train.log_every,
                 start_step=start,
             )
-            self.open.callback(self.writer.close)
+            self.on_exit.callback(self.writer.close)
 
     def _announce(self) -> None:
-        num_trainable = sum(numel(p) for p in self.model.trainable_parameters().values())
+        num_trainable = sum(map(numel, self.model.trainable_parameters().values()))
         begins = f"; continuing after step {self.progress.step}" if self.progress.step else ""
         self._print(
             f"{self.run_dir}: {self.run.num_steps} steps of {self.config.train.global_batch_size} rows on "
@@ -239,11 +236,7 @@ class Trainer:
         loss = validation_loss(self.engine, self.validation_batches, self.world, self.dtype, self.stop)
         if loss is None:
             return {}
-        best = self.progress.best_loss
-        if math.isfinite(loss) and (best is None or loss < best):
-            self.progress.best_loss = loss
-            if self.evaluation is None:
-                self.progress.best_step = self.progress.step
+        self.progress.note_loss(loss, decides=self.evaluation is None)
         return {"val/loss": loss}
 
     def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
@@ -251,9 +244,7 @@ class Trainer:
         found = evaluation(self.model, self.progress.step, self.stop)
         if found is None:
             return {}
-        score, best = found.score, self.progress.best_score
-        if score is not None and math.isfinite(score) and (best is None or score > best):
-            self.progress.best_score, self.progress.best_step = score, self.progress.step
+        self.progress.note_score(found.score)
         if self.writer is not None and found.sheet is not None:
             self.writer.write_picture("eval/examples", found.sheet, self.progress.step)
         return found.numbers

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_entries
 import torch
 from processes import REPOSITORY, run_python, run_ranks, start_ranks
 from safetensors.torch import load_file, save_file
 from tiny_artifacts import save, trained_model
-from training.resume_world import build_world, recipe
+from tiny_entries import build_world
 
 from dehvf_ds.config import UserError, parse_run_config
 from dehvf_ds.data.examples import open_examples
@@ -26,6 +27,10 @@ from dehvf_ds.training.run_lock import RunLock
 
 TRAIN = REPOSITORY / "dehvf_ds/train.py"
 STEPS = 8
+# None divides by a number of ranks.
+ODD_SIZES = {"--model.rank": 7, "--model.router_dim": 5, "--model.feature_layers": "[1,3,4]"}
+ODD_SIZES |= {"--model.lora.rank": 3, "--train.micro_batch_size": 1, "--train.router_every": 4}
+ODD_SIZES |= {"--train.lr": 0.0005, "--train.warmup_steps": 2, "--data.max_tokens": 40}
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +39,11 @@ def world(tmp_path_factory) -> Path:
 
 
 def arguments(world: Path, run: str, *, stage: int = 3, **changes: object) -> list[str]:
-    (world / f"zero{stage}.json").write_text(
-        json.dumps({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 300}})
-    )
-    flags = {"--train.steps": STEPS, "--train.save_every": 3, **changes}
-    fixed = ["--config", recipe(world), "--deepspeed", str(world / f"zero{stage}.json")]
-    return [*fixed, "--run_dir", str(world / run), *(str(part) for item in flags.items() for part in item)]
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 300}
+    (world / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
+    flags = {"--deepspeed": world / f"zero{stage}.json", "--run_dir": world / run, **ODD_SIZES}
+    flags |= {"--train.steps": STEPS, "--train.save_every": 3, **changes}
+    return tiny_entries.arguments(world, run, *(str(part) for item in flags.items() for part in item))
 
 
 def lines(world: Path, run: str) -> list[dict]:
@@ -176,14 +180,14 @@ def test_a_job_whose_directory_was_taken_over_stops_and_writes_nothing_more(worl
 def test_what_would_be_another_run_is_refused(world: Path, whole: Path, capsys) -> None:
     copy_until(world, "whole", "kept", 22)
     tensors = load_file(world / "llm/model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"] *= 1.1
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.1
     shutil.copytree(world / "llm", world / "other_llm")
     save_file(tensors, world / "other_llm/model.safetensors", metadata={"format": "pt"})
     other_llm = {"--model.language_model": world / "other_llm"}
-    other_weights = "differs from it in the weights of model.layers.2.mlp.up_proj.weight"
+    other_weights = "differs from it in the weights of model.layers.1.mlp.up_proj.weight"
     for changes, message in (
         ({"--train.lr": 0.1}, "train.lr (0.0005 there, 0.1 now)"),
-        ({"--data.train": world / "other"}, "was trained on other shards than data.train"),
+        ({"--data.train": world / "test"}, "was trained on other shards than data.train"),
         ({"--resume": world / "kept/checkpoints/step_99"}, "step_99: not a whole checkpoint"),
         (other_llm, other_weights),
         ({**other_llm, "--run_dir": world / "new", "--init_from": world / "kept"}, other_weights),
@@ -222,7 +226,7 @@ def test_a_full_disk_leaves_the_run_alive_until_too_many_checkpoints_failed(worl
 
 @pytest.mark.slow
 def test_validation_is_the_same_on_any_ranks_and_keeps_the_best(world: Path) -> None:
-    more = {"--data.val": world / "other", "--train.validate_every": 2, "--train.save_every": 2}
+    more = {"--data.val": world / "test", "--train.validate_every": 2, "--train.save_every": 2}
     run_ranks(TRAIN, arguments(world, "val1", **more), 1)
     run_ranks(TRAIN, arguments(world, "val2", **more), 2)
     one, two = ([line.get("val/loss") for line in lines(world, run)] for run in ("val1", "val2"))
