@@ -31,6 +31,7 @@ from dehvf_ds.evaluation.dataset import TASKS, EvalTask, Prediction, Questions
 from dehvf_ds.evaluation.predict import METRICS_NAME, Scored, writing
 from dehvf_ds.evaluation.scienceqa import AnswerScorer
 from dehvf_ds.model.adapter import TrainedModel, find_trained
+from dehvf_ds.training.run_dir import RUN_CONFIG_FILE
 
 PREDICTIONS_NAME = "predictions.jsonl"
 NUM_EXAMPLES = 8
@@ -125,7 +126,7 @@ def _report(
     else:
         protocol |= {"form": "QCM-A", "image_captions": config.image_captions, "on_parse_failure": "wrong"}
     model = Path(config.model)
-    files = [path for path in (model / "config.yaml", model.parent / "config.yaml") if path.is_file()]
+    files = [path for path in (model / RUN_CONFIG_FILE, model.parent / RUN_CONFIG_FILE) if path.is_file()]
     return {
         "protocol": protocol,
         "decoding": {**to_plain(questions.decoding), "sampling": False, "dtype": dtype},

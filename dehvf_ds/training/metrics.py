@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch import Tensor
 
@@ -196,14 +196,9 @@ class MetricsWriter:
         self._elapsed_s = 0.0
         self._bar, console = None, Console(file=sys.stdout)
         if console.is_terminal:
-            self._bar = Bar(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.1f} samples/s"),
-                TimeRemainingColumn(),
-                console=console,
-            )
+            text = "{task.completed}/{task.total}  loss {task.fields[loss]:.3f}"
+            text += "  {task.fields[speed]:.1f} samples/s"
+            self._bar = Bar(BarColumn(), TextColumn(text), TimeRemainingColumn(), console=console)
             fields = {"completed": start_step, "loss": math.nan, "speed": 0.0}
             self._task = self._bar.add_task("train", total=num_steps, **fields)
             self._bar.start()
