@@ -187,9 +187,9 @@ def _is_off(value: Any) -> bool:
     return value in (None, False, "auto", "none", [])
 
 
-def _fill(given: dict[str, Any], world_size: int, local_size: int) -> None:
+def _fill(content: dict[str, Any], world_size: int, local_size: int) -> None:
     """Resolves what is ``auto``, and refuses what DeepSpeed would accept and get wrong."""
-    zero, bf16 = given.get("zero_optimization", {}), given.get("bf16", {})
+    zero, bf16 = content.get("zero_optimization", {}), content.get("bf16", {})
     stage, size = zero.get("stage"), zero.get("zero_hpz_partition_size", 1)
     if stage is None:
         raise ValueError("zero_optimization.stage is missing; it must be 1, 2 or 3 (on one GPU take 2)")
@@ -197,7 +197,7 @@ def _fill(given: dict[str, Any], world_size: int, local_size: int) -> None:
         raise ValueError(f"zero_optimization.offload_param needs stage 3, but the stage is {stage}")
     if bf16.get("enabled") == "auto":
         bf16["enabled"] = has_fast_bf16()
-    if stage == 1 and bf16.get("enabled") and given.get("data_types") == {"grad_accum_dtype": "fp32"}:
+    if stage == 1 and bf16.get("enabled") and content.get("data_types") == {"grad_accum_dtype": "fp32"}:
         # DeepSpeed's optimizer for this case keeps its state where our checkpoints do not find it.
         raise ValueError("zero_optimization.stage 1 with bf16 and grad_accum_dtype fp32 fails; take stage 2")
     if size == "auto":

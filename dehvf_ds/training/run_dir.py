@@ -148,19 +148,19 @@ def _check_can_start_again(config: RunConfig) -> None:
     except UserError as error:
         raise UserError(f"{error}; {remedy}") from None
     if differing := _differences(before, config):
-        raise UserError(f"{path} is of a run with other settings: {', '.join(differing[:4])}; {remedy}")
+        raise UserError(f"{path} belongs to a run with other settings: {', '.join(differing[:4])}; {remedy}")
 
 
 def _check_same_run(checkpoint: Checkpoint, config: RunConfig, data_digest: str) -> None:
     if differing := _differences(checkpoint.config, config):
         raise UserError(
-            f"{checkpoint.path} is of a run with other settings: {', '.join(differing[:4])}; give them as "
-            "they were, name another run_dir, or start anew from its weights with --init_from"
+            f"{checkpoint.path} belongs to a run with other settings: {', '.join(differing[:4])}; set them as "
+            "they were, name another run_dir, or start a new run from its weights with --init_from"
         )
     if checkpoint.data_digest != data_digest:
         raise UserError(
             f"{checkpoint.path} was trained on other shards than data.train {config.data.train}; "
-            "name another run_dir, or start anew from its weights with --init_from"
+            "name another run_dir, or start a new run from its weights with --init_from"
         )
 
 

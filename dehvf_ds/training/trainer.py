@@ -96,7 +96,7 @@ class Trainer:
         written = on_main(self.world, lambda: restore_adapter(adapter, last))
         self._print(f"{self.run_dir}: finished already, all {self.run.num_steps} steps")
         if written:
-            self._print(f"adapter: {adapter}, which was not there or not whole")
+            self._print(f"adapter: {adapter}, restored because it was missing or damaged")
         return 0
 
     def _set_up(self, checkpoint: Checkpoint | None) -> None:

@@ -77,7 +77,7 @@ def load_state(
     found = {name: tuple(value.shape) for name, value in state.items()}
     if found != expected:
         odd = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-        raise UserError(f"the checkpoint is of other parameters: {', '.join(odd[:4])}")
+        raise UserError(f"the checkpoint has other parameters: {', '.join(odd[:4])}")
     zero, optimizer = engine.optimizer, _torch_optimizer(engine)
     if hasattr(zero, "fp32_partitioned_groups_flat"):
         partitions, load = zero.fp32_partitioned_groups_flat, _load_zero3
@@ -133,7 +133,7 @@ def _load_zero3(zero: Any, parameter: Any, values: Mapping[str, Tensor]) -> None
         safe_set_local_fp32_param(parameter, own)
         parameter.ds_tensor.data.copy_(own)
         if getattr(parameter, "ds_secondary_tensor", None) is not None:
-            # hpZ's copy within the node: gathered anew from the primary parts.
+            # hpZ's copy within the node: gathered again from the primary parts.
             parameter.ds_secondary_tensor = None
         if parameter.ds_status == ZeroParamStatus.AVAILABLE:
             # Small parameters stay gathered on every rank between steps.

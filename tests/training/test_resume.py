@@ -89,13 +89,13 @@ def test_resume_in_a_fresh_process_is_bit_equal(world: Path, stage: int) -> None
 
 @pytest.fixture(scope="module")
 def whole(world: Path) -> Path:
-    """A run of 22 steps without dropout, on 2 ranks, with a checkpoint of every second step."""
+    """A run of 18 steps without dropout, on 2 ranks, with a checkpoint of every second step."""
     run_ranks(TRAIN, long_arguments(world, "whole"), 2)
     return world / "whole"
 
 
 def long_arguments(world: Path, run: str, *, stage: int = 3, **changes: object) -> list[str]:
-    fixed = {"--train.steps": 22, "--train.save_every": 2, "--train.keep_checkpoints": 99}
+    fixed = {"--train.steps": 18, "--train.save_every": 2, "--train.keep_checkpoints": 99}
     return arguments(world, run, stage=stage, **(fixed | changes))
 
 
@@ -107,7 +107,7 @@ def copy_until(world: Path, source: str, run: str, step: int) -> None:
 
 @pytest.mark.slow
 def test_resume_on_other_ranks_and_stages(world: Path, whole: Path) -> None:
-    state = load_file(whole / "checkpoints/step_00000022" / STATE_FILE)
+    state = load_file(whole / "checkpoints/step_00000018" / STATE_FILE)
     moves = (("whole", "one", 2, 1, 3), ("one", "two", 12, 2, 2), ("whole", "four", 2, 4, 2))
     for source, run, step, ranks, stage in moves:
         copy_until(world, source, run, step)
@@ -115,7 +115,7 @@ def test_resume_on_other_ranks_and_stages(world: Path, whole: Path) -> None:
         assert losses(world, run) == pytest.approx(losses(world, "whole"), rel=1e-5)
         seen = [[(line["samples"], line["rows_crc"]) for line in lines(world, r)] for r in (run, "whole")]
         assert seen[0] == seen[1]
-        moved = load_file(world / run / "checkpoints/step_00000022" / STATE_FILE)
+        moved = load_file(world / run / "checkpoints/step_00000018" / STATE_FILE)
         assert moved.keys() == state.keys()
         for name, value in state.items():
             assert (moved[name] - value).norm() <= 3e-2 * value.norm() + 1e-6, name
@@ -139,7 +139,7 @@ def test_signals_save_and_ask_for_a_requeue(world: Path, whole: Path) -> None:
         assert "Traceback" not in "".join(outputs)
         if not begins:
             assert "stopped on request after step" in outputs[0]
-            assert done < len(losses(world, "stopped")) < 22
+            assert done < len(losses(world, "stopped")) < 18
             done = len(losses(world, "stopped"))
     run_ranks(TRAIN, args, 2)
     assert losses(world, "stopped") == losses(world, "whole")
@@ -178,7 +178,7 @@ def test_a_job_whose_directory_was_taken_over_stops_and_writes_nothing_more(worl
 
 @pytest.mark.slow
 def test_what_would_be_another_run_is_refused(world: Path, whole: Path, capsys) -> None:
-    copy_until(world, "whole", "kept", 22)
+    copy_until(world, "whole", "kept", 18)
     tensors = load_file(world / "llm/model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1.1
     shutil.copytree(world / "llm", world / "other_llm")
@@ -194,11 +194,11 @@ def test_what_would_be_another_run_is_refused(world: Path, whole: Path, capsys) 
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             start_of(long_arguments(world, "kept", **changes))
-    damaged = world / "kept/checkpoints/step_00000022/state.safetensors"
+    damaged = world / "kept/checkpoints/step_00000018/state.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     found = start_of(long_arguments(world, "kept"))
     assert found is not None
-    assert found.progress.step == 20
+    assert found.progress.step == 16
     message = "changed since it was written (size or sha256 differs); looking for an older one"
     assert message in capsys.readouterr().err
 
