@@ -76,8 +76,8 @@ class RankStore:
         nonce = uuid.uuid4().hex
         if self._client.compare_set(f"joined/{rank}", "", nonce).decode() != nonce:
             raise UserError(
-                f"port {os.environ['MASTER_PORT']}, where the ranks meet, is used by another job; name another: "
-                "deepspeed --master_port 29501, torchrun --master-port 29501"
+                f"port {os.environ['MASTER_PORT']}, where the ranks meet, is used by another job; name "
+                "another: deepspeed --master_port 29501, torchrun --master-port 29501"
             )
         self._num_calls, self._num_polls = 0, 0
         self._ending = threading.Lock()

@@ -154,8 +154,8 @@ def _check_can_start_again(config: RunConfig) -> None:
 def _check_same_run(checkpoint: Checkpoint, config: RunConfig, data_digest: str) -> None:
     if differing := _differences(checkpoint.config, config):
         raise UserError(
-            f"{checkpoint.path} belongs to a run with other settings: {', '.join(differing[:4])}; set them as "
-            "they were, name another run_dir, or start a new run from its weights with --init_from"
+            f"{checkpoint.path} belongs to a run with other settings: {', '.join(differing[:4])}; set them "
+            "as they were, name another run_dir, or start a new run from its weights with --init_from"
         )
     if checkpoint.data_digest != data_digest:
         raise UserError(
