@@ -210,10 +210,8 @@ def test_losses_that_are_not_finite_stop_the_run_and_keep_the_artifact(world: Pa
     ],
 )
 def test_a_mistake_is_refused_before_anything_is_written(
-    world: Path, monkeypatch, entry: str, more: list[str], message: str
+    world: Path, alone, entry: str, more: list[str], message: str
 ) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.setenv(name, "1" if name.endswith("SIZE") else "0")
     given = [text.format(world=world) for text in more]
     args = arguments(world, "bad", *given) if entry == "train" and "--config" not in given else given
     with pytest.raises(UserError, match=re.escape(message.replace("{cwd}", str(Path.cwd())))):

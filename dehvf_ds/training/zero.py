@@ -52,8 +52,8 @@ def gather_state(engine: Any, parameters: Mapping[str, nn.Parameter]) -> tuple[d
     moments before the first step), and the number of steps that the optimizer has taken.
     """
     state = {f"{MASTER}/{name}": value for name, value in gather_trainables(parameters).items()}
-    optimizer = _torch_optimizer(engine)
-    steps = max((int(entry["step"]) for entry in optimizer.state.values() if "step" in entry), default=0)
+    entries = engine.optimizer.optimizer.state.values()
+    steps = max((int(entry["step"]) for entry in entries if "step" in entry), default=0)
     if steps:
         for moment in MOMENTS:
             for name, parameter in parameters.items():
@@ -78,18 +78,16 @@ def load_state(
     if found != expected:
         odd = sorted(name for name in expected | found if expected.get(name) != found.get(name))
         raise UserError(f"the checkpoint has other parameters: {', '.join(odd[:4])}")
-    zero, optimizer = engine.optimizer, _torch_optimizer(engine)
+    zero = engine.optimizer
     if hasattr(zero, "fp32_partitioned_groups_flat"):
         partitions, load = zero.fp32_partitioned_groups_flat, _load_zero3
-    elif hasattr(zero, "single_partition_of_fp32_groups"):
-        partitions, load = zero.single_partition_of_fp32_groups, _load_zero2
     else:
-        raise UserError(f"a run under {type(zero).__name__} cannot be resumed; use ZeRO stage 1, 2 or 3")
+        partitions, load = zero.single_partition_of_fp32_groups, _load_zero2
     if steps:
         # AdamW creates its state in its first step; a resumed optimizer must have it before.
         for tensor in partitions:
             moments = {moment: torch.zeros_like(tensor) for moment in MOMENTS}
-            optimizer.state[tensor] = {"step": torch.tensor(float(steps))} | moments
+            zero.optimizer.state[tensor] = {"step": torch.tensor(float(steps))} | moments
     with torch.no_grad():
         for name, parameter in parameters.items():
             load(zero, parameter, {key: state[f"{key}/{name}"] for key in keys})
@@ -102,8 +100,6 @@ def _gather_moment(zero: Any, parameter: Any, moment: str) -> Tensor:
         value = safe_get_full_optimizer_state(parameter, moment)
         assert value is not None
         return value
-    if not hasattr(zero, "single_partition_of_fp32_groups"):
-        return zero.state[parameter][moment]
     # DeepSpeed's own getter for stages 1 and 2 uses a lookup made before AdamW had any state.
     whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
     mapping = parameter._hp_mapping
@@ -152,11 +148,6 @@ def _load_zero2(zero: Any, parameter: Any, values: Mapping[str, Tensor]) -> None
         part = flat if key == MASTER else zero.optimizer.state[flat][key]
         own = value.flatten().narrow(0, source.start, source.numel)
         part.narrow(0, target.start, target.numel).copy_(own)
-
-
-def _torch_optimizer(engine: Any) -> Any:
-    """The torch optimizer inside DeepSpeed's."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

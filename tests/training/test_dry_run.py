@@ -55,12 +55,6 @@ def test_a_tower_keeps_its_blocks_and_its_picture(kind: type[PreTrainedConfig]) 
     assert output.hidden_states[-1].shape[-1] == 32
 
 
-@pytest.fixture
-def alone(monkeypatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.setenv(name, "1" if name.endswith("SIZE") else "0")
-
-
 def test_a_dry_run_finds_that_the_runs_folder_cannot_be_had(world, alone, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     given = ["--dry-run", "--data.num_workers", "0", "--run_dir"]

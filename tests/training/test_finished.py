@@ -20,9 +20,8 @@ from dehvf_ds.training.run_dir import choose_start, open_run_dir
 @pytest.fixture(scope="module")
 def finished(world: Path) -> tuple[Path, list[str]]:
     """A run of one process that came to its end, and how it was started."""
-    given = arguments(
-        world, "finished", "--data.num_workers", "0", "--train.steps", "2", "--train.save_every", "1"
-    )
+    more = ["--data.num_workers", "0", "--train.steps", "2", "--train.save_every", "1"]
+    given = arguments(world, "finished", *more)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             patch.setenv(name, "1" if name.endswith("SIZE") else "0")
@@ -116,15 +115,12 @@ def test_overwrite_leaves_alone_what_the_run_needs(finished, tmp_path: Path) -> 
         assert sorted(moved.rglob("*")) == before
 
 
-@pytest.mark.parametrize("marker", [None, "config.yaml"])
-def test_overwrite_empties_no_directory_that_is_no_run(finished, tmp_path: Path, marker: str | None) -> None:
-    _, given = finished
-    home = tmp_path / "home"
-    (home / "samples").mkdir(parents=True)
-    (home / "samples/holiday.jpg").touch()
-    if marker is not None:
-        (home / marker).write_text("theme: dark\n")
-    config = parse_run_config([*given, "--run_dir", str(home), "--overwrite"])
-    with pytest.raises(UserError, match=r"holds samples and no run's config\.yaml"):
-        open_run_dir(config, "digest")
-    assert (home / "samples/holiday.jpg").exists()
+def test_overwrite_empties_no_directory_that_is_no_run(finished, tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    config = parse_run_config([*finished[1], "--run_dir", str(tmp_path), "--overwrite"])
+    for other in (None, "theme: dark\n"):
+        if other is not None:
+            (tmp_path / "config.yaml").write_text(other)
+        with pytest.raises(UserError, match=r"holds samples and no run's config\.yaml"):
+            open_run_dir(config, "digest")
+    assert (tmp_path / "samples").exists()

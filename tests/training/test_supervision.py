@@ -110,25 +110,18 @@ def test_what_is_not_finite_is_never_the_best(value: float, monkeypatch) -> None
 
 
 def test_a_run_warns_once_above_a_share(capsys) -> None:
-    for made, last in (
-        (trainer(samples=64, unsupervised_rows=2), False),
-        (trainer(samples=5000, unsupervised_rows=50), True),
-    ):
-        made._warn_of_unsupervised(last)
-    assert capsys.readouterr().err == ""
+    trainer(samples=5000, unsupervised_rows=50)._warn_of_unsupervised(True)
     made = trainer(samples=64, unsupervised_rows=2)
+    made._warn_of_unsupervised(False)
+    assert capsys.readouterr().err == ""
     made._warn_of_unsupervised(True)
     made._warn_of_unsupervised(True)
     assert capsys.readouterr().err.count("warning: 2 of 64 rows had no token to learn") == 1
 
 
 @pytest.mark.parametrize("more", [["--dry-run"], []])
-def test_a_run_whose_prompts_fill_the_rows_stops_before_it_writes_a_loss(world, monkeypatch, more) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.setenv(name, "1" if name.endswith("SIZE") else "0")
-    message = "8 of the first 8 rows have no token to learn"
-    if not more:
-        message = "step 1: none of its 8 rows has a token to learn"
+def test_a_run_whose_prompts_fill_the_rows_stops_before_it_writes_a_loss(world, alone, more) -> None:
+    message = "8 of the first 8 rows have no token" if more else "step 1: none of its 8 rows has a token"
     given = arguments(world, "nothing", "--data.max_tokens", "8", "--data.num_workers", "0", *more)
     with pytest.raises(UnsupervisedError, match=message):
         train.main(given)
