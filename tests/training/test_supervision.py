@@ -38,13 +38,13 @@ def batch(*prompts: int, width: int = 6) -> Batch:
 
 
 def checked(*batches: Batch) -> str | None:
-    return check_supervised(batches, ALONE, DataConfig(train="shards", max_tokens=6))
+    return check_supervised(batches, ALONE, DataConfig(train="shards", max_tokens=8))
 
 
 def test_a_few_rows_without_are_reported_and_many_are_refused() -> None:
     assert checked(batch(1, 5), batch(0, 2)) is None
     assert checked(batch(1, 2, 3, 4), batch(1, 6, 3, 4)) == (
-        "shards: 1 of the first 8 rows have no token to learn: their prompts fill all data.max_tokens 6; "
+        "shards: 1 of the first 8 rows have no token to learn: their prompts fill all data.max_tokens 8; "
         "raise it"
     )
     with pytest.raises(UnsupervisedError, match="3 of the first 8 rows"):
