@@ -262,7 +262,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             content["data_digest"],
         )
     except FileNotFoundError as error:
-        raise UserError(f"{path}: not a whole checkpoint: {error.filename} is missing") from None
+        raise UserError(f"{path}: not a complete checkpoint: {error.filename} is missing") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a checkpoint: {type(error).__name__} {error}") from None
 

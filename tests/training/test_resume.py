@@ -188,7 +188,7 @@ def test_what_would_be_another_run_is_refused(world: Path, whole: Path, capsys) 
     for changes, message in (
         ({"--train.lr": 0.1}, "train.lr (0.0005 there, 0.1 now)"),
         ({"--data.train": world / "test"}, "was trained on other shards than data.train"),
-        ({"--resume": world / "kept/checkpoints/step_99"}, "step_99: not a whole checkpoint"),
+        ({"--resume": world / "kept/checkpoints/step_99"}, "step_99: not a complete checkpoint"),
         (other_llm, other_weights),
         ({**other_llm, "--run_dir": world / "new", "--init_from": world / "kept"}, other_weights),
     ):
