@@ -20,7 +20,7 @@ from dehvf_ds.distributed import init_process_group, read_world
 from dehvf_ds.training.checkpoint import Checkpoints, Progress, checkpoints_dir
 from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json
 from dehvf_ds.training.engine import build_engine, build_model_config
-from dehvf_ds.training.metrics import MetricsWriter, router_metrics
+from dehvf_ds.training.metrics import MetricsWriter, Trackers, router_metrics
 from dehvf_ds.training.step import train_step
 
 
@@ -48,11 +48,12 @@ def measure(config: RunConfig, deepspeed: str) -> None:
     saves = []
     for step in range(1, 6):
         started = time.perf_counter()
-        assert checkpoints.save(Progress(step=step))
+        checkpoints.save(Progress(step=step), last=False)
+        assert not checkpoints.failures
         saves.append(round(time.perf_counter() - started, 3))
     saved = checkpoints_dir(run_dir) / "step_00000005"
     num_bytes = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
-    writer = MetricsWriter(run_dir, 1000, 1000)
+    writer = MetricsWriter(run_dir, Trackers([], run_dir, {}, 0), num_steps=1000, log_every=1000)
     fixed = dict.fromkeys(("train/loss", "lr", "seconds", "samples_per_s", "tokens_per_s"), 1.0)
     runs = {
         "metrics": lambda: [writer.write({"step": step, **fixed}) for step in range(1, 101)],

@@ -30,8 +30,8 @@ from dehvf_ds.planning.memory import build_on_meta, count_parameters, run_micro_
 from dehvf_ds.planning.plan import BACKBONES
 from dehvf_ds.training import engine as engine_module
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
+from dehvf_ds.training.engine import parameter_groups
 from dehvf_ds.training.metrics import model_flops, peak_flops, peak_memory_bytes
-from dehvf_ds.training.optim import parameter_groups
 from dehvf_ds.training.step import train_step
 
 DTYPE = torch.bfloat16

@@ -18,7 +18,7 @@ from dehvf_ds.evaluation.dataset import open_questions
 from dehvf_ds.model.adapter import find_trained
 from dehvf_ds.planning.estimate import evaluation_bytes
 from dehvf_ds.planning.memory import Sharding, count_parameters
-from dehvf_ds.training.full_model import full_copy
+from dehvf_ds.training.zero import full_copy
 
 
 def main() -> None:

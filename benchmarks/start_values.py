@@ -33,7 +33,7 @@ from dehvf_ds.evaluation.decode import Decoding, decode
 from dehvf_ds.model import DehvfForConditionalGeneration, ffn
 from dehvf_ds.model.backbones import build_config, load_model
 from dehvf_ds.model.features import visual_features
-from dehvf_ds.training.optim import learning_rate, parameter_groups
+from dehvf_ds.training.engine import learning_rate, parameter_groups
 
 CAPTIONS_A_PICTURE = 5
 DTYPE = torch.bfloat16

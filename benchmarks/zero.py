@@ -15,11 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dehvf_ds.batch import Batch
 from dehvf_ds.config import RunConfig
-from dehvf_ds.distributed import World, barrier, init_process_group, read_world, run_entry
+from dehvf_ds.distributed import World, init_process_group, read_world, run_entry
 from dehvf_ds.model.backbones import load_model
 from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json
-from dehvf_ds.training.engine import build_engine, build_model_config
-from dehvf_ds.training.optim import parameter_groups
+from dehvf_ds.training.engine import build_engine, build_model_config, parameter_groups
 from dehvf_ds.training.step import train_step
 
 
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> None:
     for name in ("zero2", "zero3"):
         variants[name] = engine_step(config, world, batches, f"{REPOSITORY}/ds_configs/{name}.json")
     ratios: dict[str, list[float]] = {name: [] for name in variants}
-    for seconds in seconds_in_turn(variants, args.rounds, wait=barrier):
+    for seconds in seconds_in_turn(variants, args.rounds, wait=torch.distributed.barrier):
         if world.is_main:
             print("  ".join(f"{name} {value:.3f} s" for name, value in seconds.items()), flush=True)
         for name, value in seconds.items():

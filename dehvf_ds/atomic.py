@@ -1,4 +1,4 @@
-"""Files and directories that are whole under their name or not there at all, also after a power cut."""
+"""Files and directories that are complete under their name or absent, also after a power cut."""
 
 from __future__ import annotations
 

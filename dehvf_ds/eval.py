@@ -17,10 +17,9 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from dehvf_ds.config import UserError, parse_eval_config
-from dehvf_ds.distributed import run_entry
+from dehvf_ds.distributed import exit_on_signal, run_entry
 from dehvf_ds.evaluation.evaluate import evaluate
 from dehvf_ds.model import ModelError
-from dehvf_ds.training.stop import exit_on_signal
 
 
 def main(argv: list[str]) -> int:
@@ -36,4 +35,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_entry(main, meets=True)
+    run_entry(main, distributed=True)

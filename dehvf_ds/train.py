@@ -16,13 +16,12 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from dehvf_ds.config import ignored_settings, parse_run_config
-from dehvf_ds.distributed import meet, on_main, read_world, run_entry
+from dehvf_ds.distributed import connect_ranks, exit_on_signal, on_main, read_world, run_entry
 from dehvf_ds.evaluation.in_training import InTrainingEvaluation
 from dehvf_ds.planning.estimate import check_evaluation_memory
 from dehvf_ds.training.dry_run import dry_run
 from dehvf_ds.training.resolve import resolve
 from dehvf_ds.training.run_dir import is_finished
-from dehvf_ds.training.stop import exit_on_signal
 from dehvf_ds.training.trainer import Trainer
 
 
@@ -35,7 +34,7 @@ def main(argv: list[str]) -> int:
         # Nothing is written, so shards are read without a cache.
         config = replace(config, data=replace(config.data, cache_dir=None))
     world = read_world()
-    meet(world, config.train.start_timeout_minutes)
+    connect_ranks(world, config.train.start_timeout_minutes)
     run = resolve(config, world)
     if world.is_main:
         for line in [*notes, *run.notes()]:
@@ -53,4 +52,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_entry(main, meets=True)
+    run_entry(main, distributed=True)

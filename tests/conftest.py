@@ -14,6 +14,13 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def alone(monkeypatch) -> None:
+    """This process is a job of one rank."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1" if name.endswith("SIZE") else "0")
+
+
+@pytest.fixture
 def inputs() -> dict[str, torch.Tensor]:
     """Three rows: a picture, none, a picture; unequal lengths, padded on the right."""
     generator = torch.Generator().manual_seed(1)

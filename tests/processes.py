@@ -164,16 +164,26 @@ def run_python(
     return subprocess.CompletedProcess([str(part) for part in command], process.wait(), out, err)
 
 
-def start_ranks(script: Path | str, args: Sequence[object], num_ranks: int) -> list[Process]:
-    """Starts ``num_ranks`` processes of one job, with the variables that a launcher sets."""
+def free_port() -> int:
+    """A port of this host that nobody listens at."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    job = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1"}
-    job |= {"MASTER_PORT": port}
-    worlds = [{**job, "RANK": rank, "LOCAL_RANK": rank} for rank in range(num_ranks)]
-    environments = [USER_ENVIRONMENT | {k: str(v) for k, v in world.items()} for world in worlds]
-    return [start_python([script, *args], env=env, merge=True) for env in environments]
+        return sock.getsockname()[1]
+
+
+def start_rank(script: Path | str, args: Sequence[object], rank: int, num_ranks: int, port: int) -> Process:
+    """Starts one process of a job, with the variables that a launcher sets."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    env = {name: str(value) for name, value in (place | {"MASTER_PORT": port}).items()}
+    return start_python(
+        [script, *args], env=USER_ENVIRONMENT | env | {"MASTER_ADDR": "127.0.0.1"}, merge=True
+    )
+
+
+def start_ranks(script: Path | str, args: Sequence[object], num_ranks: int) -> list[Process]:
+    """Starts all processes of a job."""
+    port = free_port()
+    return [start_rank(script, args, rank, num_ranks, port) for rank in range(num_ranks)]
 
 
 def run_ranks(

@@ -1,94 +1,95 @@
 from __future__ import annotations
 
+import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from processes import USER_ENVIRONMENT, start_ranks
+from processes import start_rank, start_ranks
 
 from dehvf_ds.config import UserError
-from dehvf_ds.distributed import first_host, has_fast_bf16, read_world
+from dehvf_ds.distributed import World, has_fast_bf16, read_world
+
+SRUN = {
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_JOB_ID": "41234",
+}
 
 
-def test_alone_is_one_process() -> None:
-    env: dict[str, str] = {}
-    world = read_world(env)
-    assert (world.rank, world.size, world.local_rank, world.local_size) == (0, 1, 0, 1)
-    assert world.is_main
-
-
-def test_launchers_environment_is_taken() -> None:
-    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    world = read_world(env)
-    assert (world.rank, world.size, world.local_rank, world.local_size) == (5, 8, 1, 4)
-    assert not world.is_main
-
-
-def test_srun_is_mapped_for_deepspeed_too() -> None:
-    env = {
-        "SLURM_PROCID": "3",
-        "SLURM_STEP_NUM_TASKS": "4",
-        "SLURM_LOCALID": "1",
-        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
-        "SLURM_JOB_ID": "41234",
-        "SLURM_STEP_NODELIST": "gpu[003-004]",
-    }
-    world = read_world(env)
-    assert (world.rank, world.size, world.local_rank, world.local_size) == (3, 4, 1, 2)
-    assert env["MASTER_ADDR"] == "gpu003"
-    assert env["MASTER_PORT"] == str(10000 + 1234)
-    assert env["RANK"] == "3"
+def world_of(monkeypatch, env: dict[str, str]) -> World:
+    """What a process with these variables of a launcher takes for its place."""
+    for name in list(os.environ):
+        if "RANK" in name or "WORLD_SIZE" in name or name.startswith(("SLURM_", "MASTER_")):
+            monkeypatch.delenv(name)
+    # So that what is added is removed again.
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        del os.environ[name]
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    return read_world()
 
 
 @pytest.mark.parametrize(
-    ("nodelist", "first"),
+    ("env", "place"),
     [
-        ("n1", "n1"),
-        ("n1,n2", "n1"),
-        ("gpu[003-004,7],cpu1", "gpu003"),
-        ("a-b[9,11]", "a-b9"),
-        ("h[1-2,5]", "h1"),
+        ({}, (0, 1, 0, 1)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, (5, 8, 1, 4)),
+        (SRUN, (3, 4, 1, 2)),
+        # In a batch script without srun it is alone.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, (0, 1, 0, 1)),
     ],
 )
-def test_the_first_node_of_slurms_list(nodelist: str, first: str) -> None:
-    assert first_host(nodelist) == first
+def test_a_launchers_environment_is_understood(monkeypatch, env, place) -> None:
+    world = world_of(monkeypatch, env)
+    assert (world.rank, world.size, world.local_rank, world.local_size) == place
 
 
-def test_inside_a_batch_script_without_srun_it_is_one_process() -> None:
-    world = read_world({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"})
-    assert world.size == 1
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("n1,n2", "n1"), ("gpu[003-004,7],cpu1", "gpu003"), ("a-b[9,11]", "a-b9")]
+)
+def test_srun_is_mapped_for_deepspeed_too(monkeypatch, nodes: str, first: str) -> None:
+    world_of(monkeypatch, SRUN | {"SLURM_STEP_NODELIST": nodes})
+    assert os.environ["MASTER_ADDR"] == first
+    assert os.environ["MASTER_PORT"] == str(10000 + 1234)
+    assert os.environ["RANK"] == "3"
 
 
-def test_a_variable_that_is_no_number_is_an_error() -> None:
-    with pytest.raises(UserError, match="not a number"):
-        read_world({"RANK": "zero", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"RANK": "zero", "WORLD_SIZE": "2"}, "not a number"),
+        *(
+            (env, "no such place; start by deepspeed, torchrun or srun")
+            for env in ({"RANK": "5", "WORLD_SIZE": "2"}, {"RANK": "-1"}, {"LOCAL_WORLD_SIZE": "0"})
+        ),
+    ],
+)
+def test_a_place_that_is_none_is_refused(monkeypatch, env: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        world_of(monkeypatch, env)
 
 
-MEETS = """
+CONNECTS = """
 from dehvf_ds.distributed import init_process_group, read_world, run_entry
 run_entry(lambda _: init_process_group(read_world()))
 """
 
 
-def test_a_port_that_another_run_holds_is_one_line() -> None:
+def test_a_port_that_another_run_holds_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "connects.py").write_text(CONNECTS)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = str(taken.getsockname()[1])
-        world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-        result = subprocess.run(
-            [sys.executable, "-c", MEETS],
-            env=USER_ENVIRONMENT | world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-    assert result.returncode == 2
-    assert f"error: port {port}, where the ranks meet, is in use" in result.stderr
-    assert "--master_port" in result.stderr
+        port = taken.getsockname()[1]
+        rank = start_rank(tmp_path / "connects.py", [], 0, 2, port)
+        output, _ = rank.communicate(timeout=240)
+    assert rank.returncode == 2
+    assert f"error: port {port}, where the ranks meet, is in use" in output
+    assert "--master_port" in output
 
 
 WAITS = """
@@ -121,22 +122,7 @@ def test_a_timeout_that_is_set_later_holds_in_every_group(tmp_path: Path, group:
     assert "1200ms" in output
 
 
-@pytest.mark.parametrize(
-    "env",
-    [
-        {"WORLD_SIZE": "0"},
-        {"RANK": "5", "WORLD_SIZE": "2"},
-        {"RANK": "-1", "WORLD_SIZE": "2"},
-        {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "0"},
-        {"LOCAL_RANK": "-1"},
-    ],
-)
-def test_a_place_that_is_none_is_refused(env: dict[str, str]) -> None:
-    with pytest.raises(UserError, match="no such place; start by deepspeed, torchrun or srun"):
-        read_world(dict(env))
-
-
-def test_bf16_is_asked_of_the_device_that_is_used(monkeypatch) -> None:
+def test_bf16_depends_on_the_device_that_is_used(monkeypatch) -> None:
     def asked(**_: bool) -> bool:
         raise AssertionError("the GPU computes nothing here")
 

@@ -45,15 +45,8 @@ def build_world(root: Path) -> Path:
         images = root / f"scenes/images/{split}"
         arguments = ["coco", "--annotations", str(annotations), "--images", str(images)]
         assert build_shards([*arguments, "--output", str(root / split), "--samples-per-shard", "5"]) == 0
-    arguments = [
-        "--root",
-        str(root / "scenes/scienceqa"),
-        "--split",
-        "train",
-        "--output",
-        str(root / "scienceqa"),
-    ]
-    assert build_shards(["scienceqa", *arguments]) == 0
+    arguments = ["--root", str(root / "scenes/scienceqa"), "--split", "train"]
+    assert build_shards(["scienceqa", *arguments, "--output", str(root / "scienceqa")]) == 0
     (root / "recipe.yaml").write_text(
         f"""
 run_dir: {root}/runs/recipe

@@ -33,8 +33,14 @@ from torch.cuda import nccl
 
 from dehvf_ds.cluster import environment
 from dehvf_ds.config import UserError, find_deepspeed_json, parse_run_config, to_plain
-from dehvf_ds.distributed import REQUEUE_EXIT_CODE, USER_ERROR_EXIT_CODE, StopNow, World, read_world
-from dehvf_ds.training.stop import exit_on_signal
+from dehvf_ds.distributed import (
+    REQUEUE_EXIT_CODE,
+    USER_ERROR_EXIT_CODE,
+    StopNow,
+    World,
+    exit_on_signal,
+    read_world,
+)
 
 SICK_EXIT_CODE = 3
 REPORT_TIMEOUT_S = REDUCE_TIMEOUT_S = 120.0

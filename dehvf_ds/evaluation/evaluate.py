@@ -23,13 +23,14 @@ from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.prompts import TextTask, build_prompt
 from dehvf_ds.data.shards import DamagedSample
-from dehvf_ds.distributed import has_fast_bf16, init_process_group, meet, on_main, read_world
+from dehvf_ds.distributed import connect_ranks, has_fast_bf16, init_process_group, on_main, read_world
 from dehvf_ds.evaluation import dataset, predict
 from dehvf_ds.evaluation.coco import CaptionScorer
 from dehvf_ds.evaluation.dataset import Prediction, Questions
 from dehvf_ds.evaluation.predict import METRICS_NAME, Scored, writing
 from dehvf_ds.evaluation.scienceqa import AnswerScorer
 from dehvf_ds.model.adapter import TrainedModel, find_trained
+from dehvf_ds.training.run_dir import RUN_CONFIG_FILE
 
 PREDICTIONS_NAME = "predictions.jsonl"
 MAX_NAME_LENGTH = 80
@@ -52,7 +53,7 @@ Scorer = CaptionScorer | AnswerScorer
 def evaluate(config: EvalConfig) -> None:
     """Runs one evaluation. Every rank must call it; rank 0 writes and prints for all."""
     world = read_world()
-    meet(world)
+    connect_ranks(world)
     data, split = config.data, _UNFIT.sub("_", _split_of(config))[:MAX_NAME_LENGTH].strip()
     name = f"{config.task}-{split or 'data'}"
     results = Path(config.output) if config.output is not None else Path(config.model) / "eval"
@@ -129,7 +130,7 @@ def _report(
     else:
         protocol |= {"form": "QCM-A", "image_captions": config.image_captions, "on_parse_failure": "wrong"}
     model = Path(config.model)
-    files = [path for path in (model / "config.yaml", model.parent / "config.yaml") if path.is_file()]
+    files = [path for path in (model / RUN_CONFIG_FILE, model.parent / RUN_CONFIG_FILE) if path.is_file()]
     return {
         "protocol": protocol,
         "decoding": {**to_plain(questions.decoding), "sampling": False, "dtype": dtype},

@@ -14,10 +14,10 @@ from dehvf_ds.evaluation.dataset import Prediction, Questions, open_questions
 from dehvf_ds.evaluation.evaluate import Scorer, open_scorer, score, try_examples
 from dehvf_ds.evaluation.predict import in_batches
 from dehvf_ds.model import DehvfForConditionalGeneration
-from dehvf_ds.training.full_model import full_model
 from dehvf_ds.training.metrics import Evaluated
 from dehvf_ds.training.resolve import ResolvedRun
-from dehvf_ds.training.stop import StopRequest
+from dehvf_ds.training.step import StopRequest
+from dehvf_ds.training.zero import full_model
 
 SCORE = {"caption": "CIDEr", "scienceqa": "accuracy"}
 """The score that decides which checkpoint is the best, the higher the better."""

@@ -32,6 +32,7 @@ from dehvf_ds.model import DehvfForConditionalGeneration, ModelError
 from dehvf_ds.model.adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from dehvf_ds.model.adapter import EXPORT_FILE, MANIFEST_FILE, TrainedModel, find_trained, read_manifest
 from dehvf_ds.model.ffn import fold_lora
+from dehvf_ds.training.run_dir import RUN_CONFIG_FILE
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -114,7 +115,7 @@ def _check_output(args: argparse.Namespace, trained: TrainedModel) -> None:
 
 def _export(trained: TrainedModel, args: argparse.Namespace) -> None:
     directories = (Path(args.checkpoint), *Path(args.checkpoint).absolute().parents[:3])
-    run_dir = next((path for path in directories if (path / "config.yaml").is_file()), None)
+    run_dir = next((path for path in directories if (path / RUN_CONFIG_FILE).is_file()), None)
     merged, dtype, prompts = None, None, []
     if not args.adapter_only:
         merged = MergedModel(trained, dtype=DTYPES.get(args.dtype), fold=not args.no_fold)
@@ -150,7 +151,7 @@ def _export(trained: TrainedModel, args: argparse.Namespace) -> None:
 def _validation_shards(run_dir: Path | None) -> str:
     if run_dir is None:
         raise UserError("--verify: the checkpoint is in no run; name shards with --verify-data")
-    data = load_run_config(run_dir / "config.yaml").data
+    data = load_run_config(run_dir / RUN_CONFIG_FILE).data
     return data.val or data.train
 
 

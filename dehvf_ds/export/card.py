@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 from dehvf_ds.config import UserError, load_run_config
 from dehvf_ds.data.prompts import CAPTION_PROMPT
 from dehvf_ds.model.adapter import TrainedModel, read_manifest
+from dehvf_ds.training.run_dir import RUN_CONFIG_FILE
 
 Form = Literal["merged", "unfolded", "adapter"]
 """Adapters folded into the weights, apart from them, or without the base models' weights."""
@@ -119,7 +120,7 @@ def _public_name(source: str) -> str:
 
 def _settings(run_dir: Path) -> dict[str, Any]:
     try:
-        config = load_run_config(run_dir / "config.yaml")
+        config = load_run_config(run_dir / RUN_CONFIG_FILE)
     except UserError:
         return {}  # written by another version
     return {

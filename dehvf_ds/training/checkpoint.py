@@ -1,11 +1,11 @@
-"""What a run leaves behind to be continued from, and the adapter that it was trained for.
+"""Checkpoints and the adapter of a run: written, found, verified, loaded.
 
 checkpoints/step_00000100/
-  state.safetensors   fp32 master values and moments of the trainables, whole, free of the number of ranks
-  state.json          where the run stood, its configuration, size and hash of the files
+  state.safetensors   fp32 master values and moments of the trainables, independent of the number of ranks
+  state.json          the run's progress, its configuration, size and hash of the files
   adapter/            the adapter of that step
 checkpoints/latest    the name of the newest; moved last
-checkpoints/best      the name of the one with the highest score, or the lowest validation loss without scores
+checkpoints/best      the name of the one with the highest score; without scores, the lowest validation loss
 
 Random numbers are functions of (seed, step, micro-step, rank) and of (seed, epoch, sample): none are saved.
 The frozen weights are not saved either; their fingerprint is, in the adapter's manifest.
@@ -14,6 +14,7 @@ The frozen weights are not saved either; their fingerprint is, in the adapter's 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Mapping
@@ -27,12 +28,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dehvf_ds.atomic import atomic_directory, atomic_file, part_of, sha256_of
-from dehvf_ds.config import RunConfig, UserError, to_plain
+from dehvf_ds.config import JobError, RunConfig, UserError, to_plain
 from dehvf_ds.distributed import World, on_main
 from dehvf_ds.model import DehvfForConditionalGeneration, ModelError
 from dehvf_ds.model.adapter import read_manifest, save_adapter
-from dehvf_ds.training.optimizer_state import MASTER, gather_state, gather_trainables, load_state
 from dehvf_ds.training.step import StepResult
+from dehvf_ds.training.zero import MASTER, gather_state, gather_trainables, load_state
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -43,16 +44,22 @@ INFO_FILE = "state.json"
 LATEST, BEST = "latest", "best"
 
 
+class SavingError(JobError):
+    """Too many checkpoints in a row could not be written, so further steps could be lost."""
+
+    code = 74
+
+
 @dataclass
 class Progress:
-    """Where a run stands, counted over all ranks.
+    """How far a run is, counted over all ranks.
 
     Attributes:
-        step: optimizer steps done, those skipped for gradients that are not finite included.
+        step: optimizer steps, including those skipped for a gradient that was not finite.
         samples: rows consumed.
         tokens: text tokens seen.
-        skipped: steps that were not taken.
-        skipped_in_a_row: of these, how many the last ones.
+        skipped: steps that were skipped.
+        skipped_in_a_row: how many of them since the last step that was taken.
         unsupervised_rows: rows without a token to learn.
         substituted: damaged samples for which others were substituted.
         best_loss: lowest validation loss so far.
@@ -72,27 +79,34 @@ class Progress:
     best_step: int | None = None
 
     def count(self, result: StepResult, batch_size: int, *, taken: bool) -> None:
-        """Counts a step; one whose gradient was not finite was not taken."""
+        """Counts a step, ``taken`` or skipped."""
         self.step += 1
         self.samples += batch_size
-        self.tokens += result.num_tokens
+        self.tokens += result.num_text_tokens
         self.skipped += not taken
         self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
         self.unsupervised_rows += result.num_unsupervised_rows
         self.substituted += result.num_substituted
 
+    def note_loss(self, loss: float, *, decides: bool) -> None:
+        """Notes a validation loss; the lowest ``decides`` on the best step where nothing is scored."""
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            self.best_loss = loss
+            self.best_step = self.step if decides else self.best_step
+
+    def note_score(self, score: float | None) -> None:
+        """Notes an evaluation's score; the highest decides on the best step."""
+        if (
+            score is not None
+            and math.isfinite(score)
+            and (self.best_score is None or score > self.best_score)
+        ):
+            self.best_score, self.best_step = score, self.step
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk, verified.
-
-    Attributes:
-        path: its directory.
-        progress: where the run stood.
-        optimizer_steps: steps that the optimizer had taken.
-        config: the run's configuration, plain.
-        data_digest: what tells the training shards from others.
-    """
+    """A verified checkpoint on disk. ``data_digest`` identifies the training shards."""
 
     path: Path
     progress: Progress
@@ -111,14 +125,14 @@ class Checkpoints:
     engine: DeepSpeedEngine
     dtype: torch.dtype
     data_digest: str
+    failures: int = 0
+    """Checkpoints in a row that could not be written."""
 
-    def save(self, progress: Progress) -> bool:
+    def save(self, progress: Progress, *, last: bool) -> None:
         """Writes a checkpoint of this step.
 
-        A full disk or a missing permission leaves earlier checkpoints as they are and is only reported.
-
-        Returns:
-            Whether it was written.
+        A full disk or a missing permission leaves earlier checkpoints intact and is only reported; after
+        ``train.max_failed_saves`` in a row it is a SavingError, unless the run ends (``last``) anyway.
         """
         tensors, optimizer_steps = gather_state(self.engine, self.model.trainable_parameters())
 
@@ -133,14 +147,15 @@ class Checkpoints:
         if failure and self.world.is_main:
             message = f"checkpoint of step {progress.step} not written: {failure}; the run goes on"
             print(f"warning: {message}", file=sys.stderr, flush=True)
-        return not failure
+        self.failures = self.failures + 1 if failure else 0
+        if self.failures >= self.config.train.max_failed_saves and not last:
+            raise SavingError(
+                f"{self.failures} checkpoints in a row could not be written; stopped at step "
+                f"{progress.step}; the same command continues from the last that was"
+            )
 
     def save_adapter(self, progress: Progress) -> None:
-        """Writes the run's adapter.
-
-        Raises:
-            UserError: it cannot be written, or a trainable is not finite; the adapter already there stays.
-        """
+        """Writes the run's adapter. On a UserError (disk, values that are not finite) the old one is kept."""
         tensors = gather_trainables(self.model.trainable_parameters())
         directory = Path(self.config.run_dir) / "adapter"
 
@@ -154,7 +169,7 @@ class Checkpoints:
         on_main(self.world, write)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Puts a checkpoint's state into the engine."""
+        """Loads a checkpoint's state into the engine."""
         try:
             tensors = load_file(checkpoint.path / STATE_FILE)
             load_state(self.engine, self.model.trainable_parameters(), tensors, checkpoint.optimizer_steps)
@@ -203,15 +218,15 @@ class Checkpoints:
         kept = {_pointed(root / LATEST), _pointed(root / BEST)}
         for path in step_dirs(root)[self.config.train.keep_checkpoints :]:
             if path.name not in kept:
-                # The name goes first: what has it is whole.
+                # Renamed first: a directory with a checkpoint's name is always complete.
                 shutil.rmtree(path.rename(part_of(path)), ignore_errors=True)
 
 
 def find_checkpoint(run_dir: str | Path, resume: str) -> Checkpoint | None:
-    """Finds the checkpoint to continue from, and verifies it.
+    """Finds and verifies the checkpoint to resume from.
 
-    ``resume`` is ``never``, ``auto`` (the newest that is whole, or none) or a checkpoint's path, which must
-    be whole.
+    ``resume`` is ``never``, ``auto`` (the newest that is intact, or none) or the path of one, which must be
+    intact.
     """
     if resume == "never":
         return None
@@ -228,7 +243,7 @@ def find_checkpoint(run_dir: str | Path, resume: str) -> Checkpoint | None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads where a checkpoint stands, and compares its files with their sizes and hashes."""
+    """Reads a checkpoint's ``state.json``, and compares its files with their sizes and hashes."""
     try:
         content = json.loads((path / INFO_FILE).read_text(encoding="utf-8"))
         if content["format_version"] != CHECKPOINT_FORMAT:
@@ -247,13 +262,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
             content["data_digest"],
         )
     except FileNotFoundError as error:
-        raise UserError(f"{path}: not a whole checkpoint: {error.filename} is missing") from None
+        raise UserError(f"{path}: not a complete checkpoint: {error.filename} is missing") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a checkpoint: {type(error).__name__} {error}") from None
 
 
 def restore_adapter(directory: Path, checkpoint: Checkpoint) -> bool:
-    """Puts the last checkpoint's adapter in the place of one that is missing, damaged or older. Rank 0 alone.
+    """Replaces an adapter that is missing, damaged or older by the last checkpoint's. Rank 0 alone.
 
     Returns whether that was necessary.
     """
@@ -261,7 +276,7 @@ def restore_adapter(directory: Path, checkpoint: Checkpoint) -> bool:
         if read_manifest(directory).get("step") == checkpoint.progress.step:
             return False
     except (ModelError, OSError, ValueError, KeyError, TypeError):
-        pass  # missing, or not whole
+        pass  # Missing or damaged.
     source = checkpoint.path / "adapter"
     try:
         read_manifest(source)

@@ -1,6 +1,6 @@
 """The DeepSpeed JSON: which keys this trainer works with, and what the run's configuration fills in.
 
-DeepSpeed passes over keys that it does not know and takes ``"false"`` for true. So every key and the kind of
+DeepSpeed ignores keys that it does not know and takes ``"false"`` for true. So every key and the kind of
 every value are checked here; ranges and combinations are checked by DeepSpeed's own configuration.
 """
 
@@ -18,7 +18,7 @@ from dehvf_ds.distributed import has_fast_bf16
 
 
 def _is_number(value: object) -> bool:
-    # No key takes a negative number but the profiler's depth, where -1 is all.
+    # Only the profiler's depth takes a negative number: -1 is all.
     return isinstance(value, int | float) and not isinstance(value, bool) and -1 <= value < 1e18
 
 
@@ -27,10 +27,10 @@ _Kind = tuple[str, Callable[[Any], bool]]
 
 _SWITCH: _Kind = ("true or false", lambda value: isinstance(value, bool))
 _NUMBER: _Kind = ("a number", _is_number)
-# DeepSpeed divides by these two kinds, and does not check them itself.
+# DeepSpeed divides by these two kinds without checking them.
 _DIVISOR: _Kind = ("a number above 0", lambda value: _is_number(value) and value > 0)
 _COUNT: _Kind = ("a whole number above 0", lambda value: _is_number(value) and value > 0 and value % 1 == 0)
-# Stage 0 takes steps of NaN gradients, and keeps no fp32 weights beside bf16.
+# Stage 0 takes steps with NaN gradients, and keeps no fp32 weights beside bf16.
 _STAGE: _Kind = ("1, 2 or 3 (on one GPU take 2)", lambda value: type(value) is int and value in (1, 2, 3))
 _DTYPE: _Kind = ('"fp32" or "bf16"', lambda value: value in ("fp32", "bf16"))
 _DEVICE: _Kind = ('"cpu" or "none"; nvme is not supported', lambda value: value in ("cpu", "none"))
@@ -73,45 +73,34 @@ SUPPORTED: Mapping[str, _Kind] = {
 _SECTIONS = {key.rpartition(".")[0] for key in SUPPORTED}
 
 _FILLED = ("bf16.enabled", "zero_optimization.zero_hpz_partition_size")
-"""Keys whose ``auto`` is decided here; elsewhere DeepSpeed's default is taken, or ``auto`` refused."""
+"""Keys whose ``auto`` is resolved here; elsewhere DeepSpeed's default is used, or ``auto`` refused."""
 
 _REFUSED: Mapping[str, str] = {
-    key: reason
-    for keys, reason in (
-        ("optimizer scheduler", "is set by train.* of the run's configuration"),
-        ("fp16 amp torch_autocast", "is not supported; enable bf16, or neither for fp32"),
-        (
-            "tensorboard wandb csv_monitor comet",
-            "is not written; see the run's metrics.jsonl and tensorboard/",
-        ),
-        ("activation_checkpointing", "has no effect here; set train.activation_checkpointing"),
-        ("sparse_gradients", "is not supported: nothing sparse is trained"),
-        ("gradient_allreduce_op", "is not supported: gradients are averaged"),
-        ("quantize_training weight_quantization", "would change the frozen weights"),
-        ("sequence_parallel_size", "is not supported: ZeRO shards the model"),
-        ("nebula datastates_ckpt elastic_checkpoint", "is not supported: a run has checkpoints of its own"),
-        ("eigenvalue zenflow", "is not supported"),
-        ("bfloat16", "is an old name; write bf16"),
-        ("bf16.immediate_grad_update", "is not supported"),
-        (
-            "zero_optimization.cpu_offload zero_optimization.cpu_offload_params",
-            "is an old name; write offload_param",
-        ),
-        ("curriculum_learning data_efficiency dataloader_drop_last", "is not supported; see data.*"),
-        ("compression_training progressive_layer_drop sparse_attention", "would change the frozen model"),
-        ("pipeline tensor_parallel expert_parallel", "is not supported: ZeRO shards the model"),
-        ("elasticity checkpoint", "is not supported: a run's checkpoints fit any number of ranks"),
-        ("autotuning", "is not supported; dehvf_ds/plan.py says what fits"),
-        ("aio zero_optimization.offload_param.nvme_path", "is of nvme, which is not supported"),
-        ("zero_optimization.offload_optimizer", "is not supported: the optimizer's states are small"),
-        ("zero_optimization.zero_quantized_weights", "would change the frozen weights"),
-        ("zero_optimization.zero_quantized_nontrainable_weights", "would change the frozen weights"),
-        ("zero_optimization.zero_quantized_gradients hybrid_engine compile", "is not supported"),
-        ("bf16.bf16_master_weights_and_grads bf16.bf16_optimizer_states", "is not supported: fp32 is kept"),
+    section + key: reason
+    for reason, section, keys in (
+        ("is set by train.* of the run's configuration", "", "optimizer scheduler"),
+        ("is not supported; enable bf16, or neither for fp32", "", "fp16 amp torch_autocast"),
+        ("is not written; set train.trackers", "", "tensorboard wandb csv_monitor comet"),
+        ("has no effect here; set train.activation_checkpointing", "", "activation_checkpointing"),
+        ("is not supported; see data.*", "", "curriculum_learning data_efficiency dataloader_drop_last"),
+        ("is not supported; dehvf_ds/plan.py says what fits", "", "autotuning"),
+        ("is an old name; write bf16", "", "bfloat16"),
+        ("is an old name; write offload_param", _ZERO, "cpu_offload cpu_offload_params"),
+        ("would change the frozen weights", "", "quantize_training weight_quantization sparse_attention"),
+        ("would change the frozen weights", "", "compression_training progressive_layer_drop"),
+        ("would change the frozen weights", _ZERO, "zero_quantized_weights"),
+        ("would change the frozen weights", _ZERO, "zero_quantized_nontrainable_weights"),
+        ("is not supported", "", "sparse_gradients gradient_allreduce_op sequence_parallel_size nebula"),
+        ("is not supported", "", "datastates_ckpt elastic_checkpoint eigenvalue zenflow pipeline aio"),
+        ("is not supported", "", "tensor_parallel expert_parallel elasticity checkpoint compile"),
+        ("is not supported", "", "hybrid_engine"),
+        ("is not supported", _ZERO, "offload_optimizer offload_param.nvme_path zero_quantized_gradients"),
+        ("is not supported", "bf16.", "immediate_grad_update bf16_optimizer_states"),
+        ("is not supported", "bf16.", "bf16_master_weights_and_grads"),
     )
     for key in keys.split()
 }
-"""Keys that DeepSpeed knows and this trainer does without, and why. Switched off they may stand there."""
+"""Keys of DeepSpeed that this trainer does not support, and why. Switched off they are accepted."""
 
 
 def read_deepspeed_json(
@@ -119,8 +108,8 @@ def read_deepspeed_json(
 ) -> dict[str, Any]:
     """Reads a DeepSpeed JSON, by path or shipped name, and adds what the run's configuration owns.
 
-    ``local_size`` are the ranks of a node, for hpZ's ``auto``; None means that all ranks are of one node. The
-    result is for ``deepspeed.initialize`` and ``HfDeepSpeedConfig``.
+    ``local_size`` is the number of ranks on a node, for hpZ's ``auto``; None means all. The result is for
+    ``deepspeed.initialize`` and ``HfDeepSpeedConfig``.
     """
     file, train = find_deepspeed_json(path), config.train
     owned = {
@@ -135,9 +124,9 @@ def read_deepspeed_json(
         if not isinstance(given, dict):
             raise ValueError("not a JSON object")
         kept = dict(_checked(given, ""))
-        for key, (ours, value) in owned.items():
+        for key, (setting, value) in owned.items():
             if kept.get(key, value) != value:
-                raise ValueError(f"{key} is {kept[key]}, but {ours} is {value}; remove it from the JSON")
+                raise ValueError(f"{key} is {kept[key]}, but {setting} is {value}; remove it from the JSON")
         _fill(kept, world_size, local_size or world_size)
         _check_with_deepspeed(kept)
     except (OSError, ValueError, RecursionError) as error:
@@ -155,7 +144,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _checked(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Yields keys and values, without comments (keys that begin with ``_``) and what is switched off."""
+    """Yields supported keys and their values, without comments (``_...``) and what is switched off."""
     for key, value in section.items():
         name = prefix + key
         if key.startswith("_") or value is None or (name in _REFUSED and _is_off(value)):
@@ -168,7 +157,7 @@ def _checked(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any
         if name in SUPPORTED:
             kind = wanted, fits = SUPPORTED[name]
             is_auto = value == "auto"
-            # What a default would decide in silence must be said.
+            # These must be explicit: a default would silently decide how gradients are summed.
             if is_auto and name not in _FILLED and kind not in (_DTYPE, _DEVICE, _STAGE):
                 continue
             if not fits(value) and not (is_auto and name in _FILLED):
@@ -188,25 +177,27 @@ def _is_off(value: Any) -> bool:
     return value in (None, False, "auto", "none", [])
 
 
-def _fill(given: dict[str, Any], world_size: int, local_size: int) -> None:
-    """Decides what is ``auto``, and refuses what DeepSpeed would accept and get wrong."""
-    zero, bf16 = given.get("zero_optimization", {}), given.get("bf16", {})
+def _fill(content: dict[str, Any], world_size: int, local_size: int) -> None:
+    """Resolves what is ``auto``, and refuses what DeepSpeed would accept and get wrong."""
+    zero, bf16 = content.get("zero_optimization", {}), content.get("bf16", {})
     stage, size = zero.get("stage"), zero.get("zero_hpz_partition_size", 1)
     if stage is None:
         raise ValueError("zero_optimization.stage is missing; it must be 1, 2 or 3 (on one GPU take 2)")
     if stage != 3 and zero.get("offload_param", {}).get("device") == "cpu":
-        raise ValueError(f"zero_optimization.offload_param is of stage 3, and the stage is {stage}")
+        raise ValueError(f"zero_optimization.offload_param needs stage 3, but the stage is {stage}")
     if bf16.get("enabled") == "auto":
         bf16["enabled"] = has_fast_bf16()
-    if stage == 1 and bf16.get("enabled") and given.get("data_types") == {"grad_accum_dtype": "fp32"}:
-        # DeepSpeed's optimizer for this case keeps its state where no checkpoint of ours finds it.
+    if stage == 1 and bf16.get("enabled") and content.get("data_types") == {"grad_accum_dtype": "fp32"}:
+        # DeepSpeed's optimizer for this case keeps its state where our checkpoints do not find it.
         raise ValueError("zero_optimization.stage 1 with bf16 and grad_accum_dtype fp32 fails; take stage 2")
     if size == "auto":
         # On a single node the second copy of the weights would cost memory for nothing.
         size = zero["zero_hpz_partition_size"] = local_size if local_size < world_size else 1
     if world_size > size and world_size % size:
-        told = f"zero_hpz_partition_size {size} does not divide the {world_size} ranks"
-        raise ValueError(f"{told}; set it to the GPUs of a node, or to auto")
+        raise ValueError(
+            f"zero_hpz_partition_size {size} does not divide the {world_size} ranks; set it to the GPUs of a "
+            "node, or to auto"
+        )
 
 
 def _check_with_deepspeed(given: Mapping[str, Any]) -> None:
@@ -214,7 +205,7 @@ def _check_with_deepspeed(given: Mapping[str, Any]) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
-    # Its batch sizes depend on the ranks, which need not have met yet.
+    # Its batch sizes depend on the ranks, which need not be connected yet.
     top = dict(given) | {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     top.pop("train_batch_size", None)
     try:

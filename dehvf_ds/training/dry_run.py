@@ -1,49 +1,46 @@
-"""A dry run: all that a run does up to its first step, and that step with a scaled-down copy of its model."""
+"""A dry run: everything a run does up to its first step, and that step with a scaled-down model."""
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_model
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from dehvf_ds.batch import IGNORE_INDEX, Batch
-from dehvf_ds.config import RunConfig, UnsupervisedError, UserError
-from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, init_process_group, on_main
+from dehvf_ds.batch import Batch
+from dehvf_ds.config import DataConfig, RunConfig, UnsupervisedError, UserError
+from dehvf_ds.distributed import World, all_reduce_sum, init_process_group, on_main
 from dehvf_ds.model import DehvfConfig
 from dehvf_ds.model.trial import NUM_LAYERS, scaled_down
 from dehvf_ds.training.checkpoint import Checkpoint
 from dehvf_ds.training.deepspeed_json import compute_dtype
-from dehvf_ds.training.engine import build_engine, build_model_config
-from dehvf_ds.training.optim import GradientWatch
+from dehvf_ds.training.engine import GradientWatch, build_engine, build_model_config
 from dehvf_ds.training.resolve import ResolvedRun
 from dehvf_ds.training.run_dir import choose_start
 from dehvf_ds.training.run_lock import LOCK_FILE, RunLock
-from dehvf_ds.training.step import train_step, validation_loss
-from dehvf_ds.training.stop import StopRequest
+from dehvf_ds.training.step import StopRequest, train_step, validation_loss
 
 MAX_UNSUPERVISED_SHARE = 0.25
-"""Share of the first step's rows without a token to learn that a dry run refuses; fewer are only reported."""
+"""Share of the first step's rows without a token to learn above which a dry run refuses the data."""
 
 NOISY_KEYS = ("flops_profiler", "comms_logger", "dump_state", "memory_breakdown", "wall_clock_breakdown")
-"""Keys of the DeepSpeed JSON that make it write or print, which is not for a copy."""
+"""Keys of the DeepSpeed JSON that make it write files or print."""
 
 
 def dry_run(run: ResolvedRun, describe_evaluation: Callable[[], str] | None) -> int:
-    """Does all that a run does up to its first step, and that with a scaled-down copy; writes nothing.
+    """Does what a run does up to its first step, and that step with a scaled-down model; writes nothing.
 
-    ``describe_evaluation`` opens the in-training evaluation, and says in one line what it asks; rank 0 alone
-    calls it.
+    ``describe_evaluation`` opens the in-training evaluation and describes it in one line, on rank 0 alone.
     """
     config, world = run.config, run.world
-    checkpoint = on_main(world, lambda: _look_at_run_dir(run))
+    checkpoint = on_main(world, lambda: _try_run_dir(run))
     evaluated = on_main(world, describe_evaluation) if describe_evaluation is not None else None
     start_step, start_sample = 0, 0
     if checkpoint is not None:
@@ -52,47 +49,35 @@ def dry_run(run: ResolvedRun, describe_evaluation: Callable[[], str] | None) -> 
     validation = run.validation_batches()
     validation_batch = None if validation is None else next(iter(validation))
     init_process_group(world, config.train.start_timeout_minutes)
-    max_tokens = config.data.max_tokens
-    warning = check_supervised(micro_batches, world, data=config.data.train, max_tokens=max_tokens)
-    if validation_batch is not None and config.data.val is not None:
-        # Rows that fill up a last micro-batch have none either, so that no share of them is looked at.
-        (supervised,) = all_reduce_sum([float(validation_batch.num_supervised())], world.device)
-        if not supervised:
-            check_supervised([validation_batch], world, data=config.data.val, max_tokens=max_tokens)
-    step = step_of_copy(config, run.model_config, run.ds_config, world, micro_batches, validation_batch)
+    warning = check_supervised(micro_batches, world, config.data)
+    begins = f"continues after step {start_step} of" if start_step else "begins, for"
+    lines = [
+        f"dry run on {world.size} x {world.device.type}; {config.run_dir} {begins} {run.num_steps} steps",
+        f"  {config.deepspeed}: ZeRO stage {run.ds_config['zero_optimization']['stage']}, "
+        f"{str(compute_dtype(run.ds_config))[6:]}, {config.train.accumulation(world.size)} micro-batches of "
+        f"{config.train.micro_batch_size} rows a rank and step",
+        f"  {config.data.train}: {run.samples_per_epoch} rows an epoch; "
+        f"first micro-batch {_describe(micro_batches[0])}",
+    ]
+    if validation_batch is not None:
+        lines.append(f"  {config.data.val}: first micro-batch {_describe(validation_batch)}")
+    if evaluated is not None:
+        lines.append(f"  {evaluated}")
+    line, fault = _small_step(run, micro_batches, validation_batch)
+    lines.append(f"  {line}")
+    if warning is not None:
+        lines.append(f"  warning: {warning}")
     if world.is_main:
-        accumulation = config.train.accumulation(world.size)
-        stage = run.ds_config["zero_optimization"].get("stage", 0)
-        begins = f"continues after step {start_step} of" if start_step else "begins, for"
-        validated = "" if step.val_loss is None else f", validation {step.val_loss:.3f}"
-        lines = [
-            f"dry run on {world.size} x {world.device.type}; {config.run_dir} {begins} {run.num_steps} steps",
-            f"  {config.deepspeed}: ZeRO stage {stage}, {str(compute_dtype(run.ds_config))[6:]}, "
-            f"{accumulation} micro-batches of {config.train.micro_batch_size} rows a rank and step",
-            f"  {config.data.train}: {run.samples_per_epoch} rows an epoch; "
-            f"first micro-batch {_describe(micro_batches[0])}",
-        ]
-        if validation_batch is not None:
-            lines.append(f"  {config.data.val}: first micro-batch {_describe(validation_batch)}")
-        if evaluated is not None:
-            lines.append(f"  {evaluated}")
-        lines.append(
-            f"  one step of a scaled-down copy, 32 wide: loss {step.loss:.3f}, "
-            f"gradient norm {step.grad_norm:.3g}{validated}"
-        )
-        if warning is not None:
-            lines.append(f"  warning: {warning}")
         print("\n".join(lines), flush=True)
-    if step.silent or not step.loss < float("inf"):
-        names = ", ".join(step.silent[:4]) or "none missed"
-        raise UserError(f"dry run: loss {step.loss:g}; trainables that no gradient reached: {names}")
+    if fault:
+        raise UserError(f"dry run: {fault}")
     if world.is_main:
         print("nothing is wrong, and nothing was written", flush=True)
     return 0
 
 
-def _look_at_run_dir(run: ResolvedRun) -> Checkpoint | None:
-    """Finds what the run would continue from, and that its directory can be had. Rank 0 alone."""
+def _try_run_dir(run: ResolvedRun) -> Checkpoint | None:
+    """Finds the checkpoint to resume from, and checks that the directory can be locked. Rank 0 alone."""
     run_dir = Path(run.config.run_dir)
     made = [path for path in (run_dir / LOCK_FILE, run_dir, *run_dir.parents) if not os.path.lexists(path)]
     try:
@@ -115,58 +100,36 @@ def _describe(batch: Batch) -> str:
 # --- the step ---
 
 
-@dataclass(frozen=True, kw_only=True)
-class CopyStep:
-    """What came of the step.
+def _small_step(
+    run: ResolvedRun, micro_batches: list[Batch], validation_batch: Batch | None
+) -> tuple[str, str | None]:
+    """Takes the run's first step with a scaled-down model, and measures a validation batch.
 
-    Attributes:
-        loss: in nats per supervised token.
-        grad_norm: before clipping.
-        val_loss: of one validation batch per rank; None without validation.
-        silent: trainables that no gradient reached.
+    Returns the result in one line, and what is wrong with it, if anything.
     """
-
-    loss: float
-    grad_norm: float
-    val_loss: float | None
-    silent: tuple[str, ...]
-
-
-def step_of_copy(
-    config: RunConfig,
-    model_config: DehvfConfig,
-    ds_config: dict[str, Any],
-    world: World,
-    micro_batches: Sequence[Batch],
-    validation_batch: Batch | None,
-) -> CopyStep:
-    """Takes a step with a scaled-down copy and measures a validation batch. Every rank must call it.
-
-    The batches are this rank's share of the run's first step, and its first validation micro-batch.
-    """
-    dtype = compute_dtype(ds_config)
-    ds_config = {key: value for key, value in ds_config.items() if key not in NOISY_KEYS}
+    config, world, dtype = run.config, run.world, compute_dtype(run.ds_config)
+    ds_config = {key: value for key, value in run.ds_config.items() if key not in NOISY_KEYS}
     with tempfile.TemporaryDirectory() as directory:
-        small = _write_backbones(config, model_config, Path(directory))
-        small_config = build_model_config(small.model, image_size=model_config.image_size)
+        small = _write_backbones(config, run.model_config, Path(directory))
+        small_config = build_model_config(small.model, image_size=run.model_config.image_size)
         engine, model = build_engine(small, small_config, ds_config, world)
     watch = GradientWatch(model.trainable_parameters())
-    result = train_step(engine, list(micro_batches), world, dtype, seed=config.seed, step=1)
+    loss = train_step(engine, micro_batches, world, dtype, seed=config.seed, step=1).loss
     silent = watch.finish()
     grad_norm = engine.get_global_grad_norm()
-    val_loss = None
+    norm = math.nan if grad_norm is None else float(grad_norm)
+    line = f"one step of a scaled-down copy, 32 wide: loss {loss:.3f}, gradient norm {norm:.3g}"
     if validation_batch is not None:
         val_loss = validation_loss(engine, [validation_batch], world, dtype, StopRequest())
-    return CopyStep(
-        loss=result.loss,
-        grad_norm=float("nan") if grad_norm is None else float(grad_norm),
-        val_loss=val_loss,
-        silent=tuple(silent),
-    )
+        line += "" if val_loss is None else f", validation {val_loss:.3f}"
+    if not loss < math.inf or silent:
+        names = ", ".join(silent[:4]) or "none missed"
+        return line, f"loss {loss:g}; trainables that no gradient reached: {names}"
+    return line, None
 
 
 def _write_backbones(config: RunConfig, model_config: DehvfConfig, directory: Path) -> RunConfig:
-    """Writes small random backbones; returns the run over them."""
+    """Writes small random backbones; returns the configuration with their paths."""
     torch.manual_seed(config.seed)
     text = scaled_down(model_config.text_config, num_layers=NUM_LAYERS)
     vision = scaled_down(model_config.vision_config)
@@ -186,7 +149,7 @@ def _write_backbones(config: RunConfig, model_config: DehvfConfig, directory: Pa
 
 
 def _save(model: PreTrainedModel, directory: Path) -> None:
-    # Not the model's own save_pretrained: it writes nothing on ranks other than 0.
+    # The model's own save_pretrained writes only on rank 0.
     model.config.save_pretrained(directory)
     save_model(model, str(directory / "model.safetensors"), metadata={"format": "pt"})
 
@@ -194,11 +157,11 @@ def _save(model: PreTrainedModel, directory: Path) -> None:
 # --- rows without a token to learn ---
 
 
-def check_supervised(batches: Sequence[Batch], world: World, *, data: str, max_tokens: int) -> str | None:
-    """Refuses data of which too little can be learnt; warns of less. Every rank must call it.
+def check_supervised(batches: Sequence[Batch], world: World, data: DataConfig) -> str | None:
+    """Refuses this rank's first batches if too few rows have a token to learn. Every rank must call it.
 
-    ``batches`` are this rank's first; ``data`` and ``max_tokens`` are for the message. Refused are a
-    micro-batch without any token to learn, and more than ``MAX_UNSUPERVISED_SHARE`` of all rows.
+    Refused are a micro-batch without any, and more than ``MAX_UNSUPERVISED_SHARE`` of all rows without;
+    fewer are returned as a warning.
     """
     counts = (
         sum(len(batch.labels) for batch in batches),
@@ -206,20 +169,10 @@ def check_supervised(batches: Sequence[Batch], world: World, *, data: str, max_t
         sum(not batch.num_supervised() for batch in batches),
     )
     rows, unsupervised, empty = map(int, all_reduce_sum([float(count) for count in counts], world.device))
-    if not unsupervised:
-        return None
-    found = [
-        batch.keys[row]
-        for batch in batches
-        for row, labels in enumerate(batch.labels)
-        if not (labels[1:] != IGNORE_INDEX).any()
-    ]
-    found = gather_to_main(found, world)
-    first = on_main(world, lambda: found[0])
     line = (
-        f"{data}: {unsupervised} of the first {rows} rows have no token to learn, {first} the first: their "
-        f"prompts fill all data.max_tokens {max_tokens}; raise it"
+        f"{data.train}: {unsupervised} of the first {rows} rows have no token to learn: their prompts fill "
+        f"all data.max_tokens {data.max_tokens}; raise it"
     )
     if empty or unsupervised > MAX_UNSUPERVISED_SHARE * rows:
         raise UnsupervisedError(line)
-    return line
+    return line if unsupervised else None

@@ -1,18 +1,20 @@
-"""From a configuration to a DeepSpeed engine: precision, partitioned backbones, optimizer."""
+"""From a configuration to a DeepSpeed engine: partitioned backbones, optimizer, learning rate."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
-from dehvf_ds.config import ModelConfig, RunConfig, UserError, to_plain
+from dehvf_ds.config import ModelConfig, RunConfig, TrainConfig, UserError, to_plain
 from dehvf_ds.distributed import World
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration, ModelError
 from dehvf_ds.model.adapter import find_adapter, load_adapter
 from dehvf_ds.model.backbones import build_config, load_model
 from dehvf_ds.training.deepspeed_json import compute_dtype
-from dehvf_ds.training.optim import parameter_groups
 
 
 def build_model_config(
@@ -22,10 +24,10 @@ def build_model_config(
     task: str | None = None,
     prompt: str | None = None,
 ) -> DehvfConfig:
-    """The model's configuration over the run's backbones, checked; reads their configuration files alone.
+    """The model's configuration over the run's backbones, checked; no weights are read.
 
     ``image_size`` is the side of the pictures that the tower's processor makes, None the tower's own;
-    ``task`` and ``prompt`` are kept for those who generate.
+    ``task`` and ``prompt`` are stored for generation.
     """
     try:
         built = build_config(
@@ -43,13 +45,13 @@ def build_model_config(
             prefix_tokens=config.prefix_tokens,
             lora=to_plain(config.lora) if config.lora.rank else None,
         )
-        # Without weights, to find out in a second whether the decoder has the structure that is needed.
+        # Without weights this takes a second, and checks that the decoder has the structure that is needed.
         with torch.device("meta"):
             DehvfForConditionalGeneration(built)
     except ModelError as error:
         raise UserError(f"model: {' '.join(str(error).split())}") from None
     except (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError) as error:
-        # What transformers raises at a value of a config.json that it has no code for.
+        # What transformers raises for a value in a config.json that it does not support.
         raise UserError(
             f"model: no model can be built of the config.json of {config.language_model} and "
             f"{config.vision_tower}: {type(error).__name__}: {' '.join(str(error).split())}"
@@ -66,7 +68,7 @@ def build_engine(
 
     dtype = compute_dtype(ds_config)
     _share_hpz_groups()
-    # Only referenced weakly by transformers: it must live until the weights are loaded.
+    # transformers keeps a weak reference: it must live until the weights are loaded.
     partitioning = HfDeepSpeedConfig(ds_config)
     try:
         model = load_model(
@@ -82,14 +84,14 @@ def build_engine(
     del partitioning
     if config.init_from is not None:
         try:
-            # Now, while the parameters are whole.
+            # Before DeepSpeed partitions the trainables.
             load_adapter(model, find_adapter(config.init_from))
         except ModelError as error:
             raise UserError(f"--init_from {config.init_from}: {error}") from None
     if config.train.activation_checkpointing:
         model.recompute_layers()
     trainable = model.trainable_parameters()
-    # With partitioned weights around, DeepSpeed moves and casts nothing itself.
+    # Where weights are partitioned, DeepSpeed moves and casts nothing itself.
     for parameter in trainable.values():
         parameter.data = parameter.data.to(world.device)
     buffers = {name: buffer.to(world.device) for name, buffer in model.named_buffers()}
@@ -99,8 +101,8 @@ def build_engine(
         betas=config.train.betas,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    # On the device, which DeepSpeed sees to only where nothing is partitioned, and in their own dtype: rotary
-    # frequencies must stay fp32, and DeepSpeed did not always leave buffers out of its cast to bf16.
+    # DeepSpeed moves buffers to the device only where nothing is partitioned, and some versions cast them to
+    # bf16; rotary frequencies must stay fp32.
     for name, buffer in buffers.items():
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, buffer)
@@ -109,9 +111,9 @@ def build_engine(
 
 
 def _share_hpz_groups() -> None:
-    """Lets hpZ load two backbones: DeepSpeed makes its groups in each load, and asserts there are none yet.
+    """Lets hpZ load two backbones.
 
-    DeepSpeed issues 4901 and 7066, in 0.19.8.
+    DeepSpeed 0.19.8 creates its groups in each load and asserts there are none yet (its issues 4901, 7066).
     """
     from deepspeed.utils import groups
 
@@ -122,3 +124,47 @@ def _share_hpz_groups() -> None:
             create(group_size)
 
     groups._create_zero_param_parallel_group = create_once
+
+
+def learning_rate(step: int, config: TrainConfig, num_steps: int) -> float:
+    """Learning rate of a step (0 is the first): linear warm-up, then a cosine to ``min_lr_ratio``."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def parameter_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict]:
+    """AdamW's groups, to be made before ZeRO partitions: weight decay on matrices only."""
+    matrices = [p for p in parameters.values() if p.ndim >= 2]
+    vectors = [p for p in parameters.values() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def set_learning_rate(groups: Iterable[dict], lr: float) -> None:
+    """Sets one learning rate in all groups."""
+    for group in groups:
+        group["lr"] = lr
+
+
+class GradientWatch:
+    """Finds trainables that get no gradient, by hooks on each.
+
+    Under ZeRO a trainable without a gradient is silently stepped with its previous one. A gradient of zero is
+    fine; an absent one is a bug in the model.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._silent = set(parameters)
+        self._handles = [
+            parameter.register_hook(lambda _grad, name=name: self._silent.discard(name))
+            for name, parameter in parameters.items()
+        ]
+
+    def finish(self) -> list[str]:
+        """Removes the hooks and returns the names of trainables whose hook never fired, sorted."""
+        for handle in self._handles:
+            handle.remove()
+        return sorted(self._silent)

@@ -1,4 +1,4 @@
-"""A run resolved before ranks meet and weights load: its files read, its sizes and steps known."""
+"""A run resolved before ranks connect and weights load: its files read, its sizes and steps known."""
 
 from __future__ import annotations
 
@@ -29,24 +29,14 @@ from dehvf_ds.model import DehvfConfig, ModelError
 from dehvf_ds.model.backbones import check_bases, load_backbone_config
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.engine import build_model_config
-from dehvf_ds.training.trackers import check_trackers
+from dehvf_ds.training.metrics import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRun:
-    """A run whose configuration and files were looked at; nothing of it is loaded.
+    """A run whose configuration and files were read and checked; no weights are loaded.
 
-    Attributes:
-        config: the run.
-        world: this process's place.
-        ds_config: the completed DeepSpeed configuration.
-        model_config: the model's configuration.
-        tokenizer: the language model's.
-        transform: the vision tower's picture transform.
-        examples: of the training shards.
-        validation: the examples of the validation shards, if there are any.
-        samples_per_epoch: rows that an epoch consumes.
-        num_steps: optimizer steps of the whole run.
+    ``samples_per_epoch`` are the rows that an epoch consumes; ``num_steps`` the optimizer steps of the run.
     """
 
     config: RunConfig
@@ -62,7 +52,7 @@ class ResolvedRun:
 
     @property
     def index(self) -> ShardIndex:
-        """The training shards."""
+        """Index of the training shards."""
         return self.examples.index
 
     def training_batches(self, start_sample: int, num_steps: int) -> TrainingLoader:
@@ -72,7 +62,7 @@ class ResolvedRun:
             self.examples,
             self.tokenizer,
             self.transform,
-            **self._place(),
+            **self._per_rank(),
             seed=self.config.seed,
             accumulation=self.config.train.accumulation(self.world.size),
             start_sample=start_sample,
@@ -84,31 +74,31 @@ class ResolvedRun:
         if self.validation is None:
             return None
         return build_validation_loader(
-            self.config.data, self.validation, self.tokenizer, self.transform, **self._place()
+            self.config.data, self.validation, self.tokenizer, self.transform, **self._per_rank()
         )
 
     def notes(self) -> list[str]:
-        """What the settings do not do, though they look as if they did."""
+        """Settings that do not have the effect that one would expect."""
         train = self.config.train
         if train.warmup_steps < self.num_steps:
             return []
         return [
-            f"train.warmup_steps {train.warmup_steps} is not over in the run's {self.num_steps} steps, and "
-            f"the learning rate never gets to train.lr {train.lr:g}"
+            f"train.warmup_steps {train.warmup_steps} is not less than the run's {self.num_steps} steps, so "
+            f"the learning rate never reaches train.lr {train.lr:g}"
         ]
 
-    def _place(self) -> dict[str, int]:
+    def _per_rank(self) -> dict[str, int]:
         micro_batch_size = self.config.train.micro_batch_size
         return {"rank": self.world.rank, "world_size": self.world.size, "micro_batch_size": micro_batch_size}
 
 
 def resolve(config: RunConfig, world: World) -> ResolvedRun:
-    """Finds everything that can be wrong with a run before ranks meet and weights load."""
+    """Reads and checks everything that can be wrong with a run before ranks connect and weights load."""
     ds_config = read_deepspeed_json(config.deepspeed, config, world.size, world.local_size)
     check_trackers(config.train.trackers)
     model, data = config.model, config.data
     try:
-        # First: a directory that is not there is reported as one, not as a malformed hub id.
+        # First: a missing directory is reported as such, not as a malformed hub id.
         load_backbone_config(model.language_model, vision=False)
         load_backbone_config(model.vision_tower, vision=True)
     except ModelError as error:

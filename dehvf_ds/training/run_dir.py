@@ -1,4 +1,4 @@
-"""Whose run a directory holds: taken for this job, continued, emptied, or refused."""
+"""A run's directory: its files, and whether a run begins in it, resumes, replaces another, or is refused."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from dehvf_ds.training.engine import build_model_config
 from dehvf_ds.training.run_lock import RunLock
 
 METRICS_FILE = "metrics.jsonl"
-CONFIG_NAME = "config.yaml"
-RUN_PARTS = ("adapter", "eval", "samples", "tensorboard", "checkpoints", "merged")
+RUN_CONFIG_FILE = "config.yaml"
+ADAPTER_DIR = "adapter"
+RUN_DIRS = (ADAPTER_DIR, "eval", "samples", "tensorboard", "checkpoints", "merged")
 
 MAY_CHANGE_ON_RESUME = frozenset(
     """
@@ -29,26 +30,26 @@ MAY_CHANGE_ON_RESUME = frozenset(
     eval.data eval.max_samples eval.batch_size eval.max_new_tokens eval.num_beams eval.tokenizer
     """.split()  # noqa: SIM905
 )
-"""Settings that may differ between the parts of one run: paths, speed, and what is looked at."""
+"""Settings that may differ when a run resumes: paths, speed, what is measured."""
 
 WEIGHT_KEYS = (
     *("fusion", "router", "feature_layers", "rank", "router_dim", "image_size", "prefix_tokens"),
     *("lora.rank", "lora.alpha", "lora.targets"),
 )
-"""Model settings that decide what trained weights compute."""
+"""Model settings that trained weights depend on."""
 
 
 def open_run_dir(config: RunConfig, data_digest: str) -> tuple[RunLock, Checkpoint | None]:
-    """Takes the run directory for this job, and finds what to continue from. Rank 0 alone."""
+    """Locks the run directory for this job, and finds the checkpoint to resume from. Rank 0 alone."""
     run_dir = Path(config.run_dir)
     lock = RunLock(run_dir)
     try:
         checkpoint = choose_start(config, data_digest)
         if config.overwrite:
-            for name in RUN_PARTS:
+            for name in RUN_DIRS:
                 shutil.rmtree(run_dir / name, ignore_errors=True)
             (run_dir / METRICS_FILE).unlink(missing_ok=True)
-        save_run_config(config, run_dir / CONFIG_NAME)
+        save_run_config(config, run_dir / RUN_CONFIG_FILE)
     except BaseException:
         lock.release()
         raise
@@ -56,7 +57,7 @@ def open_run_dir(config: RunConfig, data_digest: str) -> tuple[RunLock, Checkpoi
 
 
 def choose_start(config: RunConfig, data_digest: str) -> Checkpoint | None:
-    """Finds the checkpoint that a run continues from; None for a run that begins. Changes nothing.
+    """Finds the checkpoint to resume from; None for a run that begins. Changes nothing.
 
     UserError if the directory holds another run, or the weights to start from do not fit.
     """
@@ -65,7 +66,7 @@ def choose_start(config: RunConfig, data_digest: str) -> Checkpoint | None:
         _check_overwrite(config)
     elif (checkpoint := find_checkpoint(run_dir, config.resume)) is not None:
         _check_same_run(checkpoint, config, data_digest)
-        _check_bases(checkpoint.path / "adapter", config.model, str(checkpoint.path))
+        _check_backbones(checkpoint.path / "adapter", config.model, str(checkpoint.path))
         return checkpoint
     elif (run_dir / METRICS_FILE).exists():
         _check_can_start_again(config)
@@ -74,39 +75,43 @@ def choose_start(config: RunConfig, data_digest: str) -> Checkpoint | None:
             adapter = find_adapter(config.init_from)
         except ModelError as error:
             raise UserError(f"--init_from {config.init_from}: {error}") from None
-        _check_bases(adapter, config.model, config.init_from)
+        _check_backbones(adapter, config.model, config.init_from)
         _check_same_model(adapter, config.model, config.init_from)
     return None
 
 
 def is_finished(config: RunConfig, num_steps: int) -> bool:
-    """Whether the directory holds this very run at its end, which kept no checkpoint. Rank 0 alone."""
+    """Whether the directory holds this very run, finished but without checkpoints. Rank 0 alone."""
     run_dir = Path(config.run_dir)
     if config.overwrite or config.resume != "auto" or step_dirs(checkpoints_dir(run_dir)):
         return False
     try:
-        # The last step's numbers are written after the last validation.
+        # The last step's line is written after the last validation.
         *_, last = (run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-        ends = [json.loads(last)["step"], read_manifest(run_dir / "adapter")["step"]]
-        before = load_run_config(run_dir / CONFIG_NAME)
+        ends = [json.loads(last)["step"], read_manifest(run_dir / ADAPTER_DIR)["step"]]
+        before = load_run_config(run_dir / RUN_CONFIG_FILE)
     except (OSError, ValueError, KeyError, TypeError, ModelError, UserError):
         return False
     return ends == [num_steps, num_steps] and not _differences(to_plain(before), config)
 
 
 def _check_overwrite(config: RunConfig) -> None:
-    """Refuses to empty a directory that is no run, or that holds what the run needs."""
+    """Refuses to overwrite what is not a run, or what the new run needs."""
     run_dir = Path(config.run_dir)
     if config.resume not in ("auto", "never"):
         raise UserError("--overwrite removes the checkpoints that --resume continues from; give one of them")
-    parts = [run_dir / name for name in RUN_PARTS if (run_dir / name).exists()]
+    parts = [run_dir / name for name in RUN_DIRS if (run_dir / name).exists()]
     if not parts and not (run_dir / METRICS_FILE).exists():
         return
-    if not _is_run(run_dir):
+    try:
+        is_run = "run_dir:" in (run_dir / RUN_CONFIG_FILE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        is_run = False
+    if not is_run:
         found = parts[0].name if parts else METRICS_FILE
         raise UserError(
-            f"run_dir {run_dir} holds {found} and no run's {CONFIG_NAME}, so --overwrite leaves it alone; "
-            "name another"
+            f"run_dir {run_dir} holds {found} and no run's {RUN_CONFIG_FILE}, so --overwrite leaves it "
+            "alone; name another"
         )
     needed = {
         "model.language_model": config.model.language_model,
@@ -125,48 +130,41 @@ def _check_overwrite(config: RunConfig) -> None:
         if path is None:
             continue
         found = Path(path).resolve()
-        # The adapter to start from lies in such a part, also where the run itself is named.
+        # A run that is named as init_from contains the adapter, which would be removed.
         if (name == "init_from" and found == run_dir.resolve()) or any(map(found.is_relative_to, removed)):
             raise UserError(
                 f"--overwrite would remove {name} {path}, which lies in run_dir {run_dir}; name another"
             )
 
 
-def _is_run(run_dir: Path) -> bool:
-    try:
-        return "run_dir:" in (run_dir / CONFIG_NAME).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
 def _check_can_start_again(config: RunConfig) -> None:
-    """A run that was killed before its first checkpoint starts again by itself; any other is kept."""
+    """A run that was killed before its first checkpoint may start again; any other is refused."""
     run_dir = Path(config.run_dir)
-    path, remedy = run_dir / CONFIG_NAME, "name another, or pass --overwrite true"
-    if config.resume == "never" or (run_dir / "adapter").exists() or not path.exists():
+    path, remedy = run_dir / RUN_CONFIG_FILE, "name another, or pass --overwrite true"
+    if config.resume == "never" or (run_dir / ADAPTER_DIR).exists() or not path.exists():
         raise UserError(f"run_dir {config.run_dir} holds a run; {remedy}")
     try:
         before = to_plain(load_run_config(path))
     except UserError as error:
         raise UserError(f"{error}; {remedy}") from None
     if differing := _differences(before, config):
-        raise UserError(f"{path} is of a run with other settings: {', '.join(differing[:4])}; {remedy}")
+        raise UserError(f"{path} belongs to a run with other settings: {', '.join(differing[:4])}; {remedy}")
 
 
 def _check_same_run(checkpoint: Checkpoint, config: RunConfig, data_digest: str) -> None:
     if differing := _differences(checkpoint.config, config):
         raise UserError(
-            f"{checkpoint.path} is of a run with other settings: {', '.join(differing[:4])}; give them as "
-            "they were, name another run_dir, or start anew from its weights with --init_from"
+            f"{checkpoint.path} belongs to a run with other settings: {', '.join(differing[:4])}; set them "
+            "as they were, name another run_dir, or start a new run from its weights with --init_from"
         )
     if checkpoint.data_digest != data_digest:
         raise UserError(
             f"{checkpoint.path} was trained on other shards than data.train {config.data.train}; "
-            "name another run_dir, or start anew from its weights with --init_from"
+            "name another run_dir, or start a new run from its weights with --init_from"
         )
 
 
-def _check_bases(adapter: Path, config: ModelConfig, owner: str) -> None:
+def _check_backbones(adapter: Path, config: ModelConfig, owner: str) -> None:
     """Refuses frozen models whose configuration or weights are not those that an adapter was trained on."""
     try:
         bases = read_manifest(adapter)["bases"]
@@ -177,7 +175,7 @@ def _check_bases(adapter: Path, config: ModelConfig, owner: str) -> None:
 
 
 def _check_same_model(adapter: Path, config: ModelConfig, owner: str) -> None:
-    """Refuses weights that were trained in another model: many would fit, and do something else."""
+    """Refuses weights of another model: many would load, and compute something else."""
     before = DehvfConfig.from_json_file(str(adapter / CONFIG_FILE))
     now = build_model_config(config, image_size=config.image_size or before.image_size)
     there, here = (flatten(vars(each) | {"lora": each.lora or {"rank": 0}}) for each in (before, now))
@@ -194,7 +192,7 @@ def _check_same_model(adapter: Path, config: ModelConfig, owner: str) -> None:
 
 
 def _differences(before: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """Settings that make another run, with both values."""
+    """Settings that make it another run, with both values."""
     there, here = flatten(before), flatten(to_plain(config))
     return [
         f"{key} ({there.get(key)} there, {here.get(key)} now)"

@@ -1,4 +1,4 @@
-"""A run directory belongs to one live job: two would mix metrics and remove each other's checkpoints."""
+"""A run directory belongs to one live job: two would mix metrics and delete each other's checkpoints."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import socket
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +20,32 @@ LOCK_FILE = ".lock"
 HOLDER_FILE = "lock.json"
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What a file system without locks answers."""
+"""Errors of a file system without locks."""
 
-STALE_S = 120.0
+DEAD_AFTER_S = 120.0
 """A job on another host without a heartbeat for so long is dead."""
 
-BEAT_EVERY_S = 20.0
+HEARTBEAT_S = 20.0
 HANDOVER_S = 30.0
-"""How long a restarted SLURM job waits for what is left of its last start."""
+"""How long a requeued SLURM job waits for processes of its last start to end."""
 
 
 class RunLock:
-    """Holds a run directory as long as this process lives and no other job takes it over.
+    """Holds a run directory while this process lives and no other job takes it over.
 
-    A file lock decides on one host, and on file systems that have locks across hosts; where there are none,
-    the time of the last heartbeat does. A killed process loses the lock at once. A job that was only taken
-    for dead (its node was cut off, its process stopped) finds another token in the holder's file, and must
-    write nothing more.
+    A file lock decides on one host, and across hosts if the file system has such locks; otherwise the time of
+    the last heartbeat does. A killed process loses the lock at once. A job that was wrongly taken for dead
+    (its node was cut off, its process suspended) finds another token in the holder's file; it must not write.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """Takes the lock once another host's job has gone stale; UserError if a live job has it."""
+        """Takes the lock; waits until another host's job counts as dead. UserError if a live job has it."""
         self._run_dir, self._holder = run_dir, run_dir / HOLDER_FILE
         self._token = uuid.uuid4().hex
         self._last_beat = time.monotonic()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            # Threads share it: one of them may release what another took.
+            # Not per thread: one thread may release what another acquired.
             self._lock = FileLock(run_dir / LOCK_FILE, thread_local=False, fallback_to_soft=False)
             self._acquire(_read(self._holder))
             self._holder.write_text(json.dumps(self._describe()) + "\n", encoding="utf-8")
@@ -53,29 +53,27 @@ class RunLock:
             raise UserError(f"run_dir {run_dir}: {getattr(error, 'strerror', None) or error}") from None
 
     def check(self) -> None:
-        """Makes sure, before each write, that the directory is still this job's; UserError if not."""
+        """To be called before each write: UserError if the directory is no longer this job's."""
         try:
             found = json.loads(self._holder.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             found = {}
         except OSError:
-            return  # The file system has other troubles; they end the run elsewhere, or pass.
+            return  # Another fault of the file system: it passes, or ends the run elsewhere.
         if found.get("token") != self._token:
             by = f"taken over by {_name(found)}" if found else f"taken away ({HOLDER_FILE} is gone)"
             raise UserError(f"run_dir {self._run_dir} was {by}; this job stops, and writes nothing more")
 
     def beat(self) -> None:
-        """Shows that the job lives; to be called at every step. Raises as ``check``."""
+        """Checks the lock and refreshes the heartbeat; to be called at every step."""
         self.check()
-        if time.monotonic() - self._last_beat > BEAT_EVERY_S:
+        if time.monotonic() - self._last_beat > HEARTBEAT_S:
             self._last_beat = time.monotonic()
-            try:
+            with suppress(OSError):  # A full disk must not end the run here.
                 os.utime(self._holder)
-            except OSError:
-                return  # A full disk must not end the run here.
 
     def release(self) -> None:
-        """Gives the directory back; one that another job has taken is left alone."""
+        """Releases the directory, unless another job has taken it over."""
         if _read(self._holder).get("token") == self._token:
             self._holder.unlink(missing_ok=True)
         self._lock.release()
@@ -88,38 +86,28 @@ class RunLock:
         try:
             self._lock.acquire(timeout=HANDOVER_S if restarted else 0)
         except Timeout:
-            # What is left of a dead job may still hold it, and will find another token.
+            # A process of the dead job may still hold it; it will find another token.
             if not restarted and not elsewhere:
                 raise self._in_use(before) from None
         except (OSError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 raise
-            # The file system has no locks, so that the heartbeat decides on one host, too.
+            # Without locks the heartbeat decides on one host, too.
             if before and not restarted and not elsewhere:
                 self._wait_for_silence(before)
 
     def _wait_for_silence(self, before: dict[str, Any]) -> None:
-        """Waits until the last holder's heartbeat is old; refuses where it beats, or another has come."""
-        seen = self._last_sign()
-        if seen is None or time.time() - seen >= STALE_S:
-            return
-        told = f"run_dir {self._run_dir} was in use by {_name(before)}; waiting for it to end"
-        print(told, flush=True)
-        while (left := seen + STALE_S - time.time()) > 0:
-            time.sleep(min(left + 1, BEAT_EVERY_S))
-            now = self._last_sign()
-            if now is None:
-                return
-            if now > seen:
-                raise self._in_use(_read(self._holder))
-            seen = now
-
-    def _last_sign(self) -> float | None:
-        """When the holder's file was last written or touched; None where there is none."""
-        try:
-            return self._holder.stat().st_mtime
-        except FileNotFoundError:
-            return None
+        """Waits until the holder's heartbeat is too old, or its file is gone; UserError if it beats."""
+        message = f"run_dir {self._run_dir} was in use by {_name(before)}; waiting for it to end"
+        first = None
+        with suppress(FileNotFoundError):
+            while time.time() - (beat := self._holder.stat().st_mtime) < DEAD_AFTER_S:
+                if first is None:
+                    first = beat
+                    print(message, flush=True)
+                if beat > first:
+                    raise self._in_use(_read(self._holder))
+                time.sleep(min(beat + DEAD_AFTER_S - time.time() + 1, HEARTBEAT_S))
 
     def _in_use(self, holder: dict[str, Any]) -> UserError:
         return UserError(f"run_dir {self._run_dir} is in use by {_name(holder)}; name another")

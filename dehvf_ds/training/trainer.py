@@ -1,118 +1,107 @@
-"""The story of a training run, from its directory to its last step."""
+"""A training run from its directory to its last step."""
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
 from dehvf_ds.batch import Batch
-from dehvf_ds.config import UnsupervisedError, to_plain
+from dehvf_ds.config import JobError, UnsupervisedError, to_plain
 from dehvf_ds.distributed import (
     REQUEUE_EXIT_CODE,
-    before_end,
     init_process_group,
+    on_abort,
     on_main,
     set_timeout,
     wait_for_ranks,
 )
 from dehvf_ds.training.checkpoint import Checkpoint, Checkpoints, Progress, restore_adapter
 from dehvf_ds.training.deepspeed_json import compute_dtype
-from dehvf_ds.training.engine import build_engine
-from dehvf_ds.training.full_model import numel
+from dehvf_ds.training.engine import GradientWatch, build_engine, learning_rate, set_learning_rate
 from dehvf_ds.training.metrics import (
     Evaluation,
     Metrics,
     MetricsWriter,
     SubstitutionLog,
+    Trackers,
     router_metrics,
     step_speed,
 )
-from dehvf_ds.training.optim import GradientWatch, learning_rate, set_learning_rate
 from dehvf_ds.training.resolve import ResolvedRun
-from dehvf_ds.training.run_dir import flatten, open_run_dir
+from dehvf_ds.training.run_dir import ADAPTER_DIR, METRICS_FILE, flatten, open_run_dir
 from dehvf_ds.training.run_lock import RunLock
-from dehvf_ds.training.step import StepResult, train_step, validation_loss
-from dehvf_ds.training.stop import SavingError, StopRequest, TrainingError
-from dehvf_ds.training.trackers import Trackers
+from dehvf_ds.training.step import StepResult, StopRequest, train_step, validation_loss
+from dehvf_ds.training.zero import numel
 
 MIN_SAMPLES_OF_SHARE = 1000
-"""Samples before shares of them are looked at; one among the first ten says nothing."""
+"""A share of fewer samples counts as a share of so many: one damaged among the first ten says nothing."""
 
 UNSUPERVISED_WARNING_SHARE = 0.01
-"""Share of rows without a token to learn that a run warns of, once."""
+"""Share of rows without a token to learn above which a run warns, once."""
 
 
 class Trainer:
-    """One rank of a training run: ``fit`` runs it from its newest checkpoint to its last step.
-
-    ``evaluation`` is called every ``eval.every_steps`` steps and after the last.
-    """
+    """One rank of a run. ``evaluation`` is called every ``eval.every_steps`` steps and at the end."""
 
     def __init__(self, run: ResolvedRun, evaluation: Evaluation | None = None) -> None:
         self.run, self.config, self.world = run, run.config, run.world
         self.evaluation = evaluation
         self.run_dir = Path(run.config.run_dir)
         self.dtype = compute_dtype(run.ds_config)
-        self.stop = StopRequest()
-        self.progress = Progress()
+        self.stop, self.progress = StopRequest(), Progress()
         self.lock: RunLock | None = None
         self.writer: MetricsWriter | None = None
+        self.on_exit = ExitStack()
         self.substitutions = SubstitutionLog(run.world)
-        self.failed_saves = 0
         self.warned_of_unsupervised = False
 
     def fit(self) -> int:
-        """Runs it; returns the exit code: 0 finished, 85 stopped on request and to be started again."""
-        # A directory is not taken by a job that never begins.
+        """Trains to the last step; returns the exit code: 0 finished, 85 stopped on request."""
+        # First: a job whose ranks never come together must not lock the directory.
         wait_for_ranks(self.config.train.start_timeout_minutes)
-        checkpoint = on_main(self.world, self._take_directory)
-        try:
+        with self.on_exit:
+            checkpoint = on_main(self.world, self._open_run_dir)
             if checkpoint is not None:
                 self.progress = checkpoint.progress
                 if self.progress.step >= self.run.num_steps:
                     return self._already_finished(checkpoint)
             self._set_up(checkpoint)
-            finished = self._train()
-        except UnsupervisedError:
-            if self.progress.step:
-                self.save_adapter()
-            raise
-        finally:
             try:
-                if self.writer is not None:
-                    self.writer.close()
-            finally:
-                if self.lock is not None:
-                    self.lock.release()
+                finished = self._train()
+            except UnsupervisedError:
+                if self.progress.step:
+                    self.save_adapter()
+                raise
         if finished:
-            self._print(f"adapter: {self.run_dir / 'adapter'}   metrics: {self.run_dir / 'metrics.jsonl'}")
+            self._print(f"adapter: {self.run_dir / ADAPTER_DIR}   metrics: {self.run_dir / METRICS_FILE}")
             return 0
         self._print(f"stopped on request after step {self.progress.step}; the same command continues")
         return REQUEUE_EXIT_CODE
 
     # --- set-up ---
 
-    def _take_directory(self) -> Checkpoint | None:
+    def _open_run_dir(self) -> Checkpoint | None:
         self.lock, checkpoint = open_run_dir(self.config, self.run.index.digest)
-        before_end(self.lock.release)
+        self.on_exit.callback(self.lock.release)
+        on_abort(self.lock.release)
         return checkpoint
 
     def _already_finished(self, last: Checkpoint) -> int:
         """A finished run may have been killed between its last checkpoint and its adapter."""
-        adapter = self.run_dir / "adapter"
+        adapter = self.run_dir / ADAPTER_DIR
         written = on_main(self.world, lambda: restore_adapter(adapter, last))
         self._print(f"{self.run_dir}: finished already, all {self.run.num_steps} steps")
         if written:
-            self._print(f"adapter: {adapter}, which was not there or not whole")
+            self._print(f"adapter: {adapter}, restored because it was missing or damaged")
         return 0
 
     def _set_up(self, checkpoint: Checkpoint | None) -> None:
         train, world = self.config.train, self.world
-        # Loader workers are forked while this process has no threads of CUDA, NCCL or gloo.
+        # Loader workers are forked before CUDA, NCCL or gloo start threads.
         steps_left = self.run.num_steps - self.progress.step
         self.batches = self.run.training_batches(self.progress.samples, steps_left)
         self.validation_batches = self.run.validation_batches()
@@ -120,7 +109,7 @@ class Trainer:
             if loader is not None:
                 loader.start()
         init_process_group(world, train.start_timeout_minutes)
-        # Not sooner: until then nothing would be saved, and all end at once.
+        # Until here there was nothing to save, and a signal ended the job at once.
         self.stop.install()
         self.engine, self.model = build_engine(self.config, self.run.model_config, self.run.ds_config, world)
         self.checkpoints = Checkpoints(
@@ -128,18 +117,24 @@ class Trainer:
         )
         if checkpoint is not None:
             self.checkpoints.load(checkpoint)
-        self.num_parameters = sum(numel(p) for p in self.model.language_model.parameters())
+        self.num_parameters = sum(map(numel, self.model.language_model.parameters()))
         self._announce()
         if self.evaluation is not None:
             self.evaluation.open()
         set_timeout(train.timeout_minutes)
         if world.is_main:
             start, settings = self.progress.step, flatten(to_plain(self.config))
-            trackers = Trackers(train.trackers, self.run_dir, settings, start)
-            self.writer = MetricsWriter(self.run_dir, self.run.num_steps, train.log_every, start, trackers)
+            self.writer = MetricsWriter(
+                self.run_dir,
+                Trackers(train.trackers, self.run_dir, settings, start),
+                num_steps=self.run.num_steps,
+                log_every=train.log_every,
+                start_step=start,
+            )
+            self.on_exit.callback(self.writer.close)
 
     def _announce(self) -> None:
-        num_trainable = sum(numel(p) for p in self.model.trainable_parameters().values())
+        num_trainable = sum(map(numel, self.model.trainable_parameters().values()))
         begins = f"; continuing after step {self.progress.step}" if self.progress.step else ""
         self._print(
             f"{self.run_dir}: {self.run.num_steps} steps of {self.config.train.global_batch_size} rows on "
@@ -150,21 +145,21 @@ class Trainer:
     # --- the loop ---
 
     def _train(self) -> bool:
-        """Takes the steps that are left; returns whether the run is finished, not stopped on request."""
+        """Trains until the last step or a request to stop; returns whether the run is finished."""
         batches = iter(self.batches)
         watch = GradientWatch(self.model.trainable_parameters())
         for step in range(self.progress.step + 1, self.run.num_steps + 1):
             last = step == self.run.num_steps
             result, metrics = self._step(step, batches)
             if watch is not None and (silent := watch.finish()):
-                raise TrainingError(
+                raise JobError(
                     f"no gradient reached {len(silent)} trainable parameters in the first step: "
                     f"{', '.join(silent[:4])}"
                 )
             watch = None
             self._warn_of_unsupervised(last)
             if last:
-                # Before other data are read, which may be damaged: what was trained is there all the same.
+                # First: validation data may be damaged, and what was trained must not be lost.
                 self.save_adapter()
             occasional = self._measure(step, result, last)
             if self.lock is not None:
@@ -173,19 +168,18 @@ class Trainer:
                 self.writer.write(metrics | occasional)
             self._require_health()
             if result.num_stopping and not last:
-                self.save()
+                self.save(last=True)
                 return False
             every, best = self.config.train.save_every, self.progress.best_step == step
             if every and (step % every == 0 or best or last):
-                self._save_or_give_up(last)
-        if self.progress.substituted:
-            by_shard = self.substitutions.by_shard()
-            line = f"substituted {self.progress.substituted} damaged samples; by shard: {by_shard}"
+                self.save(last=last)
+        if count := self.progress.substituted:
+            line = f"substituted {count} damaged samples; by shard: {self.substitutions.by_shard()}"
             self._print(line, file=sys.stderr)
         return True
 
     def _step(self, step: int, batches: Iterator[Batch]) -> tuple[StepResult, Metrics]:
-        """Reads one accumulation window and trains on it."""
+        """Reads one accumulation window and trains on it; returns the step's numbers, too."""
         train, progress = self.config.train, self.progress
         started = time.perf_counter()
         micro_batches = [next(batches) for _ in range(train.accumulation(self.world.size))]
@@ -225,7 +219,7 @@ class Trainer:
         }
 
     def _measure(self, step: int, result: StepResult, last: bool) -> dict[str, float]:
-        """What is not measured in every step: the router, the validation loss, scores."""
+        """Measures what is not measured in every step: the router, the validation loss, scores."""
         train, found = self.config.train, {}
         if train.router_every and (step % train.router_every == 0 or step == 1 or last):
             found |= router_metrics(self.model, result.router_weights)
@@ -242,32 +236,25 @@ class Trainer:
         loss = validation_loss(self.engine, self.validation_batches, self.world, self.dtype, self.stop)
         if loss is None:
             return {}
-        best = self.progress.best_loss
-        # What is not finite is never the best.
-        if math.isfinite(loss) and (best is None or loss < best):
-            self.progress.best_loss = loss
-            if self.evaluation is None:
-                self.progress.best_step = self.progress.step
+        self.progress.note_loss(loss, decides=self.evaluation is None)
         return {"val/loss": loss}
 
     def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
-        """Answers and scores the rows of the in-training evaluation. Every rank must call it."""
+        """Runs the in-training evaluation. Every rank must call it."""
         found = evaluation(self.model, self.progress.step, self.stop)
         if found is None:
             return {}
-        score, best = found.score, self.progress.best_score
-        if score is not None and math.isfinite(score) and (best is None or score > best):
-            self.progress.best_score, self.progress.best_step = score, self.progress.step
+        self.progress.note_score(found.score)
         if self.writer is not None and found.sheet is not None:
             self.writer.write_picture("eval/examples", found.sheet, self.progress.step)
         return found.numbers
 
     # --- saving and stopping ---
 
-    def save(self) -> bool:
-        """Writes a checkpoint; returns whether it could be written. Every rank must call it."""
+    def save(self, *, last: bool) -> None:
+        """Writes a checkpoint, the ``last`` one perhaps. Every rank must call it."""
         self._check_lock()
-        return self.checkpoints.save(self.progress)
+        self.checkpoints.save(self.progress, last=last)
 
     def save_adapter(self) -> None:
         """Writes the adapter as it is now. Every rank must call it."""
@@ -277,29 +264,22 @@ class Trainer:
     def _check_lock(self) -> None:
         on_main(self.world, lambda: None if self.lock is None else self.lock.check())
 
-    def _save_or_give_up(self, last: bool) -> None:
-        self.failed_saves = 0 if self.save() else self.failed_saves + 1
-        if self.failed_saves >= self.config.train.max_failed_saves and not last:
-            raise SavingError(
-                f"{self.failed_saves} checkpoints in a row could not be written; stopped at step "
-                f"{self.progress.step}; the same command continues from the last that was"
-            )
-
     def _require_health(self) -> None:
+        """Ends a run that does not train, or trains on too few samples; the adapter is saved."""
         progress, limit = self.progress, self.config.data.max_bad_share
-        if progress.skipped_in_a_row >= self.config.train.max_bad_steps:
-            # No step was taken since the weights were last good, so these are.
+        skipped, substituted = progress.skipped_in_a_row, progress.substituted
+        if skipped >= self.config.train.max_bad_steps:
+            # The skipped steps did not change the weights.
             self.save_adapter()
-            raise TrainingError(
-                f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; "
-                f"stopped at step {progress.step}, weights as of step "
-                f"{progress.step - progress.skipped_in_a_row} are saved"
+            raise JobError(
+                f"{skipped} steps in a row had a loss or gradient that is not finite; stopped at step "
+                f"{progress.step}, weights as of step {progress.step - skipped} are saved"
             )
-        if progress.substituted > limit * max(progress.samples, MIN_SAMPLES_OF_SHARE):
+        if substituted > limit * max(progress.samples, MIN_SAMPLES_OF_SHARE):
             self.save_adapter()
-            raise TrainingError(
-                f"{progress.substituted} of {progress.samples} samples are damaged, more than "
-                f"data.max_bad_share {limit:g} of them; by shard: {self.substitutions.by_shard()}"
+            raise JobError(
+                f"{substituted} of {progress.samples} samples are damaged, more than data.max_bad_share "
+                f"{limit:g} of them; by shard: {self.substitutions.by_shard()}"
             )
 
     def _warn_of_unsupervised(self, last: bool) -> None:

@@ -17,7 +17,7 @@ from slurm.cluster import wait_for
 from dehvf_ds.cluster import node_check, supervise
 from dehvf_ds.cluster.supervise import Action, after_check, after_ranks, succeed, watch_ranks
 from dehvf_ds.distributed import REQUEUE_EXIT_CODE, USER_ERROR_EXIT_CODE
-from dehvf_ds.training.stop import SavingError
+from dehvf_ds.training.checkpoint import SavingError
 
 REQUEUED = ["scontrol requeue 7", "scontrol update JobId=7 NumTasks=1"]
 

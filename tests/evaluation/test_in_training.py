@@ -29,7 +29,7 @@ from dehvf_ds.evaluation.in_training import InTrainingEvaluation
 from dehvf_ds.planning.estimate import check_evaluation_memory
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.metrics import Evaluated
-from dehvf_ds.training.stop import StopRequest
+from dehvf_ds.training.step import StopRequest
 
 TRAIN = REPOSITORY / "dehvf_ds/train.py"
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))

@@ -32,8 +32,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     name = request.param
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    needed = any("runs" in getattr(item, "fixturenames", ()) for item in request.session.items)
-    if name == "cuda" and needed:
+    if name == "cuda" and any("runs" in getattr(item, "fixturenames", ()) for item in request.session.items):
         # Started before the first test of any file: they train while the others compute.
         with Runs(name, request.getfixturevalue("world")) as _started[name]:
             yield name

@@ -1,4 +1,4 @@
-"""Runs of the entries on one device, each a process of its own, started once and asked for by name."""
+"""Runs of the programs on one device, each a process of its own, started once and found by name."""
 
 from __future__ import annotations
 
@@ -24,12 +24,7 @@ QUESTIONS = ["--data.task", "scienceqa", "--data.max_tokens", "400"]
 
 
 class Runs:
-    """Training runs by name.
-
-    Args:
-        device: ``cuda`` or ``cpu``.
-        world: what ``tiny_entries.build_world`` made; runs are written into its ``runs``.
-    """
+    """Training runs by name, on ``cuda`` or ``cpu``; ``world`` is what ``tiny_entries.build_world`` made."""
 
     def __init__(self, device: str, world: Path) -> None:
         self.device = device
@@ -48,21 +43,17 @@ class Runs:
         self._pool.shutdown(cancel_futures=True)
 
     def directory(self, name: str) -> Path:
-        """Where a run lies."""
+        """A run's directory."""
         return self.world / "runs" / f"{self.device}-{name}"
 
     def finished(self, name: str) -> Path:
-        """Waits for a run's end; returns its directory.
-
-        Raises:
-            AssertionError: it failed; tells the end of what it said.
-        """
+        """Waits for a run's end; returns its directory."""
         self._start(name)
         self._futures[name].result()
         return self.directory(name)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """What a finished run wrote of each step."""
+        """A finished run's metrics, by step."""
         path = self.finished(name) / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -91,10 +82,9 @@ class Runs:
         return [*flags, "--train.activation_checkpointing", str(kind == "checkpointing").lower()]
 
     def resumed(self, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Leaves a finished run as a kill after step ``SAVED`` did, and starts it anew to its end.
+        """Leaves a finished run as a kill after step ``SAVED`` did, and resumes it to its end.
 
-        Returns:
-            What the whole run wrote of each step, and what the resumed one did.
+        Returns the metrics of the whole run and of the resumed one, by step.
         """
         for one in ("zero2", "zero3") if self.device == "cuda" else (name,):
             if one not in self._resumed:
@@ -110,11 +100,7 @@ class Runs:
         self.run("dehvf_ds/train.py", self.arguments(name))
 
     def run(self, entry: str, args: list[str]) -> str:
-        """Runs an entry as one process, from another folder; returns what it printed.
-
-        Raises:
-            AssertionError: it failed; tells the end of what it said.
-        """
+        """Runs a program as one process, from another folder; returns what it printed."""
         inherited = os.environ.get("PYTHONPATH")
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *([inherited] if inherited else [])]),
@@ -153,15 +139,9 @@ class Runs:
         """Half a billion random parameters, so that weights and activations outweigh work spaces."""
         path = self.world / "bulky"
         if not path.is_dir():
-            config = LlamaConfig(
-                vocab_size=32000,
-                hidden_size=2048,
-                intermediate_size=5632,
-                num_hidden_layers=8,
-                num_attention_heads=16,
-                eos_token_id=0,
-                bos_token_id=None,
-            )
+            sizes = {"hidden_size": 2048, "intermediate_size": 5632, "vocab_size": 32000}
+            sizes |= {"num_hidden_layers": 8, "num_attention_heads": 16}
+            config = LlamaConfig(**sizes, eos_token_id=0, bos_token_id=None)
             with torch.device(self.device):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
             model.save_pretrained(path)

@@ -17,7 +17,7 @@ from dehvf_ds.data.examples import read_sample
 from dehvf_ds.distributed import World
 from dehvf_ds.model.adapter import find_trained
 from dehvf_ds.model.backbones import load_model
-from dehvf_ds.training.optim import learning_rate, parameter_groups, set_learning_rate
+from dehvf_ds.training.engine import learning_rate, parameter_groups, set_learning_rate
 from dehvf_ds.training.resolve import ResolvedRun, resolve
 
 MIB = 2**20

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from processes import REPOSITORY, run_ranks, start_ranks
-from training.resume_world import build_world, recipe
+from tiny_entries import arguments, build_world
 
 from dehvf_ds.training.checkpoint import find_checkpoint
 
@@ -27,32 +27,30 @@ COMPARED = ("step", "samples", "tokens", "rows_crc", "train/loss", "train/grad_n
 @pytest.mark.slow
 def test_killed_again_and_again(tmp_path: Path) -> None:
     world = build_world(tmp_path)
-    (world / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
-    fixed = ["--config", recipe(world), "--deepspeed", str(world / "ds.json")]
-    fixed += ["--train.steps", str(STEPS), "--train.save_every", "2", "--model.lora.dropout", "0.1"]
-    run_ranks(TRAIN, [*fixed, "--run_dir", str(world / "calm")], 2)
+    fixed = ["--train.steps", str(STEPS), "--train.save_every", "2", "--model.lora.dropout", "0.1"]
+    run_ranks(TRAIN, arguments(world, "calm", *fixed), 2)
 
-    chaotic = [*fixed, "--run_dir", str(world / "chaos")]
+    chaotic, run_dir = arguments(world, "chaos", *fixed), world / "runs/chaos"
     draw = random.Random(int(os.environ.get("CHAOS_SEED", "0")))
     for kill in range(KILLS):
         processes = start_ranks(TRAIN, chaotic, 2)
         # Every other one while a checkpoint is being written, the rest whenever.
         moment = wait_for_a_part if kill % 2 == 0 else wait_a_while
-        print(f"kill {kill + 1}: {moment(world / 'chaos', draw)}", flush=True)
+        print(f"kill {kill + 1}: {moment(run_dir, draw)}", flush=True)
         for process in draw.sample(processes, 2):
             process.kill()
         for process in processes:
             process.communicate(timeout=60)
-        found = find_checkpoint(world / "chaos", "auto")
+        found = find_checkpoint(run_dir, "auto")
         print(f"  left: {found.path.name if found else 'no checkpoint'}", flush=True)
     run_ranks(TRAIN, chaotic, 2)
 
-    calm, chaos = (read(world / run / "metrics.jsonl") for run in ("calm", "chaos"))
+    calm, chaos = (read(world / "runs" / run / "metrics.jsonl") for run in ("calm", "chaos"))
     assert chaos == calm
     assert len(calm) == STEPS
-    adapters = [(world / run / "adapter/visual.safetensors").read_bytes() for run in ("calm", "chaos")]
-    assert adapters[0] == adapters[1]
-    assert list((world / "chaos/checkpoints").glob(".*")) == []
+    calm, chaos = (world / "runs" / run / "adapter/visual.safetensors" for run in ("calm", "chaos"))
+    assert chaos.read_bytes() == calm.read_bytes()
+    assert list((run_dir / "checkpoints").glob(".*")) == []
 
 
 def wait_for_a_part(run_dir: Path, draw: random.Random) -> str:
@@ -84,13 +82,3 @@ def wait_a_while(run_dir: Path, draw: random.Random) -> str:
 
 def read(path: Path) -> list[dict]:
     return [{k: json.loads(line)[k] for k in COMPARED} for line in path.read_text().splitlines()]
-
-
-def test_a_torn_line_of_a_killed_run_is_dropped(tmp_path: Path) -> None:
-    from dehvf_ds.training.metrics import keep_lines
-
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    keep_lines(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    keep_lines(tmp_path / "absent", 2)

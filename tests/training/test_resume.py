@@ -6,33 +6,31 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import tiny_entries
 import torch
-from processes import REPOSITORY, run_ranks, start_ranks
+from processes import REPOSITORY, run_python, run_ranks, start_ranks
 from safetensors.torch import load_file, save_file
 from tiny_artifacts import save, trained_model
-from torch import Tensor
-from training.resume_world import build_world, recipe
+from tiny_entries import build_world
 
-from dehvf_ds.batch import Batch
 from dehvf_ds.config import UserError, parse_run_config
 from dehvf_ds.data.examples import open_examples
-from dehvf_ds.distributed import World
+from dehvf_ds.distributed import REQUEUE_EXIT_CODE
 from dehvf_ds.training.checkpoint import STATE_FILE, Checkpoint
 from dehvf_ds.training.run_dir import choose_start
 from dehvf_ds.training.run_lock import RunLock
-from dehvf_ds.training.step import validation_loss
-from dehvf_ds.training.stop import REQUEUE_EXIT_CODE, StopRequest
 
 TRAIN = REPOSITORY / "dehvf_ds/train.py"
 STEPS = 8
+# None divides by a number of ranks.
+ODD_SIZES = {"--model.rank": 7, "--model.router_dim": 5, "--model.feature_layers": "[1,3,4]"}
+ODD_SIZES |= {"--model.lora.rank": 3, "--train.micro_batch_size": 1, "--train.router_every": 4}
+ODD_SIZES |= {"--train.lr": 0.0005, "--train.warmup_steps": 2, "--data.max_tokens": 40}
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +39,11 @@ def world(tmp_path_factory) -> Path:
 
 
 def arguments(world: Path, run: str, *, stage: int = 3, **changes: object) -> list[str]:
-    (world / f"zero{stage}.json").write_text(
-        json.dumps({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 300}})
-    )
-    flags = {"--train.steps": STEPS, "--train.save_every": 3, **changes}
-    fixed = ["--config", recipe(world), "--deepspeed", str(world / f"zero{stage}.json")]
-    return [*fixed, "--run_dir", str(world / run), *(str(part) for item in flags.items() for part in item)]
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 300}
+    (world / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
+    flags = {"--deepspeed": world / f"zero{stage}.json", "--run_dir": world / run, **ODD_SIZES}
+    flags |= {"--train.steps": STEPS, "--train.save_every": 3, **changes}
+    return tiny_entries.arguments(world, run, *(str(part) for item in flags.items() for part in item))
 
 
 def lines(world: Path, run: str) -> list[dict]:
@@ -58,13 +55,10 @@ def losses(world: Path, run: str) -> list[float]:
 
 
 def forget_after(world: Path, run: str, step: int) -> None:
-    """Leaves the run as a kill after ``step`` did: later checkpoints and the artifact are not there."""
-    root = world / run / "checkpoints"
-    for path in root.glob("step_*"):
+    """Leaves the run as a kill after ``step`` did: without later checkpoints."""
+    for path in (world / run / "checkpoints").glob("step_*"):
         if int(path.name.removeprefix("step_")) > step:
-            for file in sorted(path.rglob("*"), reverse=True):
-                file.rmdir() if file.is_dir() else file.unlink()
-            path.rmdir()
+            shutil.rmtree(path)
 
 
 @pytest.mark.slow
@@ -95,13 +89,13 @@ def test_resume_in_a_fresh_process_is_bit_equal(world: Path, stage: int) -> None
 
 @pytest.fixture(scope="module")
 def whole(world: Path) -> Path:
-    """A run of 22 steps without dropout, on 2 ranks, with a checkpoint of every second step."""
+    """A run of 18 steps without dropout, on 2 ranks, with a checkpoint of every second step."""
     run_ranks(TRAIN, long_arguments(world, "whole"), 2)
     return world / "whole"
 
 
 def long_arguments(world: Path, run: str, *, stage: int = 3, **changes: object) -> list[str]:
-    fixed = {"--train.steps": 22, "--train.save_every": 2, "--train.keep_checkpoints": 99}
+    fixed = {"--train.steps": 18, "--train.save_every": 2, "--train.keep_checkpoints": 99}
     return arguments(world, run, stage=stage, **(fixed | changes))
 
 
@@ -113,7 +107,7 @@ def copy_until(world: Path, source: str, run: str, step: int) -> None:
 
 @pytest.mark.slow
 def test_resume_on_other_ranks_and_stages(world: Path, whole: Path) -> None:
-    state = load_file(whole / "checkpoints/step_00000022" / STATE_FILE)
+    state = load_file(whole / "checkpoints/step_00000018" / STATE_FILE)
     moves = (("whole", "one", 2, 1, 3), ("one", "two", 12, 2, 2), ("whole", "four", 2, 4, 2))
     for source, run, step, ranks, stage in moves:
         copy_until(world, source, run, step)
@@ -121,7 +115,7 @@ def test_resume_on_other_ranks_and_stages(world: Path, whole: Path) -> None:
         assert losses(world, run) == pytest.approx(losses(world, "whole"), rel=1e-5)
         seen = [[(line["samples"], line["rows_crc"]) for line in lines(world, r)] for r in (run, "whole")]
         assert seen[0] == seen[1]
-        moved = load_file(world / run / "checkpoints/step_00000022" / STATE_FILE)
+        moved = load_file(world / run / "checkpoints/step_00000018" / STATE_FILE)
         assert moved.keys() == state.keys()
         for name, value in state.items():
             assert (moved[name] - value).norm() <= 3e-2 * value.norm() + 1e-6, name
@@ -145,7 +139,7 @@ def test_signals_save_and_ask_for_a_requeue(world: Path, whole: Path) -> None:
         assert "Traceback" not in "".join(outputs)
         if not begins:
             assert "stopped on request after step" in outputs[0]
-            assert done < len(losses(world, "stopped")) < 22
+            assert done < len(losses(world, "stopped")) < 18
             done = len(losses(world, "stopped"))
     run_ranks(TRAIN, args, 2)
     assert losses(world, "stopped") == losses(world, "whole")
@@ -158,10 +152,8 @@ def test_a_run_directory_has_one_live_job_and_a_dead_rank_ends_the_others(world:
     with pytest.raises(UserError, match=f"{world / 'dead'} is in use by process {processes[0].pid} on "):
         RunLock(world / "dead")
     processes[1].kill()
-    started = time.monotonic()
     processes[0].communicate(timeout=60)
     assert processes[0].returncode not in (0, REQUEUE_EXIT_CODE)
-    assert time.monotonic() - started < 60
     processes[1].communicate()
 
 
@@ -186,29 +178,29 @@ def test_a_job_whose_directory_was_taken_over_stops_and_writes_nothing_more(worl
 
 @pytest.mark.slow
 def test_what_would_be_another_run_is_refused(world: Path, whole: Path, capsys) -> None:
-    copy_until(world, "whole", "kept", 22)
+    copy_until(world, "whole", "kept", 18)
     tensors = load_file(world / "llm/model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"] *= 1.1
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.1
     shutil.copytree(world / "llm", world / "other_llm")
     save_file(tensors, world / "other_llm/model.safetensors", metadata={"format": "pt"})
     other_llm = {"--model.language_model": world / "other_llm"}
-    other_weights = "differs from it in the weights of model.layers.2.mlp.up_proj.weight"
+    other_weights = "differs from it in the weights of model.layers.1.mlp.up_proj.weight"
     for changes, message in (
         ({"--train.lr": 0.1}, "train.lr (0.0005 there, 0.1 now)"),
-        ({"--data.train": world / "other"}, "was trained on other shards than data.train"),
-        ({"--resume": world / "kept/checkpoints/step_99"}, "step_99: not a whole checkpoint"),
+        ({"--data.train": world / "test"}, "was trained on other shards than data.train"),
+        ({"--resume": world / "kept/checkpoints/step_99"}, "step_99: not a complete checkpoint"),
         (other_llm, other_weights),
         ({**other_llm, "--run_dir": world / "new", "--init_from": world / "kept"}, other_weights),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             start_of(long_arguments(world, "kept", **changes))
-    damaged = world / "kept/checkpoints/step_00000022/state.safetensors"
+    damaged = world / "kept/checkpoints/step_00000018/state.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     found = start_of(long_arguments(world, "kept"))
     assert found is not None
-    assert found.progress.step == 20
-    told = capsys.readouterr().err
-    assert "changed since it was written (size or sha256 differs); looking for an older one" in told
+    assert found.progress.step == 16
+    message = "changed since it was written (size or sha256 differs); looking for an older one"
+    assert message in capsys.readouterr().err
 
 
 def start_of(args: list[str]) -> Checkpoint | None:
@@ -218,26 +210,23 @@ def start_of(args: list[str]) -> Checkpoint | None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_alive(world: Path) -> None:
-    # No file may grow beyond this: the state of one does, nothing else of the run.
+def test_a_full_disk_leaves_the_run_alive_until_too_many_checkpoints_failed(world: Path) -> None:
+    # No file may grow beyond this: the state of a checkpoint does, nothing else of the run.
     limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); "
     limited += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    result = subprocess.run(
-        [sys.executable, "-c", limited, str(TRAIN), *arguments(world, "full")],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    args = arguments(world, "full", **{"--train.max_failed_saves": 2})
+    result = run_python(["-c", limited, TRAIN, *args])
     assert "checkpoint of step 3 not written: " in result.stderr
     assert "the run goes on" in result.stderr
-    assert len(losses(world, "full")) == STEPS
+    assert "error: 2 checkpoints in a row could not be written; stopped at step 6;" in result.stderr
+    assert result.returncode == 74
+    assert len(losses(world, "full")) == 6
     assert list((world / "full/checkpoints").glob("*")) == []
 
 
 @pytest.mark.slow
 def test_validation_is_the_same_on_any_ranks_and_keeps_the_best(world: Path) -> None:
-    more = {"--data.val": world / "other", "--train.validate_every": 2, "--train.save_every": 2}
+    more = {"--data.val": world / "test", "--train.validate_every": 2, "--train.save_every": 2}
     run_ranks(TRAIN, arguments(world, "val1", **more), 1)
     run_ranks(TRAIN, arguments(world, "val2", **more), 2)
     one, two = ([line.get("val/loss") for line in lines(world, run)] for run in ("val1", "val2"))
@@ -259,27 +248,6 @@ def test_a_new_run_starts_from_another_runs_adapter(world: Path, whole: Path) ->
     for name, value in first.items():
         assert torch.allclose(second[name], value, atol=1e-6), name
     assert losses(world, "second")[0] < losses(world, "whole")[0]
-
-
-def test_a_request_to_stop_ends_a_validation_early() -> None:
-    class Engine(torch.nn.Module):
-        calls = 0
-
-        def forward(self, **inputs: Tensor) -> SimpleNamespace:
-            self.calls += 1
-            stop.requested = self.calls == 2
-            return SimpleNamespace(loss_sum=inputs["labels"].float().sum())
-
-    ids = torch.ones(2, 3, dtype=torch.long)
-    pixels, has_image = torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.bool)
-    batch = Batch(input_ids=ids, attention_mask=ids, labels=ids, pixel_values=pixels, has_image=has_image)
-    engine, stop = Engine(), StopRequest()
-    world = World(0, 0, 1, 1, torch.device("cpu"))
-    assert validation_loss(engine, [batch], world, torch.float32, stop) == 6 / 4
-    engine.calls = 0
-    assert validation_loss(engine, [batch] * 5, world, torch.float32, stop) is None
-    assert engine.calls == 2
-    assert engine.training
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
@@ -308,15 +276,10 @@ def trained(world: Path) -> Path:
 @pytest.mark.parametrize(
     ("key", "value", "there"),
     [
-        ("model.feature_layers", "[1,4]", "[1, 3, 4] there, [1, 4] now"),
         ("model.feature_layers", "[2,3,4]", "[1, 3, 4] there"),
         ("model.router", "static", "layer there, static now"),
-        ("model.fusion", "none", "ffn there"),
         ("model.fusion", "prefix", "ffn there"),
-        ("model.rank", "8", "7 there"),
-        ("model.router_dim", "4", "5 there"),
         ("model.image_size", "24", "16 there"),
-        ("model.lora.rank", "2", "3 there"),
         ("model.lora.rank", "0", "3 there, 0 now"),
         ("model.lora.alpha", "4", "8.0 there, 4.0 now"),
         ("model.lora.targets", "up_proj", "['down_proj'] there, ['up_proj'] now"),

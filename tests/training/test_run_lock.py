@@ -19,6 +19,9 @@ def test_a_second_job_is_refused_until_the_first_ends(tmp_path):
     first.release()
     assert not (tmp_path / "run" / HOLDER_FILE).exists()
     RunLock(tmp_path / "run").release()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run_dir .*file/run: "):
+        RunLock(tmp_path / "file" / "run")
 
 
 def test_a_killed_job_leaves_no_lock_behind(tmp_path):
@@ -31,36 +34,37 @@ def test_a_killed_job_leaves_no_lock_behind(tmp_path):
     RunLock(tmp_path).release()
 
 
-@pytest.mark.parametrize("alive", [False, True])
-def test_another_hosts_lock_is_waited_for(tmp_path, monkeypatch, alive, capsys):
+def age(path) -> None:
+    past = time.time() - run_lock.DEAD_AFTER_S - 1
+    os.utime(path, (past, past))
+
+
+@pytest.mark.parametrize("meanwhile", ["touch", "age", "unlink"])
+def test_another_hosts_lock_is_waited_for(tmp_path, monkeypatch, meanwhile, capsys):
     path = tmp_path / HOLDER_FILE
     path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "job": "42"}))
+    os.utime(path, (time.time() - 60, time.time() - 60))
     waited = []
 
     def sleep(seconds):
         waited.append(seconds)
-        if alive:
-            path.touch()
-        else:
-            past = time.time() - run_lock.STALE_S - 1
-            os.utime(path, (past, past))
+        age(path) if meanwhile == "age" else getattr(path, meanwhile)()
 
-    past = time.time() - 60
-    os.utime(path, (past, past))
     monkeypatch.setattr(run_lock.time, "sleep", sleep)
-    if alive:
+    if meanwhile == "touch":
         with pytest.raises(UserError, match="in use by process 7 on elsewhere, job 42"):
             RunLock(tmp_path)
     else:
-        RunLock(tmp_path).release()
+        lock = RunLock(tmp_path)
+        lock.check()
+        lock.release()
     assert len(waited) == 1
     assert "was in use by process 7 on elsewhere, job 42; waiting" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()])
-def test_without_locks_the_heartbeat_decides_on_one_host_too(tmp_path, monkeypatch, error):
+def test_without_locks_the_heartbeat_decides_on_one_host_too(tmp_path, monkeypatch):
     def fail(*_, **__):
-        raise error
+        raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(run_lock.FileLock, "acquire", fail)
     first = RunLock(tmp_path)
@@ -71,31 +75,24 @@ def test_without_locks_the_heartbeat_decides_on_one_host_too(tmp_path, monkeypat
     RunLock(tmp_path).release()
 
 
-def test_a_directory_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"run_dir .*file/run: "):
-        RunLock(tmp_path / "file" / "run")
+OTHER = json.dumps({"host": "elsewhere", "pid": 7, "job": "42", "token": "another"})
 
 
-def test_who_was_taken_for_dead_learns_it_and_leaves_the_lock_alone(tmp_path):
+@pytest.mark.parametrize(
+    ("holder", "message"),
+    [(OTHER, "taken over by process 7 on elsewhere, job 42; this job stops"), (None, "taken away")],
+)
+def test_who_was_taken_for_dead_learns_it_and_leaves_the_lock_alone(tmp_path, holder, message):
     stale = RunLock(tmp_path)
     stale.beat()
-    content = {"host": "elsewhere", "pid": 7, "job": "42", "token": "another"}
-    (tmp_path / HOLDER_FILE).write_text(json.dumps(content))
-    with pytest.raises(UserError, match="was taken over by process 7 on elsewhere, job 42; this job stops"):
-        stale.check()
-    with pytest.raises(UserError, match="taken over"):
-        stale.beat()
-    stale.release()
-    assert json.loads((tmp_path / HOLDER_FILE).read_text()) == content
-
-
-def test_a_lock_that_was_removed_is_lost(tmp_path):
-    lock = RunLock(tmp_path)
     (tmp_path / HOLDER_FILE).unlink()
-    with pytest.raises(UserError, match="taken away"):
-        lock.check()
-    lock.release()
+    if holder is not None:
+        (tmp_path / HOLDER_FILE).write_text(holder)
+    for look in (stale.check, stale.beat):
+        with pytest.raises(UserError, match=message):
+            look()
+    stale.release()
+    assert holder is None or (tmp_path / HOLDER_FILE).read_text() == holder
 
 
 def test_a_job_that_is_started_again_takes_over_from_its_last_start(tmp_path, monkeypatch):
@@ -113,12 +110,3 @@ def test_a_job_that_is_started_again_takes_over_from_its_last_start(tmp_path, mo
     before.release()
     after.check()
     after.release()
-
-
-def test_a_lock_given_back_while_it_is_waited_for_is_taken_anew(tmp_path, monkeypatch):
-    path = tmp_path / HOLDER_FILE
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
-    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: path.unlink())
-    lock = RunLock(tmp_path)
-    lock.check()
-    lock.release()

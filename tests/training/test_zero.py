@@ -1,42 +1,46 @@
-"""DeepSpeed over two ranks against one plain PyTorch process."""
+"""DeepSpeed over two ranks against one plain PyTorch process, and the shipped DeepSpeed files."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from processes import run_ranks
-from tiny_models import text_config, vision_config
+from processes import REPOSITORY, run_ranks
+from tiny_models import LORA, text_config, vision_config
 from training.zero_worker import make_rows, run_config
 from transformers import AutoModel, AutoModelForCausalLM
 
-from dehvf_ds.model.backbones import load_model
-from dehvf_ds.training.engine import build_model_config
-from dehvf_ds.training.optim import learning_rate, parameter_groups, set_learning_rate
+from dehvf_ds.distributed import World
+from dehvf_ds.model.backbones import build_config, load_model
+from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json
+from dehvf_ds.training.engine import build_model_config, learning_rate, parameter_groups, set_learning_rate
+from dehvf_ds.training.zero import full_copy
 
 WORKER = Path(__file__).parent / "zero_worker.py"
+CONFIGS = REPOSITORY / "ds_configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.json"))
 STEPS = 20
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("zero")
     torch.manual_seed(5)
-    AutoModelForCausalLM.from_config(text_config()).save_pretrained(tmp_path / "llm")
-    AutoModel.from_config(vision_config()).save_pretrained(tmp_path / "tower")
-    return tmp_path
+    AutoModelForCausalLM.from_config(text_config()).save_pretrained(directory / "llm")
+    AutoModel.from_config(vision_config()).save_pretrained(directory / "tower")
+    return directory
 
 
-def run_deepspeed(job: Path, case: dict, stage: int, *, bf16: bool = False) -> tuple[dict, dict]:
-    """Losses and trained tensors of a DeepSpeed job. Threshold 0 partitions every parameter."""
-    zero = {"stage": stage, "reduce_bucket_size": 100_000}
-    if stage == 3:
-        zero |= {"stage3_param_persistence_threshold": 0}
-    precision = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}
-    (job / "ds.json").write_text(json.dumps({"zero_optimization": zero, **precision}))
-    run_ranks(WORKER, [str(job), json.dumps(case)], 2)
-    return json.loads((job / "result.json").read_text()), torch.load(job / "trained.pt")
+def run_deepspeed(job: Path, case: dict, zero: dict, *, ranks: int = 2, **more: Any) -> dict:
+    """What a DeepSpeed job found. Threshold 0 partitions every parameter, however small."""
+    if zero["stage"] == 3:
+        zero = zero | {"stage3_param_persistence_threshold": 0}
+    (job / "ds.json").write_text(json.dumps({"zero_optimization": zero, **more}))
+    run_ranks(WORKER, [str(job), json.dumps(case)], ranks)
+    return json.loads((job / "result.json").read_text())
 
 
 def run_plain(job: Path, case: dict) -> tuple[list[float], dict]:
@@ -83,7 +87,8 @@ def test_two_ranks_equal_plain_pytorch(job: Path, name: str) -> None:
     stage, case = CASES[name]
     case = case | {"steps": STEPS}
     expected, parameters = run_plain(job, case)
-    result, trained = run_deepspeed(job, case, stage)
+    result = run_deepspeed(job, case, {"stage": stage, "reduce_bucket_size": 100_000})
+    trained = torch.load(job / "trained.pt")
     assert result["losses"] == pytest.approx(expected, rel=1e-5)
     assert result["silent"] == []
     assert trained.keys() == parameters.keys()
@@ -99,22 +104,86 @@ def test_two_ranks_equal_plain_pytorch(job: Path, name: str) -> None:
 def test_bf16_follows_fp32_and_keeps_its_buffers_in_fp32(job: Path, stage: int) -> None:
     case = {"kind": "mixed", "micro_batch_size": 2, "steps": 8}
     expected, _ = run_plain(job, case)
-    result, trained = run_deepspeed(job, case, stage, bf16=True)
+    precision = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    result = run_deepspeed(job, case, {"stage": stage}, **precision)
     assert result["losses"] == pytest.approx(expected, rel=1e-2)
     assert result["losses"] != pytest.approx(expected, rel=1e-6)
     # Rotary frequencies among them: rounded to bf16 they would turn far positions wrong.
     assert result["buffers"] == ["torch.float32"]
-    assert {value.dtype for value in trained.values()} == {torch.float32}
+    assert {value.dtype for value in torch.load(job / "trained.pt").values()} == {torch.float32}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [3, 2])
-def test_a_step_that_is_not_finite_is_not_taken(job: Path, stage: int) -> None:
+def test_neither_skipped_steps_nor_decoding_leave_a_trace(job: Path, stage: int) -> None:
     case = {"kind": "pictures", "micro_batch_size": 2, "steps": 6}
-    poisoned, weights = run_deepspeed(job, case | {"poison": [2, 3]}, stage)
+    clean = run_deepspeed(job, case, {"stage": stage})
+    poisoned = run_deepspeed(job, case | {"poison": [2, 3]}, {"stage": stage})
+    weights = torch.load(job / "trained.pt")
     assert poisoned["taken"] == [True, True, False, False, True, True]
     assert all(value.isfinite().all() for value in weights.values())
     # Nothing of the poisoned windows is left in a gradient buffer: the loss goes on as from step 2.
-    clean, _ = run_deepspeed(job, case, stage)
     assert poisoned["losses"][:2] == clean["losses"][:2]
     assert all(loss < 10 for loss in poisoned["losses"][4:])
+
+    decoded = run_deepspeed(job, case | {"decode_at": 3}, {"stage": stage})
+    assert decoded["losses"] == clean["losses"]
+    assert decoded["losses_of_both"][0] == pytest.approx(decoded["losses_of_both"][1], rel=1e-6)
+    # Ranks decode other rows, to other lengths.
+    assert decoded["lengths"] == [3, 8]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_copy_of_a_full_model_is_equal_and_apart(tmp_path: Path, job: Path, tied: bool) -> None:
+    text = text_config()
+    text.tie_word_embeddings = tied
+    AutoModelForCausalLM.from_config(text).save_pretrained(tmp_path / "llm")
+    config = build_config(str(tmp_path / "llm"), str(job / "tower"), feature_layers=[1, 4], lora=LORA)
+    model = load_model(config, str(tmp_path / "llm"), str(job / "tower"), dtype=torch.bfloat16)
+    copy = full_copy(model, World(0, 0, 1, 1, torch.device("cpu")))
+    expected, found = model.state_dict(), copy.state_dict()
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+        assert found[name].dtype == value.dtype
+        assert found[name].data_ptr() != value.data_ptr()
+    embedding, head = copy.get_input_embeddings().weight, copy.get_output_embeddings().weight
+    assert (embedding.data_ptr() == head.data_ptr()) == tied
+
+
+# --- the files in ds_configs/ ---
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deepspeed_knows_every_key_and_the_numbers_fit_our_model(name: str) -> None:
+    found = read_deepspeed_json(name, run_config(Path("unused"), {"micro_batch_size": 4}), 1)
+    assert compute_dtype(found) == (torch.bfloat16 if found["bf16"]["enabled"] else torch.float32)
+    given = json.loads((CONFIGS / f"{name}.json").read_text())
+    assert given["bf16"] == {"enabled": "auto"}
+    assert given["data_types"] == {"grad_accum_dtype": "fp32"}
+    zero = given["zero_optimization"]
+    # DeepSpeed's default buckets of 5e8 are 1 GB of bf16, for 5 M trainable parameters.
+    assert zero["reduce_bucket_size"] == 20_000_000
+    if zero["stage"] == 3:
+        # The largest trainable of the 13B recipe is 655,360; a matrix of CLIP's attention 1024 x 1024.
+        assert 655_360 < zero["stage3_param_persistence_threshold"] < 1024 * 1024
+
+
+@pytest.mark.slow
+def test_all_files_train_the_same(job: Path) -> None:
+    assert NAMES == ["zero2", "zero3", "zero3_hpz", "zero3_offload"]
+    case = {"kind": "mixed", "micro_batch_size": 2, "steps": 2}
+    losses: dict[str, list[float]] = {}
+    # On the CPU the offloaded partitions are not page-locked, and lie where they would lie anyway.
+    for name in NAMES:
+        given = json.loads((CONFIGS / f"{name}.json").read_text())
+        hpz = name == "zero3_hpz"
+        zero = given.pop("zero_optimization") | ({"zero_hpz_partition_size": 2} if hpz else {})
+        off = {"bf16": {"enabled": False}}
+        result = run_deepspeed(job, case, zero, ranks=4 if hpz else 2, **(given | off))
+        # DeepSpeed trains without hpZ, and the same, where it does not understand the size.
+        assert (result["hpz_ranks"] == 2) == hpz
+        assert result["silent"] == []
+        losses[name] = result["losses"]
+    assert losses["zero3"][0] > losses["zero3"][1] + 1e-3
+    assert all(found == pytest.approx(losses["zero3"], rel=1e-5) for found in losses.values())

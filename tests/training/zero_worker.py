@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dehvf_ds.batch import IGNORE_INDEX, Batch
 from dehvf_ds.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
-from dehvf_ds.distributed import init_process_group, read_world, run_entry
+from dehvf_ds.distributed import World, gather_to_main, init_process_group, read_world, run_entry
 
 GLOBAL_BATCH = 8
 
@@ -76,43 +77,69 @@ def run_config(directory: Path, case: dict) -> RunConfig:
 
 
 def main(directory: Path, case: dict) -> None:
+    from deepspeed.utils import groups
+
     from dehvf_ds.training.deepspeed_json import compute_dtype, read_deepspeed_json
-    from dehvf_ds.training.engine import build_engine, build_model_config
-    from dehvf_ds.training.optim import GradientWatch, learning_rate, set_learning_rate
-    from dehvf_ds.training.optimizer_state import gather_trainables
+    from dehvf_ds.training.engine import (
+        GradientWatch,
+        build_engine,
+        build_model_config,
+        learning_rate,
+        set_learning_rate,
+    )
     from dehvf_ds.training.step import train_step
+    from dehvf_ds.training.zero import full_model, gather_trainables
 
     world = read_world()
     init_process_group(world)
     config = run_config(directory, case)
     ds_config = read_deepspeed_json(str(directory / "ds.json"), config, world.size)
     engine, model = build_engine(config, build_model_config(config.model), ds_config, world)
-    accumulation = config.train.accumulation(world.size)
-    per_rank = GLOBAL_BATCH // world.size
+    micro_size, per_rank = config.train.micro_batch_size, GLOBAL_BATCH // world.size
     watch = GradientWatch(model.trainable_parameters())
     dtype = compute_dtype(ds_config)
-    losses, taken, silent = [], [], None
+    losses, taken, found = [], [], {}
     for step in range(case["steps"]):
         set_learning_rate(engine.optimizer.param_groups, learning_rate(step, config.train, case["steps"]))
         rows = make_rows(step, case["kind"])
         if step in case.get("poison", []):
             rows.pixel_values[0] = float("nan")
-        micro = [
-            take(
-                rows, world.rank * per_rank + i * config.train.micro_batch_size, config.train.micro_batch_size
-            )
-            for i in range(accumulation)
-        ]
+        own = take(rows, world.rank * per_rank, per_rank)
+        if step == case.get("decode_at"):
+            with full_model(model, world) as full:
+                found |= decode(engine, full, own, world)
+        micro = [take(own, start, micro_size) for start in range(0, per_rank, micro_size)]
         losses.append(train_step(engine, micro, world, dtype, seed=config.seed, step=step).loss)
         taken.append(engine.was_step_applied())
         if step == 0:
-            silent = watch.finish()
+            found["silent"] = watch.finish()
     trained = gather_trainables(model.trainable_parameters())
     if world.is_main:
         torch.save(trained, directory / "trained.pt")
         buffers = sorted({str(b.dtype) for b in model.buffers() if b.is_floating_point()})
-        result = {"buffers": buffers, "losses": losses, "taken": taken, "silent": silent}
-        (directory / "result.json").write_text(json.dumps(result))
+        secondary = groups._get_zero_param_intra_parallel_group()
+        hpz = None if secondary is None else torch.distributed.get_world_size(secondary)
+        found |= {"buffers": buffers, "losses": losses, "taken": taken, "hpz_ranks": hpz}
+        (directory / "result.json").write_text(json.dumps(found))
+
+
+def decode(engine, full, rows: Batch, world: World) -> dict[str, Any]:
+    """Losses of the engine's model and of the full one on the same rows, and texts of unequal length."""
+    engine.eval()
+    with torch.no_grad():
+        losses = [float(model(**rows.inputs()).loss_sum) for model in (engine, full)]
+    engine.train()
+    full.eval()
+    ids = full.generate(
+        rows.input_ids[:, :4],
+        rows.pixel_values,
+        rows.has_image,
+        max_new_tokens=3 + 5 * world.rank,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return {"losses_of_both": losses, "lengths": gather_to_main([ids.shape[1]], world)}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dehvf_ds.config import TrainConfig
-from dehvf_ds.training.optim import GradientWatch, learning_rate, parameter_groups
+from dehvf_ds.training.engine import GradientWatch, learning_rate, parameter_groups
 
 
 def test_learning_rate_warms_up_and_ends_at_its_floor() -> None:
@@ -16,9 +16,6 @@ def test_learning_rate_warms_up_and_ends_at_its_floor() -> None:
     assert rates[14] == pytest.approx(1e-2 * 0.55)
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert 1e-3 < rates[-1] < 1.1e-3
-
-
-def test_without_warm_up_the_first_step_is_at_the_peak() -> None:
     assert learning_rate(0, TrainConfig(lr=1e-2, warmup_steps=0), 10) == pytest.approx(1e-2)
 
 
