@@ -126,8 +126,8 @@ def connect_ranks(world: World, timeout_minutes: float = 30.0) -> None:
     host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
     if not host or not port.isdecimal():
         raise UserError(
-            f"WORLD_SIZE is {world.size}, but MASTER_ADDR {host!r} and MASTER_PORT {port!r} are no address; "
-            "start by deepspeed, torchrun or srun"
+            f"WORLD_SIZE is {world.size}, but MASTER_ADDR {host!r} and MASTER_PORT {port!r} are not a valid "
+            "address; start by deepspeed, torchrun or srun"
         )
     try:
         _store = RankStore(world.rank, world.size, timeout_minutes)

@@ -38,7 +38,7 @@ MAX_MISSED_HEARTBEATS = 36
 GONE = f"{MAX_MISSED_HEARTBEATS * POLLS_PER_HEARTBEAT * POLL_S:.0f} s"
 
 GRACE_S = 2.0
-"""How long a rank that read of a failure may find the same one itself, and end by that."""
+"""How long a rank that has heard of a failure may take to hit the same error and exit on its own."""
 
 ACKNOWLEDGE_S = 10.0
 """How long a failed rank waits until the others have read why."""
@@ -98,7 +98,7 @@ class RankStore:
                 missing = [rank for rank in range(self._size) if not self._client.check([f"joined/{rank}"])]
                 names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
                 raise JobError(
-                    f"of {self._size} ranks these did not come in {timeout_minutes:g} minutes: {names}"
+                    f"these of {self._size} ranks did not connect within {timeout_minutes:g} minutes: {names}"
                 )
             time.sleep(0.2)
 
@@ -230,7 +230,7 @@ class RankStore:
                 missed[rank] = missed[rank] + 1 if beats and beats == last[rank] else 0
                 last[rank] = beats
                 if missed[rank] == MAX_MISSED_HEARTBEATS:
-                    _publish(client, Failure(rank, f"gone: no sign of it for {GONE}", 1))
+                    _publish(client, Failure(rank, f"lost: no heartbeat for {GONE}", 1))
         return None
 
     def _watch_store(self) -> None:

@@ -3,7 +3,7 @@
 The scripts in slurm/ run this file by its path, with the standard library alone: ``import dehvf_ds`` loads
 torch, and outside a container the host's Python (3.9 or newer) runs it. ``train`` and ``eval`` are the job's
 script, ``rank`` wraps the command of each rank. Pure functions decide what to do: ``watch_ranks``,
-``after_ranks``, ``after_check``, ``succeed``.
+``after_ranks``, ``after_check``, ``take_over``.
 """
 
 from __future__ import annotations
@@ -104,13 +104,13 @@ def after_check(
     return Action("requeue" if exclude and sick else "end", SICK, message, tuple(sick))
 
 
-def succeed(quiet_s: float, patience_s: float, is_requeued: bool, answers: bool | None) -> Action:
+def take_over(quiet_s: float, patience_s: float, is_requeued: bool, answers: bool | None) -> Action:
     """On the second node: whether to act in place of the first, with which the job's script and srun die.
 
     SLURM needs minutes to notice, and then asks for the job's full size again. Once the job is back in the
     queue (``is_requeued``) this task ends within KillWait, too soon to learn whether the first node set
-    what the next start needs; setting it twice does no harm. ``answers`` is None until the first node was
-    not asked.
+    what the next start needs; setting it twice does no harm. ``answers`` is None until the first node has
+    been asked.
     """
     if is_requeued:
         return Action("requeue")
@@ -187,8 +187,8 @@ class Job:
 
     def _settings_of_next_start(self) -> list[str]:
         settings = []
-        # SLURM asks again for as many tasks as the job had, so that a node less would not do although
-        # --nodes=MIN-MAX allows it. With the tasks of one node --nodes alone decides.
+        # SLURM asks again for as many tasks as the job had, so that one node fewer would not be enough
+        # although --nodes=MIN-MAX allows it. With the tasks of one node --nodes alone decides.
         if self.num_nodes > 1:
             settings.append(f"NumTasks={self.tasks_per_node}")
         if nodes := sorted(set(_read(self.excluded).split())):
@@ -313,7 +313,7 @@ class Supervisor:
 
 
 class Successor:
-    """Beside the rank of the second node's first task: see ``succeed``."""
+    """Beside the rank of the second node's first task: see ``take_over``."""
 
     def __init__(self, job: Job) -> None:
         self.has_acted, self.beats = False, 0
@@ -333,7 +333,7 @@ class Successor:
         code = None if self._asked is None else self._asked.poll()
         answers = None if code is None else code == 0
         is_requeued = is_ending and self._job.is_requeued()
-        action = succeed(self._quiet_s, self._patience_s, is_requeued, answers)
+        action = take_over(self._quiet_s, self._patience_s, is_requeued, answers)
         first = self._job.nodes[0]
         if action.do == "requeue":
             self.has_acted = True

@@ -130,7 +130,7 @@ class DataConfig:
     max_bad_share: ShareBelowOne = 0.01
     """with on_bad substitute, share of substituted samples (after the first 1,000) that stops the run"""
     num_workers: Annotated[int, Field(ge=0, le=256)] = 2
-    """loader processes a rank"""
+    """loader processes per rank"""
     val: LocalPath | None = None
     """directory of validation shards; None validates nothing"""
     val_samples: AtLeastZero = 0
@@ -288,7 +288,7 @@ class EvalConfig:
     language_model: BackbonePath = None
     vision_tower: BackbonePath = None
     loss: bool = False
-    """also measure the loss a token over all references"""
+    """also measure the loss per token over all references"""
 
     def __post_init__(self) -> None:
         fits = self.min_new_tokens <= (self.max_new_tokens or self.min_new_tokens)
@@ -299,7 +299,7 @@ class EvalConfig:
         else:
             require(self.references is None, "references is for task caption, not scienceqa")
         fits = self.images is None or self.data.lower().endswith(".json")
-        require(fits, "images is for annotation files, and data is none")
+        require(fits, "images needs data to be an annotation file")
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -333,7 +333,10 @@ class GenerateConfig:
     vision_tower: BackbonePath = None
 
     def __post_init__(self) -> None:
-        require(not self.stream or self.num_beams == 1, "stream prints words as they come; beams have none")
+        require(
+            not self.stream or self.num_beams == 1,
+            "stream needs num_beams 1: beams have no words to print as they come",
+        )
         require(not self.stream or self.output != "-", "stream and output - both write to the console")
         has_input = bool(self.image) or self.prompt is not None
         require(has_input, "pass pictures with --image, or a question with --prompt")

@@ -95,7 +95,7 @@ def read_record(members: Mapping[str, Any]) -> CheckedRecord:
             raise DamagedSample("a picture of 0 bytes", UNDECODABLE)
         kinds = (name for name in members if not name.startswith("__") and picture is None)
         if odd := [name for name in kinds if name.rpartition(".")[2] not in NO_PICTURES]:
-            raise DamagedSample(f".{odd[0]} is no kind of picture that is read; convert it", NO_PICTURE)
+            raise DamagedSample(f".{odd[0]} is not a supported picture format; convert it", NO_PICTURE)
         checked = check_record(record, has_picture=picture is not None)
     except DamagedSample as error:
         raise DamagedSample(f"{members.get('__url__', 'sample')}: {error}", error.reason) from error
@@ -188,7 +188,7 @@ def problem_of(record: Mapping[str, Any], key: str, has_image: bool) -> Problem:
         require(is_text(text), f"{name} is {text!r:.40}, not a text")
     # True is an int, and a letter is no number.
     numbered = type(answer) is int and 0 <= answer < len(choices)
-    require(numbered, f"answer {answer!r:.40} is no number of its {len(choices)} choices, from 0")
+    require(numbered, f"answer {answer!r:.40} is not an index into its {len(choices)} choices, from 0")
     require(str(subject) in _SUBJECTS, f"subject {subject!r:.40} is none of {', '.join(_SUBJECTS)}")
     parsed = _GRADE.fullmatch(str(grade))
     for name in _PROBLEM_TEXTS[1:]:

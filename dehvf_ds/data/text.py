@@ -1,4 +1,4 @@
-"""Text of other people's files: decoded, cleaned, and refused where it is damaged."""
+"""Text from third-party files: decoded, cleaned, and refused where it is damaged."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     python -m dehvf_ds.demo.outcome
 
-Reads what ``make demo`` left in ``runs``, and lets run and export caption test pictures. Exit code 1 if
-anything is wrong.
+Reads what ``make demo`` left in ``runs``, and has both the run and its export caption test pictures. Exit
+code 1 if anything is wrong.
 """
 
 from __future__ import annotations

@@ -208,8 +208,8 @@ def build_config(
     alone = alone and not any(hasattr(text_config, part) for part in parts)
     if not alone or type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
-            f"language model {language_model}: a {text_config.model_type} model is no decoder with an LM "
-            "head and nothing beside it; of a model with several parts, take the decoder that it was made of"
+            f"language model {language_model}: a {text_config.model_type} model is not a plain decoder "
+            "with an LM head; of a model with several parts, take the decoder that it was made of"
         )
     return DehvfConfig(text_config=text_config, vision_config=vision_config, **settings)
 

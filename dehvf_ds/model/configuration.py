@@ -115,7 +115,7 @@ class DehvfConfig(PreTrainedConfig):
         side = image_size or square_side(getattr(self.vision_config, "image_size", None))
         if side is None or square_side(getattr(self.vision_config, "patch_size", None)) is None:
             raise ModelError(
-                f"a {self.vision_config.model_type} tower has no one size of square patches and pictures"
+                f"a {self.vision_config.model_type} tower has no fixed size of square patches and pictures"
             )
         self.image_size: int = side
         self.prefix_tokens = prefix_tokens

@@ -242,7 +242,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits = self.language_model(**inputs, use_cache=False).logits
         if len(kept) != 1 or logits.shape[:2] != kept[0].shape[:2]:
             raise ModelError(
-                f"{type(self.language_model).__name__} computes its logits from something else than the "
+                f"{type(self.language_model).__name__} computes its logits from something other than the "
                 "hidden states of its layers; it cannot be trained"
             )
         return logits[0]

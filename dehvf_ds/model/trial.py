@@ -153,7 +153,7 @@ def _compare(expected: Tensor, found: Tensor, kind: str) -> None:
     if not share <= TOLERANCE:
         raise ModelError(
             f"a {kind} decoder computes other logits from embeddings than from ids, or with fewer positions: "
-            f"they differ by {share:.1e} of the largest, so it would be trained on another loss"
+            f"they differ by {share:.1e} of the largest, so training would minimise a different loss"
         )
 
 

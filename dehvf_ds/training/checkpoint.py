@@ -151,7 +151,7 @@ class Checkpoints:
         if self.failures >= self.config.train.max_failed_saves and not last:
             raise SavingError(
                 f"{self.failures} checkpoints in a row could not be written; stopped at step "
-                f"{progress.step}; the same command continues from the last that was"
+                f"{progress.step}; the same command continues from the last one written"
             )
 
     def save_adapter(self, progress: Progress) -> None:

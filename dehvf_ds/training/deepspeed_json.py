@@ -140,7 +140,7 @@ def compute_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _checked(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -153,7 +153,7 @@ def _checked(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any
             raise ValueError(f"{name} {_REFUSED[name]}; remove it from the JSON")
         if "." in key or (name not in SUPPORTED and name not in _SECTIONS):
             near = suggestion(name, [*SUPPORTED, *_SECTIONS, *_REFUSED])
-            raise ValueError(f"{name} is no key that is supported here{near}")
+            raise ValueError(f"{name} is not a supported key{near}")
         if name in SUPPORTED:
             kind = wanted, fits = SUPPORTED[name]
             is_auto = value == "auto"

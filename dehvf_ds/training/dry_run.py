@@ -72,7 +72,7 @@ def dry_run(run: ResolvedRun, describe_evaluation: Callable[[], str] | None) -> 
     if fault:
         raise UserError(f"dry run: {fault}")
     if world.is_main:
-        print("nothing is wrong, and nothing was written", flush=True)
+        print("the dry run passed; nothing was written", flush=True)
     return 0
 
 
@@ -123,8 +123,8 @@ def _small_step(
         val_loss = validation_loss(engine, [validation_batch], world, dtype, StopRequest())
         line += "" if val_loss is None else f", validation {val_loss:.3f}"
     if not loss < math.inf or silent:
-        names = ", ".join(silent[:4]) or "none missed"
-        return line, f"loss {loss:g}; trainables that no gradient reached: {names}"
+        missed = f"; no gradient reached {', '.join(silent[:4])}" if silent else ""
+        return line, f"loss {loss:g}{missed}"
     return line, None
 
 

@@ -366,5 +366,5 @@ class Trackers:
         except Exception as error:
             self._open.pop(name, None)
             reason = " ".join(str(error).split()) or type(error).__name__
-            line = f"warning: train.trackers: without {name} from now on: {reason}"
+            line = f"warning: train.trackers: {name} is disabled for the rest of this run: {reason}"
             print(line, file=sys.stderr, flush=True)

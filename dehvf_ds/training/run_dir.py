@@ -186,8 +186,8 @@ def _check_same_model(adapter: Path, config: ModelConfig, owner: str) -> None:
     ]
     if differing:
         raise UserError(
-            f"--init_from {owner} was trained in another model: {', '.join(differing)}; set them as they "
-            "were, or start without it"
+            f"--init_from {owner} was trained with a different model: {', '.join(differing)}; set them as "
+            "they were, or start without it"
         )
 
 

@@ -77,7 +77,7 @@ def load_state(
     found = {name: tuple(value.shape) for name, value in state.items()}
     if found != expected:
         odd = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-        raise UserError(f"the checkpoint has other parameters: {', '.join(odd[:4])}")
+        raise UserError(f"the checkpoint has different parameters from the model: {', '.join(odd[:4])}")
     zero = engine.optimizer
     if hasattr(zero, "fp32_partitioned_groups_flat"):
         partitions, load = zero.fp32_partitioned_groups_flat, _load_zero3

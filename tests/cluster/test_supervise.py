@@ -15,7 +15,7 @@ from processes import REPOSITORY
 from slurm.cluster import wait_for
 
 from dehvf_ds.cluster import node_check, supervise
-from dehvf_ds.cluster.supervise import Action, after_check, after_ranks, succeed, watch_ranks
+from dehvf_ds.cluster.supervise import Action, after_check, after_ranks, take_over, watch_ranks
 from dehvf_ds.distributed import REQUEUE_EXIT_CODE, USER_ERROR_EXIT_CODE
 from dehvf_ds.training.checkpoint import SavingError
 
@@ -92,11 +92,11 @@ def test_what_the_check_of_the_nodes_leads_to(code, reports, sick, do, ended, le
 
 
 def test_the_second_node_acts_only_where_the_first_is_dead() -> None:
-    assert succeed(59, 60, False, None) == Action("wait")
-    assert succeed(60, 60, False, None) == Action("ask")
-    assert succeed(60, 60, False, True) == Action("wait")
-    assert succeed(60, 60, False, False) == Action("requeue")
-    assert succeed(1, 60, True, None) == Action("requeue")  # SLURM has noticed first
+    assert take_over(59, 60, False, None) == Action("wait")
+    assert take_over(60, 60, False, None) == Action("ask")
+    assert take_over(60, 60, False, True) == Action("wait")
+    assert take_over(60, 60, False, False) == Action("requeue")
+    assert take_over(1, 60, True, None) == Action("requeue")  # SLURM has noticed first
 
 
 def test_a_failure_goes_back_into_the_queue_once_at_each_step(job: FakeJob) -> None:

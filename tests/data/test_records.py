@@ -79,7 +79,7 @@ def test_text_only_rows_by_two_signs(record):
     members = {"json": json.dumps(record).encode(), "cls": b"?", "url": b"?", "meta.yaml": b"?"}
     assert read_record({**members, "__key__": "a"}).record == record
     for member in ("heic", "mp4", "feat.npy", "0"):
-        part = f".{member} is no kind of picture that is read"
+        part = f".{member} is not a supported picture format"
         refused(record, "without a picture", part, has_picture=False, **{member: b"?"})
 
 
@@ -129,7 +129,7 @@ def test_what_is_odd_in_a_usable_row_is_counted(record, note):
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"answer": 2}, "answer 2 is no number of its 2 choices"),
+        ({"answer": 2}, "answer 2 is not an index into its 2 choices"),
         *(({"answer": value}, f"answer {value!r}") for value in (-1, True, 1.0, "A", None, [1])),
         *(({"choices": ["a", value]}, f"a choice is {value!r}, not a text") for value in (NAN, " \u200b")),
         *(({"choices": value}, "choices is not a list of 2 to 26") for value in (["a"], ["a"] * 27, "ab", 5)),

@@ -110,7 +110,7 @@ def named(names: str) -> list[tuple[str, bytes]]:
 TEXT = ("b.json", caption("b"))
 BAD = [
     (named("b.001.jpg b.002.json"), r"holds \.001\.jpg beside \.002\.json, which are of two", BAD_NAME),
-    ([("b.heic", b"?"), ("b.json", CHAT)], r"\.heic is no kind of picture that is read", NO_PICTURE),
+    ([("b.heic", b"?"), ("b.json", CHAT)], r"\.heic is not a supported picture format", NO_PICTURE),
     (
         [("b.jpg", "a.jpg", tarfile.LNKTYPE), TEXT],
         "its .jpg is a link to 'a.jpg', .* --dereference",

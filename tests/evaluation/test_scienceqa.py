@@ -74,7 +74,7 @@ def test_the_targets_of_training_name_their_letter_and_none_beyond_the_choices(n
 
 def test_a_record_that_is_no_problem_is_named() -> None:
     ((_, problem),) = records(ROWS[2:3])
-    with pytest.raises(UserError, match=r"^000007: answer 3 is no number of its 3 choices"):
+    with pytest.raises(UserError, match=r"^000007: answer 3 is not an index into its 3 choices"):
         AnswerScorer([("000007", problem | {"answer": 3})], name="run")
     del problem["grade"]
     with pytest.raises(UserError, match=r"000007: not a problem of ScienceQA: lacks grade$"):

@@ -143,8 +143,8 @@ def layer_without_ffn_module(self, hidden_states, *_, **__):
     [
         (LlamaForCausalLM, scaled_ids, "computes other logits from embeddings than from ids"),
         (LlamaForCausalLM, scaled_logits, r"differ by 1\.0e-03 of the largest"),
-        (LlamaForCausalLM, of_other_states, "something else than the hidden states of its layers"),
-        (LlamaForCausalLM, without_its_decoder, "something else than the hidden states of its layers"),
+        (LlamaForCausalLM, of_other_states, "something other than the hidden states of its layers"),
+        (LlamaForCausalLM, without_its_decoder, "something other than the hidden states of its layers"),
         (LlamaDecoderLayer, layer_without_ffn_module, r"no gradient reaches .*scale_in"),
     ],
 )

@@ -103,7 +103,7 @@ def test_what_is_switched_off_is_accepted(tmp_path: Path, off: dict) -> None:
         # What DeepSpeed ignores.
         ({"wall_clock_breakdwn": True}, "did you mean wall_clock_breakdown?"),
         ({"zero_optimisation": ON}, "did you mean zero_optimization?"),
-        ({"bf16": {"enable": True}}, "bf16.enable is no key that is supported here"),
+        ({"bf16": {"enable": True}}, "bf16.enable is not a supported key"),
         ({"bf16.enabled": True}, "bf16.enabled is no key"),
         (zero(offload_param={"pin_memry": True}), "zero_optimization.offload_param.pin_memry is no key"),
         # What is set elsewhere, or not supported.
@@ -130,7 +130,7 @@ def test_what_is_switched_off_is_accepted(tmp_path: Path, off: dict) -> None:
         (zero(reduce_bucket_size=2.5), "DeepSpeed refuses it"),
         # No JSON object, or not what it looks like.
         *((text, "") for text in ("{", "[1]", "[" * 100_000)),
-        ('{"gradient_clipping": NaN}', "NaN is no number of JSON"),
+        ('{"gradient_clipping": NaN}', "NaN is not valid JSON"),
         ('{"zero_optimization": {"stage": 2, "st\\u0061ge": 3}}', "the key 'stage' occurs twice"),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_restarted_run_continues_the_same_tracked_run_and_survives_its_loss(
     monkeypatch.setattr(Recording, "broken", True)
     again.log({"train/loss": 1.0}, 2)
     again.log({"train/loss": 1.0}, 3)
-    assert capsys.readouterr().err.count("without wandb from now on: no route to host") == 1
+    assert capsys.readouterr().err.count("wandb is disabled for the rest of this run: no route to host") == 1
     anew.close()
 
 

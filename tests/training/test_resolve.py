@@ -191,12 +191,12 @@ def test_good_bases_pass(world, bases) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("llava", "a llava model is no decoder"),
-        ("gemma3", "a gemma3 model is no decoder"),
-        ("t5", "a t5 model is no decoder"),
-        ("clip", "a clip model is no decoder"),
+        ("llava", "a llava model is not a plain decoder"),
+        ("gemma3", "a gemma3 model is not a plain decoder"),
+        ("t5", "a t5 model is not a plain decoder"),
+        ("clip", "a clip model is not a plain decoder"),
         ("bert", "is not a decoder whose layers each have an FFN named `mlp`"),
-        ("dinov2", "a dinov2 model is no decoder with an LM head"),
+        ("dinov2", "a dinov2 model is not a plain decoder with an LM head"),
     ],
 )
 def test_what_is_no_decoder(world, bases, kind, message) -> None:

@@ -43,7 +43,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "split": {"help": "train, val, test, ..; of karpathy also several as train+restval", "type": str},
     "allow_missing_images": {"help": "keep problems without their picture", "action": "store_true"},
 }
-"""The flags that ``LAYOUTS`` name; those that are not switches are paths."""
+"""The flags that ``LAYOUTS`` name; paths, unless an action or a type is given."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,11 +87,12 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(prog="build_shards.py", description="Builds shards of a data set.")
     commands = parser.add_subparsers(dest="source", required=True)
-    for name, (_, about, flags) in LAYOUTS.items():
+    for name, layout in LAYOUTS.items():
+        about = layout.about
         command = commands.add_parser(name, help=about, description=f"Shards of {about}.", parents=[build])
-        for flag in flags:
-            options: dict[str, Any] = {} if "action" in FLAGS[flag] else {"type": Path, "required": True}
-            options |= {"required": False} if (name, flag) == ("scienceqa", "captions") else {}
+        for flag in layout.flags:
+            options: dict[str, Any] = {} if "action" in FLAGS[flag] else {"type": Path}
+            options |= {"required": flag not in layout.optional}
             command.add_argument(f"--{flag.replace('_', '-')}", **options | FLAGS[flag])
         command.set_defaults(run=_run_build)
     index = commands.add_parser("index", help="index shards made by another tool", parents=[checks])

@@ -100,7 +100,7 @@ def adopt_shards(
 def _find_shards(directory: Path, *, overwrite: bool) -> list[Path]:
     """The shards to index; a note names what looks like a shard and is not indexed."""
     if (directory / MANIFEST_NAME).is_file() and not overwrite:
-        raise UserError(f"{directory}: {MANIFEST_NAME} is there already; --overwrite indexes anew")
+        raise UserError(f"{directory}: {MANIFEST_NAME} already exists; --overwrite rebuilds the index")
     if (directory / PLAN_NAME).is_file() and not (directory / MANIFEST_NAME).is_file():
         raise UserError(f"{directory}: holds an unfinished build; the call that began it finishes it")
     files = [p for p in sorted(directory.rglob("*")) if not p.name.startswith(".") and p.is_file()]

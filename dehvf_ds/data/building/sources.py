@@ -194,6 +194,7 @@ class Layout(NamedTuple):
     read: Callable[..., list[SourceRow]]
     about: str
     flags: tuple[str, ...]
+    optional: tuple[str, ...] = ()
 
 
 LAYOUTS = {
@@ -204,6 +205,7 @@ LAYOUTS = {
         read_scienceqa,
         "ScienceQA's problems.json and pictures",
         ("root", "split", "captions", "allow_missing_images"),
+        optional=("captions", "allow_missing_images"),
     ),
     "llava": Layout(read_llava, "conversations of LLaVA or ShareGPT", ("json", "images")),
 }
@@ -218,7 +220,11 @@ def read_layout(
     files = {flag: values[flag] for flag in layout.flags if isinstance(values[flag], Path)}
     if root := files.get("root"):
         files |= {part: root / f"{part}.json" for part in ("problems", "pid_splits")}
-    settings = {flag: values[flag] for flag in ("split", "allow_missing_images") if flag in layout.flags}
+    settings = {
+        flag: value
+        for flag in layout.flags
+        if (value := values[flag]) is not None and not isinstance(value, Path)
+    }
     described = {flag: describe_file(path) for flag, path in files.items() if path.is_file()}
     return rows, {"source": name, **settings, **described}
 

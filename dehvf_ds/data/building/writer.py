@@ -242,7 +242,7 @@ def _read_picture(path: Path, settings: BuildSettings) -> tuple[str, bytes]:
 
 
 def _require_same_build(output: Path, builder: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a finished build of these arguments, or None for one that is begun or not yet.
+    """The manifest of a finished build of these arguments, or None if it is unfinished or not started.
 
     A directory that holds anything else is refused.
     """
@@ -316,7 +316,7 @@ def _picture_bytes(row: SourceRow) -> int | None:
 
 
 def _unique_keys(names: Iterable[str]) -> Iterator[str]:
-    """Keys of plain characters; a number sets names apart that become equal."""
+    """Keys of plain characters; names that collide get a number."""
     used: set[str] = set()
     last: dict[str, int] = {}
     for name in names:
