@@ -273,7 +273,7 @@ def measure_step(session: Session, training: Training, tokens: int) -> Found:
             if rows == 1:
                 raise
             rows //= 2
-    median, text = statistics.median(seconds), batch.num_tokens()
+    median, text = statistics.median(seconds), batch.num_input_tokens()
     parameters = count_parameters(on_meta := build_on_meta(config, DTYPE))
     flops = {
         "mfu": model_flops(parameters.language + parameters.lora, text),

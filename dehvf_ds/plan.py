@@ -35,13 +35,12 @@ def main(argv: list[str]) -> int:
 def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separates the flags of ``PlanConfig``, written with dashes or underscores, from the run's."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("-h", "--help", action="store_const", const=None)
     for name in settings_of(PlanConfig):
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, nargs="?")
-    own, others = parser.parse_known_args(argv)
-    return [
-        f"--{name}" if value is None else f"--{name}={value}" for name, value in vars(own).items()
-    ], others
+    helps = [flag for flag in argv if flag in ("-h", "--help")]
+    own, others = parser.parse_known_args([flag for flag in argv if flag not in helps])
+    flags = [f"--{name}" if value is None else f"--{name}={value}" for name, value in vars(own).items()]
+    return [*helps, *flags], others
 
 
 def parse_plan_config(args: Sequence[str]) -> PlanConfig:

@@ -76,6 +76,12 @@ def bug_on_full_disk() -> None:
 
 FAULTS: dict[str, Callable[[], Any]] = {
     "none": lambda: None,
+    "mount": lambda: setattr(
+        dehvf_ds.train, "resolve", failing(UserError("data.train /mnt/x: no such directory"))
+    ),
+    "answers": lambda: setattr(
+        predict.PredictionCache, "add", failing(UserError("rank-00001.jsonl: No space left on device"))
+    ),
     "sample": unreadable_sample,
     "worker": lambda: at_step_2(kill_workers),
     "memory": lambda: at_step_2(failing(torch.OutOfMemoryError("CUDA out of memory."))),

@@ -217,7 +217,8 @@ def test_make_knows_its_target(command: Command) -> None:
 
 @pytest.mark.slow
 def test_every_program_starts_as_typed(tmp_path: Path) -> None:
-    for program in sorted({python_start(command.words)[0] for command in PYTHON}):
+    commands = [python_start(command.words) for command in PYTHON]
+    for program in sorted({program for program, _ in commands}):
         typed = [program] if program.endswith(".py") else ["-m", program]
         if program == WITHOUT_FLAGS:
             done = run_python(typed, cwd=str(tmp_path))
@@ -226,3 +227,7 @@ def test_every_program_starts_as_typed(tmp_path: Path) -> None:
         done = run_python([*typed, "--help"], cwd=str(REPOSITORY))
         assert (done.returncode, "usage:" in done.stdout) == (0, True), (program, done.stderr)
         assert "Traceback" not in done.stderr, (program, done.stderr)
+        if re.sub(r"^dehvf_ds\.(\w+)$", r"dehvf_ds/\1.py", program) not in FLAGS:
+            words = [word for other, args in commands if other == program for word in args]
+            flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+            assert not [flag for flag in flags if flag not in done.stdout], program

@@ -65,6 +65,7 @@ def test_large_values_reach_the_other_ranks() -> None:
 @pytest.mark.parametrize(
     ("fault", "rank", "codes", "message", "traceback"),
     [
+        ("mount", 1, [2, 2], "error (rank 1): data.train /mnt/x: no such directory", False),
         ("sample", 1, [2, 2], "error (rank 1): train/000001.tar: sample 7: cut short", False),
         ("worker", 1, [1, 1], "error (rank 1): a process that reads data died (DataLoader worker", False),
         ("memory", 1, [1, 1], "error (rank 1): out of GPU memory: ", False),
@@ -100,11 +101,18 @@ def test_a_mistake_before_the_ranks_are_connected(world, late) -> None:
     assert line.startswith(f"error{rank}: --config nowhere.yaml: no such file")
 
 
-def test_a_signal_to_one_rank_of_an_evaluation_stops_all_to_be_started_again(world, trained) -> None:
+@pytest.mark.parametrize(
+    ("fault", "code", "lines"),
+    [
+        ("stopped", 85, []),
+        ("answers", 2, ["error (rank 1): rank-00001.jsonl: No space left on device"]),
+    ],
+)
+def test_one_rank_of_an_evaluation_ends_all(world, trained, fault, code, lines) -> None:
     data = ["--data", str(world / "test"), "--tokenizer", "simple", "--batch_size", "1"]
-    codes, outputs = run("stopped", 1, ["--model", str(trained), *data], "eval")
-    assert codes == [85, 85], outputs
-    assert errors(outputs) == []
+    codes, outputs = run(fault, 1, ["--model", str(trained), *data], "eval")
+    assert codes == [code, code], outputs
+    assert errors(outputs) == lines
     assert not any("Traceback" in text for text in outputs)
 
 

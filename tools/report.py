@@ -11,4 +11,5 @@ from pathlib import Path
 
 # Run as a script, tools/ is first on the path, where the package is not found.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-runpy.run_module("dehvf_ds.report", run_name="__main__")
+if __name__ == "__main__":
+    runpy.run_module("dehvf_ds.report", run_name="__main__")

@@ -209,15 +209,19 @@ def check_backbone(what: str, source: str) -> Line | str:
     """A backbone's directory, or a hub id in the local cache or on the hub."""
     if not Path(source).is_dir() and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         from huggingface_hub import HfApi, try_to_load_from_cache
+        from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
         if isinstance(try_to_load_from_cache(source, "config.json"), str):
             return f"{source}: in the hub's cache"
         found = f"{source}: no directory, not in the hub's cache"
         try:
             HfApi().model_info(source, timeout=5)
-        except Exception as error:  # offline mode, too
+        except (OfflineModeIsEnabled, RepositoryNotFoundError) as error:
             reason = str(error).strip().partition("\n")[0]
             return Line("FAIL", what, f"{found}, and not on the hub: {reason}", "copy it here")
+        except Exception as error:  # a slow hub may answer the run
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            return Line("warn", what, f"{found}; the hub does not answer: {reason}", "copy it here")
         return Line("warn", what, found, "a run will download it")
     from dehvf_ds.model.backbones import load_backbone_config
 

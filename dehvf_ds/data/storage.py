@@ -202,6 +202,8 @@ class _Cache:
         except OSError as error:
             if error.errno is None:  # an error of the source
                 raise
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise UserError(f"data.cache_dir {self._directory}: {one_line(error)}") from None
             if not self._has_warned:
                 self._has_warned = True
                 what = f"data.cache_dir {self._directory}: {one_line(error)}; shards are read without a copy"
@@ -321,10 +323,18 @@ def _open_address(address: str, num_bytes: int) -> Any:
 
 def _is_temporary(error: Exception) -> bool:
     """Whether it may help to try again."""
-    from aiohttp import ClientConnectionError, ClientPayloadError
+    from aiohttp import (
+        ClientConnectionError,
+        ClientConnectorDNSError,
+        ClientConnectorError,
+        ClientPayloadError,
+    )
 
     if status := getattr(error, "status", None):
         return status in (408, 429) or status >= 500
+    # A refused connection, or a certificate, stays as it is; a name server has its moments.
+    if isinstance(error, ClientConnectorError) and not isinstance(error, ClientConnectorDNSError):
+        return False
     return isinstance(error, TimeoutError | ConnectionError | ClientConnectionError | ClientPayloadError)
 
 

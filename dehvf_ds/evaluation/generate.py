@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import TextStreamer
 
 from dehvf_ds.batch import Sample
-from dehvf_ds.config import GenerateConfig, require
+from dehvf_ds.config import GenerateConfig, UserError, require
 from dehvf_ds.data.collate import Collator, build_image_transform, load_tokenizer
 from dehvf_ds.data.images import FORMATS, decode_image
 from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX, Task
@@ -159,6 +159,12 @@ def _opened(config: GenerateConfig) -> AbstractContextManager[TextIO | None]:
 
 
 def _write(output: TextIO | None, line: dict[str, Any]) -> None:
-    if output is not None:
+    if output is None:
+        return
+    try:
         output.write(json_text(line) + "\n")
         output.flush()
+    except OSError as error:
+        if output is sys.stdout:
+            raise
+        raise UserError(f"--output {output.name}: {error.strerror or error}") from None

@@ -106,6 +106,9 @@ def load_backbone(
             model, info = auto_class.from_pretrained(
                 source, config=config, output_loading_info=True, ignore_mismatched_sizes=only_shapes, **placed
             )
+    except (AssertionError, MemoryError):
+        # A fault of DeepSpeed's partitioning, or of the machine: no mistake in the files.
+        raise
     except Exception as error:
         raise ModelError(f"{source}: {_first_line(error)}") from None
     own = {bare_name(name) for name, _ in model.named_parameters()}

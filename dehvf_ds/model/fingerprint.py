@@ -189,7 +189,7 @@ def _readable(path: Path) -> Iterator[None]:
         if is_pointer(path):
             raise ValueError(f"it is {POINTER}")
         yield
-    except ModelError:
+    except (ModelError, MemoryError):
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -288,7 +288,8 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Prompts are padded on the left; ``visual_memory`` may be passed instead of pictures.
         """
-        input_ids = kwargs.pop("inputs", input_ids)
+        inputs = kwargs.pop("inputs", None)
+        input_ids = inputs if input_ids is None else input_ids
         embeds: Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.fusion == "ffn":
             memory, _ = self._memory_of(embeds, pixel_values, has_image, kwargs.get("visual_memory"))

@@ -156,6 +156,8 @@ class DehvfProcessor(ProcessorMixin):
         rows = _one_picture_a_row(images)
         if text is not None:
             prompts = list(text) if _is_list(text) else [text]
+            if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+                raise ValueError("text must be a prompt or a list of prompts")
             if rows and len(rows) != len(prompts):
                 raise ValueError(
                     f"{len(rows)} pictures for {len(prompts)} prompts; pass a picture or None a row"

@@ -42,7 +42,9 @@ class Evaluation:
     @property
     def label(self) -> str:
         """The split, mostly; unique among the run's evaluations of a task."""
-        return self.directory.name.partition("-")[2]
+        name, _, label = self.directory.name.partition("-")
+        is_old = name == "coco" and self.directory.with_name(f"caption-{label}").is_dir()
+        return self.directory.name if is_old else label
 
     @property
     def data(self) -> str:
@@ -62,7 +64,9 @@ class Evaluation:
         """What must be equal for two evaluations' scores to compare, by dotted name."""
         # The dtype changes rounding, not the protocol.
         decoding = {name: value for name, value in self.part("decoding").items() if name != "dtype"}
-        named = {"split": self.label, **self.part("protocol"), "data": self.data, "decoding": decoding}
+        # The protocol of an old evaluation has the task's old name.
+        protocol = self.part("protocol") | {"task": self.task}
+        named = {"split": self.label, **protocol, "data": self.data, "decoding": decoding}
         return flatten(named | {name: self.metrics.get(name) for name in ("num_samples", "tokenizer")})
 
     def find_shards(self) -> ShardIndex | None:

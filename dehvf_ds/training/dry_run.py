@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_model
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from dehvf_ds.batch import Batch
+from dehvf_ds.batch import IGNORE_INDEX, Batch
 from dehvf_ds.config import DataConfig, RunConfig, UnsupervisedError, UserError
-from dehvf_ds.distributed import World, all_reduce_sum, init_process_group, on_main
+from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, init_process_group, on_main
 from dehvf_ds.model import DehvfConfig
 from dehvf_ds.model.trial import NUM_LAYERS, scaled_down
 from dehvf_ds.training.checkpoint import Checkpoint
@@ -169,10 +169,20 @@ def check_supervised(batches: Sequence[Batch], world: World, data: DataConfig) -
         sum(not batch.num_supervised() for batch in batches),
     )
     rows, unsupervised, empty = map(int, all_reduce_sum([float(count) for count in counts], world.device))
+    if not unsupervised:
+        return None
+    keys = [
+        batch.keys[row]
+        for batch in batches
+        for row, labels in enumerate(batch.labels)
+        if not (labels[1:] != IGNORE_INDEX).any()
+    ]
+    keys = gather_to_main(keys, world)
+    first = on_main(world, lambda: keys[0])
     line = (
-        f"{data.train}: {unsupervised} of the first {rows} rows have no token to learn: their prompts fill "
-        f"all data.max_tokens {data.max_tokens}; raise it"
+        f"{data.train}: {unsupervised} of the first {rows} rows, such as {first}, have no token to learn: "
+        f"their prompts fill all data.max_tokens {data.max_tokens}; raise it"
     )
     if empty or unsupervised > MAX_UNSUPERVISED_SHARE * rows:
         raise UnsupervisedError(line)
-    return line if unsupervised else None
+    return line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -203,6 +204,22 @@ NUMBERS = [
 ]
 
 
+MAY_BE_ZERO = """
+data.augment.flip data.bucket_steps data.max_bad_share data.num_workers data.val_samples eval.every_steps
+min_new_tokens model.lora.dropout model.lora.rank overhead_gib seed train.betas train.validate_every
+train.router_every train.max_grad_norm train.min_lr_ratio train.save_every train.warmup_steps
+train.weight_decay
+"""
+
+
+@pytest.mark.parametrize(("config_class", "name"), NUMBERS)
+def test_zero_is_a_value_where_it_means_something(config_class: type, name: str) -> None:
+    flag = f"--{name}={'0, 0' if name == 'train.betas' else 0}"
+    expected = nullcontext() if name in MAY_BE_ZERO.split() else pytest.raises(UserError, match=name)
+    with expected:
+        parse_config(config_class, [*NEEDED[config_class], flag], "")
+
+
 @pytest.mark.parametrize(("config_class", "name"), NUMBERS)
 def test_every_number_has_a_range(config_class: type, name: str, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
@@ -305,6 +322,20 @@ def test_a_setting_without_effect_is_told(flags: str, line: str) -> None:
     (told,) = ignored_settings(parse_run_config(["--config", "demo", *flags.split()]))
     assert told.startswith(line)
     assert {name for _, _, names in WITHOUT_EFFECT for name in names.split()} <= settings_of(RunConfig).keys()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--reading=likelihood", "reading likelihood is ScienceQA's"),
+        ("--image_captions=true", "image_captions is for task scienceqa"),
+        ("--images=x", "images needs data to be an annotation file"),
+        ("--task=scienceqa --references=x.json", "references is for task caption"),
+    ],
+)
+def test_flags_that_an_evaluation_would_ignore_are_refused(flags: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_eval_config(["--model=m", "--data=d", *flags.split()])
 
 
 def test_the_settings_know_the_models_routers() -> None:

@@ -157,6 +157,8 @@ def test_what_has_no_word_is_counted_and_scores_nothing(no_java) -> None:
     for key in "abc":
         assert max(scores.each[key].values()) == pytest.approx(0, abs=1e-6)
     assert scores.corpus["ROUGE-L"] == pytest.approx(scores.each["d"]["ROUGE-L"] / 4)
+    with pytest.raises(UserError, match="1 pictures have no reference caption with a word, b the first"):
+        Scores({"a": ["A dog."], "b": ["...", " \n"]}, {"a": "", "b": ""})
 
 
 def fail(*_: object) -> None:

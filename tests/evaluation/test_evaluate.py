@@ -298,7 +298,7 @@ def test_a_question_in_an_unseen_form_is_asked_with_a_warning(root, tmp_path, ca
 
 def test_published_files_of_one_name_have_shards_each(model, tmp_path) -> None:
     names = ["0 ä%.png", "1 ä%.png"]
-    for folder in "ab":
+    for folder in "abc":
         (tmp_path / folder).mkdir()
         annotations(tmp_path / folder / "captions.json", names, folder)
         for i, name in enumerate(names):
@@ -310,3 +310,6 @@ def test_published_files_of_one_name_have_shards_each(model, tmp_path) -> None:
     assert said(model, "caption-captions")[1]["references"][0] == "a of 1 ä%.png"
     (other,) = found.keys() - {"caption-captions"}
     assert said(model, other)[1]["references"][0] == "b of 1 ä%.png"
+    # The same annotations over other pictures.
+    evaluate(model, tmp_path / "a/captions.json", "--images", str(tmp_path / "c"))
+    assert len({metrics["data"]["sha256"] for metrics in results(model).values()}) == 3

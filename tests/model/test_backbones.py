@@ -30,6 +30,7 @@ from dehvf_ds.model.backbones import (
     load_backbone,
     load_backbone_config,
     load_model,
+    settle_head,
 )
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -98,6 +99,17 @@ def test_a_head_of_its_own_under_a_tied_configuration_is_trained_and_exported(tm
         exported = AutoModelForImageTextToText.from_pretrained(output).eval()
         torch.testing.assert_close(exported(input_ids=ids).logits, model(input_ids=ids).logits)
         assert exported.get_output_embeddings().weight is not exported.get_input_embeddings().weight
+
+
+def test_a_head_that_differs_in_one_value_is_one_of_its_own(tmp_path) -> None:
+    bases = build_bases(tmp_path)
+    one_value = torch.zeros(260, 32).index_put((torch.tensor(7), torch.tensor(3)), torch.tensor(1e-3))
+    rewrite(
+        tmp_path / "llm", lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] + one_value}), tied=True
+    )
+    config = build_config(**bases, num_feature_layers=2, rank=8)
+    settle_head(config, bases["language_model"])
+    assert config.tie_word_embeddings is config.text_config.tie_word_embeddings is False
 
 
 @pytest.mark.parametrize("layout", ["absent", "copied", "bin"])

@@ -116,7 +116,7 @@ def test_a_tower_that_takes_patches_by_columns_is_refused(monkeypatch) -> None:
 def test_sizes_may_be_written_as_pairs() -> None:
     config = config_of("dinov2", None, image_size=[32, 32], patch_size=[8, 8])
     assert (config.image_size, config.patch_size, config.num_slots) == (32, 8, 17)
-    with pytest.raises(ModelError, match="no one size of square patches"):
+    with pytest.raises(ModelError, match="no fixed size of square patches"):
         config_of("dinov2", None, patch_size=[8, 16])
 
 

@@ -104,6 +104,8 @@ def test_overwrite_leaves_alone_what_the_run_needs(finished, tmp_path: Path) -> 
         (["--init_from", str(moved)], "would remove init_from"),
         (["--init_from", str(link / "checkpoints/step_00000002")], "would remove init_from"),
         (["--model.language_model", str(link / "merged")], "would remove model.language_model"),
+        (["--data.val", str(moved / "merged/data")], "would remove data.val"),
+        (["--data.train", str(moved / "merged/data")], "would remove data.train"),
         (["--resume", str(moved / "checkpoints/step_00000002")], "give one of them"),
     ):
         (moved / "merged").mkdir(exist_ok=True)

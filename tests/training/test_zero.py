@@ -161,6 +161,8 @@ def test_deepspeed_knows_every_key_and_the_numbers_fit_our_model(name: str) -> N
     given = json.loads((CONFIGS / f"{name}.json").read_text())
     assert given["bf16"] == {"enabled": "auto"}
     assert given["data_types"] == {"grad_accum_dtype": "fp32"}
+    # Settings of the run, which a value here would contradict.
+    assert not given.keys() & {"train_batch_size", "gradient_clipping", "optimizer", "scheduler"}
     zero = given["zero_optimization"]
     # DeepSpeed's default buckets of 5e8 are 1 GB of bf16, for 5 M trainable parameters.
     assert zero["reduce_bucket_size"] == 20_000_000

@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         remedy = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            remedy = "; free space there and call again: what is finished is kept"
-            remedy += ", or give another --output" if "output" in args else ""
+            remedy = "; free space there and call again"
+            remedy += ": what is finished is kept; or give another --output" if "output" in args else ""
         where = args.output if "output" in args else args.directory
         raise UserError(f"{where}: {error}{remedy}") from error
     except KeyboardInterrupt:

@@ -43,7 +43,9 @@ LINE_EVERY_S = 30.0
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_PACKED = re.compile(r".+\.(?:tar\.(?:gz|bz2|xz|zst|lz4|lzma)|tgz|tbz2|txz|tzst)", re.IGNORECASE)
+_PACKED = re.compile(
+    r".+\.(?:tar\.(?:gz|bz2|xz|zst|zstd|lz4|lzma|lzo|z|br)|tgz|tbz2?|txz|tzst)", re.IGNORECASE
+)
 
 
 @contextlib.contextmanager
@@ -107,6 +109,10 @@ def _find_shards(directory: Path, *, overwrite: bool) -> list[Path]:
     tars = [path for path in files if path.suffix.lower() == ".tar"]
     packed = [path for path in files if _PACKED.fullmatch(path.name)]
     packed = [p for p in packed if not {p.with_suffix(""), p.with_suffix(".tar")}.intersection(tars)]
+    if here := [path.name for path in packed if path.parent == directory]:
+        others = f" (and {len(here) - 1} others)" if len(here) > 1 else ""
+        unpack = "compressed, and samples are read at random: unpack it to .tar (gunzip, zstd -d, ..)"
+        raise UserError(f"{directory}: {here[0]}{others} is {unpack}")
     paths = [path for path in tars if path.parent == directory]
     if others := sorted({*tars, *packed}.difference(paths)):
         remedy = "unpack what is compressed to .tar, and index each folder below by itself"

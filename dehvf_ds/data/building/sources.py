@@ -53,6 +53,7 @@ def read_coco(annotations: Path, images: Path, *, bad: BadRows) -> list[SourceRo
     """Reads COCO's official ``captions_*.json``: pictures and their captions in the file's order."""
     content = _read_object(annotations, "COCO captions", "images", "annotations")
     pictures: dict[Any, tuple[str, list[Any]]] = {}
+    seen = set()
     for number, image in enumerate(content["images"]):
         with bad.row(f"images[{number}]", f"{annotations}: images[{number}]"):
             if image["id"] in pictures:
@@ -62,6 +63,10 @@ def read_coco(annotations: Path, images: Path, *, bad: BadRows) -> list[SourceRo
         with bad.row(f"annotations[{number}]", f"{annotations}: annotations[{number}]"):
             if annotation["image_id"] not in pictures:
                 raise DamagedSample(f"annotation {annotation.get('id')} names an unknown image_id")
+            same = tuple(annotation.get(name) for name in ("id", "image_id", "caption"))
+            if same[0] is not None and same in seen:
+                raise DamagedSample(f"annotation {same[0]} occurs twice", KEY_TWICE)
+            seen.add(same)
             pictures[annotation["image_id"]][1].append(annotation.get("caption"))
     rows = _CaptionRows(images, bad)
     for image_id, (name, captions) in pictures.items():

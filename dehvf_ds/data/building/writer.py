@@ -308,9 +308,11 @@ def _require_unchanged(output: Path, manifest: dict[str, Any], tasks: Sequence[_
 
 
 def _picture_bytes(row: SourceRow) -> int | None:
-    """Size of a row's picture; 0 for a row without one, None where there is no such file."""
+    """Size of a row's picture; 0 for a row without one, None where it is no file."""
     try:
-        return 0 if row.image is None else row.image.stat().st_size
+        if row.image is None:
+            return 0
+        return row.image.stat().st_size if row.image.is_file() else None
     except (OSError, ValueError):
         return None
 

@@ -25,7 +25,7 @@ def write(path, content):
 
 
 def coco(root, images, *annotations):
-    captions = [{"image_id": i, "caption": text} for i, text in annotations]
+    captions = [{"image_id": i, "caption": text, "id": (*ids, None)[0]} for i, text, *ids in annotations]
     path = write(root / "captions.json", {"images": images, "annotations": captions})
     return read_coco(path, root / "images", bad=STRICT)
 
@@ -133,6 +133,7 @@ SAME = {"id": 1, "file_name": "./a.jpg"}
     [
         (lambda d: coco(d, [PICTURE, PICTURE | {"file_name": "b.jpg"}]), "id 0 belongs to two pictures"),
         (lambda d: coco(d, [PICTURE], (2, "x")), "names an unknown image_id"),
+        (lambda d: coco(d, [PICTURE], (0, "A.", 5), (0, "A.", 5)), "annotation 5 occurs twice"),
         (lambda d: coco(d, [PICTURE, SAME], (0, "A."), (1, "B.")), r"\./a\.jpg: the picture occurs twice"),
         (lambda d: karpathy(d, ENTRY, ENTRY), r"images\[1\]: a\.jpg: the picture occurs twice"),
         (lambda d: coco(d, [PICTURE], (0, 7)), r"a\.jpg: .*no text \(7\)"),
