@@ -180,7 +180,7 @@ def check_supervised(batches: Sequence[Batch], world: World, data: DataConfig) -
     keys = gather_to_main(keys, world)
     first = on_main(world, lambda: keys[0])
     line = (
-        f"{data.train}: {unsupervised} of the first {rows} rows, such as {first}, have no token to learn: "
+        f"{data.train}: {unsupervised} of the first {rows} rows have no token to learn, {first} the first: "
         f"their prompts fill all data.max_tokens {data.max_tokens}; raise it"
     )
     if empty or unsupervised > MAX_UNSUPERVISED_SHARE * rows:

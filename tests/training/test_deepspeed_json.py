@@ -105,7 +105,10 @@ def test_what_is_switched_off_is_accepted(tmp_path: Path, off: dict) -> None:
         ({"zero_optimisation": ON}, "did you mean zero_optimization?"),
         ({"bf16": {"enable": True}}, "bf16.enable is not a supported key"),
         ({"bf16.enabled": True}, "bf16.enabled is not a supported key"),
-        (zero(offload_param={"pin_memry": True}), "zero_optimization.offload_param.pin_memry is not a supported key"),
+        (
+            zero(offload_param={"pin_memry": True}),
+            "zero_optimization.offload_param.pin_memry is not a supported key",
+        ),
         # What is set elsewhere, or not supported.
         ({"optimizer": {"type": "AdamW"}}, "optimizer is set by train.*"),
         ({"fp16": {"enabled": "true"}}, "fp16 is not supported; enable bf16"),

@@ -34,6 +34,7 @@ def batch(*prompts: int, width: int = 6) -> Batch:
         labels=labels,
         pixel_values=torch.zeros(len(prompts), 3, 2, 2),
         has_image=torch.ones(len(prompts), dtype=torch.bool),
+        keys=tuple(f"row{row}" for row in range(len(prompts))),
     )
 
 
@@ -44,8 +45,8 @@ def checked(*batches: Batch) -> str | None:
 def test_a_few_rows_without_are_reported_and_many_are_refused() -> None:
     assert checked(batch(1, 5), batch(0, 2)) is None
     assert checked(batch(1, 2, 3, 4), batch(1, 6, 3, 4)) == (
-        "shards: 1 of the first 8 rows have no token to learn: their prompts fill all data.max_tokens 8; "
-        "raise it"
+        "shards: 1 of the first 8 rows have no token to learn, row1 the first: their prompts fill all "
+        "data.max_tokens 8; raise it"
     )
     with pytest.raises(UnsupervisedError, match="3 of the first 8 rows"):
         checked(batch(1, 2, 3, 4), batch(1, 6, 6, 6))
