@@ -114,7 +114,7 @@ def test_an_output_in_use_is_left_alone(root) -> None:
     assert (root / "other/adapter/manifest.json").is_file()
     # What --adapter-only wrote is an export.
     assert merge(given(root, "--adapter-only", output="only")) == 0
-    with pytest.raises(UserError, match="is in use; name another, or pass --force to replace this export"):
+    with pytest.raises(UserError, match="already exists; name another, or pass --force to replace this export"):
         merge(given(root, "--adapter-only", output="only"))
 
 
