@@ -110,7 +110,7 @@ def _check_output(args: argparse.Namespace, trained: TrainedModel) -> None:
     is_export = any(all((output / name).is_file() for name in names) for names in marks)
     if not (args.force and is_export):
         remedy = ", or pass --force to replace this export" if is_export else "; it holds no earlier export"
-        raise UserError(f"--output {output} is in use; name another{remedy}")
+        raise UserError(f"--output {output} already exists; name another{remedy}")
 
 
 def _export(trained: TrainedModel, args: argparse.Namespace) -> None:

@@ -108,13 +108,15 @@ def test_an_output_in_use_is_left_alone(root) -> None:
     shutil.copytree(root / "run", root / "other")
     for name in ("model", "model/thesis.txt", "other/adapter"):
         for more in ([], ["--force"]):
-            with pytest.raises(UserError, match="is in use; name another; it holds no earlier export"):
+            with pytest.raises(UserError, match="already exists; name another; it holds no earlier export"):
                 merge(given(root, *more, output=name))
     assert (root / "model/thesis.txt").read_text() == "mine"
     assert (root / "other/adapter/manifest.json").is_file()
     # What --adapter-only wrote is an export.
     assert merge(given(root, "--adapter-only", output="only")) == 0
-    with pytest.raises(UserError, match="already exists; name another, or pass --force to replace this export"):
+    with pytest.raises(
+        UserError, match="already exists; name another, or pass --force to replace this export"
+    ):
         merge(given(root, "--adapter-only", output="only"))
 
 
