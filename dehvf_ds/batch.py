@@ -73,7 +73,7 @@ class Batch:
         ``supervised`` is computed before, on the CPU: on a GPU the host would have to wait for its size.
         """
         if self.supervised is None and self.labels.device.type == "cpu":
-            followed = F.pad(self.labels[:, 1:] != IGNORE_INDEX, (0, 1))
+            followed = F.pad(self._label_counts(), (0, 1))
             return replace(self, supervised=followed.flatten().nonzero()[:, 0]).to(device, dtype)
         moved = {
             field.name: value.to(device, non_blocking=True)
@@ -96,11 +96,19 @@ class Batch:
 
     def num_supervised(self) -> int:
         """Labels that count in the loss; a row's first token cannot."""
-        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+        return int(self._label_counts().sum())
 
     def num_unsupervised_rows(self) -> int:
         """Rows without a label that counts, such as one filled by its prompt."""
-        return int((self.labels[:, 1:] == IGNORE_INDEX).all(dim=1).sum())
+        return len(self.unsupervised_rows())
+
+    def unsupervised_rows(self) -> list[int]:
+        """The numbers of the rows without a label that counts."""
+        return (~self._label_counts().any(dim=1)).nonzero()[:, 0].tolist()
+
+    def _label_counts(self) -> Bool[Tensor, "batch predicting"]:
+        """Whether each position predicts a label that counts: the model shifts."""
+        return self.labels[:, 1:] != IGNORE_INDEX
 
     def checksum(self) -> int:
         """Sum over the rows of the CRC-32 of key and token ids.

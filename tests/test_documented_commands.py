@@ -171,6 +171,11 @@ def python_start(words: Sequence[str]) -> tuple[str, list[str]]:
     return (rest[1], rest[2:]) if rest[0] == "-m" else (rest[0], rest[1:])
 
 
+def script_of(program: str) -> str:
+    """The file of a program that is started as ``-m dehvf_ds.NAME``; others as they are named."""
+    return re.sub(r"^dehvf_ds\.(\w+)$", r"dehvf_ds/\1.py", program)
+
+
 def test_every_command_begins_with_a_program_that_a_shell_finds() -> None:
     checked = [*PYTHON, *BATCH, *MAKE, *(c for c in COMMANDS if c.words in PIP)]
     assert not [str(command) for command in COMMANDS if command not in checked]
@@ -182,7 +187,7 @@ def test_every_command_begins_with_a_program_that_a_shell_finds() -> None:
 @pytest.mark.parametrize("command", PYTHON, ids=map(str, PYTHON))
 def test_its_flags_are_the_programs_own(command: Command, tmp_path: Path, monkeypatch) -> None:
     program, args = python_start(command.words)
-    path = re.sub(r"^dehvf_ds\.(\w+)$", r"dehvf_ds/\1.py", program)
+    path = script_of(program)
     # Recipes and DeepSpeed JSONs are found from any directory.
     monkeypatch.chdir(tmp_path)
     if path in FLAGS and not (path.startswith("tools/") and "..." in args):
@@ -227,7 +232,7 @@ def test_every_program_starts_as_typed(tmp_path: Path) -> None:
         done = run_python([*typed, "--help"], cwd=str(REPOSITORY))
         assert (done.returncode, "usage:" in done.stdout) == (0, True), (program, done.stderr)
         assert "Traceback" not in done.stderr, (program, done.stderr)
-        if re.sub(r"^dehvf_ds\.(\w+)$", r"dehvf_ds/\1.py", program) not in FLAGS:
+        if script_of(program) not in FLAGS:
             words = [word for other, args in commands if other == program for word in args]
             flags = {word.partition("=")[0] for word in words if word.startswith("--")}
             assert not [flag for flag in flags if flag not in done.stdout], program

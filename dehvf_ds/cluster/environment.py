@@ -216,11 +216,11 @@ def check_backbone(what: str, source: str) -> Line | str:
         found = f"{source}: no directory, not in the hub's cache"
         try:
             HfApi().model_info(source, timeout=5)
-        except (OfflineModeIsEnabled, RepositoryNotFoundError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            return Line("FAIL", what, f"{found}, and not on the hub: {reason}", "copy it here")
-        except Exception as error:  # a slow hub may answer the run
+        except Exception as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            if isinstance(error, OfflineModeIsEnabled | RepositoryNotFoundError):
+                return Line("FAIL", what, f"{found}, and not on the hub: {reason}", "copy it here")
+            # A slow hub may answer the run.
             return Line("warn", what, f"{found}; the hub does not answer: {reason}", "copy it here")
         return Line("warn", what, found, "a run will download it")
     from dehvf_ds.model.backbones import load_backbone_config

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_model
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from dehvf_ds.batch import IGNORE_INDEX, Batch
+from dehvf_ds.batch import Batch
 from dehvf_ds.config import DataConfig, RunConfig, UnsupervisedError, UserError
 from dehvf_ds.distributed import World, all_reduce_sum, gather_to_main, init_process_group, on_main
 from dehvf_ds.model import DehvfConfig
@@ -171,12 +171,7 @@ def check_supervised(batches: Sequence[Batch], world: World, data: DataConfig) -
     rows, unsupervised, empty = map(int, all_reduce_sum([float(count) for count in counts], world.device))
     if not unsupervised:
         return None
-    keys = [
-        batch.keys[row]
-        for batch in batches
-        for row, labels in enumerate(batch.labels)
-        if not (labels[1:] != IGNORE_INDEX).any()
-    ]
+    keys = [batch.keys[row] for batch in batches for row in batch.unsupervised_rows()]
     keys = gather_to_main(keys, world)
     first = on_main(world, lambda: keys[0])
     line = (
