@@ -12,10 +12,10 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
 help:
 	@echo "make demo    prepare, train, evaluate, export and show the demo (about 20 minutes on two CPU cores)"
-	@echo "make test    install and run the tests (about 8 minutes on two CPU cores)"
-	@echo "make test-long  the rest: kills, faults of ranks, rehearsals of the GPU's benchmark (some four minutes)"
+	@echo "make test    install and run the tests (about 7 minutes on two CPU cores)"
+	@echo "make test-long  the rest: kills, faults of ranks, rehearsals of the GPU's benchmark (some two minutes)"
 	@echo "make test-gpu   what needs a GPU (skips where there is none; some four minutes)"
-	@echo "make test-slurm  the job scripts on a SLURM of two nodes, started here (root; some six minutes)"
+	@echo "make test-slurm  the job scripts on a SLURM of two nodes, started here (root; some seven minutes)"
 	@echo "make check   ruff, pyright, import-linter, shellcheck"
 
 # --- set-up ---
@@ -91,7 +91,7 @@ test-slurm: $(INSTALLED)
 	fi
 	$(BIN)/python -m pytest -rs tests/slurm
 
-# Kills a two-rank run at 20 moments and compares it with one that was never killed; some seven minutes.
+# Kills a two-rank run at 20 moments and compares it with one that was never killed; some two minutes.
 chaos: $(INSTALLED)
 	CHAOS_KILLS=20 $(BIN)/python -m pytest -s tests/training/test_chaos.py
 
