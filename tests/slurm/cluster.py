@@ -111,20 +111,25 @@ class Cluster:
 
     def kill_node(self, name: str) -> None:
         """Ends a node: its daemon, its step managers, its tasks. Others find their connections broken."""
-        self._lose_node(name, signal.SIGKILL)
+        # Frozen before, they die at once as far as anybody can tell: srun's second process, for one, ends the
+        # step on every node if it sees srun die.
+        self.cut_off_node(name)
+        _send(self._frozen.pop(name), signal.SIGKILL)
 
     def cut_off_node(self, name: str) -> None:
         """Freezes a node, as a power cut does for others: their connections to it stand, in silence."""
-        self._frozen[name] = self._lose_node(name, signal.SIGSTOP)
-
-    def _lose_node(self, name: str, number: signal.Signals) -> set[int]:
         daemon = self._daemons.pop(name)
         daemon.kill()
         daemon.wait()
+        frozen: set[int] = set()
+        while found := self._on_node(name) - frozen:
+            _send(found, signal.SIGSTOP)
+            frozen |= found
+        self._frozen[name] = frozen
+
+    def _on_node(self, name: str) -> set[int]:
         tasks = _processes(f"SLURMD_NODENAME={name}")
-        managers = {parent for parent in map(_parent, tasks) if "slurmstepd" in _command(parent)}
-        _send(tasks | managers, number)
-        return tasks | managers
+        return tasks | {parent for parent in map(_parent, tasks) if "slurmstepd" in _command(parent)}
 
     def signal_ranks(self, number: signal.Signals) -> None:
         """Signals the first process of every task alone, as SLURM does with proctrack/cgroup."""
