@@ -8,7 +8,7 @@ DATA := demo_data
 # Twice quiet: errors alone. What pip warns of is the machine's set-up, not ours.
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
-.PHONY: demo test test-long test-gpu test-slurm chaos check format clean help
+.PHONY: demo test test-long test-gpu test-slurm chaos bench check format clean help
 
 help:
 	@echo "make demo    prepare, train, evaluate, export and show the demo (about 20 minutes on two CPU cores)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-long  the rest: kills, faults of ranks, rehearsals of the GPU's benchmark (some two minutes)"
 	@echo "make test-gpu   what needs a GPU (skips where there is none; some four minutes)"
 	@echo "make test-slurm  the job scripts on a SLURM of two nodes, started here (root; some seven minutes)"
+	@echo "make bench   run the benchmarks of benchmarks/RESULTS.md and write their output there (some hours; nothing beside it)"
 	@echo "make check   ruff, pyright, import-linter, shellcheck"
 
 # --- set-up ---
@@ -94,6 +95,9 @@ test-slurm: $(INSTALLED)
 # Kills a two-rank run at 20 moments and compares it with one that was never killed; some two minutes.
 chaos: $(INSTALLED)
 	CHAOS_KILLS=20 $(BIN)/python -m pytest -s tests/training/test_chaos.py
+
+bench: $(DATA)/backbones/.done $(DATA)/scenes/.done
+	$(BIN)/python benchmarks/results.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
