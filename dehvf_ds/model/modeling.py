@@ -153,7 +153,9 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         needed = (self.reader.key_positions, self.reader.value_positions, *(ffn.scale_in for ffn in ffns))
         if memory.ndim == 5 or any(p.is_meta or not p.numel() for p in needed):
             return memory
-        scales = ([getattr(ffn, name).to(memory.device) for ffn in ffns] for name in ("scale_in", "scale_out"))
+        scales = (
+            [getattr(ffn, name).to(memory.device) for ffn in ffns] for name in ("scale_in", "scale_out")
+        )
         return self.reader.prepare(memory, *map(torch.stack, scales))
 
     def set_memory(self, memory: Float[Tensor, "batch layers *slots rank"] | None) -> None:
