@@ -39,7 +39,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--static", action="store_true", help="static cache; compiled steps on a GPU")
-    parser.add_argument("--captions", help="shards to caption with --model, 1 to 32 rows a batch")
+    parser.add_argument("--captions", help="shards whose first pictures are captioned by --model")
+    parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--profile", action="store_true", help="print where the merged model spends its time")
     args = parser.parse_args()
     if args.captions:
@@ -94,13 +95,13 @@ def captions_per_second(args: argparse.Namespace) -> None:
         prompt=trained.config.prompt,
         scienceqa=ScienceqaConfig(),
     )
-    num_rows = min(32, questions.num_rows)
+    num_rows = min(args.pictures, questions.num_rows)
 
     def ask_all(rows: int) -> None:
         for group in in_batches(range(num_rows), rows):
             questions.ask(model, group)
 
-    runs = {str(rows): lambda rows=rows: ask_all(rows) for rows in (1, 8, 16, 32)}
+    runs = {str(rows): lambda rows=rows: ask_all(rows) for rows in (1, 4, 16, 32) if rows <= num_rows}
     rounds = list(seconds_in_turn(runs, args.pairs))
     for name in runs:
         told = median_and_range([num_rows / seconds[name] for seconds in rounds])
