@@ -115,7 +115,7 @@ def random_model(
     with torch.device("meta"):
         model = DehvfForConditionalGeneration(config)
     if not tower:
-        del model.vision_tower
+        delattr(model, "vision_tower")
     model = model.to(dtype).to_empty(device=device)
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:

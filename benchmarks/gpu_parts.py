@@ -362,9 +362,9 @@ def decode(
     }
     if compiled:
         # A rehearsal traces the step and generates no code.
-        config_of_compile = CompileConfig() if session.on_gpu else CompileConfig(backend="eager", mode=None)  # pyright: ignore[reportArgumentType]
-        config_of_compile._compile_all_devices = True
-        given |= {"cache_implementation": "static", "compile_config": config_of_compile}
+        step_config = CompileConfig() if session.on_gpu else CompileConfig(backend="eager", mode=None)
+        step_config._compile_all_devices = True
+        given |= {"cache_implementation": "static", "compile_config": step_config}
     runs = {
         "tokens_per_s": lambda: merged.generate(ids, pixels, **given),
         "bare_tokens_per_s": lambda: bare.generate(ids, **given),  # pyright: ignore[reportCallIssue]
@@ -469,7 +469,8 @@ def decoding_and_profile(session: Session, _: str) -> None:
         if not models:
             models.append(build(session, "7B", "ffn", lora=False).eval())
             models.append(without_pictures(models[0]))
-        return decode(session, *models, batch, compiled=compiled)
+        merged, bare = models
+        return decode(session, merged, bare, batch, compiled=compiled)
 
     # Compiling takes a minute or two a model, so it comes last.
     for way, compiled, needs_s in (("", False, 30), (", static cache, compiled", True, 180)):

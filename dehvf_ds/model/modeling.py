@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -213,8 +214,9 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs = {"inputs_embeds": embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         if wanted is None or supervised is None:
             kwargs.pop("return_dict", None)  # it is always one
-            if logits_to_keep and embeds.shape[1] > 1 and self.language_model._supports_logits_to_keep():
-                kwargs["logits_to_keep"] = logits_to_keep
+            if logits_to_keep and embeds.shape[1] > 1:
+                accepted = inspect.signature(self.language_model.forward).parameters
+                kwargs |= {"logits_to_keep": logits_to_keep} if "logits_to_keep" in accepted else {}
             out = self.language_model(**inputs, past_key_values=past_key_values, **kwargs)
             return DehvfOutput(
                 logits=out.logits,
