@@ -2,18 +2,28 @@
 
     python benchmarks/decode.py [--layers 4] [--batch 1]      # layers of LLaMA-13B's shape, random weights
     python benchmarks/decode.py --model MERGED_DIR             # an export of tools/merge_adapters.py
+    python benchmarks/decode.py --model MERGED_DIR --captions demo_data/scenes/shards/test     # captions/s
 
 Pictures are encoded before: what is timed is greedy decoding alone, prompt included. The random model has a
 vocabulary of 1,000, so that nothing but the layers takes time. Prints tokens/s of each pair and their ratio.
+--static decodes with transformers' static cache, which on a GPU compiles the step; --captions times what
+eval.py does with its batches, from reading the pictures to the texts.
 """
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 from bench import DTYPES, flags, median_and_range, print_profile, seconds_in_turn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig
 
+from dehvf_ds.config import ScienceqaConfig
+from dehvf_ds.data.collate import build_image_transform, load_tokenizer
+from dehvf_ds.evaluation.dataset import open_questions
+from dehvf_ds.evaluation.predict import in_batches
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
+from dehvf_ds.model.adapter import find_trained
 from dehvf_ds.planning.plan import BACKBONES
 
 
@@ -28,8 +38,14 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--static", action="store_true", help="static cache; compiled steps on a GPU")
+    parser.add_argument("--captions", help="shards whose first pictures are captioned by --model")
+    parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--profile", action="store_true", help="print where the merged model spends its time")
     args = parser.parse_args()
+    if args.captions:
+        captions_per_second(args)
+        return
     dtype = DTYPES[args.dtype]
     if args.model:
         merged = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype)
@@ -50,6 +66,7 @@ def main() -> None:
         "max_new_tokens": args.new_tokens,
         "do_sample": False,
         "pad_token_id": 0,
+        "cache_implementation": "static" if args.static else None,
     }
     runs = {
         "bare": lambda: bare.generate(ids, **given),  # pyright: ignore[reportCallIssue]
@@ -66,12 +83,39 @@ def main() -> None:
     print(f"merged / bare: {median_and_range(ratios)}")
 
 
+def captions_per_second(args: argparse.Namespace) -> None:
+    """Captions a second of the evaluation's own code, for each number of rows a batch, in turn."""
+    trained = find_trained(args.model)
+    model = trained.load(args.dtype, device=args.device)
+    questions = open_questions(
+        args.captions,
+        "caption",
+        load_tokenizer(trained.tokenizer_source),
+        build_image_transform(trained.processor_source, trained.config.image_size),
+        prompt=trained.config.prompt,
+        scienceqa=ScienceqaConfig(),
+    )
+    num_rows = min(args.pictures, questions.num_rows)
+
+    def ask_all(rows: int) -> None:
+        for group in in_batches(range(num_rows), rows):
+            questions.ask(model, group)
+
+    runs = {str(rows): lambda rows=rows: ask_all(rows) for rows in (1, 4, 16, 32) if rows <= num_rows}
+    rounds = list(seconds_in_turn(runs, args.pairs))
+    for name in runs:
+        told = median_and_range([num_rows / seconds[name] for seconds in rounds])
+        print(f"{name} rows a batch: {told} captions/s", flush=True)
+
+
 def random_model(
-    config: DehvfConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+    config: DehvfConfig, dtype: torch.dtype, device: torch.device | str = "cpu", *, tower: bool = True
 ) -> DehvfForConditionalGeneration:
-    """Random weights of a configuration's shapes, made where they are to lie."""
+    """Random weights of a configuration's shapes, made where they are to lie; with or without a tower."""
     with torch.device("meta"):
         model = DehvfForConditionalGeneration(config)
+    if not tower:
+        delattr(model, "vision_tower")
     model = model.to(dtype).to_empty(device=device)
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from bench import LORA, REPOSITORY, random_batch, run_config, seconds_in_turn
 from decode import random_model, without_pictures
 from gpu import append
 from torch.autograd import DeviceType
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
+from transformers import CLIPVisionConfig, CompileConfig, LlamaConfig, PreTrainedConfig
 
 from dehvf_ds.batch import Batch
 from dehvf_ds.distributed import init_process_group, read_world
@@ -337,9 +338,17 @@ def largest_rows(session: Session, training: Training) -> Found:
 
 @torch.inference_mode()
 def decode(
-    session: Session, merged: DehvfForConditionalGeneration, bare: torch.nn.Module, batch: int
+    session: Session,
+    merged: DehvfForConditionalGeneration,
+    bare: torch.nn.Module,
+    batch: int,
+    *,
+    compiled: bool,
 ) -> Found:
-    """Greedy decoding, prompt and picture included, in turn with the bare model."""
+    """Greedy decoding, prompt and picture included, in turn with the bare model.
+
+    ``compiled`` is transformers' own way: a static cache and a compiled step, in CUDA graphs.
+    """
     config, new_tokens = merged.config, session.sizes.new_tokens
     ids = torch.randint(5, config.text_config.vocab_size, (batch, 16), device=session.device)
     side = config.image_size
@@ -351,6 +360,11 @@ def decode(
         "do_sample": False,
         "pad_token_id": 0,
     }
+    if compiled:
+        # A rehearsal traces the step and generates no code.
+        step_config = CompileConfig() if session.on_gpu else CompileConfig(backend="eager", mode=None)
+        step_config._compile_all_devices = True
+        given |= {"cache_implementation": "static", "compile_config": step_config}
     runs = {
         "tokens_per_s": lambda: merged.generate(ids, pixels, **given),
         "bare_tokens_per_s": lambda: bare.generate(ids, **given),  # pyright: ignore[reportCallIssue]
@@ -451,14 +465,18 @@ def decoding_and_profile(session: Session, _: str) -> None:
     session.part(f"{name}, profile", profile, needs_s=30)
     models: list[Any] = []
 
-    def run(batch: int) -> Found:
+    def run(batch: int, compiled: bool) -> Found:
         if not models:
             models.append(build(session, "7B", "ffn", lora=False).eval())
             models.append(without_pictures(models[0]))
-        return decode(session, *models, batch)
+        merged, bare = models
+        return decode(session, merged, bare, batch, compiled=compiled)
 
-    for batch in session.sizes.decode_batches:
-        session.part("7B ffn merged, greedy", lambda batch=batch: run(batch), needs_s=30)
+    # Compiling takes a minute or two a model, so it comes last.
+    for way, compiled, needs_s in (("", False, 30), (", static cache, compiled", True, 180)):
+        for batch in session.sizes.decode_batches:
+            part = partial(run, batch, compiled)
+            session.part(f"7B ffn merged, greedy{way}", part, needs_s=needs_s)
 
 
 def largest_micro_batches(session: Session, _: str) -> None:

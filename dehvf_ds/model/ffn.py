@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,15 @@ def decoder_layers(language_model: PreTrainedModel) -> list[Any]:
     return layers
 
 
+class KeysAndValues(NamedTuple):
+    """A layer's prepared memory in the form in which decoding reads it, see ``MemoryReader.split``."""
+
+    keys: Float[Tensor, "batch rank slots"]
+    values: Float[Tensor, "batch slots rank"]
+    least_norm: Float[Tensor, ""] | None
+    """``QUERY_EPS`` as a norm: queries are left as they are and scores are divided by their norms"""
+
+
 class MemoryReader(nn.Module):
     """The parameters that all LLM layers read their memory with: query and output maps, position memory.
 
@@ -62,7 +71,7 @@ class MemoryReader(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch tokens dim"],
-        memory: Float[Tensor, "batch *2 slots rank"],
+        memory: Float[Tensor, "batch slots rank"] | KeysAndValues,
         scale_in: Float[Tensor, " rank"],
         scale_out: Float[Tensor, " rank"],
     ) -> Float[Tensor, "batch tokens dim"]:
@@ -75,25 +84,51 @@ class MemoryReader(nn.Module):
         [slots, dim] matrices. x W_q is normalised so that the spread of the scores does not depend on the
         LLM: the inputs of an FFN have an RMS of 0.14 in SmolLM2 and of several in other LLMs.
 
-        ``memory`` may be the output of ``prepare``, which halves the operations a token.
+        A prepared ``memory`` holds the scales already, which halves the operations a token.
         """
-        query = F.rms_norm(x @ self.w_query, self.w_query.shape[-1:], eps=QUERY_EPS)
-        if memory.ndim == 4:
-            keys, values = memory.unbind(dim=1)
-            return F.silu(query @ keys.transpose(1, 2)) @ values @ self.w_out
-        query = query * scale_in
+        query = x @ self.w_query
+        if isinstance(memory, KeysAndValues):
+            return self._read_prepared(query, memory) @ self.w_out
+        query = F.rms_norm(query, self.w_query.shape[-1:], eps=QUERY_EPS) * scale_in
         scores = query @ (memory + self.key_positions).transpose(1, 2) * memory.shape[-1] ** -0.5
         read = F.silu(scores) @ (memory + self.value_positions)
         return (read * scale_out) @ self.w_out
 
+    def _read_prepared(self, query: Tensor, memory: KeysAndValues) -> Tensor:
+        keys, values, least_norm = memory
+        if least_norm is None:
+            scores = torch.bmm(F.rms_norm(query, query.shape[-1:], eps=QUERY_EPS), keys)
+        else:
+            norms = torch.linalg.vector_norm(query, dim=-1, keepdim=True)
+            scores = torch.bmm(query, keys) / torch.hypot(norms, least_norm)
+        return torch.bmm(F.silu(scores), values)
+
     def prepare(
-        self, memory: Float[Tensor, "batch slots rank"], scale_in: Tensor, scale_out: Tensor
-    ) -> Float[Tensor, "batch 2 slots rank"]:
+        self,
+        memory: Float[Tensor, "batch *layers slots rank"],
+        scale_in: Float[Tensor, "*layers rank"],
+        scale_out: Float[Tensor, "*layers rank"],
+    ) -> Float[Tensor, "batch *layers 2 slots rank"]:
         """Keys (S + P_k) * a / sqrt(r) and values (S + P_v) * b, for decoding."""
         to = memory.device
-        keys = (memory + self.key_positions.to(to)) * (scale_in.to(to) * memory.shape[-1] ** -0.5)
-        values = (memory + self.value_positions.to(to)) * scale_out.to(to)
-        return torch.stack([keys, values], dim=1)
+        scale_keys = (scale_in.to(to) * memory.shape[-1] ** -0.5)[..., None, :]
+        keys = (memory + self.key_positions.to(to)) * scale_keys
+        values = (memory + self.value_positions.to(to)) * scale_out.to(to)[..., None, :]
+        return torch.stack([keys, values], dim=-3)
+
+    @staticmethod
+    def split(prepared: Float[Tensor, "batch 2 slots rank"]) -> KeysAndValues:
+        """One layer's prepared memory as it is read: once for all tokens, not for each.
+
+        On the CPU ``rms_norm`` is seven operations; in fp32, which cannot overflow, the scores are divided by
+        the queries' norms instead, and the keys take the sqrt(r) that is between norm and RMS.
+        """
+        keys, values = prepared.unbind(dim=1)
+        if not keys.is_cpu or keys.dtype != torch.float32:
+            return KeysAndValues(keys.transpose(1, 2), values, None)
+        rank = keys.shape[-1]
+        least_norm = keys.new_tensor((rank * QUERY_EPS) ** 0.5)
+        return KeysAndValues(keys.transpose(1, 2).contiguous() * rank**0.5, values, least_norm)
 
 
 class VisualFFN(nn.Module):
@@ -109,7 +144,7 @@ class VisualFFN(nn.Module):
         self.scale_in = nn.Parameter(torch.full((rank,), SCORE_SPREAD))
         self.scale_out = nn.Parameter(torch.full((rank,), READ_SIZE * num_slots**-0.5))
         self._reader = (reader,)
-        self.memory: Tensor | None = None
+        self.memory: Tensor | KeysAndValues | None = None
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
         """Adds the visual branch to the layer's FFN."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
         if config.lora is not None:
             add_lora(self.language_model, config.lora)
+        self._memory: Tensor | None = None
         if config.fusion == "ffn":
             self.projector = Projector(vision_dim, config.rank)
             self.fuser = HierarchicalFuser(
@@ -152,16 +154,22 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         needed = (self.reader.key_positions, self.reader.value_positions, *(ffn.scale_in for ffn in ffns))
         if memory.ndim == 5 or any(p.is_meta or not p.numel() for p in needed):
             return memory
-        layers = zip(ffns, memory.unbind(dim=1), strict=True)
-        return torch.stack([self.reader.prepare(one, f.scale_in, f.scale_out) for f, one in layers], dim=1)
+        scales = (
+            [getattr(ffn, name).to(memory.device) for ffn in ffns] for name in ("scale_in", "scale_out")
+        )
+        return self.reader.prepare(memory, *map(torch.stack, scales))
 
     def set_memory(self, memory: Float[Tensor, "batch layers *slots rank"] | None) -> None:
         """Sets each layer's memory, prepared or not, until the next call."""
+        # The steps of a generation all pass the same; with gradients, views must be made anew.
+        if memory is not None and memory is self._memory and not torch.is_grad_enabled():
+            return
+        self._memory = memory
         layers = decoder_layers(self.language_model)
         # unbind: the backward of indexing would fill a tensor of the whole size for each layer.
         slices = [None] * len(layers) if memory is None else memory.unbind(dim=1)
-        for layer, memory_of_layer in zip(layers, slices, strict=True):
-            layer.mlp.memory = memory_of_layer
+        for layer, one in zip(layers, slices, strict=True):
+            layer.mlp.memory = self.reader.split(one) if one is not None and one.ndim == 4 else one
 
     def forward(
         self,
@@ -175,10 +183,12 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds: Float[Tensor, "batch tokens dim"] | None = None,
         position_ids: Int[Tensor, "batch tokens"] | None = None,
         supervised: Int[Tensor, " chosen"] | None = None,
+        logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> DehvfOutput:
-        """Returns losses only if ``labels`` are passed, else logits at every position.
+        """Returns losses only if ``labels`` are passed, else logits at the last ``logits_to_keep`` positions.
 
+        0 keeps all. ``generate`` keeps one: a prompt's others would be as large as prompt times vocabulary.
         ``supervised`` holds the positions whose logits make the loss, each one before its label, as indices
         into the flattened rows; without it the host waits for the GPU. ``visual_memory``, prepared or not,
         may replace ``pixel_values``. Without ``has_image`` every row has a picture.
@@ -204,6 +214,9 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs = {"inputs_embeds": embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         if wanted is None or supervised is None:
             kwargs.pop("return_dict", None)  # it is always one
+            if logits_to_keep and embeds.shape[1] > 1:
+                accepted = inspect.signature(self.language_model.forward).parameters
+                kwargs |= {"logits_to_keep": logits_to_keep} if "logits_to_keep" in accepted else {}
             out = self.language_model(**inputs, past_key_values=past_key_values, **kwargs)
             return DehvfOutput(
                 logits=out.logits,

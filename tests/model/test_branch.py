@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dehvf_ds.model.features import HierarchicalFuser
-from dehvf_ds.model.ffn import MemoryReader, VisualFFN
+from dehvf_ds.model.ffn import KeysAndValues, MemoryReader, VisualFFN
 
 BATCH, TOKENS, DIM, LAYERS, LEVELS, SLOTS, WIDTH, RANK = 3, 5, 24, 4, 5, 7, 16, 6
 
@@ -93,13 +93,21 @@ def test_rank_space_equals_the_materialised_ffn_memory_forward_and_backward() ->
 
 def test_a_prepared_memory_and_inputs_of_any_size_are_read_alike() -> None:
     reader, given = build_reader()
-    expected = reader(**given)
     prepared = reader.prepare(given["memory"], given["scale_in"], given["scale_out"])
     assert prepared.shape == (BATCH, 2, SLOTS, RANK)
-    torch.testing.assert_close(reader(**given | {"memory": prepared}), expected, rtol=1e-5, atol=1e-5)
-    for size in (0.01, 0.14, 40.0):
-        found = reader(**given | {"x": given["x"] * size})
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    keys, values = prepared.unbind(dim=1)
+    # As on the CPU, and as elsewhere and in half precision.
+    divided, normalised = reader.split(prepared), KeysAndValues(keys.transpose(1, 2), values, None)
+    assert divided.least_norm is not None
+    assert reader.split(prepared.bfloat16()).least_norm is None
+    for size in (0.0, 1e-5, 1e-3, 0.14, 1.0, 40.0):
+        x = given["x"] * size
+        expected = reader(**given | {"x": x})
+        for memory in (divided, normalised):
+            found = reader(**given | {"x": x, "memory": memory})
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        if size >= 0.01:
+            torch.testing.assert_close(expected, reader(**given), rtol=1e-3, atol=1e-4)
 
 
 def test_rank_space_keeps_no_wide_memory_for_backward() -> None:

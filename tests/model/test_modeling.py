@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from tiny_artifacts import build_bases
 from tiny_models import LORA, build_model
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CompileConfig
 
 from dehvf_ds.batch import IGNORE_INDEX
 from dehvf_ds.model import ModelError, modeling
@@ -104,6 +106,56 @@ def test_memory_may_be_given_encoded_or_prepared(inputs, beams) -> None:
         assert torch.equal(model.generate(ids, visual_memory=memory, **settings), expected)
     logits = [model(ids, visual_memory=memory).logits for memory in (encoded, prepared)]
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    prepared.sum().backward()
+    assert all(ffn.scale_out.grad.norm() > 0 for ffn in (layer.mlp for layer in model.get_decoder().layers))
+
+
+def test_a_memory_set_without_gradients_gives_them_when_they_are_asked_for(inputs) -> None:
+    model = build_model(trained=True)
+    memory = model.encode_images(inputs["pixel_values"], None)[0].detach().requires_grad_()
+    with torch.no_grad():
+        model(inputs["input_ids"], visual_memory=memory)
+    model(inputs["input_ids"], visual_memory=memory).logits.sum().backward()
+    assert memory.grad.norm() > 0
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_generation_keeps_the_logits_of_the_last_position_alone(fusion: str, inputs) -> None:
+    model = build_model(fusion=fusion, trained=True)
+    given = {name: inputs[name] for name in ("input_ids", "pixel_values", "has_image")}
+    kept = model(**given, logits_to_keep=2).logits
+    assert kept.shape[1] == 2
+    torch.testing.assert_close(kept, model(**given).logits[:, -2:])
+    shapes = []
+    model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: shapes.append(out.shape[1]))
+    model.generate(**given, max_new_tokens=3, eos_token_id=None, pad_token_id=0)
+    assert shapes == [1, 1, 1]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_static_cache_and_a_compiled_step_give_the_same_tokens(fusion: str, inputs) -> None:
+    model = build_model(fusion=fusion, trained=True)
+    given = {name: inputs[name] for name in ("input_ids", "pixel_values", "has_image")}
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[1, :3] = 0
+    given |= {"attention_mask": mask, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(**given)
+    graphs = []
+
+    def trace(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = CompileConfig(fullgraph=True, backend=trace, mode=None)
+    compiled._compile_all_devices = True
+    static = {"cache_implementation": "static"}
+    for settings in (static, static | {"compile_config": compiled}):
+        assert torch.equal(model.generate(**given, **settings), expected)
+    given["pixel_values"] = torch.randn_like(given["pixel_values"])
+    others = model.generate(**given)
+    assert torch.equal(others, expected) == (fusion == "none")
+    assert torch.equal(model.generate(**given, **static, compile_config=compiled), others)
+    assert len(graphs) == 1, "one graph for every token and picture"
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
