@@ -26,7 +26,7 @@ from dehvf_ds.training.step import train_step
 
 
 def main(argv: list[str]) -> None:
-    """Parses the flags, builds the three, takes the rounds."""
+    """Parses the flags, builds the variants, takes the rounds."""
     parser = flags(__doc__, backbones=True)
     parser.add_argument(
         "variants",
