@@ -134,7 +134,7 @@ def estimate(
 ) -> Estimate:
     """One configuration's numbers, with ``accumulation`` micro-steps in an optimizer step."""
     micro_s = step.flops / (GPUS[place.gpu].peak_flops * place.mfu)
-    elements = gathered_elements(parameters, sharding, step.checkpointing)
+    elements = gathered_elements(parameters, sharding)
     gathered = elements * sharding.element_bytes * (1 - 1 / sharding.gather_ranks)
     # With hpZ frozen weights never travel between nodes, since their second copy never expires.
     gather_s = ring_s(gathered, place, 1 if sharding.gather_ranks < sharding.world else place.nodes)
@@ -164,17 +164,17 @@ def estimate(
     )
 
 
-def gathered_elements(parameters: Parameters, sharding: Sharding, checkpointing: bool) -> int:
-    """Frozen elements that a micro-step gathers.
+def gathered_elements(parameters: Parameters, sharding: Sharding) -> int:
+    """Frozen elements that a micro-step gathers, with recomputation or without.
 
-    Tower and decoder in forward; in backward the decoder, except what was kept. Recomputation always gathers
-    the decoder once more, since DeepSpeed releases a recomputed layer's weights before its own backward.
+    Tower and decoder in forward; in backward the decoder, except what was kept. A layer is gathered whole
+    before its backward, so its recomputation finds all of it.
     """
     if not sharding.gathers:
         return 0
     language = parameters.language - parameters.persistent_language
     backward = max(0, language - sharding.kept_at_turn)
-    return parameters.partitioned + backward + (language if checkpointing else 0)
+    return parameters.partitioned + backward
 
 
 def ring_s(received_bytes: float, place: PlanConfig, nodes: int) -> float:

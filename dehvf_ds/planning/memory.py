@@ -22,6 +22,7 @@ from dehvf_ds.batch import Batch
 from dehvf_ds.config import UserError
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
 from dehvf_ds.training.deepspeed_json import compute_dtype
+from dehvf_ds.training.zero import gathered_units
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -202,6 +203,8 @@ class Parameters:
     """the FFN adapters' part of the trainable ones"""
     largest: int
     """of the largest frozen tensor"""
+    unit: int
+    """frozen elements of the largest layer, which is gathered at once"""
     persistent_language: int
     """the decoder's in tensors so small that ZeRO-3 keeps them whole"""
     persistent_tower: int
@@ -223,12 +226,16 @@ def count_parameters(model: DehvfForConditionalGeneration, persistence_threshold
     frozen = {name: p.numel() for name, p in model.named_parameters() if name not in trainable}
     language = [n for name, n in frozen.items() if name.startswith("language_model.")]
     tower = [n for name, n in frozen.items() if not name.startswith("language_model.")]
+    units = [
+        sum(p.numel() for p in unit.parameters() if not p.requires_grad) for unit in gathered_units(model)
+    ]
     return Parameters(
         language=sum(language),
         tower=sum(tower),
         trainable=sum(trainable.values()),
         lora=sum(n for name, n in trainable.items() if ".lora_" in name),
         largest=max(frozen.values()),
+        unit=max(units),
         persistent_language=sum(n for n in language if n <= persistence_threshold),
         persistent_tower=sum(n for n in tower if n <= persistence_threshold),
     )
@@ -287,11 +294,11 @@ class Sharding:
     def kept_at_turn(self) -> int:
         """Gathered elements that are kept from the end of a forward for the backward.
 
-        Half of the reuse distance, since it counts the layers above twice; with prefetching, all that may be
-        live, since it runs ahead up to that limit, and what is gathered by then is not released.
+        With prefetching it is at least all that may be live, since DeepSpeed runs ahead up to that limit and
+        does not release what is gathered by then.
         """
         live = self.zero.max_live_parameters if self.zero.prefetch_bucket_size else 0
-        return max(live, self.zero.max_reuse_distance // 2)
+        return max(live, self.zero.max_reuse_distance)
 
     def frozen_bytes(self, numel: int, persistent: int) -> int:
         """Frozen parameters on one GPU between steps; under ZeRO-3 ``persistent`` of them are whole, too."""
@@ -323,11 +330,14 @@ def passing_bytes(parameters: Parameters, sharding: Sharding) -> dict[str, int]:
     """What one GPU holds in addition during a step, without activations.
 
     Gradients are whole in the compute dtype; the shard's are summed in fp32 and copied at the step. Whole
-    tensors are gathered until the limit is exceeded; one bucket exists twice while it is unpacked.
+    tensors are gathered until the limit is exceeded; a layer exists twice while it is unpacked.
     """
     p, size, share = parameters, sharding.element_bytes, math.ceil(parameters.trainable / sharding.world)
     gathered = min(p.partitioned, sharding.kept_at_turn + p.largest)
-    gathered += min(p.partitioned, sharding.zero.prefetch_bucket_size)
+    copied = p.unit
+    if "prefetch_bucket_size" in sharding.zero.model_fields_set:
+        copied = max(copied, sharding.zero.prefetch_bucket_size)
+    gathered += min(p.partitioned, copied)
     return {
         "gradients": p.trainable * size + share * 2 * FP32_BYTES,
         "gathered parameters": gathered * size if sharding.gathers else 0,

@@ -56,7 +56,7 @@ SUPPORTED: Mapping[str, _Kind] = {
         (_SWITCH, _ZERO, "log_trace_cache_warnings enable_sanity_checks"),
         (_NUMBER, _ZERO, "reduce_bucket_size stage3_prefetch_bucket_size stage3_max_reuse_distance"),
         (_NUMBER, _ZERO, "stage3_param_persistence_threshold stage3_model_persistence_threshold"),
-        (_NUMBER, _ZERO, "stage3_max_live_parameters stage3_module_granularity_threshold"),
+        (_NUMBER, _ZERO, "stage3_max_live_parameters"),
         (_COUNT, _ZERO, "zero_hpz_partition_size sub_group_size allgather_bucket_size"),
         (_DEVICE, _OFFLOAD, "device"),
         (_SWITCH, _OFFLOAD, "pin_memory"),
@@ -73,7 +73,7 @@ SUPPORTED: Mapping[str, _Kind] = {
 _SECTIONS = {key.rpartition(".")[0] for key in SUPPORTED}
 
 _FILLED = ("bf16.enabled", "zero_optimization.zero_hpz_partition_size")
-"""Keys whose ``auto`` is resolved here; elsewhere DeepSpeed's default is used, or ``auto`` refused."""
+"""Keys whose ``auto`` is resolved here; elsewhere the default is used, or ``auto`` refused."""
 
 _REFUSED: Mapping[str, str] = {
     section + key: reason
@@ -95,6 +95,8 @@ _REFUSED: Mapping[str, str] = {
         ("is not supported", "", "tensor_parallel expert_parallel elasticity checkpoint compile"),
         ("is not supported", "", "hybrid_engine"),
         ("is not supported", _ZERO, "offload_optimizer offload_param.nvme_path zero_quantized_gradients"),
+        ("is not needed: layers are gathered at once", _ZERO, "leaf_module"),
+        ("is not needed: layers are gathered at once", _ZERO, "stage3_module_granularity_threshold"),
         ("is not supported", "bf16.", "immediate_grad_update bf16_optimizer_states"),
         ("is not supported", "bf16.", "bf16_master_weights_and_grads"),
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration, ModelErro
 from dehvf_ds.model.adapter import find_adapter, load_adapter
 from dehvf_ds.model.backbones import build_config, load_model
 from dehvf_ds.training.deepspeed_json import compute_dtype
+from dehvf_ds.training.zero import gathered_units, numel
 
 
 def build_model_config(
@@ -100,7 +102,13 @@ def build_engine(
         lr=config.train.lr,
         betas=config.train.betas,
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    zero = ds_config["zero_optimization"]
+    if zero["stage"] == 3:
+        ds_config = ds_config | {"zero_optimization": _gather_by_unit(model) | zero}
+    with _reduction_by_parameter():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    if zero["stage"] == 3:
+        _keep_frozen_whole(engine)
     # DeepSpeed moves buffers to the device only where nothing is partitioned, and some versions cast them to
     # bf16; rotary frequencies must stay fp32.
     for name, buffer in buffers.items():
@@ -124,6 +132,48 @@ def _share_hpz_groups() -> None:
             create(group_size)
 
     groups._create_zero_param_parallel_group = create_once
+
+
+def _gather_by_unit(model: DehvfForConditionalGeneration) -> dict[str, int]:
+    """Has ZeRO-3 gather a decoder layer or a tower's block at once, with one pair of hooks.
+
+    Returns the setting that lets DeepSpeed gather one of them ahead of use, whole.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    units = gathered_units(model)
+    for unit in units:
+        set_z3_leaf_module(unit, True)
+    return {"stage3_prefetch_bucket_size": max(sum(map(numel, unit.parameters())) for unit in units)}
+
+
+@contextmanager
+def _reduction_by_parameter() -> Iterator[None]:
+    """Has ZeRO-3 take each gradient when it is there, also within units that are gathered at once.
+
+    DeepSpeed 0.19.8 takes a unit's in a backward hook of the module. Where no input of the module needs a
+    gradient (the first layer) it fires before there are any, and DeepSpeed puts zeros in their place.
+    """
+    from deepspeed.runtime.zero import stage3
+
+    own, stage3.z3_leaf_parameter = stage3.z3_leaf_parameter, lambda _: False
+    try:
+        yield
+    finally:
+        stage3.z3_leaf_parameter = own
+
+
+def _keep_frozen_whole(engine: Any) -> None:
+    """Leaves frozen weights alone that every rank keeps whole, being small.
+
+    DeepSpeed 0.19.8 partitions and gathers them in every step, like those that the step has changed.
+    """
+    from deepspeed.runtime.zero.partition_parameters import _init_external_params
+
+    others = nn.ParameterList(p for p in engine.module.parameters() if p.requires_grad or not p.ds_persist)
+    _init_external_params(others)
+    release = engine.optimizer.parameter_offload.get_param_coordinator().release_and_reset_all
+    engine.optimizer._partition_all_parameters = lambda: release(others)
 
 
 def learning_rate(step: int, config: TrainConfig, num_steps: int) -> float:

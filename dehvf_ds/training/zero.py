@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dehvf_ds.config import UserError
 from dehvf_ds.distributed import World
 from dehvf_ds.model import DehvfForConditionalGeneration
+from dehvf_ds.model.ffn import decoder_layers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
@@ -29,6 +30,15 @@ GATHERED_ELEMENTS = 100_000_000
 def numel(parameter: nn.Parameter) -> int:
     """Elements of a parameter, also where ZeRO-3 has partitioned it."""
     return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def gathered_units(model: DehvfForConditionalGeneration) -> list[nn.Module]:
+    """The modules whose weights ZeRO-3 gathers at once: decoder layers, and what a tower never splits."""
+    units: list[nn.Module] = decoder_layers(model.language_model)
+    if model.config.fusion != "none":
+        names = model.vision_tower._no_split_modules or ()
+        units += [module for module in model.vision_tower.modules() if type(module).__name__ in names]
+    return units
 
 
 # --- the optimizer's state ---

@@ -114,6 +114,8 @@ def test_what_is_switched_off_is_accepted(tmp_path: Path, off: dict) -> None:
         ({"fp16": {"enabled": "true"}}, "fp16 is not supported; enable bf16"),
         ({"compression_training": {"weight_quantization": {"a": 1}}}, "would change the frozen weights"),
         (zero(offload_optimizer={"device": "cpu"}), "offload_optimizer is not supported"),
+        (zero(stage3_module_granularity_threshold=10**6), "is not needed: layers are gathered at once"),
+        (zero(leaf_module={"classes": ["LlamaDecoderLayer"]}), "is not needed"),
         (zero(offload_param={"device": "nvme"}), 'is \'nvme\'; it must be "cpu" or "none"; nvme is not'),
         (zero(stage=2, offload_param={"device": "cpu"}), "needs stage 3, but the stage is 2"),
         # Values of another kind, which DeepSpeed may take for true.

@@ -35,12 +35,16 @@ def job(tmp_path_factory) -> Path:
 
 
 def run_deepspeed(job: Path, case: dict, zero: dict, *, ranks: int = 2, **more: Any) -> dict:
-    """What a DeepSpeed job found. Threshold 0 partitions every parameter, however small."""
+    """What a DeepSpeed job found. Threshold 0, the default here, partitions even the smallest parameter."""
     if zero["stage"] == 3:
-        zero = zero | {"stage3_param_persistence_threshold": 0}
+        zero = zero | {"stage3_param_persistence_threshold": case.get("threshold", 0)}
     (job / "ds.json").write_text(json.dumps({"zero_optimization": zero, **more}))
     run_ranks(WORKER, [str(job), json.dumps(case)], ranks)
-    return json.loads((job / "result.json").read_text())
+    result = json.loads((job / "result.json").read_text())
+    if zero["stage"] == 3:
+        # Hooks on a layer, none within it; and DeepSpeed knows the order of modules, so it gathers ahead.
+        assert (set(result["hooked"]), result["traced"]) == ({1}, True)
+    return result
 
 
 def run_plain(job: Path, case: dict) -> tuple[list[float], dict]:
@@ -76,6 +80,7 @@ CASES = {
         3,
         {"kind": "mixed", "micro_batch_size": 2, "router": "static"},
     ),
+    "zero3-small-weights-whole": (3, {"kind": "mixed", "micro_batch_size": 2, "threshold": 300}),
     "zero3-prefix-mixed-rows": (3, {"kind": "mixed", "micro_batch_size": 4, "fusion": "prefix"}),
     "zero2-accumulation-mixed-rows": (2, {"kind": "mixed", "micro_batch_size": 2}),
 }
@@ -91,6 +96,10 @@ def test_two_ranks_equal_plain_pytorch(job: Path, name: str) -> None:
     trained = torch.load(job / "trained.pt")
     assert result["losses"] == pytest.approx(expected, rel=1e-5)
     assert result["silent"] == []
+    if "threshold" in case:
+        # What is frozen and whole is not gathered again in a step; what is trained is.
+        assert result["stayed"] == [result["whole"], 0]
+        assert result["whole"] > 0
     assert trained.keys() == parameters.keys()
     for key, value in parameters.items():
         # By norm: where a gradient is rounding noise, Adam's step is that noise at full size.

@@ -88,7 +88,7 @@ def main(directory: Path, case: dict) -> None:
         set_learning_rate,
     )
     from dehvf_ds.training.step import train_step
-    from dehvf_ds.training.zero import full_model, gather_trainables
+    from dehvf_ds.training.zero import full_model, gather_trainables, gathered_units
 
     world = read_world()
     init_process_group(world)
@@ -98,7 +98,7 @@ def main(directory: Path, case: dict) -> None:
     micro_size, per_rank = config.train.micro_batch_size, GLOBAL_BATCH // world.size
     watch = GradientWatch(model.trainable_parameters())
     dtype = compute_dtype(ds_config)
-    losses, taken, found = [], [], {}
+    losses, taken, found, whole = [], [], {}, []
     for step in range(case["steps"]):
         set_learning_rate(engine.optimizer.param_groups, learning_rate(step, config.train, case["steps"]))
         rows = make_rows(step, case["kind"])
@@ -113,12 +113,26 @@ def main(directory: Path, case: dict) -> None:
         taken.append(engine.was_step_applied())
         if step == 0:
             found["silent"] = watch.finish()
+            # Held, so that whatever is gathered anew lies elsewhere.
+            whole = [(p, p.data) for p in model.parameters() if getattr(p, "ds_persist", False)]
     trained = gather_trainables(model.trainable_parameters())
     if world.is_main:
         torch.save(trained, directory / "trained.pt")
         buffers = sorted({str(b.dtype) for b in model.buffers() if b.is_floating_point()})
         secondary = groups._get_zero_param_intra_parallel_group()
         hpz = None if secondary is None else torch.distributed.get_world_size(secondary)
+        if ds_config["zero_optimization"]["stage"] == 3:
+            units = gathered_units(model)
+            hooked = [sum("pre_bwd_fn" in vars(m) for m in unit.modules()) for unit in units]
+            stayed = {p.requires_grad: 0 for p, _ in whole}
+            for parameter, data in whole:
+                stayed[parameter.requires_grad] += parameter.data_ptr() == data.data_ptr()
+            found |= {
+                "hooked": hooked,
+                "stayed": [stayed.get(trained) for trained in (False, True)],
+                "whole": sum(not p.requires_grad for p, _ in whole),
+                "traced": engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace(),
+            }
         found |= {"buffers": buffers, "losses": losses, "taken": taken, "hpz_ranks": hpz}
         (directory / "result.json").write_text(json.dumps(found))
 
