@@ -182,8 +182,8 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         ``supervised`` holds the positions whose logits make the loss, each one before its label, as indices
         into the flattened rows; without it the host waits for the GPU. ``visual_memory``, prepared or not,
-        may replace ``pixel_values``. Without ``has_image`` every row has a picture. ``picture`` is the number of
-        each row's picture, which is encoded once for all its rows; without it row i has picture i.
+        may replace ``pixel_values``. Without ``has_image`` every row has a picture. ``picture`` is the number
+        of each row's picture, which is encoded once for all of them; without it row i has picture i.
         """
         router_weights = wanted = None
         if labels is not None:
@@ -329,8 +329,8 @@ def _present(rows: Tensor, has_image: Tensor | None) -> Tensor:
 
 
 def _of_rows(
-    encoded: Float[Tensor, "pictures *rest"], picture: Int[Tensor, " batch"], has_image: Tensor | None
-) -> Float[Tensor, "batch *rest"]:
+    encoded: Float[Tensor, "pictures ..."], picture: Int[Tensor, " batch"], has_image: Tensor | None
+) -> Float[Tensor, "batch ..."]:
     """What was encoded of each row's picture; zeros for rows without one.
 
     A product with a one-hot matrix: on a GPU the gradient of indexing is summed in an order that varies.
