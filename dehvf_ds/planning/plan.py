@@ -103,7 +103,12 @@ def build_plan(config: RunConfig, place: PlanConfig) -> Plan:
     model = build_on_meta(model_config, dtype, checkpointing=train.activation_checkpointing)
     parameters = count_parameters(model, shardings[0].zero.param_persistence_threshold)
 
-    steps = {zero3: run_micro_step(model, batch, zero3=zero3) for zero3 in (True, False)}
+    captions = config.data.captions_together
+    if captions > 1:
+        notes.append(
+            f"time is planned with {captions} rows to a picture (data.captions_together), memory with one"
+        )
+    steps = {zero3: run_micro_step(model, batch, zero3=zero3).shared_by(captions) for zero3 in (True, False)}
     estimates = recomputed = [
         estimate(parameters, steps[s.strategy != "ZeRO-2"], s, place, accumulation=accumulation)
         for s in shardings
@@ -111,7 +116,7 @@ def build_plan(config: RunConfig, place: PlanConfig) -> Plan:
     if not train.activation_checkpointing:
         model = build_on_meta(model_config, dtype, checkpointing=True)
         # Also for ZeRO-2: the inputs that one layer keeps under ZeRO-3 are negligible.
-        step = run_micro_step(model, batch, zero3=True)
+        step = run_micro_step(model, batch, zero3=True).shared_by(captions)
         recomputed = [estimate(parameters, step, s, place, accumulation=accumulation) for s in shardings]
     return Plan(
         config=config,
@@ -157,10 +162,16 @@ def _divisible(config: RunConfig, world: int, notes: list[str]) -> RunConfig:
         raise UserError(
             f"train.global_batch_size {train.global_batch_size} is not a multiple of {world} GPUs"
         )
-    share = train.global_batch_size // world
+    share, captions = train.global_batch_size // world, config.data.captions_together
     if share % train.micro_batch_size == 0:
         return config
-    rows = next(n for n in range(min(share, train.micro_batch_size), 0, -1) if share % n == 0)
+    if share % captions:
+        raise UserError(
+            f"train.global_batch_size {train.global_batch_size} over {world} GPUs is not a multiple of "
+            f"data.captions_together {captions}"
+        )
+    most = min(share, train.micro_batch_size)
+    rows = next(n for n in range(most // captions * captions, 0, -captions) if share % n == 0)
     notes.append(
         f"train.micro_batch_size {train.micro_batch_size} x {world} GPUs does not divide "
         f"train.global_batch_size {train.global_batch_size}; planned with {rows}: start with "
