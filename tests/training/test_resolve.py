@@ -242,3 +242,11 @@ def test_rows_longer_than_the_decoder_has_positions_for(world, bases, values, mo
     message = f"data.max_tokens {most + 1} is more than .*llm has positions for; set it to {most} at most"
     refused(world, bases, message, *more, "--data.max_tokens", str(most + 1))
     look(world, bases, *more, "--data.max_tokens", str(most))
+
+
+def test_captions_that_stay_together_need_several_a_picture(world, alone) -> None:
+    together = ["--data.captions_together", "2"]
+    assert resolve(parse_run_config(arguments(world, "together", *together)), read_world()).notes() == []
+    problems = ["--data.task", "scienceqa", "--data.train", str(world / "scienceqa")]
+    (note,) = resolve(parse_run_config(arguments(world, "alone", *together, *problems)), read_world()).notes()
+    assert note.startswith("data.captions_together 2 has no effect: no row of ")
