@@ -95,7 +95,7 @@ def test_what_is_planned_otherwise_than_set_is_said(printed) -> None:
     together = ["--data.captions_together", "4", "--train.global_batch_size", "24", "--gpus-per-node", "2"]
     lines = printed(*together, "--train.micro_batch_size", "8")
     assert any("planned with 4: start with --train.micro_batch_size 4" in line for line in lines)
-    assert any("time is planned with 4 rows to a picture" in line for line in lines)
+    assert any("time is planned with 0.4 tower passes a row" in line for line in lines)
     for size, said in (("auto", False), (2, False), (4, True)):
         lines = printed("--nodes", "2", stage=3, zero_hpz_partition_size=size, reduce_bucket_size=10**9)
         assert values(lines, "gradient buckets") == pytest.approx([0.07, 3.73, 0.07, 0.15], abs=0.01)

@@ -116,7 +116,7 @@ class DataConfig:
     captions: Literal["all", "one"] = "all"
     """all makes a sample of every caption of a picture; one draws one caption an epoch"""
     captions_together: Positive = 1
-    """captions of a picture that stay together in a rank's micro-batch, which encodes it once for them"""
+    """up to so many captions of a picture stay in one micro-batch, which encodes it once for all of them"""
     scienceqa: ScienceqaConfig = field(default_factory=ScienceqaConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     max_tokens: Annotated[int, Field(ge=8, le=2**20)] = 128

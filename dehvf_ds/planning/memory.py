@@ -72,12 +72,12 @@ class MicroStep:
     tower_flops: int
     """the frozen tower's part"""
 
-    def shared_by(self, captions: int) -> MicroStep:
-        """The step where so many rows share each picture; memory stays, since some pictures have fewer rows.
+    def with_shared_pictures(self, passes: float) -> MicroStep:
+        """The step with so many tower passes a row; memory stays, since single micro-batches have more.
 
         What projector and fuser save is left out: one or two hundredths of that.
         """
-        tower_flops = self.tower_flops // captions
+        tower_flops = round(self.tower_flops * passes)
         return replace(self, flops=self.flops - self.tower_flops + tower_flops, tower_flops=tower_flops)
 
 

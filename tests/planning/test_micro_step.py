@@ -87,7 +87,7 @@ def test_a_picture_for_several_rows_costs_the_tower_once(fusion: str) -> None:
     own, shared = full_batch(config, ROWS, TOKENS), full_batch(config, ROWS, TOKENS)
     shared = replace(shared, pixel_values=shared.pixel_values[::4], picture=torch.arange(ROWS) // 4)
     model = build_on_meta(config)
-    planned = run_micro_step(model, own, zero3=True).shared_by(4)
+    planned = run_micro_step(model, own, zero3=True).with_shared_pictures(1 / 4)
     found = run_micro_step(model, shared, zero3=True)
     assert planned.tower_flops == found.tower_flops
     assert planned.flops == pytest.approx(found.flops, rel=0.02)
