@@ -139,7 +139,7 @@ class SampleOrder:
             epoch_length: examples of an epoch, all of them if None. If fewer, each epoch leaves out others,
                 one run of neighbours in each stream's order.
             bucketing: reorders inside each stream; the rows of a window of steps stay the same, and so does
-                each stream's number of rows in a step. Units are sorted by their longest row.
+                each stream's number of rows in a step. Groups of units are sorted by their longest row.
             units: what stays together. Units that do not fill a group are put together, and cut where that
                 fails: at the ends of blocks and, if its length is not a multiple of k, of an epoch.
         """
