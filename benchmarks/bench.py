@@ -61,9 +61,13 @@ def random_batch(
     vocab: int = 1000,
     image_size: int = 224,
     pictures: bool = True,
+    together: int = 1,
     seed: int = 0,
 ) -> Batch:
-    """Captions of random tokens with pictures of noise, fp32; rows are supervised but for the prompt."""
+    """Captions of random tokens with pictures of noise, fp32; rows are supervised but for the prompt.
+
+    ``together`` neighbouring rows share a picture.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(10, vocab, (rows, tokens), generator=generator)
     mask = (torch.arange(tokens)[None] < torch.tensor(lengths or [tokens] * rows)[:, None]).long()
@@ -74,7 +78,8 @@ def random_batch(
         input_ids=ids,
         attention_mask=mask,
         labels=labels,
-        pixel_values=picture.expand(rows, -1, -1, -1).contiguous(),
+        pixel_values=picture.expand(-(-rows // together), -1, -1, -1).contiguous(),
+        picture=torch.arange(rows) // together if together > 1 else None,
         has_image=torch.full((rows,), pictures),
         keys=tuple(map(str, range(rows))),
     )

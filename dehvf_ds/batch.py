@@ -1,8 +1,9 @@
 """Samples and batches, which travel from the data to the model, and the names of axes.
 
 Axes in all annotations: ``batch`` rows, ``tokens`` text positions, ``vocab``,
-``dim`` LLM width, ``layers`` LLM layers, ``feature_layers`` of the tower, ``slots`` visual tokens of one
-feature layer (class token and patches), ``vision_dim``, ``rank`` width of the visual memory.
+``pictures`` of a batch, which several rows may share, ``dim`` LLM width, ``layers`` LLM layers,
+``feature_layers`` of the tower, ``slots`` visual tokens of one feature layer (class token and patches),
+``vision_dim``, ``rank`` width of the visual memory.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Sample:
         record: the row's ``.json`` member; its fields depend on the task.
         messages: the parsed turns of a conversation read from a shard, as ``prompts.Messages``.
         epoch: epoch in which it was drawn.
-        example: its number among the epoch's examples; augmentation is seeded by both.
+        example: its number among the epoch's examples, or that of the first of those that stay together;
+            augmentation is seeded by both.
     """
 
     key: str
@@ -51,8 +53,9 @@ class Batch:
         input_ids: token ids, padded on the right for training and on the left for generation.
         attention_mask: 1 at text, 0 at padding.
         labels: ``input_ids`` at supervised positions, ``IGNORE_INDEX`` elsewhere, not shifted.
-        pixel_values: normalised pictures, zeros where ``has_image`` is False.
+        pixel_values: normalised pictures, each once; one of zeros if no row has a picture.
         has_image: whether the row has a picture.
+        picture: the row's picture by its number, 0 for a row without; None: each row has one of its own.
         supervised: positions that predict a label, in the rows laid end to end; None until the batch moves.
         keys: the samples' keys, in row order.
         substituted: for each damaged sample that was replaced by another, its shard and what is wrong.
@@ -61,8 +64,9 @@ class Batch:
     input_ids: Int[Tensor, "batch tokens"]
     attention_mask: Int[Tensor, "batch tokens"]
     labels: Int[Tensor, "batch tokens"]
-    pixel_values: Float[Tensor, "batch 3 height width"]
+    pixel_values: Float[Tensor, "pictures 3 height width"]
     has_image: Bool[Tensor, " batch"]
+    picture: Int[Tensor, " batch"] | None = None
     supervised: Int[Tensor, " chosen"] | None = None
     keys: tuple[str, ...] = ()
     substituted: tuple[tuple[str, str], ...] = ()

@@ -92,6 +92,10 @@ def test_the_runs_own_json_speaks_for_its_stage_and_the_shipped_ones_for_the_oth
 def test_what_is_planned_otherwise_than_set_is_said(printed) -> None:
     lines = printed("--train.global_batch_size", "16", "--train.micro_batch_size", "16")
     assert any("planned with 8: start with --train.micro_batch_size 8" in line for line in lines)
+    together = ["--data.captions_together", "4", "--train.global_batch_size", "24", "--gpus-per-node", "2"]
+    lines = printed(*together, "--train.micro_batch_size", "8")
+    assert any("planned with 4: start with --train.micro_batch_size 4" in line for line in lines)
+    assert any("time is planned with 0.4 tower passes a row" in line for line in lines)
     for size, said in (("auto", False), (2, False), (4, True)):
         lines = printed("--nodes", "2", stage=3, zero_hpz_partition_size=size, reduce_bucket_size=10**9)
         assert values(lines, "gradient buckets") == pytest.approx([0.07, 3.73, 0.07, 0.15], abs=0.01)
@@ -115,6 +119,10 @@ def test_known_names_need_no_files_and_a_terminal_gets_a_table(capsys, monkeypat
         (["--gpus-per-node"], "gpus_per_node"),
         (["--no-such-flag", "1"], "no_such_flag"),
         (["--gpus-per-node", "3"], "train.global_batch_size 16 is not a multiple of 3 GPUs"),
+        (
+            ["--data.captions_together", "8", "--train.global_batch_size", "24"],
+            "over 8 GPUs is not a multiple of",
+        ),
         (["--model.num_feature_layers", "99"], "99 feature layers do not fit a tower with 12 blocks"),
     ],
 )

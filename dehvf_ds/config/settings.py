@@ -115,6 +115,8 @@ class DataConfig:
     """the instruction before a caption; None takes the task's own"""
     captions: Literal["all", "one"] = "all"
     """all makes a sample of every caption of a picture; one draws one caption an epoch"""
+    captions_together: Positive = 1
+    """up to so many captions of a picture stay in one micro-batch, which encodes it once for all of them"""
     scienceqa: ScienceqaConfig = field(default_factory=ScienceqaConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     max_tokens: Annotated[int, Field(ge=8, le=2**20)] = 128
@@ -135,6 +137,11 @@ class DataConfig:
     """directory of validation shards; None validates nothing"""
     val_samples: AtLeastZero = 0
     """captions, problems or chats of val to take, from the first; 0 means all"""
+
+    def __post_init__(self) -> None:
+        k = self.captions_together
+        alone = f"data.captions_together {k} needs data.captions all; one draws a single caption a picture"
+        require(k == 1 or self.captions == "all", alone)
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)
@@ -246,6 +253,11 @@ class RunConfig:
             require(self.data.task != "chat", "eval.every_steps: data.task chat has no scores; leave it 0")
             has_rows = self.eval.data is not None or self.data.val is not None
             require(has_rows, "eval.every_steps needs rows to answer: set eval.data or data.val")
+        rows, k = self.train.micro_batch_size, self.data.captions_together
+        require(
+            rows % k == 0,
+            f"train.micro_batch_size {rows} is not a multiple of data.captions_together {k}; change one",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKS)

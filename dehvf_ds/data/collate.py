@@ -9,7 +9,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
@@ -160,7 +160,7 @@ class Collator:
     """Makes one ``Batch`` of samples: right padding for training, left padding for generation.
 
     Attributes:
-        image_transform: from an RGB picture to normalised pixels; text-only rows get zeros.
+        image_transform: from an RGB picture to normalised pixels.
         max_tokens: longest row in training; prompts of generation are not cut.
         prompt: the caption task's instruction; None takes the default.
         augment: returns a random view of a sample's picture, in training only.
@@ -196,11 +196,13 @@ class Collator:
             input_ids[i, place] = torch.tensor(ids)
             labels[i, place] = torch.tensor(row_labels)
             attention_mask[i, place] = 1
+        pixel_values, picture = self._pictures(samples)
         return Batch(
             input_ids=input_ids,
             attention_mask=attention_mask,
             labels=labels,
-            pixel_values=self._pixels(samples),
+            pixel_values=pixel_values,
+            picture=picture,
             has_image=torch.tensor([sample.image is not None for sample in samples]),
             keys=tuple(sample.key for sample in samples),
         )
@@ -224,11 +226,29 @@ class Collator:
             ids = encode_prompt(self.tokenizer, prompt, self.answer_prefix)
         return ids, [IGNORE_INDEX] * len(ids)
 
-    def _pixels(self, samples: Sequence[Sample]) -> Float[Tensor, "batch 3 height width"]:
+    def _pictures(
+        self, samples: Sequence[Sample]
+    ) -> tuple[Float[Tensor, "pictures 3 height width"], Int[Tensor, " batch"] | None]:
+        """The samples' pictures, each once, and which one each sample shows, as in ``Batch``.
+
+        Samples show the same if they share the picture and, where views are random, what these are drawn for.
+        """
         augment = None if self.for_generation else self.augment
-        pixels = torch.zeros(len(samples), 3, self.image_size, self.image_size)
-        for i, sample in enumerate(samples):
-            if sample.image is not None:
+        numbers: dict[tuple[int, ...], int] = {}
+        views: list[Tensor] = []
+        shown = []
+        for sample in samples:
+            if sample.image is None:
+                shown.append(0)
+                continue
+            drawn_for = (sample.epoch, sample.example) if augment else ()
+            number = numbers.setdefault((id(sample.image), *drawn_for), len(views))
+            if number == len(views):
                 view = augment(sample.image, sample) if augment else sample.image
-                pixels[i] = self.image_transform(view)
-        return pixels
+                views.append(self.image_transform(view))
+            shown.append(number)
+        if len(views) == len(samples):
+            return torch.stack(views), None
+        if not views:
+            views = [torch.zeros(3, self.image_size, self.image_size)]
+        return torch.stack(views), torch.tensor(shown)

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, Integer
+from PIL import Image
 
 from dehvf_ds.batch import Sample
 from dehvf_ds.config import DataConfig
@@ -81,6 +82,18 @@ class Examples:
             lengths[mine] = np.asarray(self.index.text_lengths[first:end])[texts]
         return lengths
 
+    def leaders(self, examples: Int64[np.ndarray, " examples"], size: int) -> Int64[np.ndarray, " examples"]:
+        """For each example the first of its unit: ``size`` captions of its row, or what is left of them."""
+        leaders = examples.copy()
+        shards = np.searchsorted(self._firsts, examples, side="right") - 1
+        for shard in np.unique(shards).tolist() if self._mode == "all" else ():
+            mine = shards == shard
+            texts = examples[mine] - self._firsts[shard]
+            _, counts, ends = self._shard(shard)
+            rows = np.searchsorted(ends, texts, side="right")
+            leaders[mine] -= (texts - ends[rows] + counts[rows]) % size
+        return leaders
+
     def substitutes(self, example: int) -> Iterator[int]:
         """Yields what may replace a damaged example: all others of its shard, always in the same order.
 
@@ -140,10 +153,13 @@ def read_sample(
     caption: int | None = None,
     shorter_side: int | None = None,
     task: Task | None = None,
+    decoded: dict[bytes, Image.Image] | None = None,
 ) -> Sample:
     """Reads and decodes one row; ``epoch`` and ``example`` as in ``Sample``, the side as in ``decode_image``.
 
-    ``caption`` is the number of the caption to learn, which becomes the record's field ``caption``.
+    ``caption`` is the number of the caption to learn, which becomes the record's field ``caption``. Pictures
+    in ``decoded``, by their bytes, are taken from there, and others put there: samples of equal bytes then
+    share one picture.
 
     Raises:
         DamagedSample: the row is damaged, lacks its picture, or is not for ``task`` (None accepts any).
@@ -160,8 +176,10 @@ def read_sample(
     if task is not None and checked.task != task:
         raise DamagedSample(f"{where}: a row for data.task {checked.task}, not {task}")
     record, name = checked.record, picture_name(members)
+    known = {} if decoded is None else decoded
     try:
-        image = None if name is None else decode_image(members[name], shorter_side=shorter_side)
+        if name is not None and members[name] not in known:
+            known[members[name]] = decode_image(members[name], shorter_side=shorter_side)
     except ValueError as error:
         message = f"{where}: {error}; repair the picture and build the shards again"
         raise DamagedSample(message, UNDECODABLE) from error
@@ -171,7 +189,7 @@ def read_sample(
         record["caption"] = record["captions"][caption]
     return Sample(
         key=members["__key__"],
-        image=image,
+        image=None if name is None else known[members[name]],
         record=record,
         messages=checked.messages,
         epoch=epoch,

@@ -8,10 +8,13 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +23,7 @@ from dehvf_ds.config import DataConfig, JobError, UserError
 from dehvf_ds.data.collate import Collator, ImageTransform
 from dehvf_ds.data.examples import Examples, open_examples, read_sample
 from dehvf_ds.data.images import build_augment
-from dehvf_ds.data.order import Bucketing, MicroBatches, SampleOrder
+from dehvf_ds.data.order import Bucketing, MicroBatches, SampleOrder, Units
 from dehvf_ds.data.shards import DamagedSample
 
 MAX_SUBSTITUTES = 15
@@ -36,27 +39,37 @@ class BatchReader(Dataset):
     """Micro-batches by their (epoch, example) pairs. Errors are returned: torch would wrap raised ones."""
 
     def __init__(
-        self, examples: Examples, collator: Collator, *, shorter_side: int, max_substitutes: int = 0
+        self,
+        examples: Examples,
+        collator: Collator,
+        *,
+        shorter_side: int,
+        max_substitutes: int = 0,
+        together: int = 1,
     ):
-        """Reads nothing yet; ``shorter_side`` is that of ``read_sample``."""
+        """Reads nothing yet; ``shorter_side`` as in ``read_sample``, ``together`` the captions of a unit."""
         self._examples = examples
         self._collator = collator
         self._shorter_side = shorter_side
         self._max_substitutes = max_substitutes
+        self._together = together
 
     def __getitem__(self, drawn: Sequence[tuple[int, int]]) -> Batch | UserError | OSError:
+        decoded: dict[bytes, Image.Image] = {}
         try:
-            rows = [self._read(epoch, max(example, 0)) for epoch, example in drawn]
+            rows = [self._read(epoch, max(example, 0), decoded) for epoch, example in drawn]
             batch = self._collator([sample for sample, _ in rows])
         except (UserError, OSError) as error:
             return error
         batch.labels[[example == _PADDING for _, example in drawn]] = IGNORE_INDEX
         return replace(batch, substituted=tuple(damage for _, damage in rows if damage))
 
-    def _read(self, epoch: int, example: int) -> tuple[Sample, tuple[str, str] | None]:
+    def _read(
+        self, epoch: int, example: int, decoded: dict[bytes, Image.Image]
+    ) -> tuple[Sample, tuple[str, str] | None]:
         """The sample, or a substitute together with the damaged one's shard and what is wrong with it."""
         try:
-            return self._read_one(epoch, example), None
+            return self._read_one(epoch, example, decoded), None
         except DamagedSample as error:
             if not self._max_substitutes:
                 raise
@@ -65,19 +78,21 @@ class BatchReader(Dataset):
         shard = self._examples.index.locate(row)[0]
         for other in islice(self._examples.substitutes(example), self._max_substitutes):
             with contextlib.suppress(DamagedSample):
-                return self._read_one(epoch, other), (shard, damage)
+                return self._read_one(epoch, other, decoded), (shard, damage)
         raise UserError(f"{damage} ({self._max_substitutes} other samples of its shard are no better)")
 
-    def _read_one(self, epoch: int, example: int) -> Sample:
+    def _read_one(self, epoch: int, example: int, decoded: dict[bytes, Image.Image]) -> Sample:
         row, caption = self._examples.resolve(epoch, example)
+        (leader,) = self._examples.leaders(np.array([example]), self._together)
         return read_sample(
             self._examples.index,
             row,
             epoch=epoch,
-            example=example,
+            example=int(leader),
             caption=caption,
             shorter_side=self._shorter_side,
             task=self._collator.task,
+            decoded=decoded,
         )
 
 
@@ -188,6 +203,7 @@ def build_loader(
     that of the order and of augmentation.
     """
     global_batch_size = micro_batch_size * accumulation * world_size
+    together = config.captions_together
     bucketing = Bucketing(config.bucket_steps, global_batch_size, examples.lengths)
     order = SampleOrder(
         examples.shard_sizes,
@@ -195,6 +211,7 @@ def build_loader(
         window=config.shuffle_window,
         epoch_length=epoch_samples(config, len(examples), global_batch_size),
         bucketing=bucketing if config.bucket_steps else None,
+        units=Units(together, partial(examples.leaders, size=together)) if together > 1 else None,
     )
     drawn = MicroBatches(
         order=order,
@@ -211,7 +228,8 @@ def build_loader(
     # A random crop is part of a picture, and that part is resized to the tower's size.
     side = round(image_transform.image_size / config.augment.min_crop**0.5)
     max_substitutes = MAX_SUBSTITUTES if config.on_bad == "substitute" else 0
-    reader = BatchReader(examples, collator, shorter_side=side, max_substitutes=max_substitutes)
+    limits = {"shorter_side": side, "max_substitutes": max_substitutes, "together": together}
+    reader = BatchReader(examples, collator, **limits)
     return TrainingLoader(reader, drawn, num_workers=config.num_workers)
 
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from dehvf_ds.batch import Sample
@@ -60,14 +61,15 @@ class Questions:
 
     def ask(self, model: DehvfForConditionalGeneration, rows: Sequence[int]) -> list[Prediction]:
         """Answers some rows in one batch; a shard that cannot be read is an error."""
-        samples = [self._read(row) for row in rows]
+        decoded: dict[bytes, Image.Image] = {}
+        samples = [self._read(row, decoded) for row in rows]
         good = [sample for sample in samples if isinstance(sample, Sample)]
         answers = iter(self._answer(model, good) if good else [])
         return [next(answers) if isinstance(sample, Sample) else sample for sample in samples]
 
-    def _read(self, row: int) -> Sample | Unreadable:
+    def _read(self, row: int, decoded: dict[bytes, Image.Image]) -> Sample | Unreadable:
         try:
-            return read_sample(self.index, row, shorter_side=self.collator.image_size)
+            return read_sample(self.index, row, shorter_side=self.collator.image_size, decoded=decoded)
         except DamagedSample as error:
             # A damaged picture is no error here; a shard that cannot be read raises again.
             self.index.read(row)

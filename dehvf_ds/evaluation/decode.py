@@ -111,6 +111,7 @@ def _generate(model: DehvfForConditionalGeneration, batch: Batch, **settings: An
         moved.input_ids,
         moved.pixel_values,
         moved.has_image,
+        picture=moved.picture,
         attention_mask=moved.attention_mask,
         do_sample=False,
         **settings,

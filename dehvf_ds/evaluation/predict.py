@@ -13,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from PIL import Image
+
 from dehvf_ds.batch import Sample
 from dehvf_ds.config import UserError, require
 from dehvf_ds.data.examples import read_sample
@@ -217,11 +219,13 @@ def measure_loss(
     def samples() -> Iterator[Sample]:
         nonlocal left_out
         for row in range(world.rank, questions.num_rows, world.size):
-            num_captions = int(questions.index.captions[row])
+            num_captions, side = int(questions.index.captions[row]), questions.targets.image_size
+            decoded: dict[bytes, Image.Image] = {}
             for caption in range(num_captions) if num_captions else (None,):
                 try:
-                    side = questions.targets.image_size
-                    sample = read_sample(questions.index, row, caption=caption, shorter_side=side)
+                    sample = read_sample(
+                        questions.index, row, caption=caption, shorter_side=side, decoded=decoded
+                    )
                     # A lone surrogate can be scored, but no tokenizer reads it.
                     str(sample.record.get("caption", "")).encode()
                 except (DamagedSample, UnicodeEncodeError):

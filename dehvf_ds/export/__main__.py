@@ -213,13 +213,19 @@ def _answer(
             moved.input_ids,
             moved.pixel_values,
             moved.has_image,
+            picture=moved.picture,
             attention_mask=moved.attention_mask,
             do_sample=False,
             max_new_tokens=COMPARED_TOKENS,
         )
         ids = torch.cat([moved.input_ids, new_ids], dim=1)
         scored = known[number] if known is not None else ids
-        output = model(input_ids=scored, pixel_values=moved.pixel_values, has_image=moved.has_image)
+        output = model(
+            input_ids=scored,
+            pixel_values=moved.pixel_values,
+            has_image=moved.has_image,
+            picture=moved.picture,
+        )
         answers.append((ids, output.logits.float()))
     return answers
 

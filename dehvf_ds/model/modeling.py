@@ -37,7 +37,7 @@ class DehvfOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     router_weights: Tensor | None = None
-    """the fuser's weights, ``[batch, layers, feature_layers]``, if pictures were encoded"""
+    """each row's fuser weights, ``[batch, layers, feature_layers]``, if pictures were encoded"""
 
 
 class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -175,7 +175,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Int[Tensor, "batch tokens"] | None = None,
         attention_mask: Int[Tensor, "batch tokens"] | None = None,
-        pixel_values: Float[Tensor, "batch 3 height width"] | None = None,
+        pixel_values: Float[Tensor, "pictures 3 height width"] | None = None,
         has_image: Bool[Tensor, " batch"] | None = None,
         labels: Int[Tensor, "batch tokens"] | None = None,
         visual_memory: Float[Tensor, "batch layers *slots rank"] | None = None,
@@ -184,6 +184,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         position_ids: Int[Tensor, "batch tokens"] | None = None,
         supervised: Int[Tensor, " chosen"] | None = None,
         logits_to_keep: int = 0,
+        picture: Int[Tensor, " batch"] | None = None,
         **kwargs: Any,
     ) -> DehvfOutput:
         """Returns losses only if ``labels`` are passed, else logits at the last ``logits_to_keep`` positions.
@@ -191,7 +192,8 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         0 keeps all. ``generate`` keeps one: a prompt's others would be as large as prompt times vocabulary.
         ``supervised`` holds the positions whose logits make the loss, each one before its label, as indices
         into the flattened rows; without it the host waits for the GPU. ``visual_memory``, prepared or not,
-        may replace ``pixel_values``. Without ``has_image`` every row has a picture.
+        may replace ``pixel_values``. Without ``has_image`` every row has a picture. ``picture`` is the number
+        of each row's picture, which is encoded once for all of them; without it row i has picture i.
         """
         router_weights = wanted = None
         if labels is not None:
@@ -201,11 +203,13 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             wanted = labels.flatten()[supervised + 1]
         embeds: Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.fusion == "ffn":
-            memory, router_weights = self._memory_of(embeds, pixel_values, has_image, visual_memory)
+            seen = (pixel_values, has_image, picture)
+            memory, router_weights = self._memory_of(embeds, *seen, visual_memory)
             self.set_memory(memory)
         elif self.config.fusion == "prefix" and pixel_values is not None:
             num_tokens = embeds.shape[1]
-            embeds, attention_mask = self._prepend_prefix(embeds, attention_mask, pixel_values, has_image)
+            seen = (pixel_values, has_image, picture)
+            embeds, attention_mask = self._prepend_prefix(embeds, attention_mask, *seen)
             if supervised is not None:
                 num_before = embeds.shape[1] - num_tokens
                 supervised = supervised + (supervised // num_tokens + 1) * num_before
@@ -261,12 +265,19 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return logits[0]
 
     def _memory_of(
-        self, embeds: Tensor, pixel_values: Tensor | None, has_image: Tensor | None, memory: Tensor | None
+        self,
+        embeds: Tensor,
+        pixel_values: Tensor | None,
+        has_image: Tensor | None,
+        picture: Tensor | None,
+        memory: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The rows' memory: the one passed, that of the pictures, or zeros; and the fuser's weights."""
         router_weights = None
         if memory is None and pixel_values is not None:
-            memory, router_weights = self.encode_images(pixel_values, has_image)
+            memory, router_weights = self.encode_images(pixel_values, has_image if picture is None else None)
+            if picture is not None:
+                memory, router_weights = (_of_rows(x, picture, has_image) for x in (memory, router_weights))
         if memory is None:
             config = self.config
             memory = embeds.new_zeros(len(embeds), config.num_layers, config.num_slots, config.rank)
@@ -274,16 +285,24 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return memory, router_weights
 
     def _prepend_prefix(
-        self, embeds: Tensor, mask: Tensor | None, pixel_values: Tensor, has_image: Tensor | None
+        self,
+        embeds: Tensor,
+        mask: Tensor | None,
+        pixel_values: Tensor,
+        has_image: Tensor | None,
+        picture: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Puts the projected patches of the last block but one before the text; masked without a picture."""
-        _require_a_picture_a_row(pixel_values, embeds)
-        has_image = _present(pixel_values, has_image)
+        _require_a_picture_a_row(pixel_values if picture is None else picture, embeds)
+        has_image = _present(embeds, has_image)
         if mask is None:
             mask = embeds.new_ones(embeds.shape[:2], dtype=torch.long)
         block = max(1, self.config.vision_config.num_hidden_layers - 1)
         patches = visual_features(self.vision_tower, pixel_values, [block])[:, 0, 1:]
-        prefix = self.prefix_projector(patches) * has_image.to(embeds.dtype)[:, None, None]
+        prefix = self.prefix_projector(patches)
+        if picture is not None:
+            prefix = _of_rows(prefix, picture, None)
+        prefix = prefix * has_image.to(embeds.dtype)[:, None, None]
         seen = has_image.to(mask.dtype)[:, None].expand(prefix.shape[:2])
         return torch.cat([prefix.to(embeds.dtype), embeds], dim=1), torch.cat([seen, mask], dim=1)
 
@@ -291,37 +310,55 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def generate(
         self,
         input_ids: Int[Tensor, "batch tokens"] | None = None,
-        pixel_values: Float[Tensor, "batch 3 height width"] | None = None,
+        pixel_values: Float[Tensor, "pictures 3 height width"] | None = None,
         has_image: Bool[Tensor, " batch"] | None = None,
         attention_mask: Int[Tensor, "batch tokens"] | None = None,
         inputs_embeds: Float[Tensor, "batch tokens dim"] | None = None,
+        picture: Int[Tensor, " batch"] | None = None,
         **kwargs: Any,
     ) -> Int[Tensor, "batch new_tokens"]:
         """Generates like ``GenerationMixin.generate``, but always returns the new tokens only.
 
-        Prompts are padded on the left; ``visual_memory`` may be passed instead of pictures.
+        Prompts are padded on the left; ``visual_memory`` may be passed instead of pictures. ``picture`` as in
+        ``forward``.
         """
         inputs = kwargs.pop("inputs", None)
         input_ids = inputs if input_ids is None else input_ids
         embeds: Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.fusion == "ffn":
-            memory, _ = self._memory_of(embeds, pixel_values, has_image, kwargs.get("visual_memory"))
+            given = kwargs.get("visual_memory")
+            memory, _ = self._memory_of(embeds, pixel_values, has_image, picture, given)
             kwargs["visual_memory"] = self.prepare_memory(memory)
         elif self.config.fusion == "prefix" and pixel_values is not None:
-            embeds, attention_mask = self._prepend_prefix(embeds, attention_mask, pixel_values, has_image)
+            seen = (pixel_values, has_image, picture)
+            embeds, attention_mask = self._prepend_prefix(embeds, attention_mask, *seen)
         return super().generate(  # pyright: ignore[reportAttributeAccessIssue]
             inputs_embeds=embeds, attention_mask=attention_mask, **kwargs
         )
 
 
-def _present(pixel_values: Tensor, has_image: Tensor | None) -> Tensor:
-    return pixel_values.new_ones(len(pixel_values), dtype=torch.bool) if has_image is None else has_image
+def _present(rows: Tensor, has_image: Tensor | None) -> Tensor:
+    return rows.new_ones(len(rows), dtype=torch.bool) if has_image is None else has_image
+
+
+def _of_rows(
+    encoded: Float[Tensor, "pictures ..."], picture: Int[Tensor, " batch"], has_image: Tensor | None
+) -> Float[Tensor, "batch ..."]:
+    """What was encoded of each row's picture; zeros for rows without one.
+
+    A product with a one-hot matrix: on a GPU the gradient of indexing is summed in an order that varies.
+    """
+    chosen = F.one_hot(picture, len(encoded)).to(encoded.dtype)
+    chosen = chosen * _present(picture, has_image).to(encoded.dtype)[:, None]
+    return (chosen @ encoded.flatten(1)).unflatten(1, encoded.shape[1:])
 
 
 def _require_a_picture_a_row(pictures: Tensor, embeds: Tensor) -> None:
     """Refuses one picture for several rows, which broadcasting would show to all of them."""
     if len(pictures) != len(embeds):
-        raise ValueError(f"{len(pictures)} pictures for {len(embeds)} rows; pass one a row, see has_image")
+        raise ValueError(
+            f"{len(pictures)} pictures for {len(embeds)} rows; pass one a row (see has_image), or picture"
+        )
 
 
 def refuse_incomplete(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -65,6 +66,9 @@ ALIASES = {"clip-vit-l14": "clip-vit-large-patch14", "dinov2-s14": "dinov2-small
 IMAGE_SIZE = 224
 """Side of the pictures that these towers' processors make."""
 
+CAPTIONS = 5
+"""Assumed captions of a picture, as most of COCO's have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -103,7 +107,17 @@ def build_plan(config: RunConfig, place: PlanConfig) -> Plan:
     model = build_on_meta(model_config, dtype, checkpointing=train.activation_checkpointing)
     parameters = count_parameters(model, shardings[0].zero.param_persistence_threshold)
 
-    steps = {zero3: run_micro_step(model, batch, zero3=zero3) for zero3 in (True, False)}
+    captions = CAPTIONS if config.data.task == "caption" else 1
+    passes = math.ceil(captions / config.data.captions_together) / captions
+    if passes < 1:
+        notes.append(
+            f"time is planned with {passes:g} tower passes a row, memory with one: of {CAPTIONS} captions a "
+            f"picture, data.captions_together {config.data.captions_together} meet"
+        )
+    steps = {
+        zero3: run_micro_step(model, batch, zero3=zero3).with_shared_pictures(passes)
+        for zero3 in (True, False)
+    }
     estimates = recomputed = [
         estimate(parameters, steps[s.strategy != "ZeRO-2"], s, place, accumulation=accumulation)
         for s in shardings
@@ -111,7 +125,7 @@ def build_plan(config: RunConfig, place: PlanConfig) -> Plan:
     if not train.activation_checkpointing:
         model = build_on_meta(model_config, dtype, checkpointing=True)
         # Also for ZeRO-2: the inputs that one layer keeps under ZeRO-3 are negligible.
-        step = run_micro_step(model, batch, zero3=True)
+        step = run_micro_step(model, batch, zero3=True).with_shared_pictures(passes)
         recomputed = [estimate(parameters, step, s, place, accumulation=accumulation) for s in shardings]
     return Plan(
         config=config,
@@ -157,10 +171,16 @@ def _divisible(config: RunConfig, world: int, notes: list[str]) -> RunConfig:
         raise UserError(
             f"train.global_batch_size {train.global_batch_size} is not a multiple of {world} GPUs"
         )
-    share = train.global_batch_size // world
+    share, captions = train.global_batch_size // world, config.data.captions_together
     if share % train.micro_batch_size == 0:
         return config
-    rows = next(n for n in range(min(share, train.micro_batch_size), 0, -1) if share % n == 0)
+    if share % captions:
+        raise UserError(
+            f"train.global_batch_size {train.global_batch_size} over {world} GPUs is not a multiple of "
+            f"data.captions_together {captions}"
+        )
+    most = min(share, train.micro_batch_size)
+    rows = next(n for n in range(most // captions * captions, 0, -captions) if share % n == 0)
     notes.append(
         f"train.micro_batch_size {train.micro_batch_size} x {world} GPUs does not divide "
         f"train.global_batch_size {train.global_batch_size}; planned with {rows}: start with "

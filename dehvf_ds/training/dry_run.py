@@ -91,8 +91,10 @@ def _try_run_dir(run: ResolvedRun) -> Checkpoint | None:
 
 def _describe(batch: Batch) -> str:
     rows, tokens = batch.input_ids.shape
+    shown = int(batch.has_image.sum())
+    share = "" if len(batch.pixel_values) >= shown else f" ({len(batch.pixel_values)} in all)"
     return (
-        f"{rows} rows of up to {tokens} tokens, {int(batch.has_image.sum())} with a picture, "
+        f"{rows} rows of up to {tokens} tokens, {shown} with a picture{share}, "
         f"{batch.num_supervised()} supervised tokens"
     )
 

@@ -79,13 +79,18 @@ class ResolvedRun:
 
     def notes(self) -> list[str]:
         """Settings that do not have the effect that one would expect."""
-        train = self.config.train
-        if train.warmup_steps < self.num_steps:
-            return []
-        return [
-            f"train.warmup_steps {train.warmup_steps} is not less than the run's {self.num_steps} steps, so "
-            f"the learning rate never reaches train.lr {train.lr:g}"
-        ]
+        train, data, notes = self.config.train, self.config.data, []
+        if train.warmup_steps >= self.num_steps:
+            notes.append(
+                f"train.warmup_steps {train.warmup_steps} is not less than the run's {self.num_steps} steps, "
+                f"so the learning rate never reaches train.lr {train.lr:g}"
+            )
+        if data.captions_together > 1 and len(self.examples) == len(self.index):
+            notes.append(
+                f"data.captions_together {data.captions_together} has no effect: no row of {data.train} has "
+                "more than one caption"
+            )
+        return notes
 
     def _per_rank(self) -> dict[str, int]:
         micro_batch_size = self.config.train.micro_batch_size

@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dehvf_ds.config import ModelConfig, RunConfig, UserError, load_run_config, save_run_config, to_plain
+from dehvf_ds.config import (
+    ModelConfig,
+    RunConfig,
+    UserError,
+    load_run_config,
+    save_run_config,
+    settings_of,
+    to_plain,
+)
 from dehvf_ds.model import DehvfConfig, ModelError
 from dehvf_ds.model.adapter import CONFIG_FILE, check_base, find_adapter, read_manifest
 from dehvf_ds.training.checkpoint import Checkpoint, checkpoints_dir, find_checkpoint, step_dirs
@@ -192,8 +200,10 @@ def _check_same_model(adapter: Path, config: ModelConfig, owner: str) -> None:
 
 
 def _differences(before: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """Settings that make it another run, with both values."""
-    there, here = flatten(before), flatten(to_plain(config))
+    """Settings that make it another run, with both values. A setting that is new since had its default."""
+    here, known = flatten(to_plain(config)), settings_of(RunConfig).items()
+    new = {name: to_plain(field.get_default()) for name, field in known if not field.is_required()}
+    there = new | flatten(before)
     return [
         f"{key} ({there.get(key)} there, {here.get(key)} now)"
         for key in sorted(there.keys() | here.keys())

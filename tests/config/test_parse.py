@@ -262,6 +262,22 @@ def test_help_tells_every_setting(capsys) -> None:
         assert setting.description, name
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "train.micro_batch_size 8 is not a multiple of data.captions_together 3"),
+        (
+            "--train.micro_batch_size=6 --data.captions=one",
+            "data.captions_together 3 needs data.captions all",
+        ),
+        ("--train.micro_batch_size=6 --train.global_batch_size=18", None),
+    ],
+)
+def test_captions_that_stay_together_fill_micro_batches(flags: str, message: str | None) -> None:
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        parse_run_config(["--config=demo", "--data.captions_together=3", *flags.split()])
+
+
 def test_accumulation_is_derived_from_the_world() -> None:
     config = TrainConfig(global_batch_size=64, micro_batch_size=4)
     assert [config.accumulation(ranks) for ranks in (1, 2, 16)] == [16, 8, 1]

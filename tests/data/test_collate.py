@@ -137,7 +137,9 @@ def test_training_batch(collator, byte_bpe):
     assert batch.attention_mask.tolist() == [[1] * len(long[0]), [1] * len(short[0]) + [0] * gap]
     assert batch.keys == ("x", "y")
     assert batch.has_image.tolist() == [True, False]
-    assert batch.pixel_values[:, :, 0, 0].tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    assert batch.pixel_values[:, :, 0, 0].tolist() == [[1.0, 0.0, 0.0]]
+    blind = collator(samples[1:])
+    assert (blind.pixel_values.shape, blind.pixel_values.count_nonzero()) == (batch.pixel_values.shape, 0)
     assert replace(collator, prompt="Caption of " * 40)(samples).num_unsupervised_rows() == 2
 
 
@@ -170,6 +172,27 @@ def test_augmented_in_training_only(collator):
     for for_generation, colour in ((False, [0.0, 1.0, 0.0]), (True, [1.0, 0.0, 0.0])):
         batch = replace(collator, augment=to_green, for_generation=for_generation)([sample("a")])
         assert batch.pixel_values[:, :, 0, 0].tolist() == [colour]
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_a_picture_that_rows_share_is_transformed_once(collator, augmented):
+    """Rows share it by the object; if views are random, also by what these are drawn for."""
+    one, other = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (255, 0, 0))
+    rows = [(one, 0), (other, 5), (one, 0), (None, 0), (one, 1)]
+    samples = [replace(sample("a"), image=image, example=number) for image, number in rows]
+    drawn_for = []
+
+    def view(image, sample):
+        drawn_for.append(sample.example)
+        return image
+
+    batch = replace(collator, augment=view if augmented else None)(samples)
+    assert drawn_for == ([0, 5, 1] if augmented else [])
+    assert batch.picture.tolist() == [0, 1, 0, 0, 2 if augmented else 0]
+    assert batch.has_image.tolist() == [True, True, True, False, True]
+    assert len(batch.pixel_values) == (3 if augmented else 2)
+    # Rows with pictures of their own are numbered by none.
+    assert collator(samples[:2]).picture is None
 
 
 def test_tokenizers_that_cannot_be_used(byte_bpe, tmp_path, caplog):

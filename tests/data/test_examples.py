@@ -70,6 +70,19 @@ def test_all_captions_of_a_row_or_one(shards, epoch, mode):
             examples.resolve(epoch, outside)
 
 
+@given(counts_by_shard, st.sampled_from(["all", "one"]), st.integers(1, 4))
+@settings(few, max_examples=40)
+def test_units_are_captions_of_one_row(shards, mode, size):
+    examples = build(shards, mode=mode)
+    units: dict[tuple, list[int]] = {}
+    for example in range(len(examples)):
+        row, caption = examples.resolve(0, example)
+        units.setdefault((row, (caption or 0) // size if mode == "all" else 0), []).append(example)
+    expected = {example: unit[0] for unit in units.values() for example in unit}
+    asked = np.arange(len(examples))[::-1]
+    assert examples.leaders(asked, size).tolist() == [expected[example] for example in asked]
+
+
 def test_one_caption_is_drawn_by_seed_epoch_and_row():
     shards = [[5] * 25, [5] * 15 + [0]]
     drawn = [[build(shards, mode="one", seed=1).resolve(e, row)[1] for row in range(40)] for e in range(20)]

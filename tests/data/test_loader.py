@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import Counter
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from dehvf_ds.batch import IGNORE_INDEX
-from dehvf_ds.config import DataConfig, UserError
+from dehvf_ds.config import AugmentConfig, DataConfig, UserError
+from dehvf_ds.data import examples as examples_module
 from dehvf_ds.data.examples import open_examples
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.loader import build_loader, build_validation_loader, epoch_samples, open_validation
@@ -52,6 +54,12 @@ def texts(batches, tokenizer):
     ]
 
 
+def colours(batch):
+    """The red of each row's picture, which is its row's number."""
+    pixels = batch.pixel_values if batch.picture is None else batch.pixel_values[batch.picture]
+    return torch.round(pixels[:, 0, 0, 0] * 255).tolist()
+
+
 ALL = [f"Caption of the picture: The dog {i} runs {k}.</s>" for i in range(10) for k in range(2)]
 
 
@@ -61,8 +69,37 @@ def test_epoch_holds_every_caption_once_beside_its_picture(make_shards, build, b
     assert len(loader) == len(batches) == 5
     assert sorted(texts(batches, byte_bpe)) == ALL
     for batch in batches:
-        numbers = [int(key.removeprefix("row")) for key in batch.keys]
-        assert torch.round(batch.pixel_values[:, 0, 0, 0] * 255).tolist() == numbers
+        assert colours(batch) == [int(key.removeprefix("row")) for key in batch.keys]
+
+
+@pytest.mark.parametrize("bucket_steps", [0, 2])
+def test_captions_kept_together_share_a_picture_and_a_view(make_shards, build, bucket_steps, monkeypatch):
+    """Every caption once an epoch, each beside its picture; two ranks decode each picture about once."""
+    decoded, decode = [], examples_module.decode_image
+    monkeypatch.setattr(
+        examples_module, "decode_image", lambda data, **more: decoded.append(1) or decode(data, **more)
+    )
+    config = data_config(
+        make_shards(64, 16),
+        shuffle_window=100,
+        captions_together=2,
+        bucket_steps=bucket_steps,
+        augment=AugmentConfig(flip=0.5, min_crop=0.5),
+    )
+    place = {"world_size": 2, "micro_batch_size": 8, "accumulation": 1}
+    batches = [batch for rank in range(2) for batch in build(config, rank=rank, num_steps=8, **place)]
+    rows = Counter(key for batch in batches for key in batch.keys)
+    assert rows == {f"row{number}": 2 for number in range(64)}
+    assert len(decoded) == sum(len(batch.pixel_values) for batch in batches) <= 66
+    for batch in batches:
+        assert colours(batch) == [int(key.removeprefix("row")) for key in batch.keys]
+    # A resumption elsewhere reads the rest of the same groups.
+    place |= {"world_size": 1, "micro_batch_size": 4, "accumulation": 4}
+    resumed = [b.keys for b in build(config, start_sample=96, num_steps=2, **place)]
+    groups = [
+        [b.keys[i : i + 2] for b in half[6:] for i in range(0, 8, 2)] for half in (batches[:8], batches[8:])
+    ]
+    assert list(chain(*resumed)) == list(chain(*chain(*zip(*groups, strict=True))))
 
 
 # Torch advises against more workers than cores.
@@ -77,6 +114,7 @@ def test_workers_change_nothing(make_shards, build):
         for a, b in zip(shared, alone, strict=True):
             assert torch.equal(a.input_ids, b.input_ids)
             assert torch.equal(a.pixel_values, b.pixel_values)
+            assert colours(a) == colours(b)
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from functools import partial
 from itertools import chain, pairwise
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dehvf_ds.data import order as order_module
-from dehvf_ds.data.order import MAX_STREAMS, Bucketing, MicroBatches, SampleOrder
+from dehvf_ds.data.order import MAX_STREAMS, Bucketing, MicroBatches, SampleOrder, Units
 
 few = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 GLOBAL_BATCH = 24
@@ -34,7 +35,17 @@ def text_lengths(epoch, examples):
     return (examples * 7919 + epoch) % 101
 
 
-def build(sizes, *, window=8, seed=0, tail="wrap", bucket_steps=0, global_batch=GLOBAL_BATCH):
+# Captions of a picture, as in COCO; 3 and 1 are rarer there.
+CAPTIONS = np.tile([5, 5, 6, 5, 7, 5, 3, 5, 5, 1], 20_000)
+FIRST_CAPTIONS = np.cumsum(CAPTIONS) - CAPTIONS
+
+
+def leaders(examples, size):
+    firsts = FIRST_CAPTIONS[np.searchsorted(FIRST_CAPTIONS, examples, side="right") - 1]
+    return examples - (examples - firsts) % size
+
+
+def build(sizes, *, window=8, seed=0, tail="wrap", bucket_steps=0, global_batch=GLOBAL_BATCH, together=0):
     bucketing = Bucketing(steps=bucket_steps, global_batch_size=global_batch, lengths=text_lengths)
     return SampleOrder(
         sizes,
@@ -42,6 +53,7 @@ def build(sizes, *, window=8, seed=0, tail="wrap", bucket_steps=0, global_batch=
         window=window,
         epoch_length=sum(sizes) // global_batch * global_batch if tail == "drop" else None,
         bucketing=bucketing if bucket_steps else None,
+        units=Units(together, partial(leaders, size=together)) if together else None,
     )
 
 
@@ -55,10 +67,10 @@ def read_epoch(order, epoch):
     return [example for _, example in drawn]
 
 
-@given(cases, st.sampled_from([0, 1, 3]), st.integers(0, 4))
-@settings(few, max_examples=60)
-def test_an_epoch_holds_no_example_twice(case, bucket_steps, epoch):
-    order, num_examples = build(**case, bucket_steps=bucket_steps), sum(case["sizes"])
+@given(cases, st.sampled_from([0, 1, 3]), st.integers(0, 4), st.sampled_from([1, 2, 3, 8]))
+@settings(few, max_examples=100)
+def test_an_epoch_holds_no_example_twice(case, bucket_steps, epoch, together):
+    order, num_examples = build(**case, bucket_steps=bucket_steps, together=together), sum(case["sizes"])
     length = num_examples if case["tail"] == "wrap" else num_examples // GLOBAL_BATCH * GLOBAL_BATCH
     examples = set(read_epoch(order, epoch))
     assert order.epoch_length == len(examples) == length
@@ -78,29 +90,58 @@ def test_others_are_left_out_in_each_epoch(sizes, window):
 
 
 @given(
-    cases, st.sampled_from([0, 3]), st.sampled_from([1, 2, 3, 4, 8]), st.integers(0, 999), st.integers(1, 4)
+    cases,
+    st.sampled_from([0, 3]),
+    st.sampled_from([(1, 12, 4), (2, 6, 3), (3, 4, 2), (4, 6, 6), (8, 3, 3), (8, 3, 1)]),
+    st.integers(0, 999),
+    st.integers(1, 4),
 )
 @settings(few, max_examples=60)
-def test_ranks_share_one_global_sequence_from_any_sample_on(case, bucket_steps, world_size, start, num_steps):
+def test_ranks_share_one_global_sequence_from_any_sample_on(case, bucket_steps, ranks, start, num_steps):
     """Fresh orders find any position: what a resumption on other ranks reads is the rest."""
-    case["bucket_steps"] = bucket_steps
+    world_size, micro_batch_size, together = ranks
+    case |= {"bucket_steps": bucket_steps, "together": together}
     sequence = read(build(**case), 0, start + num_steps * GLOBAL_BATCH)[start:]
-    accumulation = 1 if world_size == 8 else 2
-    ranks = []
+    accumulation = GLOBAL_BATCH // world_size // micro_batch_size
+    parts = []
     for rank in range(world_size):
         batches = MicroBatches(
             order=build(**case),
             rank=rank,
             world_size=world_size,
-            micro_batch_size=GLOBAL_BATCH // world_size // accumulation,
+            micro_batch_size=micro_batch_size,
             accumulation=accumulation,
             start_sample=start,
             num_steps=num_steps,
         )
         assert len(list(batches)) == len(batches) == num_steps * accumulation
         assert {len(batch) for batch in batches} == {batches.micro_batch_size}
-        ranks.append(list(chain(*batches)))
-    assert [sample for row in zip(*ranks, strict=True) for sample in row] == sequence
+        rows = list(chain(*batches))
+        parts.append([rows[i : i + together] for i in range(0, len(rows), together)])
+    assert list(chain(*chain(*zip(*parts, strict=True)))) == sequence
+
+
+@pytest.mark.parametrize("together", [2, 4, 5])
+@pytest.mark.parametrize(
+    ("tail", "batch", "bucket_steps"), [("wrap", 60, 0), ("drop", 660, 0), ("wrap", 60, 4)]
+)
+def test_captions_of_a_picture_stay_together(together, tail, batch, bucket_steps):
+    """Few units are cut, at the ends of streams, blocks and epochs; full ones and others come mixed."""
+    sizes = [int(part.sum()) for part in np.split(CAPTIONS[:4000], 16)]
+    order = build(
+        sizes, window=512, seed=3, tail=tail, global_batch=batch, bucket_steps=bucket_steps, together=together
+    )
+    begin = 2 * order.epoch_length
+    drawn = read(order, begin, begin + 2 * order.epoch_length)
+    units, groups = defaultdict(list), defaultdict(set)
+    for position, (epoch, example) in enumerate(drawn, start=begin):
+        unit = (epoch, int(leaders(np.array([example]), together)[0]))
+        units[unit].append(position // together)
+        groups[position // together].add(unit)
+    several = [len(set(found)) == 1 for found in units.values() if len(found) > 1]
+    assert np.mean(several) > 0.97
+    full = [len(groups[group]) == 1 for group in sorted(groups)]
+    assert all(0.3 < np.mean(full[i : i + 100]) < 1 for i in range(0, len(full) - 100, 100))
 
 
 @given(cases, st.integers(0, 5))

@@ -64,9 +64,12 @@ def test_the_loss_of_each_fusion_stays_on_the_device(model) -> None:
     with FakeTensorMode(), torch.no_grad():
         given = fake_inputs()
         chosen = torch.zeros(5, dtype=torch.long, device="cuda")
-        out = on_fake_gpu(model)(**given, labels=given["input_ids"], supervised=chosen)
-        assert out.loss_sum.device.type == out.num_supervised.device.type == "cuda"
-        assert out.loss_sum.dtype == torch.float32
+        shared = {"picture": torch.zeros(ROWS, dtype=torch.long, device="cuda")}
+        on_fake_gpu(model)
+        for more in ({}, shared):
+            out = model(**given, **more, labels=given["input_ids"], supervised=chosen)
+            assert out.loss_sum.device.type == out.num_supervised.device.type == "cuda"
+            assert out.loss_sum.dtype == torch.float32
 
 
 def test_a_decoding_step_stays_on_the_device(model) -> None:

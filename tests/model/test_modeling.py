@@ -196,6 +196,57 @@ def test_one_picture_is_not_shown_to_several_rows(fusion: str, inputs) -> None:
             call(**given)
 
 
+SHARING = {
+    "shared, own and none": [0, 0, 1, None, 0, 1, 2, None],
+    "pairs": [0, 0, 1, 1],
+    "one for all": [0, 0, 0],
+    "one has none": [0, None, 1],
+    "nobody has one": [None, None, None],
+}
+
+
+@pytest.mark.parametrize("shown", SHARING.values(), ids=SHARING)
+@pytest.mark.parametrize("settings", [{}, {"router": "static"}, {"fusion": "prefix"}], ids=str)
+def test_a_picture_that_rows_share_is_encoded_once_and_trains_the_same(settings: dict, shown: list) -> None:
+    """Loss, every gradient, router weights and answers equal those of one picture a row."""
+    generator = torch.Generator().manual_seed(2)
+    count = max((number + 1 for number in shown if number is not None), default=0)
+    pictures = torch.randn(max(count, 1), 3, 16, 16, generator=generator) * (count > 0)
+    picture = torch.tensor([number or 0 for number in shown])
+    has_image = torch.tensor([number is not None for number in shown])
+    text = {"input_ids": torch.randint(3, 64, (len(shown), 9), generator=generator), "has_image": has_image}
+    one_a_row = {"pixel_values": pictures[picture] * has_image[:, None, None, None]}
+    found, looks = [], []
+    for seen in (one_a_row, {"pixel_values": pictures, "picture": picture}):
+        model = build_model(trained=True, **settings).train()
+        model.vision_tower.register_forward_pre_hook(lambda _module, args: looks.append(len(args[0])))
+        output = model(**text, **seen, labels=text["input_ids"])
+        output.loss_sum.backward()
+        numbers = {name: p.grad for name, p in model.trainable_parameters().items()}
+        numbers["loss"] = output.loss.detach()
+        if output.router_weights is not None:
+            numbers["router"] = output.router_weights.detach()[has_image]
+        numbers["answers"] = model.eval().generate(
+            **text, **seen, max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0
+        )
+        found.append(numbers)
+    assert looks == [len(shown)] * 2 + [len(pictures)] * 2
+    for name, wanted in found[0].items():
+        assert wanted is not None, name
+        torch.testing.assert_close(found[1][name], wanted, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("fusion", ["ffn", "prefix"])
+def test_numbering_pictures_that_nobody_shares_changes_no_bit_of_the_loss(fusion: str, inputs) -> None:
+    model = build_model(fusion=fusion, trained=True)
+    numbered = model(**inputs, picture=torch.arange(3))
+    assert torch.equal(numbered.loss_sum, model(**inputs).loss_sum)
+    with pytest.raises(ValueError, match="2 pictures for 3 rows"):
+        model(inputs["input_ids"], pixel_values=inputs["pixel_values"], picture=torch.tensor([0, 1]))
+    with pytest.raises(RuntimeError, match="smaller than num_classes"):
+        model(**inputs, picture=torch.tensor([0, 1, 3]))
+
+
 def test_prompts_may_be_given_as_embeddings(inputs) -> None:
     model = build_model(trained=True)
     seen = {"pixel_values": inputs["pixel_values"], "max_new_tokens": 5, "do_sample": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,3 +79,16 @@ def test_it_counts_what_a_real_step_computes_and_holds(
     flops, peak = real_step(config, dtype, checkpointing)
     assert planned.flops == pytest.approx(flops, rel=0.05)
     assert planned.activation_bytes == pytest.approx(peak, rel=0.03)
+
+
+@pytest.mark.parametrize("fusion", ["ffn", "prefix"])
+def test_a_picture_for_several_rows_costs_the_tower_once(fusion: str) -> None:
+    config = config_of(fusion=fusion)
+    own, shared = full_batch(config, ROWS, TOKENS), full_batch(config, ROWS, TOKENS)
+    shared = replace(shared, pixel_values=shared.pixel_values[::4], picture=torch.arange(ROWS) // 4)
+    model = build_on_meta(config)
+    planned = run_micro_step(model, own, zero3=True).with_shared_pictures(1 / 4)
+    found = run_micro_step(model, shared, zero3=True)
+    assert planned.tower_flops == found.tower_flops
+    assert planned.flops == pytest.approx(found.flops, rel=0.02)
+    assert planned.activation_bytes >= found.activation_bytes

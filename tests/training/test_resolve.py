@@ -20,10 +20,12 @@ from transformers import (
     T5Config,
 )
 
-from dehvf_ds.config import UserError, parse_run_config
+from dehvf_ds.config import UserError, parse_run_config, to_plain
 from dehvf_ds.distributed import read_world
 from dehvf_ds.model import ModelError
 from dehvf_ds.model.backbones import load_backbone, load_backbone_config
+from dehvf_ds.training import run_dir
+from dehvf_ds.training.checkpoint import Checkpoint, Progress
 from dehvf_ds.training.resolve import resolve
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -242,3 +244,24 @@ def test_rows_longer_than_the_decoder_has_positions_for(world, bases, values, mo
     message = f"data.max_tokens {most + 1} is more than .*llm has positions for; set it to {most} at most"
     refused(world, bases, message, *more, "--data.max_tokens", str(most + 1))
     look(world, bases, *more, "--data.max_tokens", str(most))
+
+
+def test_captions_that_stay_together_need_several_a_picture(world, alone) -> None:
+    together = ["--data.captions_together", "2"]
+    assert resolve(parse_run_config(arguments(world, "together", *together)), read_world()).notes() == []
+    problems = ["--data.task", "scienceqa", "--data.train", str(world / "scienceqa")]
+    (note,) = resolve(parse_run_config(arguments(world, "alone", *together, *problems)), read_world()).notes()
+    assert note.startswith("data.captions_together 2 has no effect: no row of ")
+
+
+def test_a_setting_that_is_newer_than_a_checkpoint_had_its_default(world, monkeypatch) -> None:
+    config = parse_run_config(arguments(world, "older"))
+    before = to_plain(config)
+    del before["data"]["captions_together"]
+    kept = Checkpoint(Path("kept"), Progress(step=1), 1, before, "digest")
+    monkeypatch.setattr(run_dir, "find_checkpoint", lambda *_: kept)
+    monkeypatch.setattr(run_dir, "_check_backbones", lambda *_: None)
+    assert run_dir.choose_start(config, "digest") is kept
+    together = parse_run_config(arguments(world, "older", "--data.captions_together", "2"))
+    with pytest.raises(UserError, match=r"data\.captions_together \(1 there, 2 now\)"):
+        run_dir.choose_start(together, "digest")

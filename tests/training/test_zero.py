@@ -82,6 +82,8 @@ CASES = {
     ),
     "zero3-small-weights-whole": (3, {"kind": "mixed", "micro_batch_size": 2, "threshold": 300}),
     "zero3-prefix-mixed-rows": (3, {"kind": "mixed", "micro_batch_size": 4, "fusion": "prefix"}),
+    "zero3-shared-pictures": (3, {"kind": "shared", "micro_batch_size": 4}),
+    "zero3-prefix-shared-pictures": (3, {"kind": "shared", "micro_batch_size": 2, "fusion": "prefix"}),
     "zero2-accumulation-mixed-rows": (2, {"kind": "mixed", "micro_batch_size": 2}),
 }
 
@@ -104,6 +106,9 @@ def test_two_ranks_equal_plain_pytorch(job: Path, name: str) -> None:
     for key, value in parameters.items():
         # By norm: where a gradient is rounding noise, Adam's step is that noise at full size.
         assert (trained[key] - value).norm() <= 5e-3 * value.norm() + 1e-5, key
+    if case["kind"] == "shared":
+        # Rows shared a picture, and rank 1 had micro-batches without any.
+        assert {(1, case["micro_batch_size"]), (1, 0)} <= set(map(tuple, result["shapes"]))
     # The comparison is not of two models that stand still.
     assert max(expected) - min(expected) > 1e-3
 

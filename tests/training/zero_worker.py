@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ GLOBAL_BATCH = 8
 
 
 def make_rows(step: int, kind: str) -> Batch:
-    """The rows of one optimizer step; ``kind`` mixes text-only rows and uneven lengths in."""
+    """The rows of one optimizer step; ``kind`` mixes text-only rows and uneven lengths in.
+
+    In ``shared`` some rows show the same picture, and in some steps a rank's rows show none.
+    """
     generator = torch.Generator().manual_seed(1000 + step)
     input_ids = torch.randint(3, 64, (GLOBAL_BATCH, 12), generator=generator)
     attention_mask = torch.ones_like(input_ids)
     has_image = torch.ones(GLOBAL_BATCH, dtype=torch.bool)
     labels = input_ids.clone()
     labels[:, :3] = IGNORE_INDEX
-    if kind == "mixed":
+    if kind != "pictures":
         for row in range(GLOBAL_BATCH):
             length = 5 + (row * 3 + step) % 8
             attention_mask[row, length:] = 0
@@ -35,6 +39,10 @@ def make_rows(step: int, kind: str) -> Batch:
             # The second half of the rows, one rank's share, has nothing to learn from.
             labels[GLOBAL_BATCH // 2 :] = IGNORE_INDEX
     pixels = torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=generator)
+    if kind == "shared":
+        pixels = pixels[torch.arange(GLOBAL_BATCH) // 4 * 4]
+        has_image[: GLOBAL_BATCH // 2] |= step % 5 != 1
+        has_image[GLOBAL_BATCH // 2 :] &= step % 2 == 0
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -47,6 +55,17 @@ def make_rows(step: int, kind: str) -> Batch:
 def take(batch: Batch, start: int, count: int) -> Batch:
     """Rows ``start .. start + count``."""
     return Batch(**{name: value[start : start + count] for name, value in batch.inputs().items()})
+
+
+def share(batch: Batch) -> Batch:
+    """The same rows, with each picture once."""
+    rows = [row for row in range(len(batch.input_ids)) if batch.has_image[row]]
+    if not rows:
+        shown = torch.zeros(len(batch.input_ids), dtype=torch.long)
+        return replace(batch, pixel_values=batch.pixel_values[:1], picture=shown)
+    pictures, numbers = batch.pixel_values[rows].unique(dim=0, return_inverse=True)
+    shown = torch.zeros(len(batch.input_ids), dtype=torch.long).index_put((torch.tensor(rows),), numbers)
+    return replace(batch, pixel_values=pictures, picture=shown)
 
 
 def run_config(directory: Path, case: dict) -> RunConfig:
@@ -98,7 +117,7 @@ def main(directory: Path, case: dict) -> None:
     micro_size, per_rank = config.train.micro_batch_size, GLOBAL_BATCH // world.size
     watch = GradientWatch(model.trainable_parameters())
     dtype = compute_dtype(ds_config)
-    losses, taken, found, whole = [], [], {}, []
+    losses, taken, found, shapes, whole = [], [], {}, set(), []
     for step in range(case["steps"]):
         set_learning_rate(engine.optimizer.param_groups, learning_rate(step, config.train, case["steps"]))
         rows = make_rows(step, case["kind"])
@@ -109,12 +128,16 @@ def main(directory: Path, case: dict) -> None:
             with full_model(model, world) as full:
                 found |= decode(engine, full, own, world)
         micro = [take(own, start, micro_size) for start in range(0, per_rank, micro_size)]
+        if case["kind"] == "shared":
+            micro = [share(batch) for batch in micro]
+            shapes |= {(len(b.pixel_values), int(b.has_image.sum())) for b in micro}
         losses.append(train_step(engine, micro, world, dtype, seed=config.seed, step=step).loss)
         taken.append(engine.was_step_applied())
         if step == 0:
             found["silent"] = watch.finish()
             # Held, so that whatever is gathered anew lies elsewhere.
             whole = [(p, p.data) for p in model.parameters() if getattr(p, "ds_persist", False)]
+    shapes = {tuple(shape) for shape in gather_to_main([*shapes], world)}
     trained = gather_trainables(model.trainable_parameters())
     if world.is_main:
         torch.save(trained, directory / "trained.pt")
@@ -133,7 +156,13 @@ def main(directory: Path, case: dict) -> None:
                 "whole": sum(not p.requires_grad for p, _ in whole),
                 "traced": engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace(),
             }
-        found |= {"buffers": buffers, "losses": losses, "taken": taken, "hpz_ranks": hpz}
+        found |= {
+            "shapes": sorted(shapes),
+            "buffers": buffers,
+            "losses": losses,
+            "taken": taken,
+            "hpz_ranks": hpz,
+        }
         (directory / "result.json").write_text(json.dumps(found))
 
 
