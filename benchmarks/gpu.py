@@ -121,7 +121,7 @@ def _step_row(result: dict[str, Any]) -> list[Any]:
         f"{result['rows']} x {result['tokens']}",
         f"{1e3 * result['step_s']:.1f} ({first:.1f}-{last:.1f})",
         f"{result['tokens_per_s']:.0f}",
-        *("-" if result[k] is None else f"{100 * result[k]:.1f} %" for k in ("mfu", "utilisation")),
+        *("-" if result[k] is None else f"{100 * result[k]:.1f} %" for k in ("mfu", "hfu")),
         *(f"{result[k] / GIB:.1f}" if result.get(k) else "-" for k in ("peak_bytes", "planned_bytes")),
     ]
 
