@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -111,6 +112,17 @@ class Batch:
             checksum=self.checksum(),
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Small tensors travel inside the message, ``pixel_values`` through shared memory.
+
+        There each tensor is a connection from the receiver to the sender, which may have to wait for it.
+        """
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu" and name != "pixel_values":
+                state[name] = value.numpy()
+        return _unpack, (state,)
+
     def with_facts(self) -> Batch:
         """The batch with ``supervised`` and ``facts``; itself if it has them. On the CPU, before it moves."""
         if self.facts is not None and self.supervised is not None:
@@ -191,3 +203,8 @@ class Batch:
     def num_input_tokens(self) -> int:
         """Text tokens that the model reads, without padding."""
         return int(self.attention_mask.sum())
+
+
+def _unpack(state: dict[str, Any]) -> Batch:
+    arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
+    return Batch(**state | {name: torch.from_numpy(value) for name, value in arrays.items()})

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import io
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
 import torch
 
 from dehvf_ds.batch import IGNORE_INDEX, Batch, BatchFacts
@@ -67,3 +71,14 @@ def test_a_batch_knows_its_facts_before_it_moves() -> None:
     whole = batch({"a": [1, 2], "b": [3, 4]}, width=2).with_facts().training_inputs()
     assert whole["padded"] is False
     assert "has_image" not in whole
+
+
+def test_a_batch_travels_between_processes_with_one_shared_tensor() -> None:
+    sent = batch({"a": [1, 2, 3], "b": [4, 5]}).with_facts()
+    pickler = ForkingPickler(stream := io.BytesIO())
+    pickler.dump(sent)
+    assert stream.getvalue().count(b"rebuild_storage") == 1
+    found = pickle.loads(stream.getvalue())
+    assert (found.keys, found.facts) == (sent.keys, sent.facts)
+    assert all(torch.equal(value, sent.inputs()[name]) for name, value in found.inputs().items())
+    assert found.inputs().keys() == sent.inputs().keys()
