@@ -206,5 +206,7 @@ class Batch:
 
 
 def _unpack(state: dict[str, Any]) -> Batch:
-    arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
-    return Batch(**state | {name: torch.from_numpy(value) for name, value in arrays.items()})
+    for name, value in state.items():
+        if isinstance(value, np.ndarray):
+            state[name] = torch.from_numpy(value)
+    return Batch(**state)
