@@ -31,8 +31,8 @@ Weights are random and in bf16; trainables too (under ZeRO with fp32 masters), o
 captions of random tokens with a picture of 224 x 224 each, of 0.6 T to T tokens, padded on the right. A step
 is one micro-batch: host to device, forward, backward, clipping, AdamW; its median, and the range. Tokens are
 those of the text without padding; the 256 visual tokens a row of `prefix` are not counted. MFU is 4 FLOPs x
-parameters of the language model x tokens / time / 989 TFLOP/s; `all` is the share of that peak with all
-arithmetic of the step counted (padding, prefix, attention, tower, branch). `planned` is the memory of
+parameters of the language model x tokens / time / 989 TFLOP/s; HFU is the share of that peak with all matrix
+products of the step counted (padding, prefix, attention, tower, branch). `planned` is the memory of
 dehvf_ds/plan.py without CUDA's own.
 """
 
@@ -94,7 +94,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
     """The tables: steps, largest micro-batches, decoding, the profile, and what is missing."""
     lines = [NOTES]
     lines += [f"{r['device']}, torch {r['torch']}, CUDA {r['cuda']}\n" for r in results[:1] if "device" in r]
-    head = "model | rows x T | step ms | tokens/s | MFU | all | peak GiB | planned GiB"
+    head = "model | rows x T | step ms | tokens/s | MFU | HFU | peak GiB | planned GiB"
     lines += _table(head, [_step_row(r) for r in results if "step_s" in r])
     largest = [
         [r["part"], r["tokens"], r["rows"] or "none", r["failed_rows"] or "-", f"{r['peak_bytes'] / GIB:.1f}"]
@@ -121,7 +121,7 @@ def _step_row(result: dict[str, Any]) -> list[Any]:
         f"{result['rows']} x {result['tokens']}",
         f"{1e3 * result['step_s']:.1f} ({first:.1f}-{last:.1f})",
         f"{result['tokens_per_s']:.0f}",
-        *("-" if result[k] is None else f"{100 * result[k]:.1f} %" for k in ("mfu", "utilisation")),
+        *("-" if result[k] is None else f"{100 * result[k]:.1f} %" for k in ("mfu", "hfu")),
         *(f"{result[k] / GIB:.1f}" if result.get(k) else "-" for k in ("peak_bytes", "planned_bytes")),
     ]
 

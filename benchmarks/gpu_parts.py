@@ -27,12 +27,13 @@ from transformers import CLIPVisionConfig, CompileConfig, LlamaConfig, PreTraine
 from dehvf_ds.batch import Batch
 from dehvf_ds.distributed import init_process_group, read_world
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
-from dehvf_ds.planning.memory import build_on_meta, count_parameters, run_micro_step, step_bytes
+from dehvf_ds.planning.memory import step_bytes
 from dehvf_ds.planning.plan import BACKBONES
 from dehvf_ds.training import engine as engine_module
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.engine import parameter_groups
-from dehvf_ds.training.metrics import model_flops, peak_flops, peak_memory_bytes
+from dehvf_ds.training.flops import count_flops
+from dehvf_ds.training.metrics import peak_flops, peak_memory_bytes
 from dehvf_ds.training.step import train_step
 
 DTYPE = torch.bfloat16
@@ -216,7 +217,7 @@ def plain_training(session: Session, size: str, fusion: str) -> Training:
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
-        output = model(**batch.to(session.device, DTYPE).inputs())
+        output = model(**batch.to(session.device, DTYPE).training_inputs())
         (output.loss_sum / batch.num_supervised()).backward()
         torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
         optimizer.step()
@@ -275,11 +276,8 @@ def measure_step(session: Session, training: Training, tokens: int) -> Found:
                 raise
             rows //= 2
     median, text = statistics.median(seconds), batch.num_input_tokens()
-    parameters = count_parameters(on_meta := build_on_meta(config, DTYPE))
-    flops = {
-        "mfu": model_flops(parameters.language + parameters.lora, text),
-        "utilisation": run_micro_step(on_meta, batch, zero3=False).flops,
-    }
+    count = count_flops(training.model)
+    flops = {"mfu": count.model(text), "hfu": count.hardware(batch.count())}
     peak = peak_flops(session.device)
     found: Found = {name: None if peak is None else value / median / peak for name, value in flops.items()}
     if training.ds_config is not None:

@@ -55,7 +55,7 @@ def build_variant(args: argparse.Namespace, settings: str) -> Callable[[], None]
 
     def step() -> None:
         model.zero_grad()
-        model(**batch.inputs()).loss_sum.backward()
+        model(**batch.training_inputs()).loss_sum.backward()
 
     return step
 

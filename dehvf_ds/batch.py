@@ -11,8 +11,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -45,6 +46,34 @@ class Sample:
     example: int = 0
 
 
+class BatchFacts(NamedTuple):
+    """What the host must know of a micro-batch, counted where it is made: later it would wait for the device.
+
+    Facts of several micro-batches add up.
+
+    Attributes:
+        num_rows: rows.
+        num_pictures: pictures that the tower sees, zeros for rows without one among them.
+        num_supervised: labels that count in the loss.
+        num_text_tokens: text tokens that the model reads, without padding.
+        num_positions: the same with padding: rows times width.
+        num_pairs: pairs of positions in one row, padding included: rows times width squared.
+        num_unsupervised_rows: rows without a label that counts.
+        num_pictured_rows: rows with a picture.
+        checksum: see ``Batch.checksum``.
+    """
+
+    num_rows: int
+    num_pictures: int
+    num_supervised: int
+    num_text_tokens: int
+    num_positions: int
+    num_pairs: int
+    num_unsupervised_rows: int
+    num_pictured_rows: int
+    checksum: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Tensors of one micro-batch, as the model takes them.
@@ -56,7 +85,8 @@ class Batch:
         pixel_values: normalised pictures, each once; one of zeros if no row has a picture.
         has_image: whether the row has a picture.
         picture: the row's picture by its number, 0 for a row without; None: each row has one of its own.
-        supervised: positions that predict a label, in the rows laid end to end; None until the batch moves.
+        supervised: positions that predict a label, in the rows laid end to end; None if not yet looked for.
+        facts: counts of the above; None if not yet counted, see ``with_facts``.
         keys: the samples' keys, in row order.
         substituted: for each damaged sample that was replaced by another, its shard and what is wrong.
     """
@@ -68,17 +98,53 @@ class Batch:
     has_image: Bool[Tensor, " batch"]
     picture: Int[Tensor, " batch"] | None = None
     supervised: Int[Tensor, " chosen"] | None = None
+    facts: BatchFacts | None = None
     keys: tuple[str, ...] = ()
     substituted: tuple[tuple[str, str], ...] = ()
+
+    def count(self) -> BatchFacts:
+        """Its ``facts``, counted now if they are missing. On the CPU, before it moves."""
+        return self.facts or BatchFacts(
+            num_rows=len(self.input_ids),
+            num_pictures=len(self.pixel_values),
+            num_supervised=self.num_supervised(),
+            num_text_tokens=self.num_input_tokens(),
+            num_positions=self.input_ids.numel(),
+            num_pairs=self.input_ids.numel() * self.input_ids.shape[1],
+            num_unsupervised_rows=self.num_unsupervised_rows(),
+            num_pictured_rows=int(self.has_image.sum()),
+            checksum=self.checksum(),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Small tensors travel inside the message, ``pixel_values`` through shared memory.
+
+        There each tensor is a connection from the receiver to the sender, which may have to wait for it.
+        """
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu" and name != "pixel_values":
+                state[name] = value.numpy()
+        return _unpack, (state,)
+
+    def with_facts(self) -> Batch:
+        """The batch with ``supervised`` and ``facts``; itself if it has them. On the CPU, before it moves."""
+        if self.facts is not None and self.supervised is not None:
+            return self
+        followed = F.pad(self._label_counts(), (0, 1))
+        return replace(self, supervised=followed.flatten().nonzero()[:, 0], facts=self.count())
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from which a GPU copies while the host goes on; see DataLoader."""
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self.inputs().items()})
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """Moves the tensors; ``dtype`` applies to ``pixel_values`` only.
 
-        ``supervised`` is computed before, on the CPU: on a GPU the host would have to wait for its size.
+        ``supervised`` is looked for before, on the CPU: on a GPU the host would have to wait for its size.
         """
         if self.supervised is None and self.labels.device.type == "cpu":
-            followed = F.pad(self._label_counts(), (0, 1))
-            return replace(self, supervised=followed.flatten().nonzero()[:, 0]).to(device, dtype)
+            return self.with_facts().to(device, dtype)
         moved = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
@@ -92,11 +158,23 @@ class Batch:
         """The batch without the last position of its rows; for rows padded on the left."""
         names = ("input_ids", "attention_mask", "labels")
         cut = {name: getattr(self, name)[:, :-1] for name in names}
-        return replace(self, **cut, supervised=None)
+        return replace(self, **cut, supervised=None, facts=None)
 
     def inputs(self) -> dict[str, Tensor]:
         """The tensors by name, as keyword arguments of the model."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+
+    def training_inputs(self) -> dict[str, Tensor | bool]:
+        """``inputs``, and what the host knows of them, so that a forward need not ask the device.
+
+        Without ``has_image`` where every row has a picture.
+        """
+        inputs: dict[str, Tensor | bool] = {**self.inputs()}
+        if self.facts is not None:
+            inputs["padded"] = self.facts.num_text_tokens < self.facts.num_positions
+            if self.facts.num_pictured_rows == self.facts.num_rows:
+                del inputs["has_image"]
+        return inputs
 
     def num_supervised(self) -> int:
         """Labels that count in the loss; a row's first token cannot."""
@@ -129,3 +207,10 @@ class Batch:
     def num_input_tokens(self) -> int:
         """Text tokens that the model reads, without padding."""
         return int(self.attention_mask.sum())
+
+
+def _unpack(state: dict[str, Any]) -> Batch:
+    for name, value in state.items():
+        if isinstance(value, np.ndarray):
+            state[name] = torch.from_numpy(value)
+    return Batch(**state)

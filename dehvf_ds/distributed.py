@@ -20,7 +20,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -165,10 +165,7 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
         # torchrun sets OMP_NUM_THREADS to 1, which would leave cores idle.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
     else:
-        visible = torch.cuda.device_count()
-        if world.device.index >= visible:
-            raise UserError(f"LOCAL_RANK {world.local_rank} on a node with {visible} visible GPUs")
-        torch.cuda.set_device(world.device)
+        select_gpu(world)
         # DeepSpeed takes its device from there.
         os.environ["LOCAL_RANK"] = str(world.device.index)
     import deepspeed
@@ -193,6 +190,14 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
+def select_gpu(world: World) -> None:
+    """Makes this rank's GPU the one that CUDA takes where none is named."""
+    visible = torch.cuda.device_count()
+    if world.device.index >= visible:
+        raise UserError(f"LOCAL_RANK {world.local_rank} on a node with {visible} visible GPUs")
+    torch.cuda.set_device(world.device)
+
+
 def set_timeout(minutes: float) -> None:
     """Sets how long collectives of all groups of this process may take from now on."""
     from torch.distributed import distributed_c10d
@@ -203,13 +208,36 @@ def set_timeout(minutes: float) -> None:
         set_of_group(timedelta(minutes=minutes), group)
 
 
+class PendingSum:
+    """Numbers that are being summed over all ranks, in double precision. Every rank must make and await it.
+
+    On a GPU the sum goes there and back on a stream of its own, beside what the host launches meanwhile.
+    """
+
+    def __init__(self, values: list[float], device: torch.device) -> None:
+        self._found = torch.tensor(values, dtype=torch.float64)
+        self._finish: Callable[[], object] = lambda: None
+        if not torch.distributed.is_initialized():
+            return
+        if device.type != "cuda":
+            work = torch.distributed.all_reduce(self._found, async_op=True)
+            self._finish = cast(torch.distributed.Work, work).wait
+            return
+        with torch.cuda.stream(stream := torch.cuda.Stream(device)):
+            sent = self._found.pin_memory().to(device, non_blocking=True)
+            torch.distributed.all_reduce(sent)
+            self._found = torch.empty_like(self._found, pin_memory=True).copy_(sent, non_blocking=True)
+            self._finish = stream.record_event().synchronize
+
+    def wait(self) -> list[float]:
+        """The sums, when all ranks have sent their numbers."""
+        self._finish()
+        return self._found.tolist()
+
+
 def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
     """Sums numbers over all ranks, in double precision. Every rank must call it."""
-    if not torch.distributed.is_initialized():
-        return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(tensor)
-    return tensor.tolist()
+    return PendingSum(values, device).wait()
 
 
 def gather_to_main(items: list[Any], world: World) -> list[Any]:

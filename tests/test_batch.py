@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import io
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
 import torch
 
-from dehvf_ds.batch import IGNORE_INDEX, Batch
+from dehvf_ds.batch import IGNORE_INDEX, Batch, BatchFacts
 
 
 def batch(rows: dict[str, list[int]], *, width: int = 6, left: bool = False) -> Batch:
@@ -38,3 +42,43 @@ def test_without_last_drops_the_last_position() -> None:
     assert rows.attention_mask.tolist() == [[1, 1], [0, 0]]
     assert rows.labels.shape == (2, 2)
     assert rows.keys == ("a", "b")
+
+
+def test_a_batch_knows_its_facts_before_it_moves() -> None:
+    rows = batch({"a": [1, 2, 3], "b": [4, 5]}, width=4)
+    rows.labels[0, 1:3] = torch.tensor([2, 3])
+    rows.has_image[1] = False
+    known = rows.with_facts()
+    assert known.supervised is not None
+    assert known.supervised.tolist() == [0, 1]
+    facts = known.count()
+    assert facts == rows.count() == rows.to("meta").facts
+    assert facts._replace(checksum=0) == BatchFacts(
+        num_rows=2,
+        num_pictures=2,
+        num_supervised=2,
+        num_text_tokens=5,
+        num_positions=8,
+        num_pairs=32,
+        num_unsupervised_rows=1,
+        num_pictured_rows=1,
+        checksum=0,
+    )
+    assert known.with_facts() is known
+    assert known.training_inputs()["padded"] is True
+    assert "has_image" in known.training_inputs()
+    assert known.without_last().facts is None
+    whole = batch({"a": [1, 2], "b": [3, 4]}, width=2).with_facts().training_inputs()
+    assert whole["padded"] is False
+    assert "has_image" not in whole
+
+
+def test_a_batch_travels_between_processes_with_one_shared_tensor() -> None:
+    sent = batch({"a": [1, 2, 3], "b": [4, 5]}).with_facts()
+    pickler = ForkingPickler(stream := io.BytesIO())
+    pickler.dump(sent)
+    assert stream.getvalue().count(b"rebuild_storage") == 1
+    found = pickle.loads(stream.getvalue())
+    assert (found.keys, found.facts) == (sent.keys, sent.facts)
+    assert all(torch.equal(value, sent.inputs()[name]) for name, value in found.inputs().items())
+    assert found.inputs().keys() == sent.inputs().keys()

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from tiny_shards import write_shards
 from tiny_tokenizers import TOKENIZERS, build_tokenizer
@@ -26,6 +28,7 @@ from dehvf_ds.data.shards import ShardRow
 from dehvf_ds.evaluation.dataset import open_questions
 from dehvf_ds.evaluation.generate import read_picture
 from dehvf_ds.model import DehvfProcessor
+from dehvf_ds.model import pictures as pictures_module
 from dehvf_ds.model.pictures import crop_thin, to_pixels, upright_rgb
 
 SIDE = 32
@@ -184,6 +187,65 @@ def test_pixels_are_what_the_towers_own_processor_makes(kind, size) -> None:
     assert found.shape == expected.shape
     # Of a thin one the ends are cropped first; lengths are rounded in the resize, which moves lines.
     assert float((found - expected).abs().mean()) <= (0.03 if size in THIN else 0)
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+@given(
+    width=st.integers(1, 300),
+    height=st.integers(1, 300),
+    mode=st.sampled_from(["RGB", "L", "RGBA", "P", "CMYK"]),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_the_shortcut_gives_the_processors_bits(kind, width, height, mode, seed) -> None:
+    processor = PROCESSORS[kind]
+    assert pictures_module._shortcut_of(processor) is not None
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    cropped = crop_thin(upright_rgb(image), processor)
+    expected = processor(images=cropped, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(to_pixels(processor, image), expected)
+
+
+class Darker(CLIPImageProcessorPil):
+    """Has CLIP's settings and does something else."""
+
+    def _preprocess(self, images, **settings) -> Any:
+        return super()._preprocess([image // 2 for image in images], **settings)
+
+
+SMALL = {"size": {"shortest_edge": 20}, "crop_size": {"height": SIDE, "width": SIDE}}
+
+
+@pytest.mark.parametrize(
+    ("processor", "has_shortcut"),
+    [
+        (Darker(**SMALL | {"size": {"shortest_edge": SIDE}}), False),
+        (CLIPImageProcessorPil(**SMALL | {"size": {"shortest_edge": SIDE, "longest_edge": 64}}), False),
+        (CLIPImageProcessorPil(do_resize=False, crop_size={"height": SIDE, "width": SIDE}), False),
+        (CLIPImageProcessorPil(**SMALL), False),
+        # Pictures that are smaller than the crop are padded by the processor.
+        (CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 50}), True),
+        (CLIPImageProcessorPil(size={"height": 20, "width": 30}, do_center_crop=False, resample=1), True),
+        (SiglipImageProcessorPil(do_rescale=False, do_normalize=False), False),
+    ],
+    ids=["other code", "two edges", "no resize", "all padded", "some padded", "oblong", "bytes"],
+)
+def test_a_shortcut_is_taken_only_where_it_is_equal(processor, has_shortcut: bool) -> None:
+    assert (pictures_module._shortcut_of(processor) is not None) == has_shortcut
+    for size in (40, 30), (100, 120):
+        image = drawing(*size)
+        expected = processor(images=image, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(to_pixels(processor, image), expected)
+
+
+def test_settings_that_change_change_the_pixels() -> None:
+    processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    before = to_pixels(processor, drawing())
+    processor.image_mean = [0.0, 0.0, 0.0]
+    after = to_pixels(processor, drawing())
+    assert torch.equal(after, processor(images=drawing(), return_tensors="pt")["pixel_values"][0])
+    assert not torch.equal(before, after)
 
 
 @pytest.mark.parametrize("kind", PROCESSORS)

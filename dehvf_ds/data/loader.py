@@ -62,7 +62,7 @@ class BatchReader(Dataset):
         except (UserError, OSError) as error:
             return error
         batch.labels[[example == _PADDING for _, example in drawn]] = IGNORE_INDEX
-        return replace(batch, substituted=tuple(damage for _, damage in rows if damage))
+        return replace(batch, substituted=tuple(damage for _, damage in rows if damage)).with_facts()
 
     def _read(
         self, epoch: int, example: int, decoded: dict[bytes, Image.Image]
@@ -108,8 +108,12 @@ class TrainingLoader(DataLoader):
         *,
         num_workers: int,
         again: bool = False,
+        pin_memory: bool = False,
     ):
-        """``drawn`` is iterated in this process; with ``again`` the same workers serve every iteration."""
+        """``drawn`` is iterated in this process; with ``again`` the same workers serve every iteration.
+
+        ``pin_memory`` puts batches into page-locked memory, by a thread that uses the current CUDA device.
+        """
         if num_workers:
             # Workers are forked after the tokenizer was used; without this each prints a warning.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -123,6 +127,7 @@ class TrainingLoader(DataLoader):
             worker_init_fn=_init_worker,
             persistent_workers=again and num_workers > 0,
             prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
+            pin_memory=pin_memory,
             # Its own generator: an iteration must not draw from the one used by dropout.
             generator=torch.Generator(),
         )
@@ -196,11 +201,12 @@ def build_loader(
     accumulation: int,
     start_sample: int,
     num_steps: int,
+    pin_memory: bool = False,
 ) -> TrainingLoader:
     """Builds one rank's loader of ``num_steps * accumulation`` micro-batches.
 
     ``start_sample``, the samples that all ranks have consumed, is all the state to resume from. ``seed`` is
-    that of the order and of augmentation.
+    that of the order and of augmentation; ``pin_memory`` as in ``TrainingLoader``.
     """
     global_batch_size = micro_batch_size * accumulation * world_size
     together = config.captions_together
@@ -230,7 +236,7 @@ def build_loader(
     max_substitutes = MAX_SUBSTITUTES if config.on_bad == "substitute" else 0
     limits = {"shorter_side": side, "max_substitutes": max_substitutes, "together": together}
     reader = BatchReader(examples, collator, **limits)
-    return TrainingLoader(reader, drawn, num_workers=config.num_workers)
+    return TrainingLoader(reader, drawn, num_workers=config.num_workers, pin_memory=pin_memory)
 
 
 def open_validation(config: DataConfig) -> Examples | None:

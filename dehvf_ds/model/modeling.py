@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import ModelOutput
 
+from .attention import known_masks
 from .configuration import Bool, DehvfConfig, Float, Int, ModelError
 from .features import HierarchicalFuser, PrefixProjector, Projector, visual_features
 from .ffn import MemoryReader, VisualFFN, add_lora, decoder_layers, lora_parameters
@@ -102,6 +103,8 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Renamed in transformers 5.23, which warns about the old name.
         enable = getattr(decoder, "activation_checkpointing_enable", decoder.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
+        # transformers' remedy for reentrant checkpointing: a gradient that nothing before the layers takes.
+        decoder.disable_input_require_grads()
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name: projector, fuser, reader, scales and FFN adapters."""
@@ -185,15 +188,17 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         supervised: Int[Tensor, " chosen"] | None = None,
         logits_to_keep: int = 0,
         picture: Int[Tensor, " batch"] | None = None,
+        padded: bool | None = None,
         **kwargs: Any,
     ) -> DehvfOutput:
         """Returns losses only if ``labels`` are passed, else logits at the last ``logits_to_keep`` positions.
 
         0 keeps all. ``generate`` keeps one: a prompt's others would be as large as prompt times vocabulary.
         ``supervised`` holds the positions whose logits make the loss, each one before its label, as indices
-        into the flattened rows; without it the host waits for the GPU. ``visual_memory``, prepared or not,
-        may replace ``pixel_values``. Without ``has_image`` every row has a picture. ``picture`` is the number
-        of each row's picture, which is encoded once for all of them; without it row i has picture i.
+        into the flattened rows, and ``padded`` tells whether any text position is padding; without them the
+        host waits for the GPU. ``visual_memory``, prepared or not, may replace ``pixel_values``. Without
+        ``has_image`` every row has a picture. ``picture`` is the number of each row's picture, which is
+        encoded once for all of them; without it row i has picture i.
         """
         router_weights = wanted = None
         if labels is not None:
@@ -214,6 +219,8 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 num_before = embeds.shape[1] - num_tokens
                 supervised = supervised + (supervised // num_tokens + 1) * num_before
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+            # The prefix of a row without a picture is hidden from the row's text.
+            padded = None if padded is None else padded or has_image is not None
 
         inputs = {"inputs_embeds": embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         if wanted is None or supervised is None:
@@ -229,7 +236,8 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 attentions=out.get("attentions"),
                 router_weights=router_weights,
             )
-        logits = self.logits_at(supervised, inputs)
+        with known_masks(self.language_model.config._attn_implementation, masked=padded):
+            logits = self.logits_at(supervised, inputs)
         loss_sum = F.cross_entropy(logits.float(), wanted.to(logits.device), reduction="sum")
         return DehvfOutput(
             loss=loss_sum / max(1, len(wanted)),

@@ -110,7 +110,7 @@ def run_micro_step(model: DehvfForConditionalGeneration, batch: Batch, *, zero3:
     try:
         # Stopping early ends a recomputation by an exception, whose traceback would hold its tensors.
         with set_checkpoint_early_stop(False), _kernels(zero3=zero3), meter:
-            model(**inputs).loss_sum.backward()
+            model(**inputs, padded=True).loss_sum.backward()
     except (RuntimeError, NotImplementedError) as error:
         kind, reason = model.config.text_config.model_type, " ".join(str(error).split())
         raise UserError(f"model: a step of a {kind} decoder cannot be planned: {reason:.200}") from None

@@ -82,10 +82,10 @@ class Progress:
         """Counts a step, ``taken`` or skipped."""
         self.step += 1
         self.samples += batch_size
-        self.tokens += result.num_text_tokens
+        self.tokens += result.counts.num_text_tokens
         self.skipped += not taken
         self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
-        self.unsupervised_rows += result.num_unsupervised_rows
+        self.unsupervised_rows += result.counts.num_unsupervised_rows
         self.substituted += result.num_substituted
 
     def note_loss(self, loss: float, *, decides: bool) -> None:

@@ -29,6 +29,7 @@ from dehvf_ds.batch import Batch
 from dehvf_ds.config import UserError
 from dehvf_ds.distributed import World, gather_to_main
 from dehvf_ds.model import DehvfForConditionalGeneration
+from dehvf_ds.training.flops import StepFlops
 from dehvf_ds.training.run_dir import METRICS_FILE
 from dehvf_ds.training.step import StepResult, StopRequest
 from dehvf_ds.training.zero import gather_trainables
@@ -102,14 +103,6 @@ class Evaluation(Protocol):
         ...
 
 
-def model_flops(num_parameters: int, num_text_tokens: int) -> float:
-    """FLOPs of forward and backward through frozen weights: 4 per parameter and token (ours).
-
-    A trained weight costs 6: forward 2, gradient of the activations 2, of the weights 2.
-    """
-    return 4.0 * num_parameters * num_text_tokens
-
-
 def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 peak in FLOP/s; None where it is not in the table."""
     if device.type != "cuda":
@@ -125,19 +118,21 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def step_speed(
-    result: StepResult, seconds: float, batch_size: int, num_parameters: int, world: World
-) -> Metrics:
-    """Rows and text tokens per second, model FLOPs utilisation if the device's peak is known, peak memory.
+def step_speed(result: StepResult, seconds: float, flops: StepFlops, world: World) -> Metrics:
+    """Rows and text tokens per second, shares of the device's peak if that is known, peak memory.
 
-    ``batch_size`` is over all ranks; ``num_parameters`` are the decoder's.
+    ``mfu`` counts ``StepFlops.model`` and ``hfu`` ``StepFlops.hardware``, both averaged over the ranks.
     """
-    peak = peak_flops(world.device)
-    flops = model_flops(num_parameters, result.num_text_tokens) / seconds / world.size
+    counts, peak = result.counts, peak_flops(world.device)
+    computed = {"mfu": flops.model(counts.num_text_tokens), "hfu": flops.hardware(counts)}
     return {
-        "samples_per_s": batch_size / seconds,
-        "tokens_per_s": result.num_text_tokens / seconds,
-        "mfu": None if peak is None else flops / peak,
+        "samples_per_s": counts.num_rows / seconds,
+        "tokens_per_s": counts.num_text_tokens / seconds,
+        "padding_share": result.padding_share,
+        **{
+            name: None if peak is None else value / seconds / world.size / peak
+            for name, value in computed.items()
+        },
         "memory_bytes": peak_memory_bytes(world.device),
     }
 

@@ -55,7 +55,9 @@ class ResolvedRun:
         """Index of the training shards."""
         return self.examples.index
 
-    def training_batches(self, start_sample: int, num_steps: int) -> TrainingLoader:
+    def training_batches(
+        self, start_sample: int, num_steps: int, *, pin_memory: bool = False
+    ) -> TrainingLoader:
         """This rank's loader of ``num_steps`` steps from ``start_sample`` on."""
         return build_loader(
             self.config.data,
@@ -67,6 +69,7 @@ class ResolvedRun:
             accumulation=self.config.train.accumulation(self.world.size),
             start_sample=start_sample,
             num_steps=num_steps,
+            pin_memory=pin_memory,
         )
 
     def validation_batches(self) -> TrainingLoader | None:

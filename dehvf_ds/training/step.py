@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dehvf_ds.batch import Batch
+from dehvf_ds.batch import Batch, BatchFacts
 from dehvf_ds.config import UnsupervisedError
-from dehvf_ds.distributed import STOP_SIGNALS, World, all_reduce_sum
+from dehvf_ds.distributed import STOP_SIGNALS, PendingSum, World, all_reduce_sum
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -42,25 +42,31 @@ class StepResult:
 
     Attributes:
         loss: mean cross-entropy per supervised token, in nats.
-        num_supervised: tokens that the loss was taken at; at least 1.
-        num_text_tokens: tokens that went through the model, without padding and pictures.
-        num_unsupervised_rows: rows without a token to learn.
+        counts: the micro-batches' facts, summed; at least 1 supervised token.
         num_substituted: damaged samples for which others were substituted.
         num_stopping: ranks that were asked to stop.
-        rows_crc: equal in two runs whose step saw the same rows, on any ranks (``Batch.checksum`` modulo
-            2 ** 24, which TensorBoard's fp32 holds exactly).
         router_weights: the router's weights in this rank's last micro-batch with a picture, averaged over its
-            pictures; None without any.
+            pictures; None without any, or if they were not asked for.
     """
 
     loss: float
-    num_supervised: int
-    num_text_tokens: int
-    num_unsupervised_rows: int
+    counts: BatchFacts
     num_substituted: int
     num_stopping: int
-    rows_crc: int
     router_weights: Float[Tensor, "layers feature_layers"] | None = None
+
+    @property
+    def rows_crc(self) -> int:
+        """Equal in two runs whose step saw the same rows, on any ranks.
+
+        ``Batch.checksum`` modulo 2 ** 24, which TensorBoard's fp32 holds exactly.
+        """
+        return self.counts.checksum % 2**24
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the positions that went through the model and were padding."""
+        return 1 - self.counts.num_text_tokens / self.counts.num_positions
 
 
 def train_step(
@@ -72,6 +78,7 @@ def train_step(
     seed: int,
     step: int,
     stopping: bool = False,
+    record_router: bool = False,
 ) -> StepResult:
     """Forward and backward over one accumulation window, then the optimizer. Every rank must call it.
 
@@ -79,50 +86,46 @@ def train_step(
     tokens divided by their number over all ranks. DeepSpeed averages gradients over ranks, hence the factor
     ``world.size``.
 
-    ``micro_batches`` are this rank's share of the window; pictures are cast to ``dtype``; ``seed`` and
-    ``step`` decide dropout. A rank that is ``stopping`` takes the step all the same. UnsupervisedError, with
-    nothing changed, if no row of any rank has a token to learn.
+    The host waits for the device once, at the end, when it reads the loss; the ranks' counts travel beside
+    the first forward. (DeepSpeed's own engine waits in ``backward`` and, for the gradients' norm, in the last
+    ``step``.)
+
+    ``micro_batches`` are this rank's share of the window, on the CPU; pictures are cast to ``dtype``;
+    ``seed`` and ``step`` decide dropout; with ``record_router`` the router's weights are kept. A rank that is
+    ``stopping`` takes the step all the same. UnsupervisedError, before any backward, if no row of any rank
+    has a token to learn.
     """
-    counts = (
-        (
-            b.num_supervised(),
-            b.num_input_tokens(),
-            b.num_unsupervised_rows(),
-            len(b.substituted),
-            b.checksum(),
-        )
-        for b in micro_batches
-    )
-    own = [float(sum(column)) for column in zip(*counts, strict=True)]
-    num_supervised, num_text, unsupervised, substituted, checksum, num_stopping = all_reduce_sum(
-        [*own, float(stopping)], world.device
-    )
-    if not num_supervised:
-        rows = sum(len(batch.labels) for batch in micro_batches) * world.size
-        raise UnsupervisedError(
-            f"step {step}: none of its {rows} rows has a token to learn; the prompts fill all "
-            "data.max_tokens, so raise it"
-        )
+    batches = [batch.with_facts() for batch in micro_batches]
+    own = [sum(column) for column in zip(*(batch.count() for batch in batches), strict=True)]
+    own += [sum(len(batch.substituted) for batch in batches), stopping]
+    pending = PendingSum([float(number) for number in own], world.device)
+    totals: list[int] = []
     own_loss = torch.zeros((), dtype=torch.float64, device=world.device)
-    weights = None
-    for micro_step, batch in enumerate(micro_batches):
+    routed = None
+    for micro_step, batch in enumerate(batches):
         _seed(seed, step, micro_step, world.rank)
-        output = engine(**batch.to(world.device, dtype).inputs())
-        engine.backward(output.loss_sum * (world.size / num_supervised), scale_wrt_gas=False)
+        output = engine(**batch.to(world.device, dtype).training_inputs())
+        totals = totals or [int(total) for total in pending.wait()]
+        *summed, num_substituted, num_stopping = totals
+        counts = BatchFacts(*summed)
+        if not counts.num_supervised:
+            raise UnsupervisedError(
+                f"step {step}: none of its {counts.num_rows} rows has a token to learn; the prompts fill all "
+                "data.max_tokens, so raise it"
+            )
+        engine.backward(output.loss_sum * (world.size / counts.num_supervised), scale_wrt_gas=False)
         engine.step()
         own_loss += output.loss_sum.detach().double()
-        if output.router_weights is not None and batch.has_image.any():
-            weights = output.router_weights.detach()[batch.has_image.to(world.device)].mean(dim=0)
-    (loss_sum,) = all_reduce_sum([own_loss.item()], world.device)
+        if record_router and output.router_weights is not None and batch.count().num_pictured_rows:
+            routed = output.router_weights.detach(), batch.has_image
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(own_loss)
     return StepResult(
-        loss=loss_sum / num_supervised,
-        num_supervised=int(num_supervised),
-        num_text_tokens=int(num_text),
-        num_unsupervised_rows=int(unsupervised),
-        num_substituted=int(substituted),
-        num_stopping=int(num_stopping),
-        rows_crc=int(checksum) % 2**24,
-        router_weights=weights,
+        loss=own_loss.item() / counts.num_supervised,
+        counts=counts,
+        num_substituted=num_substituted,
+        num_stopping=num_stopping,
+        router_weights=None if routed is None else routed[0][routed[1].to(world.device)].mean(dim=0),
     )
 
 
@@ -143,7 +146,8 @@ def validation_loss(
     try:
         with torch.no_grad():
             for batch in batches:
-                output = engine(**batch.to(world.device, dtype).inputs())
+                batch = batch.with_facts()
+                output = engine(**batch.to(world.device, dtype).training_inputs())
                 own = [output.loss_sum.item(), float(batch.num_supervised()), float(stop.requested)]
                 loss, supervised, stopping = all_reduce_sum(own, world.device)
                 loss_sum, num_supervised = loss_sum + loss, num_supervised + supervised

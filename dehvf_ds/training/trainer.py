@@ -16,12 +16,14 @@ from dehvf_ds.distributed import (
     init_process_group,
     on_abort,
     on_main,
+    select_gpu,
     set_timeout,
     wait_for_ranks,
 )
 from dehvf_ds.training.checkpoint import Checkpoint, Checkpoints, Progress, restore_adapter
 from dehvf_ds.training.deepspeed_json import compute_dtype
 from dehvf_ds.training.engine import GradientWatch, build_engine, learning_rate, set_learning_rate
+from dehvf_ds.training.flops import count_flops
 from dehvf_ds.training.metrics import (
     Evaluation,
     Metrics,
@@ -101,13 +103,15 @@ class Trainer:
 
     def _set_up(self, checkpoint: Checkpoint | None) -> None:
         train, world = self.config.train, self.world
-        # Loader workers are forked before CUDA, NCCL or gloo start threads.
-        steps_left = self.run.num_steps - self.progress.step
-        self.batches = self.run.training_batches(self.progress.samples, steps_left)
+        # Loader workers are forked before CUDA, NCCL or gloo start threads; pinning memory starts CUDA.
         self.validation_batches = self.run.validation_batches()
-        for loader in (self.batches, self.validation_batches):
-            if loader is not None:
-                loader.start()
+        if self.validation_batches is not None:
+            self.validation_batches.start()
+        steps_left, on_gpu = self.run.num_steps - self.progress.step, world.device.type == "cuda"
+        self.batches = self.run.training_batches(self.progress.samples, steps_left, pin_memory=on_gpu)
+        if on_gpu:
+            select_gpu(world)
+        self.batches.start()
         init_process_group(world, train.start_timeout_minutes)
         # Until here there was nothing to save, and a signal ended the job at once.
         self.stop.install()
@@ -117,7 +121,7 @@ class Trainer:
         )
         if checkpoint is not None:
             self.checkpoints.load(checkpoint)
-        self.num_parameters = sum(map(numel, self.model.language_model.parameters()))
+        self.flops = count_flops(self.model)
         self._announce()
         if self.evaluation is not None:
             self.evaluation.open()
@@ -194,13 +198,13 @@ class Trainer:
             seed=self.config.seed,
             step=step,
             stopping=self.stop.requested,
+            record_router=self._records_router(step),
         )
         taken = self.engine.was_step_applied()
         progress.count(result, train.global_batch_size, taken=taken)
         self.substitutions.add(micro_batches)
         seconds = time.perf_counter() - started
         grad_norm = self.engine.get_global_grad_norm() if taken else None
-        speed = step_speed(result, seconds, train.global_batch_size, self.num_parameters, self.world)
         return result, {
             "step": progress.step,
             "epoch": progress.samples / self.run.samples_per_epoch,
@@ -211,7 +215,7 @@ class Trainer:
             "lr": lr,
             "seconds": seconds,
             "data_seconds": data_seconds,
-            **speed,
+            **step_speed(result, seconds, self.flops, self.world),
             "skipped": progress.skipped,
             "unsupervised_rows": progress.unsupervised_rows,
             "substituted": progress.substituted,
@@ -221,13 +225,17 @@ class Trainer:
     def _measure(self, step: int, result: StepResult, last: bool) -> dict[str, float]:
         """Measures what is not measured in every step: the router, the validation loss, scores."""
         train, found = self.config.train, {}
-        if train.router_every and (step % train.router_every == 0 or step == 1 or last):
+        if self._records_router(step):
             found |= router_metrics(self.model, result.router_weights)
         if last or (train.validate_every and step % train.validate_every == 0):
             found |= self.validate()
         if self.evaluation is not None and (last or step % self.config.eval.every_steps == 0):
             found |= self.evaluate(self.evaluation)
         return found
+
+    def _records_router(self, step: int) -> bool:
+        every = self.config.train.router_every
+        return every > 0 and (step % every == 0 or step in (1, self.run.num_steps))
 
     def validate(self) -> dict[str, float]:
         """Measures the loss on the validation rows, where there are any. Every rank must call it."""

@@ -69,6 +69,9 @@ def test_epoch_holds_every_caption_once_beside_its_picture(make_shards, build, b
     assert len(loader) == len(batches) == 5
     assert sorted(texts(batches, byte_bpe)) == ALL
     for batch in batches:
+        # Counted in the worker, with the positions of the loss.
+        assert batch.facts == replace(batch, facts=None).count()
+        assert batch.supervised is not None
         assert colours(batch) == [int(key.removeprefix("row")) for key in batch.keys]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_artifacts import build_bases
 from tiny_models import LORA, build_model
+from tiny_steps import rows
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CompileConfig
 
 from dehvf_ds.batch import IGNORE_INDEX
@@ -15,6 +16,27 @@ from dehvf_ds.model import ModelError, modeling
 from dehvf_ds.model.backbones import build_config, load_model
 
 FUSIONS = ["ffn", "prefix", "none"]
+
+
+@pytest.mark.parametrize("lengths", [(9, 5, 7), (6, 6, 6)], ids=["padded", "equal"])
+@pytest.mark.parametrize("text", ["llama", "windows"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_model_that_is_told_what_is_padding_computes_the_same_bits(fusion, text, lengths) -> None:
+    batch = rows(*lengths, pictures=3 if lengths[0] == 6 else 2).with_facts()
+    found = []
+    for inputs in (batch.inputs(), batch.training_inputs()):
+        kind = "llama" if text == "llama" else "mistral"
+        model = build_model(kind, fusion=fusion, trained=True)
+        if text == "windows":
+            model.language_model.config.sliding_window = 4
+        loss = model(**inputs).loss_sum
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.trainable_parameters().values())])
+    assert all(torch.equal(asked, told) for asked, told in zip(*found, strict=True))
+    if text == "windows":
+        # The window is seen, or nothing would have been compared.
+        model.language_model.config.sliding_window = None
+        assert not torch.equal(model(**batch.training_inputs()).loss_sum.detach(), found[0][0])
 
 
 @pytest.mark.parametrize(("text", "vision"), [("llama", "clip"), ("mistral", "dino")])

@@ -55,13 +55,6 @@ def test_a_few_rows_without_are_reported_and_many_are_refused() -> None:
         checked(batch(6, 6, 6, 6), *[batch(1, 2, 3, 4)] * 4)
 
 
-def test_a_step_of_nothing_is_refused_before_the_engine_is_asked() -> None:
-    with pytest.raises(
-        UnsupervisedError, match=r"step 7: none of its 4 rows has a token to learn; .*max_tokens"
-    ):
-        train_step(None, [batch(6, 6), batch(6, 6)], ALONE, torch.float32, seed=0, step=7)
-
-
 class Engine(torch.nn.Module):
     """Its loss is the sum of the labels; the second batch brings the request to stop."""
 
@@ -73,6 +66,16 @@ class Engine(torch.nn.Module):
         self.calls += 1
         self.stop.requested = self.calls == 2
         return SimpleNamespace(loss_sum=inputs["labels"].float().sum())
+
+
+def test_a_step_of_nothing_is_refused_before_any_backward() -> None:
+    engine = Engine(StopRequest())
+    with pytest.raises(
+        UnsupervisedError, match=r"step 7: none of its 4 rows has a token to learn; .*max_tokens"
+    ):
+        train_step(engine, [batch(6, 6), batch(6, 6)], ALONE, torch.float32, seed=0, step=7)
+    # It has no backward and no step to call.
+    assert engine.calls == 1
 
 
 def test_a_validation_loss_is_never_made_of_nothing_and_a_request_to_stop_ends_it() -> None:

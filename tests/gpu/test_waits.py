@@ -1,0 +1,45 @@
+"""Nothing waits for the GPU within an accumulation window: CUDA itself says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny_models import LORA, build_model
+from tiny_steps import PlainEngine, rows, take_step
+
+
+@contextmanager
+def waits_are_errors() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("pictures", [3, 1])
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("fusion", ["ffn", "prefix", "none"])
+def test_nothing_waits_within_a_window(device: str, fusion: str, recomputed: bool, pictures: int) -> None:
+    if device == "cpu":
+        pytest.skip("tests/training/test_step.py looks at the operations")
+    model = build_model(fusion=fusion, trained=True, lora=LORA | {"dropout": 0.1})
+    if recomputed:
+        model.recompute_layers()
+    model = model.to("cuda", torch.bfloat16)
+    window = [rows(9, 5, 7, pictures=pictures), rows(4, 8, 6, pictures=pictures)]
+    window = [batch.with_facts().pin_memory() for batch in window]
+    # Libraries choose and load kernels at the first call.
+    take_step(PlainEngine(model, 2), window, device)
+    result = take_step(PlainEngine(model, 2, waits_are_errors), window, device)
+    assert 0 < result.loss < 100
+
+
+def test_a_wait_is_an_error(device: str) -> None:
+    if device == "cpu":
+        pytest.skip("no GPU to wait for")
+    with pytest.raises(RuntimeError, match="synchronizing"), waits_are_errors():
+        torch.ones(3, device="cuda").sum().item()
