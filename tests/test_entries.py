@@ -262,8 +262,22 @@ def test_a_dry_run_walks_the_whole_road_and_writes_nothing(world: Path) -> None:
     assert f"{damaged}: {shard.name}: sample 0" in result.stderr
 
 
-NEEDLESS = ("deepspeed", "scipy", "sklearn", "pandas", "matplotlib", "tensorboard", "pycocoevalcap", "networkx")
-NEEDLESS += ("torch.utils.tensorboard", "torch._inductor.lowering", "functorch.compile", "transformers.trainer")
+NEEDLESS = (
+    "deepspeed",
+    "scipy",
+    "sklearn",
+    "pandas",
+    "matplotlib",
+    "tensorboard",
+    "pycocoevalcap",
+    "networkx",
+)
+NEEDLESS += (
+    "torch.utils.tensorboard",
+    "torch._inductor.lowering",
+    "functorch.compile",
+    "transformers.trainer",
+)
 FROM_A_STEP_ON = ("deepspeed", "tensorboard", "torch.utils.tensorboard")
 
 

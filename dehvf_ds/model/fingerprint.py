@@ -43,8 +43,8 @@ _WRAPPERS = VISION_PARTS | LANGUAGE_PARTS | {"model", "transformer", "base_model
 # Buffers that older checkpoints store, and layers that transformers does not load.
 _NOT_WEIGHTS = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|num_batches_tracked)$|^mtp\.")
 _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
-# Values that are read at a time where they change their dtype.
-_CAST_VALUES = 2**22
+# Values that are read at a time where they change their dtype or device.
+_BUFFERED_VALUES = 2**22
 
 
 class StoredTensor(NamedTuple):
@@ -139,20 +139,20 @@ class StoredFile:
 def reading_ranges(path: Path) -> Iterator[Callable[[StoredTensor, int, Tensor], None]]:
     """Opens a safetensors file to read parts of its tensors, by ``read(tensor, first, target)``.
 
-    That fills ``target``, one-dimensional and on the CPU, with values of the tensor flattened, the ``first``
-    and those after it, in the dtype of ``target``.
+    That fills ``target``, one-dimensional and on any device, with the tensor's values from the ``first`` on,
+    in the dtype of ``target``.
     """
     buffer = torch.empty(0)
 
     def read(tensor: StoredTensor, first: int, target: Tensor) -> None:
         nonlocal buffer
         file.seek(tensor.start + first * tensor.dtype.itemsize)
-        if target.dtype == tensor.dtype:
+        if target.dtype == tensor.dtype and target.device.type == "cpu":
             _fill(file, target)
             return
         if buffer.dtype != tensor.dtype or not len(buffer):
-            buffer = torch.empty(_CAST_VALUES, dtype=tensor.dtype)
-        for part in target.split(_CAST_VALUES):
+            buffer = torch.empty(_BUFFERED_VALUES, dtype=tensor.dtype)
+        for part in target.split(_BUFFERED_VALUES):
             _fill(file, buffer[: len(part)])
             part.copy_(buffer[: len(part)])
 

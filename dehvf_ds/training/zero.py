@@ -58,19 +58,18 @@ class Zero3Partitions:
 
         # Of a module without parameters, for its settings alone: it would make every weight whole.
         init: Any = zero.Init(nn.Module(), config_dict_or_path=self._ds_config)
-        # Of these pages the machine gives those that are written to, a share.
+        # The machine gives no pages for it, as nothing is written there.
         largest, dtype = max(map(torch.Tensor.numel, tensors)), next(iter(tensors)).dtype
-        space = torch.empty(largest, dtype=dtype)
+        nowhere = torch.empty(largest, dtype=dtype)
         in_order = sorted(tensors.items(), key=lambda item: (item[1].path, item[1].start))
         for path, group in groupby(in_order, key=lambda item: item[1].path):
             with reading_ranges(path) as read:
                 for parameter, tensor in group:
                     init._convert_to_deepspeed_param(parameter)
-                    whole = space[: parameter.numel()]
-                    for start, end in _shares(init, parameter):
-                        read(tensor, start, whole[start:end])
-                    parameter.data = whole.view(parameter.shape)
-                    parameter.partition()  # pyright: ignore[reportAttributeAccessIssue]
+                    parameter.data = nowhere[: parameter.numel()].view(parameter.shape)
+                    for share, start in _allocate(init, parameter):
+                        if (count := min(len(share), tensor.num_elements - start)) > 0:
+                            read(tensor, start, share[:count])
                     parameter.data = torch.empty(0, dtype=dtype, device=init.local_device)
 
     @contextmanager
@@ -91,14 +90,19 @@ class Zero3Partitions:
         del partitioning
 
 
-def _shares(init: Any, parameter: Any) -> list[tuple[int, int]]:
-    """What this rank holds of a flattened parameter: its share, and under hpZ its share within the node."""
-    size, places = init._aligned_size(parameter), [(init.rank, init.dp_world_size)]
-    if init.zero_param_process_group is not None:
-        places.append((init.rank_in_group, init.num_ranks_in_param_group))
-    starts = [(rank * (size // num_ranks), size // num_ranks) for rank, num_ranks in places]
-    ends = parameter.ds_numel
-    return [(start, min(start + count, ends)) for start, count in starts if start < ends]
+def _allocate(init: Any, parameter: Any) -> list[tuple[Tensor, int]]:
+    """Allocates what this rank holds of a parameter: its share, and under hpZ its share within the node.
+
+    Returns each with the position of its first value in the parameter flattened.
+    """
+    # Of the rank after the last there is nothing to copy.
+    init._partition_rank = lambda _: init.dp_world_size
+    parameter.partition()
+    del init._partition_rank
+    shares = [(parameter.ds_tensor, init.rank * len(parameter.ds_tensor))]
+    if (within := parameter.ds_secondary_tensor) is not None:
+        shares.append((within, init.rank_in_group * len(within)))
+    return shares
 
 
 def _share_hpz_groups() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from dehvf_ds.distributed import World, gather_to_main, init_process_group, read_world, run_entry
@@ -74,33 +75,28 @@ def parts(model) -> list[Any]:
     return [model.language_model, model.vision_tower]
 
 
-def peak_share(bases: dict[str, str], world: World) -> float:
-    """How far a load raises this rank's anonymous memory, as a multiple of its share of the weights."""
+def peak_memory(bases: dict[str, str], world: World) -> float:
+    """How far a load raises this rank's memory, pages of mapped files included, as a share of the weights."""
     num_bytes = sum(
-        path.stat().st_size for base in bases.values() for path in Path(base).glob("*.safetensors")
+        file.stat().st_size for base in bases.values() for file in Path(base).glob("*.safetensors")
     )
     config = build_config(**bases, num_feature_layers=2, rank=8, lora=None)
     ds_config = {"train_batch_size": world.size, "zero_optimization": {"stage": 3}}
-    peak, done = anonymous_bytes(), threading.Event()
-    before = peak
+    process, done = psutil.Process(), threading.Event()
+    before = peak = process.memory_info().rss
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.002):
-            peak = max(peak, anonymous_bytes())
+            peak = max(peak, process.memory_info().rss)
 
     thread = threading.Thread(target=watch)
     thread.start()
-    load_model(config, **bases, dtype=torch.float32, partitions=Zero3Partitions(ds_config, world))
+    model = load_model(config, **bases, dtype=torch.float32, partitions=Zero3Partitions(ds_config, world))
     done.set()
     thread.join()
-    return (max(peak, anonymous_bytes()) - before) / (num_bytes / world.size)
-
-
-def anonymous_bytes() -> int:
-    """Memory of this process without pages of files."""
-    fields = Path("/proc/self/status").read_text().split("RssAnon:")[1].split()
-    return int(fields[0]) * 1024
+    assert all(not p.numel() for p in model.vision_tower.parameters())
+    return (peak - before) / num_bytes
 
 
 def main(args: list[str]) -> None:
@@ -108,8 +104,8 @@ def main(args: list[str]) -> None:
     init_process_group(world)
     found = []
     for job in json.loads(args[1]):
-        if job.get("memory"):
-            found.append(peak_share(job["bases"], world))
+        if job["measure"]:
+            found.append(peak_memory(job["bases"], world))
         else:
             found.append(compare(job["bases"], getattr(torch, job["dtype"]), job["zero"], world))
     result = gather_to_main(found, world)
