@@ -169,9 +169,9 @@ def _load_shares(
     transformers: it loads, in each tensor's place, one value that is expanded to the tensor's shape, and the
     parameter where such a stand-in ends up is that tensor's.
     """
-    if any(tensor.path.suffix != ".safetensors" for tensor in stored.values()):
-        return None
     model_class = _model_class(config, vision=vision)
+    if not isinstance(model_class, type) or any(t.path.suffix != ".safetensors" for t in stored.values()):
+        return None
     if _are_converted(_on_meta(model_class, config), stored):
         return None
     stand_ins = {
@@ -204,8 +204,8 @@ def _load_shares(
 
 
 def _model_class(config: PreTrainedConfig, *, vision: bool) -> Any:
-    """The class that an Auto class would take."""
-    return (MODEL_MAPPING if vision else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]
+    """The class that an Auto class would take; not a class if it would choose among several."""
+    return (MODEL_MAPPING if vision else MODEL_FOR_CAUSAL_LM_MAPPING).get(type(config), None)
 
 
 def _on_meta(model_class: Any, config: PreTrainedConfig) -> PreTrainedModel:

@@ -20,6 +20,10 @@ from transformers import (
     MixtralConfig,
     PreTrainedConfig,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from dehvf_ds.distributed import World
+from dehvf_ds.training.zero import Zero3Partitions
 
 WORKER = Path(__file__).parent / "load_worker.py"
 # No size is a multiple of 2 or 4 ranks; widths of attention are what its heads need.
@@ -97,6 +101,20 @@ def test_gathered_weights_are_those_that_transformers_loads(tmp_path: Path, base
     hpz = {"zero_hpz_partition_size": 2} if ranks == 4 else {}
     jobs = [job(bases, llm, tower, dtype, **zero, **hpz) for llm, tower, dtype, zero, _ in PAIRS]
     assert load(tmp_path, jobs, ranks) == [[num_read] * ranks for *_, num_read in PAIRS]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_bytes", "said"), [(2, 3e9, True), (1, 3e9, False), (2, 1e9, False)]
+)
+def test_a_large_model_through_one_ranks_memory_is_said(
+    capsys, num_ranks: int, num_bytes: int, said: bool
+) -> None:
+    ds_config = {"train_batch_size": 1, "zero_optimization": {"stage": 3}}
+    partitions = Zero3Partitions(ds_config, World(0, 0, num_ranks, num_ranks, torch.device("cpu")))
+    with partitions.filled_by_transformers("llm", int(num_bytes)):
+        assert is_deepspeed_zero3_enabled()
+    assert not is_deepspeed_zero3_enabled()
+    assert ("note: llm: rank 0 reads all 3 GB" in capsys.readouterr().err) == said
 
 
 @pytest.mark.slow
