@@ -176,6 +176,9 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
     # the package's attribute ``torch`` is PyTorch.
     backend_module: Any = importlib.import_module("deepspeed.comm.torch")
     backend_module.build_shm_op = lambda: None
+    # Decorates Muon's functions, which come with every optimizer: torch would load its compiler for a second.
+    compiler_module: Any = importlib.import_module("deepspeed.runtime.compiler")
+    compiler_module.compile = lambda: compiler_module.dummy_decorator
     # DeepSpeed calls collectives that torch 2.13 renames, at every step of every rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if world.device.type == "cuda" else "gloo"

@@ -90,7 +90,7 @@ def test_deepspeed_by_its_path_needs_nothing_of_the_shell(world: Path, tmp_path:
     # On the console are the launcher's lines and the program's, none of libraries.
     assert result.stderr == ""
     printed = [line for line in result.stdout.splitlines() if not re.match(r"\[[\d-]+ [\d:,]+\] \[", line)]
-    assert [line.split()[0] for line in printed] == [f"{world}/runs/launched:", "step", "adapter:"]
+    assert [line.split()[0] for line in printed] == [*[f"{world}/runs/launched:"] * 2, "step", "adapter:"]
     # Nothing was compiled.
     assert list(tmp_path.iterdir()) == []
 
@@ -260,3 +260,46 @@ def test_a_dry_run_walks_the_whole_road_and_writes_nothing(world: Path) -> None:
     result = start("dehvf_ds/train.py", arguments(world, "dry", "--dry-run", "--data.train", str(damaged)))
     assert result.returncode == 2
     assert f"{damaged}: {shard.name}: sample 0" in result.stderr
+
+
+NEEDLESS = (
+    "deepspeed",
+    "scipy",
+    "sklearn",
+    "pandas",
+    "matplotlib",
+    "tensorboard",
+    "pycocoevalcap",
+    "networkx",
+)
+NEEDLESS += (
+    "torch.utils.tensorboard",
+    "torch._inductor.lowering",
+    "functorch.compile",
+    "transformers.trainer",
+)
+FROM_A_STEP_ON = ("deepspeed", "tensorboard", "torch.utils.tensorboard")
+
+
+@pytest.mark.slow
+def test_a_start_loads_no_library_that_it_does_not_need(world: Path) -> None:
+    """Every rank waits for imports, torch's compiler alone takes a second."""
+    code = """
+import json, sys
+from dehvf_ds import doctor, eval, generate, plan, train
+from dehvf_ds.data.building import __main__
+import dehvf_ds.export.__main__, dehvf_ds.report.__main__
+start = set(sys.modules)
+assert train.main(sys.argv[1:]) == 0
+print(json.dumps([sorted(start), sorted(sys.modules)]))
+"""
+    args = arguments(world, "imports", "--train.steps", "1")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], env=USER_ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    start, step = json.loads(done.stdout.splitlines()[-1])
+    assert not {"torch", "transformers", "dehvf_ds.train"} - set(start)
+    assert not set(NEEDLESS) & set(start)
+    assert set(FROM_A_STEP_ON) <= set(step)
+    assert not (set(NEEDLESS) - set(FROM_A_STEP_ON)) & set(step)

@@ -64,7 +64,7 @@ def test_a_plan_of_13b_on_16_gpus(capsys: pytest.CaptureFixture[str]) -> None:
         # 8.63 and 8.24 by formulas that a GPU's peak agreed with to 2 %.
         "activations ": [8.63, 8.63, 8.63, 8.24],
         "full model for evaluation": [24.82, 24.82, 24.82, 0.00],
-        "host of a node, loading": [24.81, 24.81, 24.81, 0.00],
+        "host of a node, pinned": [0.00, 0.00, 12.40, 0.00],
     }.items():
         assert values(lines, name) == pytest.approx(expected, abs=0.02)
     # All weights once, and less than 8 GiB of all else.

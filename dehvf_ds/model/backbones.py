@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -23,7 +25,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from .configuration import DehvfConfig, ModelError, spaced_layers, square_side
-from .fingerprint import LANGUAGE_PARTS, StoredFile, bare_name, is_weight, stored_tensors
+from .fingerprint import LANGUAGE_PARTS, StoredFile, StoredTensor, bare_name, is_weight, stored_tensors
 from .modeling import DehvfForConditionalGeneration, refuse_incomplete
 from .trial import try_backbones
 
@@ -34,6 +36,18 @@ MAX_PATCHES = 64
 """Largest number of patches along one side: a tower's attention grows with its fourth power."""
 
 _USE_ORIGINAL = "take the model that they were made of"
+
+
+class Partitions(Protocol):
+    """Where ZeRO-3 puts a backbone's weights: every rank holds its share of each (``training.zero``)."""
+
+    def read(self, tensors: Mapping[nn.Parameter, StoredTensor]) -> None:
+        """Partitions parameters without values, and reads this rank's share of each from its file."""
+        ...
+
+    def filled_by_transformers(self, source: str, num_bytes: int) -> AbstractContextManager[None]:
+        """Within it ``from_pretrained`` partitions: rank 0 reads all and sends the others their shares."""
+        ...
 
 
 def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
@@ -88,11 +102,12 @@ def load_backbone(
     *,
     vision: bool,
     device: torch.device | None = None,
+    partitions: Partitions | None = None,
 ) -> PreTrainedModel:
-    """Loads a backbone's weights; partitioned if an ``HfDeepSpeedConfig`` of ZeRO-3 is alive.
+    """Loads a backbone's weights.
 
     With ``device`` each weight is moved as it is read, so that the host never holds all of them; for the
-    meta device only names and shapes are read.
+    meta device only names and shapes are read. With ``partitions`` every rank reads its own share of each.
     """
     auto_class: Any = AutoModel if vision else AutoModelForCausalLM
     placed: dict[str, Any] = {"dtype": dtype}
@@ -100,13 +115,27 @@ def load_backbone(
         placed["device_map"] = {"": device}
     only_shapes = device is not None and device.type == "meta"
     stored = stored_tensors(source)
+    loaded = None
     try:
         # Its table of missing and unexpected weights is replaced by the refusals below.
         with _quiet(progress=not only_shapes):
-            model, info = auto_class.from_pretrained(
-                source, config=config, output_loading_info=True, ignore_mismatched_sizes=only_shapes, **placed
-            )
-    except (AssertionError, MemoryError):
+            if partitions is not None:
+                loaded = _load_shares(source, config, dtype, stored, partitions, vision=vision)
+            if loaded is None:
+                whole = nullcontext()
+                if partitions is not None:
+                    num_bytes = sum(t.num_elements * t.dtype.itemsize for t in stored.values())
+                    whole = partitions.filled_by_transformers(source, num_bytes)
+                with whole:
+                    loaded = auto_class.from_pretrained(
+                        source,
+                        config=config,
+                        output_loading_info=True,
+                        ignore_mismatched_sizes=only_shapes,
+                        **placed,
+                    )
+            model, info = loaded
+    except (AssertionError, MemoryError, ModelError):
         # A fault of DeepSpeed's partitioning, or of the machine: no mistake in the files.
         raise
     except Exception as error:
@@ -123,6 +152,85 @@ def load_backbone(
     lost = [name for name in info["unexpected_keys"] if _belongs_to(model, name, vision=vision)]
     refuse_incomplete(model, info, lost, source)
     return model
+
+
+def _load_shares(
+    source: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    stored: Mapping[str, StoredTensor],
+    partitions: Partitions,
+    *,
+    vision: bool,
+) -> tuple[PreTrainedModel, dict[str, Any]] | None:
+    """Loads a backbone whose weights stay in the files but for this rank's shares, with the loading info.
+
+    None if not every weight is one tensor of a safetensors file, as transformers maps them. That is left to
+    transformers: it loads, in each tensor's place, one value that is expanded to the tensor's shape, and the
+    parameter where such a stand-in ends up is that tensor's.
+    """
+    model_class = _model_class(config, vision=vision)
+    if not isinstance(model_class, type) or any(t.path.suffix != ".safetensors" for t in stored.values()):
+        return None
+    if _are_converted(_on_meta(model_class, config), stored):
+        return None
+    stand_ins = {
+        name: torch.zeros((), dtype=dtype if tensor.dtype.is_floating_point else tensor.dtype).expand(
+            tensor.shape
+        )
+        for name, tensor in stored.items()
+    }
+    model, info = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=stand_ins,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    origins = {stand_in.data_ptr(): stored[name] for name, stand_in in stand_ins.items()}
+    found: dict[nn.Parameter, StoredTensor] = {}
+    for weight in model.state_dict(keep_vars=True).values():
+        tensor = origins.get(weight.data_ptr())
+        if tensor is None or not isinstance(weight, nn.Parameter) or weight.shape != tensor.shape:
+            return None
+        found[weight] = tensor
+    partitions.read(found)
+    # What else from_pretrained takes from a directory.
+    model.name_or_path = model.config.name_or_path = source
+    if model.can_generate():
+        model.generation_config = _generation_config(source)
+    return model, info
+
+
+def _model_class(config: PreTrainedConfig, *, vision: bool) -> Any:
+    """The class that an Auto class would take; not a class if it would choose among several."""
+    return (MODEL_MAPPING if vision else MODEL_FOR_CAUSAL_LM_MAPPING).get(type(config), None)
+
+
+def _on_meta(model_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"), no_init_weights():
+        return model_class(config)
+
+
+def _are_converted(model: PreTrainedModel, stored: Iterable[str]) -> bool:
+    """Whether transformers makes other tensors of the stored ones, such as one of all experts."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    return any(rename_source_key(name, renamings, converters)[1] is not None for name in stored)
+
+
+def _generation_config(source: str) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:
+        return GenerationConfig.from_pretrained(
+            source, config_file_name="config.json", _from_model_config=True
+        )
 
 
 def _belongs_to(model: PreTrainedModel, name: str, *, vision: bool) -> bool:
@@ -174,10 +282,7 @@ def settle_head(config: DehvfConfig, source: str) -> None:
 
 def _has_own_head(config: PreTrainedConfig, source: str) -> bool:
     """Whether a decoder's files hold an LM head that is not its embedding."""
-    # The class itself, as `from_config` would partition the weights under ZeRO-3.
-    decoder_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with torch.device("meta"), no_init_weights():
-        decoder = decoder_class(config)
+    decoder = _on_meta(_model_class(config, vision=False), config)
     own_names = {module: name for name, module in decoder.named_modules()}
     tensors = stored_tensors(source)
     aliases = names_in_files(decoder, tensors)
@@ -257,16 +362,18 @@ def load_model(
     dtype: torch.dtype,
     seed: int = 0,
     device: torch.device | None = None,
+    partitions: Partitions | None = None,
 ) -> DehvfForConditionalGeneration:
     """Loads the frozen backbones, see ``load_backbone``, and builds the branch at its start values.
 
     Under ZeRO-3 the branch is not partitioned, and equal on all ranks, as it depends on ``seed`` alone.
     """
     settle_head(config, language_model)
-    decoder = load_backbone(language_model, config.text_config, dtype, vision=False, device=device)
+    placed: dict[str, Any] = {"device": device, "partitions": partitions}
+    decoder = load_backbone(language_model, config.text_config, dtype, vision=False, **placed)
     tower = None
     if config.fusion != "none":
-        tower = load_backbone(vision_tower, config.vision_config, dtype, vision=True, device=device)
+        tower = load_backbone(vision_tower, config.vision_config, dtype, vision=True, **placed)
     torch.manual_seed(seed)
     model = DehvfForConditionalGeneration(config, decoder, tower)
     for parameter in model.trainable_parameters().values():

@@ -14,7 +14,7 @@ import json
 import math
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +43,8 @@ _WRAPPERS = VISION_PARTS | LANGUAGE_PARTS | {"model", "transformer", "base_model
 # Buffers that older checkpoints store, and layers that transformers does not load.
 _NOT_WEIGHTS = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|num_batches_tracked)$|^mtp\.")
 _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
+# Values that are read at a time where they change their dtype or device.
+_BUFFERED_VALUES = 2**22
 
 
 class StoredTensor(NamedTuple):
@@ -131,6 +133,42 @@ class StoredFile:
                 if file.readinto(parts[-1]) < count:
                     raise ValueError("it ends too early")
         return parts
+
+
+@contextmanager
+def reading_ranges(path: Path) -> Iterator[Callable[[StoredTensor, int, Tensor], None]]:
+    """Opens a safetensors file to read parts of its tensors, by ``read(tensor, first, target)``.
+
+    That fills ``target``, one-dimensional and on any device, with the tensor's values from the ``first`` on,
+    in the dtype of ``target``.
+    """
+    buffer = torch.empty(0)
+
+    def read(tensor: StoredTensor, first: int, target: Tensor) -> None:
+        nonlocal buffer
+        file.seek(tensor.start + first * tensor.dtype.itemsize)
+        if target.dtype == tensor.dtype and target.device.type == "cpu":
+            _fill(file, target)
+            return
+        if buffer.dtype != tensor.dtype or not len(buffer):
+            buffer = torch.empty(_BUFFERED_VALUES, dtype=tensor.dtype)
+        for part in target.split(_BUFFERED_VALUES):
+            _fill(file, buffer[: len(part)])
+            part.copy_(buffer[: len(part)])
+
+    with _readable(path), io.FileIO(path) as file:
+        yield read
+
+
+def _fill(file: io.FileIO, target: Tensor) -> None:
+    """Reads the next bytes of a file into a tensor's memory."""
+    space = memoryview(target.view(torch.uint8).numpy().data)
+    while space:
+        # Linux returns 2 GiB at most.
+        count = file.readinto(space)
+        if not count:
+            raise ValueError("it ends too early")
+        space = space[count:]
 
 
 def stored_tensors(source: str) -> dict[str, StoredTensor]:

@@ -365,15 +365,14 @@ def step_bytes(
 
 
 def host_bytes(parameters: Parameters, sharding: Sharding) -> dict[str, int]:
-    """Host memory of a node: on the first while weights load, and pinned in training.
+    """Host memory of a node that is pinned in training.
 
-    Under ZeRO-3 rank 0 merges the whole checkpoint; under ZeRO-2 weights go to the GPU as they are read.
+    While weights load, it is a buffer: ranks read what they keep straight to where they keep it. Only what
+    transformers converts (mixtures of experts), and ``.bin`` files, go through rank 0's memory.
     """
-    size, offloads = sharding.element_bytes, sharding.strategy == "ZeRO-3 + offload"
-    return {
-        "loading": 0 if sharding.strategy == "ZeRO-2" else parameters.frozen * size,
-        "pinned": math.ceil(parameters.frozen / sharding.nodes) * size if offloads else 0,
-    }
+    offloads = sharding.strategy == "ZeRO-3 + offload"
+    pinned = math.ceil(parameters.frozen / sharding.nodes) * sharding.element_bytes if offloads else 0
+    return {"pinned": pinned}
 
 
 def checkpoint_bytes(parameters: Parameters) -> int:

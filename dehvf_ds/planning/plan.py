@@ -316,7 +316,7 @@ def _foot_lines(plan: Plan) -> list[str]:
         f"  rings over all links at {LINK_SHARE:.0%} of their speed, gathers overlapping with arithmetic;",
         f"  {place.overhead_bytes / GIB:g} GiB for CUDA, NCCL, workspaces; a GPU {USABLE_SHARE:.0%} full;",
         "  rows of full length, padded, every token supervised (upper bounds); SDPA attention without a",
-        "  stored score matrix; under ZeRO-2 each rank's copy of the weights in host memory at once;",
+        "  stored score matrix; weights in safetensors files, each read to where it is kept;",
         "  the loader's host memory not counted.",
     ]
 
@@ -344,6 +344,4 @@ def _recommendation(plan: Plan) -> str:
         reason = "it fits, and its gathers hide behind arithmetic"
     if limit is not None:
         reason += f"; {(limit - chosen.total_bytes) / GIB:.0f} GiB to spare"
-    if chosen.host["loading"] > 64 * GB:
-        reason += f"; loading takes {chosen.host['loading'] / GB:.0f} GB of host memory a node"
     return f"{name} ({JSON_NAMES[chosen.strategy]}): {reason}"

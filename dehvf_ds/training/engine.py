@@ -16,7 +16,7 @@ from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration, ModelErro
 from dehvf_ds.model.adapter import find_adapter, load_adapter
 from dehvf_ds.model.backbones import build_config, load_model
 from dehvf_ds.training.deepspeed_json import compute_dtype
-from dehvf_ds.training.zero import gathered_units, numel
+from dehvf_ds.training.zero import Zero3Partitions, gathered_units, numel
 
 
 def build_model_config(
@@ -66,12 +66,9 @@ def build_engine(
 ) -> tuple[Any, DehvfForConditionalGeneration]:
     """Loads the frozen backbones, partitioned under ZeRO-3, and starts the engine around the model."""
     import deepspeed
-    from transformers.integrations import HfDeepSpeedConfig
 
     dtype = compute_dtype(ds_config)
-    _share_hpz_groups()
-    # transformers keeps a weak reference: it must live until the weights are loaded.
-    partitioning = HfDeepSpeedConfig(ds_config)
+    partitioned = ds_config["zero_optimization"]["stage"] == 3
     try:
         model = load_model(
             model_config,
@@ -79,11 +76,11 @@ def build_engine(
             config.model.vision_tower,
             dtype=dtype,
             seed=config.seed,
-            device=None if ds_config["zero_optimization"]["stage"] == 3 else world.device,
+            device=None if partitioned else world.device,
+            partitions=Zero3Partitions(ds_config, world) if partitioned else None,
         )
     except ModelError as error:
         raise UserError(str(error)) from None
-    del partitioning
     if config.init_from is not None:
         try:
             # Before DeepSpeed partitions the trainables.
@@ -116,22 +113,6 @@ def build_engine(
         setattr(model.get_submodule(owner), attribute, buffer)
     engine.train()
     return engine, model
-
-
-def _share_hpz_groups() -> None:
-    """Lets hpZ load two backbones.
-
-    DeepSpeed 0.19.8 creates its groups in each load and asserts there are none yet (its issues 4901, 7066).
-    """
-    from deepspeed.utils import groups
-
-    create = groups._create_zero_param_parallel_group
-
-    def create_once(group_size: int) -> None:
-        if groups._get_zero_param_intra_parallel_group() is None:
-            create(group_size)
-
-    groups._create_zero_param_parallel_group = create_once
 
 
 def _gather_by_unit(model: DehvfForConditionalGeneration) -> dict[str, int]:

@@ -115,6 +115,7 @@ class Trainer:
         init_process_group(world, train.start_timeout_minutes)
         # Until here there was nothing to save, and a signal ended the job at once.
         self.stop.install()
+        self._print(f"{self.run_dir}: loading the frozen weights")
         self.engine, self.model = build_engine(self.config, self.run.model_config, self.run.ds_config, world)
         self.checkpoints = Checkpoints(
             self.config, world, self.model, self.engine, self.dtype, self.run.index.digest

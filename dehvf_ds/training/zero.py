@@ -1,4 +1,6 @@
-"""Whole tensors out of ZeRO's partitions, and back: the optimizer's state, and a model to decode with.
+"""Between whole tensors and ZeRO's partitions: frozen weights, the optimizer's state, a model to decode with.
+
+Frozen weights are read from their files straight into the partitions.
 
 Some 5 M parameters train, so the optimizer's state is small enough to gather whole: fp32 master values and
 AdamW's two moments by parameter name, and the number of steps taken. DeepSpeed's own checkpoints are bound to
@@ -7,8 +9,10 @@ the number of ranks, and its setters for whole parameters leave the compute copy
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,9 +23,13 @@ from dehvf_ds.config import UserError
 from dehvf_ds.distributed import World
 from dehvf_ds.model import DehvfForConditionalGeneration
 from dehvf_ds.model.ffn import decoder_layers
+from dehvf_ds.model.fingerprint import StoredTensor, reading_ranges
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
+
+LARGE_BYTES = 2e9
+"""Weights above that are noteworthy where they go through one rank's memory."""
 
 GATHERED_ELEMENTS = 100_000_000
 """Elements of weights that are gathered at a time for a copy of the model."""
@@ -39,6 +47,88 @@ def gathered_units(model: DehvfForConditionalGeneration) -> list[nn.Module]:
         names = model.vision_tower._no_split_modules or ()
         units += [module for module in model.vision_tower.modules() if type(module).__name__ in names]
     return units
+
+
+# --- frozen weights ---
+
+
+class Zero3Partitions:
+    """Puts backbones into ZeRO-3's partitions (``model.backbones.Partitions``). Every rank must call it."""
+
+    def __init__(self, ds_config: dict[str, Any], world: World) -> None:
+        self._ds_config, self._world = ds_config, world
+        _share_hpz_groups()
+
+    def read(self, tensors: Mapping[nn.Parameter, StoredTensor]) -> None:
+        """Partitions parameters without values, and reads this rank's share of each from its file.
+
+        The parameters have their shapes and their dtype, which is one for all.
+        """
+        from deepspeed import zero
+
+        # Of a module without parameters, for its settings alone: it would make every weight whole.
+        init: Any = zero.Init(nn.Module(), config_dict_or_path=self._ds_config)
+        # The machine gives no pages for it, as nothing is written there.
+        largest, dtype = max(map(torch.Tensor.numel, tensors)), next(iter(tensors)).dtype
+        nowhere = torch.empty(largest, dtype=dtype)
+        in_order = sorted(tensors.items(), key=lambda item: (item[1].path, item[1].start))
+        for path, group in groupby(in_order, key=lambda item: item[1].path):
+            with reading_ranges(path) as read:
+                for parameter, tensor in group:
+                    init._convert_to_deepspeed_param(parameter)
+                    parameter.data = nowhere[: parameter.numel()].view(parameter.shape)
+                    for share, start in _allocate(init, parameter):
+                        if (count := min(len(share), tensor.num_elements - start)) > 0:
+                            read(tensor, start, share[:count])
+                    parameter.data = torch.empty(0, dtype=dtype, device=init.local_device)
+
+    @contextmanager
+    def filled_by_transformers(self, source: str, num_bytes: int) -> Iterator[None]:
+        """Within it ``from_pretrained`` partitions: rank 0 reads all and sends the others their shares."""
+        from transformers.integrations import HfDeepSpeedConfig
+
+        if self._world.is_main and self._world.size > 1 and num_bytes >= LARGE_BYTES:
+            print(
+                f"note: {source}: rank 0 reads all {num_bytes / 1e9:.0f} GB and sends the other ranks their "
+                "shares: its weights are no safetensors files, or transformers converts them as it reads",
+                file=sys.stderr,
+                flush=True,
+            )
+        # transformers keeps a weak reference.
+        partitioning = HfDeepSpeedConfig(self._ds_config)
+        yield
+        del partitioning
+
+
+def _allocate(init: Any, parameter: Any) -> list[tuple[Tensor, int]]:
+    """Allocates what this rank holds of a parameter: its share, and under hpZ its share within the node.
+
+    Returns each with the position of its first value in the parameter flattened.
+    """
+    # Of the rank after the last there is nothing to copy.
+    init._partition_rank = lambda _: init.dp_world_size
+    parameter.partition()
+    del init._partition_rank
+    shares = [(parameter.ds_tensor, init.rank * len(parameter.ds_tensor))]
+    if (within := parameter.ds_secondary_tensor) is not None:
+        shares.append((within, init.rank_in_group * len(within)))
+    return shares
+
+
+def _share_hpz_groups() -> None:
+    """Lets hpZ load two backbones.
+
+    DeepSpeed 0.19.8 creates its groups in each load and asserts there are none yet (its issues 4901, 7066).
+    """
+    from deepspeed.utils import groups
+
+    create = groups._create_zero_param_parallel_group
+
+    def create_once(group_size: int) -> None:
+        if groups._get_zero_param_intra_parallel_group() is None:
+            create(group_size)
+
+    groups._create_zero_param_parallel_group = create_once
 
 
 # --- the optimizer's state ---
