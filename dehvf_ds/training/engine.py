@@ -99,12 +99,11 @@ def build_engine(
         lr=config.train.lr,
         betas=config.train.betas,
     )
-    zero = ds_config["zero_optimization"]
-    if zero["stage"] == 3:
-        ds_config = ds_config | {"zero_optimization": _gather_by_unit(model) | zero}
+    if partitioned:
+        ds_config = ds_config | {"zero_optimization": _gather_by_unit(model) | ds_config["zero_optimization"]}
     with _reduction_by_parameter():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    if zero["stage"] == 3:
+    if partitioned:
         _keep_frozen_whole(engine)
     # DeepSpeed moves buffers to the device only where nothing is partitioned, and some versions cast them to
     # bf16; rotary frequencies must stay fp32.
