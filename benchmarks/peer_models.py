@@ -164,18 +164,8 @@ class Llava(Variant):
         threading.Thread(target=trainer.train, daemon=True).start()
         step_by_step.done.acquire()
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Token ids, mask and labels with the picture's places before the text, and the pictures."""
-        before = (len(batch.input_ids), self.config.image_seq_length)
-        first = {"input_ids": self.config.image_token_id, "attention_mask": 1, "labels": IGNORE_INDEX}
-        joined = {
-            name: torch.cat([torch.full(before, value), getattr(batch, name)], dim=1)
-            for name, value in first.items()
-        }
-        return joined | {"pixel_values": batch.pixel_values}
-
     def loss(self) -> Tensor:  # noqa: D102
-        return self.model(**self.inputs(self.batch)).loss
+        return self.model(**llava_inputs(self.batch, self.config)).loss
 
     def train_step(self) -> None:  # noqa: D102
         self.step_by_step.go.release()
@@ -206,7 +196,17 @@ class _Rows(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:
-            yield self.variant.inputs(self.variant.batch)
+            yield llava_inputs(self.variant.batch, self.variant.config)
+
+
+def llava_inputs(batch: Batch, config: LlavaConfig) -> dict[str, Tensor]:
+    """Token ids, mask and labels with the picture's places before the text, and the pictures."""
+    places = (len(batch.input_ids), config.image_seq_length)
+    joined = {}
+    for name, value in ("input_ids", config.image_token_id), ("attention_mask", 1), ("labels", IGNORE_INDEX):
+        text = getattr(batch, name)
+        joined[name] = torch.cat([text.new_full(places, value), text], dim=1)
+    return joined | {"pixel_values": batch.pixel_values}
 
 
 def build_llava(language: PreTrainedModel, tower: PreTrainedModel, config: DehvfConfig) -> nn.Module:
@@ -229,7 +229,7 @@ def build_llava(language: PreTrainedModel, tower: PreTrainedModel, config: Dehvf
         target_modules=LORA["targets"],
         modules_to_save=["multi_modal_projector"],
     )
-    return get_peft_model(model, lora)
+    return get_peft_model(model, lora, autocast_adapter_dtype=False)
 
 
 class Published(Variant):
