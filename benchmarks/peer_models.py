@@ -45,6 +45,9 @@ from dehvf_ds.training.step import train_step
 PROMPT_TOKENS = 8
 """Of every row, without labels."""
 
+PICTURE_PLACE = 3
+"""LLaVA's token where a patch goes; random texts have ids from 10."""
+
 IMAGE_PREFIX = [10, 11, 12]
 """Stands for "Image: ", which ADEM-VL puts before its class token."""
 
@@ -214,7 +217,7 @@ def build_llava(language: PreTrainedModel, tower: PreTrainedModel, config: Dehvf
     llava_config = LlavaConfig(
         vision_config=config.vision_config,
         text_config=config.text_config,
-        image_token_index=config.text_config.vocab_size - 1,
+        image_token_index=PICTURE_PLACE,
         image_seq_length=config.patches_per_side**2,
     )
     with init_empty_weights(include_buffers=False):
