@@ -37,8 +37,7 @@ from dehvf_ds.distributed import init_process_group, read_world
 from dehvf_ds.model import DehvfConfig
 from dehvf_ds.planning.plan import BACKBONES
 
-ROWS = {"smollm2": 8, "13b": 4, "tiny": 4}
-"""Shapes, and the rows of their step."""
+SHAPES = ("smollm2", "13b", "tiny")
 
 TRAINED = ("adapter", "lora_", "projector", "fuser", "reader", "scale_")
 
@@ -87,7 +86,7 @@ def build_shape(args: argparse.Namespace, name: str) -> Shape:
         model = random_model(DehvfConfig(**configs, fusion="prefix"), torch.float32)
         language, tower = model.language_model, model.vision_tower
     config = DehvfConfig(text_config=language.config, vision_config=tower.config, image_size=side, lora=LORA)
-    batch = captions(ROWS[name], args.tokens, side)
+    batch = captions(args.rows, args.tokens, side)
     frozen = {"language": language.requires_grad_(False), "tower": tower.requires_grad_(False)}
     return Shape(**frozen, config=config, batch=batch)
 
@@ -157,7 +156,7 @@ def saved_bytes(variant: Variant) -> int:
 
 def memory_here(args: argparse.Namespace) -> dict[str, float]:
     """Saved bytes, peak of a step above the built model, and rows that fit; of one variant."""
-    shape, rows = build_shape(args, args.shape[0]), ROWS[args.shape[0]]
+    shape, rows = build_shape(args, args.shape[0]), args.rows
     variant = builders(args)[args.case](shape)
     # DeepSpeed and the Trainer import hundreds of modules only when they start.
     for small in (Ours(tiny := build_shape(args, "tiny"), "ffn"), Llava(tiny)):
@@ -186,7 +185,7 @@ def measure(args: argparse.Namespace, name: str) -> None:
     """Prints the tables of a shape."""
     memory = {variant: memory_of(variant, name) for variant in builders(args)}
     shape = build_shape(args, name)
-    batch, config, rows = shape.batch, shape.config, ROWS[name]
+    batch, config, rows = shape.batch, shape.config, args.rows
     text, vision = config.text_config, config.vision_config
     variants = {variant: build(shape) for variant, build in builders(args).items()}
     check_equal_work(variants, shape)
@@ -246,9 +245,10 @@ def profile(args: argparse.Namespace, name: str) -> None:
 def main() -> None:
     """Parses the flags; measures each shape."""
     parser = flags(__doc__, backbones=True)
-    parser.add_argument("--shape", nargs="+", choices=ROWS, default=["smollm2", "13b"])
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["smollm2", "13b"])
     parser.add_argument("--memvp", type=Path, help="checkout of github.com/JieShibo/MemVP")
     parser.add_argument("--adem", type=Path, help="checkout of github.com/Hao840/ADEM-VL")
+    parser.add_argument("--rows", type=int, default=4, help="of a step; a multiple of 4")
     parser.add_argument("--tokens", type=int, default=24, help="T, of the longest row")
     parser.add_argument("--new-tokens", type=int, default=17)
     parser.add_argument("--rounds", type=int, default=5)
