@@ -65,7 +65,7 @@ Not equal:
 
 
 def build_shape(args: argparse.Namespace, name: str) -> Shape:
-    """The demo's backbones; or 2 of LLaMA-13B's 40 layers, random, with the same share of its vocabulary."""
+    """The demo's backbones; or some of LLaMA-13B's 40 layers, random, and its vocabulary's same share."""
     side = 16 if name == "tiny" else 224
     if name == "smollm2":
         language = AutoModelForCausalLM.from_pretrained(args.language_model, dtype=torch.float32)
@@ -80,7 +80,7 @@ def build_shape(args: argparse.Namespace, name: str) -> Shape:
         vision = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1, "patch_size": 1}
         if name == "13b":
             text, vision = (BACKBONES[n].to_dict() for n in ("llama-13b", "clip-vit-large-patch14"))
-        text |= {"num_hidden_layers": 2, "vocab_size": 1600}
+        text |= {"num_hidden_layers": args.layers, "vocab_size": 32000 * args.layers // 40}
         vision |= {"num_hidden_layers": args.tower_blocks, "image_size": side}
         configs = {"text_config": LlamaConfig(**text), "vision_config": CLIPVisionConfig(**vision)}
         model = random_model(DehvfConfig(**configs, fusion="prefix"), torch.float32)
@@ -94,7 +94,8 @@ def build_shape(args: argparse.Namespace, name: str) -> Shape:
 def captions(rows: int, tokens: int, side: int) -> Batch:
     """Captions of 0.6 T to T tokens, prompt included."""
     lengths = torch.linspace(tokens, 0.6 * tokens, rows).int().tolist()
-    return random_batch(rows, tokens, lengths=lengths, prompt_tokens=PROMPT_TOKENS, image_size=side)
+    given = {"prompt_tokens": PROMPT_TOKENS, "vocab": 500, "image_size": side}
+    return random_batch(rows, tokens, lengths=lengths, **given)
 
 
 def builders(args: argparse.Namespace) -> dict[str, Callable[[Shape], Variant]]:
@@ -252,7 +253,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="T, of the longest row")
     parser.add_argument("--new-tokens", type=int, default=17)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tower-blocks", type=int, default=6, help="of CLIP-L's 24, beside 13B's layers")
+    parser.add_argument("--layers", type=int, default=2, help="of LLaMA-13B's 40")
+    parser.add_argument("--tower-blocks", type=int, default=6, help="of CLIP-L's 24, beside them")
     parser.add_argument("--budget-gib", type=float, default=8.0, help="memory beside the built model")
     parser.add_argument("--profile", metavar="VARIANT", help="only print where its time goes")
     parser.add_argument("--case", help=argparse.SUPPRESS)
