@@ -214,9 +214,11 @@ def llava_inputs(batch: Batch, config: LlavaConfig) -> dict[str, Tensor]:
 
 def build_llava(language: PreTrainedModel, tower: PreTrainedModel, config: DehvfConfig) -> nn.Module:
     """LLaVA over these modules: a new projector beside LoRA of the same targets and rank."""
+    # Copies: a configuration takes the choice of attention away from those put into it.
+    vision_config, text_config = copy.deepcopy((config.vision_config, config.text_config))
     llava_config = LlavaConfig(
-        vision_config=config.vision_config,
-        text_config=config.text_config,
+        vision_config=vision_config,
+        text_config=text_config,
         image_token_index=PICTURE_PLACE,
         image_seq_length=config.patches_per_side**2,
     )
@@ -282,8 +284,9 @@ def build_published(config: DehvfConfig, package: str, checkout: Path) -> nn.Mod
     """Their ``create_model``, weights on the meta device; ``clip.load`` gives a CLIP of the tower's shape."""
     text, vision = config.text_config, config.vision_config
     width = vision.hidden_size
-    for name in [name for name in sys.modules if name.partition(".")[0] == "clip"]:
-        del sys.modules[name]  # the other checkout's
+    # What an earlier build of these or of the other checkout imported.
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("clip", package)]:
+        del sys.modules[name]
     sys.modules["clip"] = clip = types.ModuleType("clip")
     clip.__path__ = [str(checkout / "clip")]
     sys.path.insert(0, str(checkout))

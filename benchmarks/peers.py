@@ -12,6 +12,7 @@ timed in turn in one process, memory is measured in a process for each variant. 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -30,7 +31,13 @@ from memory import RETURNED, resident_bytes
 from peer_models import PROMPT_TOKENS, Llava, Ours, Published, Shape, Variant
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 from dehvf_ds.batch import Batch
 from dehvf_ds.distributed import init_process_group, read_world
@@ -85,7 +92,9 @@ def build_shape(args: argparse.Namespace, name: str) -> Shape:
         configs = {"text_config": LlamaConfig(**text), "vision_config": CLIPVisionConfig(**vision)}
         model = random_model(DehvfConfig(**configs, fusion="prefix"), torch.float32)
         language, tower = model.language_model, model.vision_tower
-    config = DehvfConfig(text_config=language.config, vision_config=tower.config, image_size=side, lora=LORA)
+    # Copies: a configuration takes the choice of attention away from those put into it.
+    text_config, vision_config = copy.deepcopy((language.config, tower.config))
+    config = DehvfConfig(text_config=text_config, vision_config=vision_config, image_size=side, lora=LORA)
     batch = captions(args.rows, args.tokens, side)
     frozen = {"language": language.requires_grad_(False), "tower": tower.requires_grad_(False)}
     return Shape(**frozen, config=config, batch=batch)
@@ -108,20 +117,26 @@ def builders(args: argparse.Namespace) -> dict[str, Callable[[Shape], Variant]]:
     for name, package, checkout in (("MemVP", "memvp", args.memvp), ("ADEM-VL", "adem", args.adem)):
         if checkout is not None:
             found[name] = partial(Published, package=package, checkout=checkout.resolve())
-    return found
+    return {name: build for name, build in found.items() if name in ("ffn", *(args.variants or found))}
 
 
 def check_equal_work(variants: Mapping[str, Variant], shape: Shape) -> None:
-    """Adapters alone train; and without a picture MemVP's code computes what the language model does."""
+    """Adapters alone train, attention is the same, and all start from the same language model.
+
+    `ffn` computes it at the start, and so does MemVP's code without pictures.
+    """
     for name, variant in variants.items():
         wrong = [p for p in variant.trainable() if not any(word in p for word in TRAINED)]
         assert not wrong, f"{name} trains {wrong[0]}"
-    if isinstance(memvp := variants.get("MemVP"), Published):
-        inputs = {name: getattr(shape.batch, name) for name in ("input_ids", "attention_mask", "labels")}
-        with torch.no_grad():
+        models = [m for m in variant.model.modules() if isinstance(m, PreTrainedModel)]
+        assert all(m.config._attn_implementation == "sdpa" for m in models), name
+    inputs = {name: getattr(shape.batch, name) for name in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad():
+        bare = shape.language(**inputs).loss
+        torch.testing.assert_close(variants["ffn"].loss(), bare, rtol=1e-5, atol=0)
+        if isinstance(memvp := variants.get("MemVP"), Published):
             memvp.model.eval()
-            bare = shape.language(**inputs).loss
-            torch.testing.assert_close(memvp.loss(pictures=0), bare, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(memvp.loss(pictures=0), bare, rtol=1e-5, atol=0)
             memvp.model.train()
 
 
@@ -247,6 +262,7 @@ def main() -> None:
     """Parses the flags; measures each shape."""
     parser = flags(__doc__, backbones=True)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["smollm2", "13b"])
+    parser.add_argument("--variants", nargs="+", help="these beside ffn; default: all that can run")
     parser.add_argument("--memvp", type=Path, help="checkout of github.com/JieShibo/MemVP")
     parser.add_argument("--adem", type=Path, help="checkout of github.com/Hao840/ADEM-VL")
     parser.add_argument("--rows", type=int, default=4, help="of a step; a multiple of 4")
