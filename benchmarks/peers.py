@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -140,7 +141,7 @@ def check_equal_work(variants: Mapping[str, Variant], shape: Shape) -> None:
             memvp.model.train()
 
 
-def in_turn(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def in_turn(runs: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, list[float]]:
     """Each run's seconds in every round."""
     found = list(seconds_in_turn(runs, rounds))
     return {name: [seconds[name] for seconds in found] for name in runs}
@@ -211,12 +212,15 @@ def measure(args: argparse.Namespace, name: str) -> None:
     steps = in_turn({key: variant.train_step for key, variant in variants.items()}, args.rounds)
     for variant in variants.values():
         variant.end()
-    first = in_turn({key: lambda v=v: v.generate(1) for key, v in variants.items()}, args.rounds)
-    whole = in_turn(
-        {key: lambda v=v: v.generate(args.new_tokens) for key, v in variants.items()}, args.rounds
-    )
+    # Both in one round, so that their difference meets the same machine.
+    answers = {(key, n): partial(v.generate, n) for key, v in variants.items() for n in (1, args.new_tokens)}
+    seconds = in_turn(answers, args.rounds)
+    first = {key: seconds[key, 1] for key in variants}
+    after = {
+        key: [whole - one for whole, one in zip(seconds[key, args.new_tokens], first[key], strict=True)]
+        for key in variants
+    }
     once = {key: statistics.median(first[key]) for key in variants}
-    after = {key: [seconds - once[key] for seconds in whole[key]] for key in variants}
 
     print(f"\n## {name}\n\n{text.num_hidden_layers} layers of width {text.hidden_size}, vocabulary "
           f"{text.vocab_size}; tower of {vision.num_hidden_layers} blocks of width {vision.hidden_size}; "
