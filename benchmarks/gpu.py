@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-GROUPS = ("plain", "zero3", "zero2", "decode", "largest")
+GROUPS = ("plain", "zero3", "zero2", "decode", "llava", "largest")
 """Of parts, each a process of its own: what breaks one leaves the others alone."""
 
 START_S = 30
@@ -30,10 +30,10 @@ NOTES = """\
 Weights are random and in bf16; trainables too (under ZeRO with fp32 masters), optimizer AdamW. Rows are
 captions of random tokens with a picture of 224 x 224 each, of 0.6 T to T tokens, padded on the right. A step
 is one micro-batch: host to device, forward, backward, clipping, AdamW; its median, and the range. Tokens are
-those of the text without padding; the 256 visual tokens a row of `prefix` are not counted. MFU is 4 FLOPs x
-parameters of the language model x tokens / time / 989 TFLOP/s; HFU is the share of that peak with all matrix
-products of the step counted (padding, prefix, attention, tower, branch). `planned` is the memory of
-dehvf_ds/plan.py without CUDA's own.
+those of the text without padding; the 256 visual tokens a row of `prefix` and LLaVA are not counted. MFU is
+4 FLOPs x parameters of the language model x tokens / time / 989 TFLOP/s; HFU is the share of that peak with
+all matrix products of the step counted (padding, prefix, attention, tower, branch). `planned` is the memory
+of dehvf_ds/plan.py without CUDA's own.
 """
 
 

@@ -21,6 +21,7 @@ import torch
 from bench import LORA, REPOSITORY, random_batch, run_config, seconds_in_turn
 from decode import random_model, without_pictures
 from gpu import append
+from peer_models import build_llava, llava_inputs
 from torch.autograd import DeviceType
 from transformers import CLIPVisionConfig, CompileConfig, LlamaConfig, PreTrainedConfig
 
@@ -32,7 +33,7 @@ from dehvf_ds.planning.plan import BACKBONES
 from dehvf_ds.training import engine as engine_module
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 from dehvf_ds.training.engine import parameter_groups
-from dehvf_ds.training.flops import count_flops
+from dehvf_ds.training.flops import StepFlops, count_flops
 from dehvf_ds.training.metrics import peak_flops, peak_memory_bytes
 from dehvf_ds.training.step import train_step
 
@@ -164,6 +165,7 @@ def main() -> None:
         "zero3": zero_steps,
         "zero2": zero_steps,
         "decode": decoding_and_profile,
+        "llava": llava,
         "largest": largest_micro_batches,
     }
     for group in args.groups:
@@ -202,27 +204,52 @@ def batch_of(config: DehvfConfig, rows: int, tokens: int) -> Batch:
 
 @dataclass(frozen=True)
 class Training:
-    """A model, a step of it, and under ZeRO the resolved DeepSpeed configuration."""
+    """A model, its sizes, a step of it, and under ZeRO the resolved DeepSpeed configuration."""
 
-    model: DehvfForConditionalGeneration
+    model: torch.nn.Module
+    config: DehvfConfig
+    flops: StepFlops
     step: Callable[[Batch], object]
     ds_config: dict[str, Any] | None = None
 
 
 def plain_training(session: Session, size: str, fusion: str) -> Training:
     """A training step of nothing but torch."""
-    model = build(session, size, fusion)
-    trainable = model.train().trainable_parameters()
+    model = build(session, size, fusion).train()
+
+    def loss(batch: Batch) -> torch.Tensor:
+        return model(**batch.training_inputs()).loss_sum / batch.count().num_supervised
+
+    return Training(model, model.config, count_flops(model), plain_step(session, model, loss))
+
+
+def llava_training(session: Session, size: str) -> Training:
+    """The same of LLaVA and PEFT's LoRA as transformers has them: logits at every position."""
+    ours = build(session, size, "prefix", lora=False)
+    flops = count_flops(ours)
+    model = build_llava(ours.language_model, ours.vision_tower, ours.config).train()
+    config = model.base_model.model.config
+
+    def loss(batch: Batch) -> torch.Tensor:
+        return model(**llava_inputs(batch, config)).loss
+
+    return Training(model, ours.config, flops, plain_step(session, model, loss))
+
+
+def plain_step(
+    session: Session, model: torch.nn.Module, loss: Callable[[Batch], torch.Tensor]
+) -> Callable[[Batch], None]:
+    """A step that takes its batch to the device, and AdamW's on what trains."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameter_groups(trainable, 0.02), lr=1e-4)
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
-        output = model(**batch.to(session.device, DTYPE).training_inputs())
-        (output.loss_sum / batch.num_supervised()).backward()
+        loss(batch.to(session.device, DTYPE)).backward()
         torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
         optimizer.step()
 
-    return Training(model, step)
+    return step
 
 
 def zero_training(session: Session, name: str) -> Training:
@@ -246,7 +273,7 @@ def zero_training(session: Session, name: str) -> Training:
     def step(batch: Batch) -> None:
         train_step(engine, [batch], session.world, DTYPE, seed=0, step=next(numbers))
 
-    return Training(model, step, ds_config)
+    return Training(model, model.config, count_flops(model), step, ds_config)
 
 
 # --- measuring ---
@@ -264,7 +291,7 @@ def timed(session: Session, run: Callable[[], object]) -> list[float]:
 
 def measure_step(session: Session, training: Training, tokens: int) -> Found:
     """Times a step; where its rows do not fit, half of them."""
-    config, rows = training.model.config, session.sizes.rows
+    config, rows = training.config, session.sizes.rows
     while True:
         batch = batch_of(config, rows, tokens)
         session.clean()
@@ -276,10 +303,15 @@ def measure_step(session: Session, training: Training, tokens: int) -> Found:
                 raise
             rows //= 2
     median, text = statistics.median(seconds), batch.num_input_tokens()
-    count = count_flops(training.model)
-    flops = {"mfu": count.model(text), "hfu": count.hardware(batch.count())}
+    # Of LLaVA the tokens alone: it computes logits that ours does not.
+    ours = isinstance(training.model, DehvfForConditionalGeneration)
+    hardware = training.flops.hardware(batch.count()) if ours else None
+    flops = {"mfu": training.flops.model(text), "hfu": hardware}
     peak = peak_flops(session.device)
-    found: Found = {name: None if peak is None else value / median / peak for name, value in flops.items()}
+    found: Found = {
+        name: None if peak is None or value is None else value / median / peak
+        for name, value in flops.items()
+    }
     if training.ds_config is not None:
         # Without what CUDA takes beside PyTorch's allocator.
         found["planned_bytes"] = sum(step_bytes(config, batch, training.ds_config).values())
@@ -308,13 +340,13 @@ def largest_rows(session: Session, training: Training) -> Found:
         try:
             if session.rehearsal and rows > most:
                 raise torch.OutOfMemoryError("rehearsed")
-            training.step(batch_of(model.config, rows, tokens))
+            training.step(batch_of(training.config, rows, tokens))
             if session.on_gpu:
                 torch.cuda.synchronize()
             return True
         except torch.OutOfMemoryError:
             model.zero_grad(set_to_none=True)
-            if model.config.fusion == "ffn":
+            if isinstance(model, DehvfForConditionalGeneration) and model.config.fusion == "ffn":
                 model.set_memory(None)
             return False
 
@@ -375,7 +407,7 @@ def decode(
 
 def profile_step(session: Session, training: Training) -> Found:
     """Two profiled steps: kernels, their kinds, and what the device and the host waited."""
-    batch = batch_of(training.model.config, session.sizes.rows, session.sizes.tokens[0])
+    batch = batch_of(training.config, session.sizes.rows, session.sizes.tokens[0])
     wall = statistics.median(timed(session, lambda: training.step(batch)))
     num_steps = 2
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -475,6 +507,12 @@ def decoding_and_profile(session: Session, _: str) -> None:
         for batch in session.sizes.decode_batches:
             part = partial(run, batch, compiled)
             session.part(f"7B ffn merged, greedy{way}", part, needs_s=needs_s)
+
+
+def llava(session: Session, _: str) -> None:
+    """Steps and the largest micro-batch of what a user would take instead."""
+    part = "7B LLaVA and PEFT, plain torch"
+    steps_of(session, part, lambda: llava_training(session, "7B"), largest=True)
 
 
 def largest_micro_batches(session: Session, _: str) -> None:

@@ -131,8 +131,7 @@ class Batch:
         """The batch with ``supervised`` and ``facts``; itself if it has them. On the CPU, before it moves."""
         if self.facts is not None and self.supervised is not None:
             return self
-        followed = F.pad(self._label_counts(), (0, 1))
-        return replace(self, supervised=followed.flatten().nonzero()[:, 0], facts=self.count())
+        return replace(self, supervised=self._supervised_positions(), facts=self.count())
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, from which a GPU copies while the host goes on; see DataLoader."""
@@ -144,7 +143,7 @@ class Batch:
         ``supervised`` is looked for before, on the CPU: on a GPU the host would have to wait for its size.
         """
         if self.supervised is None and self.labels.device.type == "cpu":
-            return self.with_facts().to(device, dtype)
+            return replace(self, supervised=self._supervised_positions()).to(device, dtype)
         moved = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
@@ -192,6 +191,9 @@ class Batch:
         """Whether each position predicts a label that counts: the model shifts."""
         return self.labels[:, 1:] != IGNORE_INDEX
 
+    def _supervised_positions(self) -> Int[Tensor, " chosen"]:
+        return F.pad(self._label_counts(), (0, 1)).flatten().nonzero()[:, 0]
+
     def checksum(self) -> int:
         """Sum over the rows of the CRC-32 of key and token ids.
 
@@ -201,7 +203,8 @@ class Batch:
         keys = self.keys or ("",) * len(self.input_ids)
         rows = zip(keys, self.input_ids.cpu(), self.attention_mask.bool().cpu(), strict=True)
         return sum(
-            zlib.crc32(ids[mask].numpy().tobytes(), zlib.crc32(key.encode())) for key, ids, mask in rows
+            zlib.crc32(ids[mask].numpy().tobytes(), zlib.crc32(key.encode(errors="surrogateescape")))
+            for key, ids, mask in rows
         )
 
     def num_input_tokens(self) -> int:
