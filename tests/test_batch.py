@@ -32,8 +32,10 @@ def test_the_checksum_is_that_of_the_rows_wherever_they_stand() -> None:
     assert whole.checksum() == batch({"a": [1, 2, 3]}).checksum() + batch({"b": [4, 0]}).checksum()
     # Another text, another key, no key, a row less, or one twice are another sum.
     others = ({"a": [1, 2, 4], "b": [4, 0]}, {"a": [1, 2, 3], "c": [4, 0]}, {"a": [1, 2, 3]}, {"b": [4]})
+    # A file's name may hold a byte that is no text.
+    others += ({"a": [1, 2, 3], "b\udcff": [4, 0]},)
     bare = Batch(**whole.inputs())
-    assert len({0, whole.checksum(), bare.checksum(), *(batch(rows).checksum() for rows in others)}) == 7
+    assert len({0, whole.checksum(), bare.checksum(), *(batch(rows).checksum() for rows in others)}) == 8
 
 
 def test_without_last_drops_the_last_position() -> None:
@@ -52,7 +54,7 @@ def test_a_batch_knows_its_facts_before_it_moves() -> None:
     assert known.supervised is not None
     assert known.supervised.tolist() == [0, 1]
     facts = known.count()
-    assert facts == rows.count() == rows.to("meta").facts
+    assert facts == rows.count() == known.to("meta").facts
     assert facts._replace(checksum=0) == BatchFacts(
         num_rows=2,
         num_pictures=2,
