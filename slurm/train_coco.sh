@@ -21,7 +21,7 @@
 #
 # Arguments go to train.py; the environment sets the rest (slurm/README.md). --mem=0 asks for all that a node has.
 # plan.py recommends this DeepSpeed JSON for GPUs of 80 GB; smaller ones want zero3.json, or zero3_hpz.json over several
-# nodes, which load the weights through 27 GB of host memory a node.
+# nodes.
 RECIPE="${RECIPE:-coco_llama13b}"
 DS_CONFIG="${DS_CONFIG:-ds_configs/zero2.json}"
 set -euo pipefail
