@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
@@ -165,7 +165,10 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
         # torchrun sets OMP_NUM_THREADS to 1, which would leave cores idle.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
     else:
-        select_gpu(world)
+        visible = torch.cuda.device_count()
+        if world.device.index >= visible:
+            raise UserError(f"LOCAL_RANK {world.local_rank} on a node with {visible} visible GPUs")
+        torch.cuda.set_device(world.device)
         # DeepSpeed takes its device from there.
         os.environ["LOCAL_RANK"] = str(world.device.index)
     import deepspeed
@@ -193,14 +196,6 @@ def init_process_group(world: World, timeout_minutes: float = 30.0) -> None:
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
-def select_gpu(world: World) -> None:
-    """Makes this rank's GPU the one that CUDA takes where none is named."""
-    visible = torch.cuda.device_count()
-    if world.device.index >= visible:
-        raise UserError(f"LOCAL_RANK {world.local_rank} on a node with {visible} visible GPUs")
-    torch.cuda.set_device(world.device)
-
-
 def set_timeout(minutes: float) -> None:
     """Sets how long collectives of all groups of this process may take from now on."""
     from torch.distributed import distributed_c10d
@@ -209,6 +204,11 @@ def set_timeout(minutes: float) -> None:
     set_of_group: Any = getattr(torch.distributed, "set_timeout", None) or distributed_c10d._set_pg_timeout
     for group in distributed_c10d._world.pg_map:
         set_of_group(timedelta(minutes=minutes), group)
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class PendingSum:
@@ -226,7 +226,7 @@ class PendingSum:
             work = torch.distributed.all_reduce(self._found, async_op=True)
             self._finish = cast(torch.distributed.Work, work).wait
             return
-        with torch.cuda.stream(stream := torch.cuda.Stream(device)):
+        with torch.cuda.stream(stream := _side_stream(device)):
             sent = self._found.pin_memory().to(device, non_blocking=True)
             torch.distributed.all_reduce(sent)
             self._found = torch.empty_like(self._found, pin_memory=True).copy_(sent, non_blocking=True)

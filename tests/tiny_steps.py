@@ -15,8 +15,17 @@ from dehvf_ds.model import DehvfForConditionalGeneration
 from dehvf_ds.training.step import StepResult, train_step
 
 
-def rows(*lengths: int, pictures: int | None = None, width: int | None = None, side: int = 16) -> Batch:
-    """A row for each length, padded on the right; the first ``pictures`` rows have one, or all of them."""
+def rows(
+    *lengths: int,
+    pictures: int | None = None,
+    width: int | None = None,
+    side: int = 16,
+    shared: bool = False,
+) -> Batch:
+    """A row for each length, padded on the right.
+
+    The first ``pictures`` rows have one, or all of them; ``shared``: the same.
+    """
     generator = torch.Generator().manual_seed(sum(lengths))
     size = (len(lengths), width or max(lengths))
     mask = (torch.arange(size[1]) < torch.tensor(lengths)[:, None]).long()
@@ -29,8 +38,9 @@ def rows(*lengths: int, pictures: int | None = None, width: int | None = None, s
         input_ids=ids * mask,
         attention_mask=mask,
         labels=labels,
-        pixel_values=pixels * has_image[:, None, None, None],
+        pixel_values=(pixels * has_image[:, None, None, None])[: 1 if shared else None],
         has_image=has_image,
+        picture=torch.zeros(len(lengths), dtype=torch.long) if shared else None,
         keys=tuple(map(str, range(len(lengths)))),
     )
 

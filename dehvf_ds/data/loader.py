@@ -112,8 +112,10 @@ class TrainingLoader(DataLoader):
     ):
         """``drawn`` is iterated in this process; with ``again`` the same workers serve every iteration.
 
-        ``pin_memory`` puts batches into page-locked memory, by a thread that uses the current CUDA device.
+        ``pin_memory`` puts batches into page-locked memory as they are taken: the DataLoader's own thread for
+        it would start CUDA before the workers are forked.
         """
+        self._pins = pin_memory
         if num_workers:
             # Workers are forked after the tokenizer was used; without this each prints a warning.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -127,7 +129,6 @@ class TrainingLoader(DataLoader):
             worker_init_fn=_init_worker,
             persistent_workers=again and num_workers > 0,
             prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
-            pin_memory=pin_memory,
             # Its own generator: an iteration must not draw from the one used by dropout.
             generator=torch.Generator(),
         )
@@ -149,7 +150,7 @@ class TrainingLoader(DataLoader):
             for batch in batches:
                 if isinstance(batch, Exception):
                     raise batch
-                yield batch
+                yield batch.pin_memory() if self._pins else batch
         except RuntimeError as error:
             if "exited unexpectedly" not in str(error):
                 raise

@@ -25,7 +25,15 @@ from transformers.initialization import no_init_weights
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from .configuration import DehvfConfig, ModelError, spaced_layers, square_side
-from .fingerprint import LANGUAGE_PARTS, StoredFile, StoredTensor, bare_name, is_weight, stored_tensors
+from .fingerprint import (
+    LANGUAGE_PARTS,
+    StoredFile,
+    StoredTensor,
+    bare_name,
+    is_weight,
+    stored_tensors,
+    weights_fingerprint,
+)
 from .modeling import DehvfForConditionalGeneration, refuse_incomplete
 from .trial import try_backbones
 
@@ -40,6 +48,10 @@ _USE_ORIGINAL = "take the model that they were made of"
 
 class Partitions(Protocol):
     """Where ZeRO-3 puts a backbone's weights: every rank holds its share of each (``training.zero``)."""
+
+    def require_same(self, source: str, contents: object) -> None:
+        """Refuses a checkpoint whose ``contents``, of any plain type, are not the same on all ranks."""
+        ...
 
     def read(self, tensors: Mapping[nn.Parameter, StoredTensor]) -> None:
         """Partitions parameters without values, and reads this rank's share of each from its file."""
@@ -115,6 +127,9 @@ def load_backbone(
         placed["device_map"] = {"": device}
     only_shapes = device is not None and device.type == "meta"
     stored = stored_tensors(source)
+    if partitions is not None:
+        kinds = sorted((name, str(tensor.dtype), tensor.path.suffix) for name, tensor in stored.items())
+        partitions.require_same(source, [kinds, sorted(weights_fingerprint(source, vision=vision).items())])
     loaded = None
     try:
         # Its table of missing and unexpected weights is replaced by the refusals below.
@@ -171,6 +186,9 @@ def _load_shares(
     """
     model_class = _model_class(config, vision=vision)
     if not isinstance(model_class, type) or any(t.path.suffix != ".safetensors" for t in stored.values()):
+        return None
+    # Of other files than stored_tensors looks for.
+    if getattr(config, "transformers_weights", None) is not None:
         return None
     if _are_converted(_on_meta(model_class, config), stored):
         return None

@@ -148,15 +148,22 @@ def reading_ranges(path: Path) -> Iterator[Callable[[StoredTensor, int, Tensor],
         nonlocal buffer
         file.seek(tensor.start + first * tensor.dtype.itemsize)
         if target.dtype == tensor.dtype and target.device.type == "cpu":
-            _fill(file, target)
+            fill(target)
             return
         if buffer.dtype != tensor.dtype or not len(buffer):
             buffer = torch.empty(_BUFFERED_VALUES, dtype=tensor.dtype)
         for part in target.split(_BUFFERED_VALUES):
-            _fill(file, buffer[: len(part)])
+            fill(buffer[: len(part)])
             part.copy_(buffer[: len(part)])
 
-    with _readable(path), io.FileIO(path) as file:
+    def fill(target: Tensor) -> None:
+        with _readable(path):
+            _fill(file, target)
+
+    with _readable(path):
+        file = io.FileIO(path)
+    # Without it: what else fails within, such as the GPU's memory, is no fault of the file.
+    with file:
         yield read
 
 

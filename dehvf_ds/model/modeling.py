@@ -73,7 +73,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
         if config.lora is not None:
             add_lora(self.language_model, config.lora)
-        self._memory: Tensor | None = None
+        self._memory: tuple[Tensor | None, int] = (None, 0)
         if config.fusion == "ffn":
             self.projector = Projector(vision_dim, config.rank)
             self.fuser = HierarchicalFuser(
@@ -165,9 +165,15 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def set_memory(self, memory: Float[Tensor, "batch layers *slots rank"] | None) -> None:
         """Sets each layer's memory, prepared or not, until the next call."""
         # The steps of a generation all pass the same; with gradients, views must be made anew.
-        if memory is not None and memory is self._memory and not torch.is_grad_enabled():
+        version, (known, known_version) = _version(memory), self._memory
+        if (
+            memory is not None
+            and memory is known
+            and version == known_version
+            and not torch.is_grad_enabled()
+        ):
             return
-        self._memory = memory
+        self._memory = (memory, version)
         layers = decoder_layers(self.language_model)
         # unbind: the backward of indexing would fill a tensor of the whole size for each layer.
         slices = [None] * len(layers) if memory is None else memory.unbind(dim=1)
@@ -186,14 +192,15 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds: Float[Tensor, "batch tokens dim"] | None = None,
         position_ids: Int[Tensor, "batch tokens"] | None = None,
         supervised: Int[Tensor, " chosen"] | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Int[Tensor, " kept"] = 0,
         picture: Int[Tensor, " batch"] | None = None,
         padded: bool | None = None,
         **kwargs: Any,
     ) -> DehvfOutput:
         """Returns losses only if ``labels`` are passed, else logits at the last ``logits_to_keep`` positions.
 
-        0 keeps all. ``generate`` keeps one: a prompt's others would be as large as prompt times vocabulary.
+        0 keeps all, a tensor those positions. ``generate`` keeps one: a prompt's others would be as large as
+        prompt times vocabulary.
         ``supervised`` holds the positions whose logits make the loss, each one before its label, as indices
         into the flattened rows, and ``padded`` tells whether any text position is padding; without them the
         host waits for the GPU. ``visual_memory``, prepared or not, may replace ``pixel_values``. Without
@@ -225,12 +232,14 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs = {"inputs_embeds": embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         if wanted is None or supervised is None:
             kwargs.pop("return_dict", None)  # it is always one
-            if logits_to_keep and embeds.shape[1] > 1:
-                accepted = inspect.signature(self.language_model.forward).parameters
-                kwargs |= {"logits_to_keep": logits_to_keep} if "logits_to_keep" in accepted else {}
+            kept = logits_to_keep
+            some = isinstance(kept, Tensor) or 0 < kept < embeds.shape[1]
+            chooses = some and "logits_to_keep" in inspect.signature(self.language_model.forward).parameters
+            kwargs |= {"logits_to_keep": kept} if chooses else {}
             out = self.language_model(**inputs, past_key_values=past_key_values, **kwargs)
+            positions = kept if isinstance(kept, Tensor) else slice(-kept, None)
             return DehvfOutput(
-                logits=out.logits,
+                logits=out.logits[:, positions] if some and not chooses else out.logits,
                 past_key_values=out.past_key_values,
                 hidden_states=out.get("hidden_states"),
                 attentions=out.get("attentions"),
@@ -285,6 +294,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if memory is None and pixel_values is not None:
             memory, router_weights = self.encode_images(pixel_values, has_image if picture is None else None)
             if picture is not None:
+                _require_a_picture_a_row(picture, embeds)
                 memory, router_weights = (_of_rows(x, picture, has_image) for x in (memory, router_weights))
         if memory is None:
             config = self.config
@@ -309,7 +319,7 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         patches = visual_features(self.vision_tower, pixel_values, [block])[:, 0, 1:]
         prefix = self.prefix_projector(patches)
         if picture is not None:
-            prefix = _of_rows(prefix, picture, None)
+            prefix = _of_rows(prefix, picture, has_image)
         prefix = prefix * has_image.to(embeds.dtype)[:, None, None]
         seen = has_image.to(mask.dtype)[:, None].expand(prefix.shape[:2])
         return torch.cat([prefix.to(embeds.dtype), embeds], dim=1), torch.cat([seen, mask], dim=1)
@@ -345,8 +355,19 @@ class DehvfForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
 
+def _version(tensor: Tensor | None) -> int:
+    """A number that changes as the tensor is written to; 0 where torch does not count, or does not tell."""
+    if tensor is None or torch.compiler.is_compiling() or tensor.is_inference():
+        return 0
+    return tensor._version
+
+
 def _present(rows: Tensor, has_image: Tensor | None) -> Tensor:
-    return rows.new_ones(len(rows), dtype=torch.bool) if has_image is None else has_image
+    if has_image is None:
+        return rows.new_ones(len(rows), dtype=torch.bool)
+    if len(has_image) != len(rows):
+        raise ValueError(f"has_image is of {len(has_image)} rows, and there are {len(rows)}")
+    return has_image
 
 
 def _of_rows(
@@ -354,11 +375,18 @@ def _of_rows(
 ) -> Float[Tensor, "batch ..."]:
     """What was encoded of each row's picture; zeros for rows without one.
 
-    A product with a one-hot matrix: on a GPU the gradient of indexing is summed in an order that varies.
+    In training by a product with a one-hot matrix: on a GPU the gradient of indexing is summed in an order
+    that varies. Elsewhere by indexing, so that a picture that overflows stays with its own rows.
     """
-    chosen = F.one_hot(picture, len(encoded)).to(encoded.dtype)
-    chosen = chosen * _present(picture, has_image).to(encoded.dtype)[:, None]
-    return (chosen @ encoded.flatten(1)).unflatten(1, encoded.shape[1:])
+    picture, present = picture.to(encoded.device), _present(picture, has_image).to(encoded.device)
+    if not torch.is_grad_enabled():
+        rows = encoded.index_select(0, picture)
+        return torch.where(present.view(-1, *[1] * (rows.ndim - 1)), rows, 0)
+    chosen = (picture[:, None] == torch.arange(len(encoded), device=picture.device)) & present[:, None]
+    # A number beyond the pictures gives NaN: to refuse it, the host would have to wait for the device.
+    exists = chosen.any(dim=1, keepdim=True) | ~present[:, None]
+    matrix = torch.where(exists, chosen.to(encoded.dtype), torch.nan)
+    return (matrix @ encoded.flatten(1)).unflatten(1, encoded.shape[1:])
 
 
 def _require_a_picture_a_row(pictures: Tensor, embeds: Tensor) -> None:

@@ -105,5 +105,6 @@ def _tower(model: DehvfForConditionalGeneration) -> float:
     """Of one picture through the frozen tower."""
     vision, slots = model.config.vision_config, model.config.num_slots
     maps = [m for m in model.vision_tower.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    weights = sum(numel(parameter) for m in maps for parameter in m.parameters() if parameter.ndim > 1)
+    named = [pair for m in maps for pair in m.named_parameters(recurse=False)]
+    weights = sum(numel(parameter) for name, parameter in named if name == "weight")
     return 2.0 * slots * weights + 4.0 * slots**2 * vision.hidden_size * vision.num_hidden_layers

@@ -202,7 +202,11 @@ def _check_same_model(adapter: Path, config: ModelConfig, owner: str) -> None:
 def _differences(before: Mapping[str, Any], config: RunConfig) -> list[str]:
     """Settings that make it another run, with both values. A setting that is new since had its default."""
     here, known = flatten(to_plain(config)), settings_of(RunConfig).items()
-    new = {name: to_plain(field.get_default()) for name, field in known if not field.is_required()}
+    new = {
+        name: to_plain(field.get_default(call_default_factory=True))
+        for name, field in known
+        if not field.is_required()
+    }
     there = new | flatten(before)
     return [
         f"{key} ({there.get(key)} there, {here.get(key)} now)"

@@ -46,7 +46,7 @@ class StepResult:
         num_substituted: damaged samples for which others were substituted.
         num_stopping: ranks that were asked to stop.
         router_weights: the router's weights in this rank's last micro-batch with a picture, averaged over its
-            pictures; None without any, or if they were not asked for.
+            rows that have one; None without any, or if they were not asked for.
     """
 
     loss: float

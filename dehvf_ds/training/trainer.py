@@ -16,7 +16,6 @@ from dehvf_ds.distributed import (
     init_process_group,
     on_abort,
     on_main,
-    select_gpu,
     set_timeout,
     wait_for_ranks,
 )
@@ -103,15 +102,13 @@ class Trainer:
 
     def _set_up(self, checkpoint: Checkpoint | None) -> None:
         train, world = self.config.train, self.world
-        # Loader workers are forked before CUDA, NCCL or gloo start threads; pinning memory starts CUDA.
-        self.validation_batches = self.run.validation_batches()
-        if self.validation_batches is not None:
-            self.validation_batches.start()
+        # Loader workers are forked before CUDA, NCCL or gloo start threads.
         steps_left, on_gpu = self.run.num_steps - self.progress.step, world.device.type == "cuda"
         self.batches = self.run.training_batches(self.progress.samples, steps_left, pin_memory=on_gpu)
-        if on_gpu:
-            select_gpu(world)
-        self.batches.start()
+        self.validation_batches = self.run.validation_batches()
+        for loader in (self.batches, self.validation_batches):
+            if loader is not None:
+                loader.start()
         init_process_group(world, train.start_timeout_minutes)
         # Until here there was nothing to save, and a signal ended the job at once.
         self.stop.install()

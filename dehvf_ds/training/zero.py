@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from itertools import groupby
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dehvf_ds.config import UserError
-from dehvf_ds.distributed import World
+from dehvf_ds.distributed import World, gather_to_main, on_main
 from dehvf_ds.model import DehvfForConditionalGeneration
 from dehvf_ds.model.ffn import decoder_layers
 from dehvf_ds.model.fingerprint import StoredTensor, reading_ranges
@@ -59,10 +60,28 @@ class Zero3Partitions:
         self._ds_config, self._world = ds_config, world
         _share_hpz_groups()
 
+    def require_same(self, source: str, contents: object) -> None:
+        """Refuses a checkpoint whose ``contents``, of any plain type, are not the same on all ranks.
+
+        Each reads its share from its own files, which may be copies on the nodes' disks.
+        """
+        digests = gather_to_main([sha256(repr(contents).encode()).hexdigest()], self._world)
+
+        def compare() -> None:
+            odd = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+            if odd:
+                raise UserError(
+                    f"{source}: rank {', '.join(odd)} finds other weights there than rank 0; copy them to "
+                    "its node again, or set a path that all nodes share"
+                )
+
+        on_main(self._world, compare)
+
     def read(self, tensors: Mapping[nn.Parameter, StoredTensor]) -> None:
         """Partitions parameters without values, and reads this rank's share of each from its file.
 
-        The parameters have their shapes and their dtype, which is one for all.
+        The parameters have their shapes and their dtype, which is one for all. They come in the same order on
+        all ranks, in which DeepSpeed numbers them.
         """
         from deepspeed import zero
 
@@ -71,11 +90,12 @@ class Zero3Partitions:
         # The machine gives no pages for it, as nothing is written there.
         largest, dtype = max(map(torch.Tensor.numel, tensors)), next(iter(tensors)).dtype
         nowhere = torch.empty(largest, dtype=dtype)
+        for parameter in tensors:
+            init._convert_to_deepspeed_param(parameter)
         in_order = sorted(tensors.items(), key=lambda item: (item[1].path, item[1].start))
         for path, group in groupby(in_order, key=lambda item: item[1].path):
             with reading_ranges(path) as read:
                 for parameter, tensor in group:
-                    init._convert_to_deepspeed_param(parameter)
                     parameter.data = nowhere[: parameter.numel()].view(parameter.shape)
                     for share, start in _allocate(init, parameter):
                         if (count := min(len(share), tensor.num_elements - start)) > 0:
@@ -90,7 +110,7 @@ class Zero3Partitions:
         if self._world.is_main and self._world.size > 1 and num_bytes >= LARGE_BYTES:
             print(
                 f"note: {source}: rank 0 reads all {num_bytes / 1e9:.0f} GB and sends the other ranks their "
-                "shares: its weights are no safetensors files, or transformers converts them as it reads",
+                "shares: not every weight is one tensor of a safetensors file, in the run's dtype",
                 file=sys.stderr,
                 flush=True,
             )
@@ -123,6 +143,8 @@ def _share_hpz_groups() -> None:
     from deepspeed.utils import groups
 
     create = groups._create_zero_param_parallel_group
+    if create.__name__ == "create_once":
+        return
 
     def create_once(group_size: int) -> None:
         if groups._get_zero_param_intra_parallel_group() is None:

@@ -20,17 +20,20 @@ def waits_are_errors() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("pictures", [3, 1])
+@pytest.mark.parametrize(("pictures", "shared"), [(3, False), (1, False), (2, True)])
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("fusion", ["ffn", "prefix", "none"])
-def test_nothing_waits_within_a_window(device: str, fusion: str, recomputed: bool, pictures: int) -> None:
+def test_nothing_waits_within_a_window(
+    device: str, fusion: str, recomputed: bool, pictures: int, shared: bool
+) -> None:
     if device == "cpu":
         pytest.skip("tests/training/test_step.py looks at the operations")
     model = build_model(fusion=fusion, trained=True, lora=LORA | {"dropout": 0.1})
     if recomputed:
         model.recompute_layers()
     model = model.to("cuda", torch.bfloat16)
-    window = [rows(9, 5, 7, pictures=pictures), rows(4, 8, 6, pictures=pictures)]
+    more = {"pictures": pictures, "shared": shared}
+    window = [rows(9, 5, 7, **more), rows(4, 8, 6, **more)]
     window = [batch.with_facts().pin_memory() for batch in window]
     # Libraries choose and load kernels at the first call.
     take_step(PlainEngine(model, 2), window, device)

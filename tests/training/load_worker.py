@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from dehvf_ds.config import UserError
 from dehvf_ds.distributed import World, gather_to_main, init_process_group, read_world, run_entry
 from dehvf_ds.model.backbones import build_config, load_model
 from dehvf_ds.training.zero import Zero3Partitions
@@ -99,12 +100,28 @@ def peak_memory(bases: dict[str, str], world: World) -> float:
     return (peak - before) / num_bytes
 
 
+def refusal(bases: dict[str, str], world: World) -> str:
+    """What a load says that cannot be."""
+    ds_config = {"train_batch_size": world.size, "zero_optimization": {"stage": 3}}
+    config, partitions = (
+        build_config(**bases, num_feature_layers=2, rank=8),
+        Zero3Partitions(ds_config, world),
+    )
+    try:
+        load_model(config, **bases, dtype=torch.float32, partitions=partitions)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("ranks with different weights were loaded")
+
+
 def main(args: list[str]) -> None:
     world = read_world()
     init_process_group(world)
     found = []
     for job in json.loads(args[1]):
-        if job["measure"]:
+        if other := job.get("other"):
+            found.append(refusal(job["bases"] | (other if world.rank == 1 else {}), world))
+        elif job["measure"]:
             found.append(peak_memory(job["bases"], world))
         else:
             found.append(compare(job["bases"], getattr(torch, job["dtype"]), job["zero"], world))

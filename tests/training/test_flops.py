@@ -39,6 +39,16 @@ def test_hardware_flops_are_those_of_a_real_steps_products(
     assert count_flops(model).hardware(batch.count()) == pytest.approx(real, rel=2e-3)
 
 
+def test_partitioned_weights_count_whole() -> None:
+    model = build_on_meta(config_of())
+    expected = count_flops(model)
+    for parameter in model.parameters():
+        parameter.ds_numel, parameter.ds_shape = parameter.numel(), parameter.shape
+        # As ZeRO-3 leaves it.
+        parameter.data = parameter.data.new_empty(0)
+    assert count_flops(model) == expected
+
+
 def test_flops_by_hand() -> None:
     """Text only, without adapters: 100 positions in 10 rows of 10, of which 60 are text and 30 supervised."""
     model = build_on_meta(config_of(fusion="none", lora=None))

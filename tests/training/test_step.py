@@ -30,6 +30,7 @@ WINDOWS = {
     "padded": [rows(9, 5, 7), rows(4, 8, 6)],
     "equal": [rows(6, 6, 6), rows(6, 6, 6)],
     "some pictures": [rows(9, 5, 7, pictures=2), rows(6, 6, 6, pictures=0)],
+    "shared": [rows(9, 5, 7, shared=True), rows(6, 6, 6, pictures=2, shared=True)],
 }
 
 
