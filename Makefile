@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 .PHONY: demo test test-long test-gpu test-slurm chaos bench check format clean help
 
 help:
-	@echo "make demo    prepare, train, evaluate, export and show the demo (about 20 minutes on two CPU cores)"
+	@echo "make demo    prepare, train, evaluate, export and show the demo (about 15 minutes on two CPU cores)"
 	@echo "make test    install and run the tests (about 7 minutes on two CPU cores)"
 	@echo "make test-long  the rest: kills, faults of ranks, rehearsals of the GPU's benchmark (some two minutes)"
 	@echo "make test-gpu   what needs a GPU (skips where there is none; some four minutes)"
