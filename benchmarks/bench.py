@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -122,6 +124,31 @@ def seconds_in_turn(
 def median_and_range(values: Sequence[float]) -> str:
     """In words, for ratios."""
     return f"median {statistics.median(values):.3f}, {min(values):.3f} to {max(values):.3f}"
+
+
+def resident() -> int:
+    """Resident bytes of this process."""
+    return psutil.Process().memory_info().rss
+
+
+class PeakMemory:
+    """The most memory that the process holds meanwhile, pages of mapped files included, less what it held."""
+
+    def __enter__(self) -> PeakMemory:
+        self.before = self.peak = resident()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.bytes = max(self.peak, resident()) - self.before
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self.peak = max(self.peak, resident())
 
 
 def print_profile(run: Callable[[], object]) -> None:

@@ -16,11 +16,9 @@ import argparse
 
 import torch
 from bench import DTYPES, flags, median_and_range, print_profile, seconds_in_turn
+from inside import caption_questions
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig
 
-from dehvf_ds.config import ScienceqaConfig
-from dehvf_ds.data.collate import build_image_transform, load_tokenizer
-from dehvf_ds.evaluation.dataset import open_questions
 from dehvf_ds.evaluation.predict import in_batches
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration
 from dehvf_ds.model.adapter import find_trained
@@ -87,14 +85,7 @@ def captions_per_second(args: argparse.Namespace) -> None:
     """Captions a second of the evaluation's own code, for each number of rows a batch, in turn."""
     trained = find_trained(args.model)
     model = trained.load(args.dtype, device=args.device)
-    questions = open_questions(
-        args.captions,
-        "caption",
-        load_tokenizer(trained.tokenizer_source),
-        build_image_transform(trained.processor_source, trained.config.image_size),
-        prompt=trained.config.prompt,
-        scienceqa=ScienceqaConfig(),
-    )
+    questions = caption_questions(trained, args.captions)
     num_rows = min(args.pictures, questions.num_rows)
 
     def ask_all(rows: int) -> None:

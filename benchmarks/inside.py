@@ -5,17 +5,14 @@ python benchmarks/inside.py --model runs/demo --data demo_data/scenes/shards/val
 
 from __future__ import annotations
 
-import threading
-
-import psutil
 import torch
-from bench import MIB, flags
+from bench import MIB, PeakMemory, flags, resident
 
 from dehvf_ds.config import InTrainingConfig, ScienceqaConfig
 from dehvf_ds.data.collate import build_image_transform, load_tokenizer
 from dehvf_ds.distributed import World
-from dehvf_ds.evaluation.dataset import open_questions
-from dehvf_ds.model.adapter import find_trained
+from dehvf_ds.evaluation.dataset import Questions, open_questions
+from dehvf_ds.model.adapter import TrainedModel, find_trained
 from dehvf_ds.planning.estimate import evaluation_bytes
 from dehvf_ds.planning.memory import Sharding, count_parameters
 from dehvf_ds.training.zero import full_copy
@@ -29,41 +26,33 @@ def main() -> None:
     args = parser.parse_args()
     trained = find_trained(args.model)
     model = trained.load("fp32")
-    questions = open_questions(
-        args.data,
+    questions = caption_questions(trained, args.data)
+    settings = InTrainingConfig(every_steps=1)
+    # What libraries take at their first use is not the copy's.
+    questions.ask(model, [0])
+    before = resident()
+    copy = full_copy(model, World(0, 0, 1, 1, torch.device("cpu")))
+    held = resident() - before
+    with PeakMemory() as decoding:
+        questions.ask(copy, range(settings.batch_size))
+    sharding = Sharding.read({"zero_optimization": {"stage": 3}}, nodes=1, gpus_per_node=1)
+    planned = list(evaluation_bytes(model.config, count_parameters(model), sharding, settings).values())
+    print(f"copy: {held / MIB:.0f} MiB measured, {planned[1] / MIB:.0f} planned")
+    print(
+        f"decoding: {decoding.bytes / MIB:.0f} MiB measured, {planned[2] / MIB:.0f} planned (an upper bound)"
+    )
+
+
+def caption_questions(trained: TrainedModel, data: str) -> Questions:
+    """Captions to ask of a trained model, as evaluation asks them."""
+    return open_questions(
+        data,
         "caption",
         load_tokenizer(trained.tokenizer_source),
         build_image_transform(trained.processor_source, trained.config.image_size),
         prompt=trained.config.prompt,
         scienceqa=ScienceqaConfig(),
     )
-    settings = InTrainingConfig(every_steps=1)
-    # What libraries take at their first use is not the copy's.
-    questions.ask(model, [0])
-    before = resident()
-    copy = full_copy(model, World(0, 0, 1, 1, torch.device("cpu")))
-    with_copy = resident()
-    peak, is_over = [with_copy], threading.Event()
-
-    def watch() -> None:
-        while not is_over.wait(0.005):
-            peak[0] = max(peak[0], resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    questions.ask(copy, range(settings.batch_size))
-    is_over.set()
-    watcher.join()
-    sharding = Sharding.read({"zero_optimization": {"stage": 3}}, nodes=1, gpus_per_node=1)
-    planned = list(evaluation_bytes(model.config, count_parameters(model), sharding, settings).values())
-    measured = (with_copy - before, peak[0] - with_copy)
-    print(f"copy: {measured[0] / MIB:.0f} MiB measured, {planned[1] / MIB:.0f} planned")
-    print(f"decoding: {measured[1] / MIB:.0f} MiB measured, {planned[2] / MIB:.0f} planned (an upper bound)")
-
-
-def resident() -> int:
-    """Resident bytes of this process."""
-    return psutil.Process().memory_info().rss
 
 
 if __name__ == "__main__":

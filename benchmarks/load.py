@@ -15,15 +15,13 @@ import json
 import os
 import statistics
 import struct
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from bench import flags, median_and_range
+from bench import PeakMemory, flags, median_and_range
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.initialization import no_init_weights
 
@@ -94,30 +92,6 @@ def read_files(directory: Path) -> None:
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
-
-
-class PeakMemory:
-    """The most memory that the process holds meanwhile, pages of mapped files included, less what it held."""
-
-    def __enter__(self) -> PeakMemory:
-        self.before = self.peak = self._held()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.bytes = max(self.peak, self._held()) - self.before
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self.peak = max(self.peak, self._held())
-
-    @staticmethod
-    def _held() -> int:
-        return psutil.Process().memory_info().rss
 
 
 def main(argv: list[str]) -> None:

@@ -148,7 +148,7 @@ def validation_loss(
             for batch in batches:
                 batch = batch.with_facts()
                 output = engine(**batch.to(world.device, dtype).training_inputs())
-                own = [output.loss_sum.item(), float(batch.num_supervised()), float(stop.requested)]
+                own = [output.loss_sum.item(), float(batch.count().num_supervised), float(stop.requested)]
                 loss, supervised, stopping = all_reduce_sum(own, world.device)
                 loss_sum, num_supervised = loss_sum + loss, num_supervised + supervised
                 if stopping:
