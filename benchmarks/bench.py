@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dehvf_ds.batch import IGNORE_INDEX, Batch
 from dehvf_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+
+if not torch.cuda.is_available():
+    # Otherwise DeepSpeed says among the results that it found none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["down_proj"]}
@@ -149,6 +155,24 @@ class PeakMemory:
     def _watch(self) -> None:
         while not self._done.wait(0.005):
             self.peak = max(self.peak, resident())
+
+
+def saved_bytes(run: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
+    """Bytes that a forward keeps for its backward, each storage once, beside those it was given."""
+    kept: dict[int, int] = {}
+    held = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        # Detached: a result that is saved with its own graph would never be freed.
+        held.append(detached := tensor.detach())  # or another would take its address
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return detached
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = run()
+    for tensor in [*known, out]:
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
 
 
 def print_profile(run: Callable[[], object]) -> None:

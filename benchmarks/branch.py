@@ -12,12 +12,21 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench import DTYPES, LORA, MIB, flags, median_and_range, print_profile, seconds_in_turn
+from bench import (
+    DTYPES,
+    LORA,
+    MIB,
+    flags,
+    median_and_range,
+    print_profile,
+    saved_bytes,
+    seconds_in_turn,
+)
 from decode import random_model
 from torch import Tensor, nn
 from transformers import LlamaConfig
@@ -168,23 +177,6 @@ def form(args: argparse.Namespace) -> None:
         ratios = [seconds["rank"] / seconds["materialised"] for seconds in rounds]
         told = f"{median_and_range(ratios)} | {saved[0]:.2f} | {saved[1]:.2f} | 1/{saved[1] / saved[0]:.1f}"
         print(f"| {rank} | {tokens} | {told} |", flush=True)
-
-
-def saved_bytes(run: Callable[[], Tensor], known: Sequence[Tensor]) -> int:
-    """Bytes that a forward keeps for its backward, each storage once, beside those it was given."""
-    kept: dict[int, int] = {}
-    held = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        held.append(tensor)  # or another would take its address
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = run()
-    for tensor in [*known, out]:
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
 
 
 def growth(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from accelerate import init_empty_weights
 from bench import LORA, REPOSITORY, run_config
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import layer_norm, pad
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -60,6 +60,8 @@ class Shape:
     tower: PreTrainedModel
     config: DehvfConfig
     batch: Batch
+    is_part: bool
+    """whether they have a few of a larger model's layers"""
 
     def twins(self) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Language model and tower as modules of their own over the same tensors."""
@@ -167,6 +169,18 @@ class Llava(Variant):
         threading.Thread(target=trainer.train, daemon=True).start()
         step_by_step.done.acquire()
 
+    def loss_with(self, projector: Any) -> Tensor:
+        """The loss with our projector's values, on features that are normed as ours are."""
+        own = [m for m in self.model.modules() if isinstance(m, LlavaMultiModalProjector)]
+        normed = lambda _, given: (layer_norm(given[0], given[0].shape[-1:]),)  # noqa: E731
+        with ExitStack() as stack:
+            for module in own:
+                stack.callback(module.register_forward_pre_hook(normed).remove)
+                for layer, name in ((module.linear_1, "in"), (module.linear_2, "out")):
+                    layer.weight.copy_(getattr(projector, f"w_{name}").T)
+                    layer.bias.copy_(getattr(projector, f"b_{name}"))
+            return self.loss()
+
     def loss(self) -> Tensor:  # noqa: D102
         return self.model(**llava_inputs(self.batch, self.config)).loss
 
@@ -242,7 +256,7 @@ class Published(Variant):
 
     def __init__(self, shape: Shape, package: str, checkout: Path) -> None:
         self.batch, self.package = shape.batch, package
-        self.model = build_published(shape.config, package, checkout)
+        self.model = build_published(shape, package, checkout)
         self.model.load_state_dict(llama_tensors(shape.language), strict=False, assign=True)
         text = shape.language.config
         self.model.freqs_cis = sys.modules[f"{package}.model"].precompute_freqs_cis(
@@ -280,9 +294,9 @@ class Published(Variant):
             return self.model.generate([prompt], self.batch.pixel_values[:1], [1], new_tokens, tokenizer)
 
 
-def build_published(config: DehvfConfig, package: str, checkout: Path) -> nn.Module:
+def build_published(shape: Shape, package: str, checkout: Path) -> nn.Module:
     """Their ``create_model``, weights on the meta device; ``clip.load`` gives a CLIP of the tower's shape."""
-    text, vision = config.text_config, config.vision_config
+    config, text, vision = shape.config, shape.config.text_config, shape.config.vision_config
     width = vision.hidden_size
     # What an earlier build of these or of the other checkout imported.
     for name in [name for name in sys.modules if name.partition(".")[0] in ("clip", package)]:
@@ -294,7 +308,9 @@ def build_published(config: DehvfConfig, package: str, checkout: Path) -> nn.Mod
         build = importlib.import_module(f"{package}.build")
         tower = importlib.import_module("clip.model").CLIP
     model, adapter = (sys.modules[f"{package}.{name}"] for name in ("model", "adapter"))
-    sizes = (config.image_size, vision.num_hidden_layers, width, config.patch_size)
+    # They skip the last one, a small part of a whole tower.
+    blocks = vision.num_hidden_layers + shape.is_part
+    sizes = (config.image_size, blocks, width, config.patch_size)
     clip.load = lambda *_, **__: (tower(width, *sizes, 1, 1, 64, 1, 1), None)
     # Both write the width of CLIP-L as a number.
     own, projector = adapter.Adapter, model.Projector

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import os
 import statistics
@@ -20,18 +21,25 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import transformers
-from bench import LORA, MIB, flags, median_and_range, print_profile, random_batch, seconds_in_turn
+from bench import (
+    LORA,
+    MIB,
+    flags,
+    median_and_range,
+    print_profile,
+    random_batch,
+    saved_bytes,
+    seconds_in_turn,
+)
 from decode import random_model
 from memory import RETURNED, resident_bytes
 from peer_models import PROMPT_TOKENS, Llava, Ours, Published, Shape, Variant
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -66,9 +74,10 @@ Not equal:
 - LLaVA computes logits everywhere, at its {patches} visual tokens too; MemVP and ADEM-VL at all of the
   text.
 - MemVP and ADEM-VL: Llama in code of their own, attention without sdpa, keys for each head (SmolLM2's
-  heads share them); a CLIP of the tower's shape with random weights, whose last block is skipped and in
-  which adapters train, so that backward passes it; 320 slots of width d (MemVP at 13B: 400). ADEM-VL
-  reads a class token and the 3 tokens of "Image: " more a row. `.half()` and `autocast` do nothing.
+  heads share them); a CLIP of the tower's shape with random weights, whose last block is skipped (of
+  part of a tower one that is added) and in which adapters train, so that backward passes it; 320 slots
+  of width d (MemVP at 13B: 400). ADEM-VL reads a class token and the 3 tokens of "Image: " more a row.
+  `.half()` and `autocast` do nothing.
 """
 
 
@@ -98,7 +107,7 @@ def build_shape(args: argparse.Namespace, name: str) -> Shape:
     config = DehvfConfig(text_config=text_config, vision_config=vision_config, image_size=side, lora=LORA)
     batch = captions(args.rows, args.tokens, side)
     frozen = {"language": language.requires_grad_(False), "tower": tower.requires_grad_(False)}
-    return Shape(**frozen, config=config, batch=batch)
+    return Shape(**frozen, config=config, batch=batch, is_part=name != "smollm2")
 
 
 def captions(rows: int, tokens: int, side: int) -> Batch:
@@ -124,7 +133,8 @@ def builders(args: argparse.Namespace) -> dict[str, Callable[[Shape], Variant]]:
 def check_equal_work(variants: Mapping[str, Variant], shape: Shape) -> None:
     """Adapters alone train, attention is the same, and all start from the same language model.
 
-    `ffn` computes it at the start, and so does MemVP's code without pictures.
+    `ffn` computes it at the start, and so does MemVP's code without pictures; LLaVA computes what `prefix`
+    does with the same projector over normed features.
     """
     for name, variant in variants.items():
         wrong = [p for p in variant.trainable() if not any(word in p for word in TRAINED)]
@@ -139,6 +149,10 @@ def check_equal_work(variants: Mapping[str, Variant], shape: Shape) -> None:
             memvp.model.eval()
             torch.testing.assert_close(memvp.loss(pictures=0), bare, rtol=1e-5, atol=0)
             memvp.model.train()
+        if isinstance(llava := variants.get("LLaVA, PEFT, Trainer"), Llava) and "prefix" in variants:
+            prefix: Any = variants["prefix"]
+            same = llava.loss_with(prefix.model.prefix_projector)
+            torch.testing.assert_close(same, prefix.loss(), rtol=1e-5, atol=0)
 
 
 def in_turn(runs: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, list[float]]:
@@ -155,22 +169,6 @@ def against_ours(seconds: Mapping[str, list[float]], name: str) -> str:
     return median_and_range([theirs / ours for theirs, ours in pairs]).removeprefix("median ")
 
 
-def saved_bytes(variant: Variant) -> int:
-    """What a forward keeps for its backward: every storage once, without weights."""
-    weights = {p.untyped_storage().data_ptr() for p in variant.model.parameters()}
-    saved: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = variant.loss()
-    del loss
-    return sum(size for start, size in saved.items() if start not in weights)
-
-
 def memory_here(args: argparse.Namespace) -> dict[str, float]:
     """Saved bytes, peak of a step above the built model, and rows that fit; of one variant."""
     shape, rows = build_shape(args, args.shape[0]), args.rows
@@ -179,14 +177,18 @@ def memory_here(args: argparse.Namespace) -> dict[str, float]:
     for small in (Ours(tiny := build_shape(args, "tiny"), "ffn"), Llava(tiny)):
         small.start()
         small.train_step()
-    saved, before, peaks = saved_bytes(variant), resident_bytes("VmRSS"), {}
+    variant.loss()  # weights that are mapped from their files are read
+    gc.collect()
+    before, peaks = resident_bytes("VmRSS"), {}
     variant.start()
     for number in (rows // 4, rows // 2, rows):
         variant.batch = captions(number, args.tokens, shape.config.image_size)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        for _ in range(2):  # the Trainer still holds the batch before
+        for _ in range(2):  # the Trainer still holds two batches of before
             variant.train_step()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        variant.train_step()
         peaks[number] = resident_bytes("VmHWM") - before
+    saved = saved_bytes(variant.loss, variant.model.parameters())
     slope, fixed = statistics.linear_regression(list(peaks), list(peaks.values()))
     return {"saved": saved, "peak": peaks[rows], "fits": (args.budget_gib * 1024 * MIB - fixed) // slope}
 
@@ -273,8 +275,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="T, of the longest row")
     parser.add_argument("--new-tokens", type=int, default=17)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=2, help="of LLaMA-13B's 40")
-    parser.add_argument("--tower-blocks", type=int, default=6, help="of CLIP-L's 24, beside them")
+    parser.add_argument("--layers", type=int, default=3, help="of LLaMA-13B's 40")
+    parser.add_argument("--tower-blocks", type=int, default=2, help="of CLIP-L's 24, the same share")
     parser.add_argument("--budget-gib", type=float, default=8.0, help="memory beside the built model")
     parser.add_argument("--profile", metavar="VARIANT", help="only print where its time goes")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -287,7 +289,7 @@ def main() -> None:
         print(json.dumps(memory_here(args)), flush=True)
         os._exit(0)  # the Trainer's thread waits for a step that never comes
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
-          f"{transformers.__version__}, deepspeed {deepspeed.__version__}")  # fmt: skip
+          f"{transformers.__version__}, deepspeed {version('deepspeed')}")  # fmt: skip
     for name in args.shape:
         (profile if args.profile else measure)(args, name)
     sys.stdout.flush()

@@ -2,9 +2,9 @@
 
     python benchmarks/results.py [--only decode branch] [--list]
 
-A block of RESULTS.md from `<!-- bench: COMMAND -->` to `<!-- end -->` holds the command and its last output;
-the block `<!-- machine -->` says what ran it. A command that fails leaves its block as it was, and the exit
-code is 1. Let nothing else run beside it.
+A block of RESULTS.md from `<!-- bench: COMMAND -->` to `<!-- end -->` holds the command, its last output and
+what ran it. Variables before a command (`OMP_NUM_THREADS=1 torchrun ...`) are set for it. A command that
+fails leaves its block as it was, and the exit code is 1. Let nothing else run beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bench import REPOSITORY, flags
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 BLOCK = re.compile(r"(?ms)^<!-- bench: (?P<command>[^\n]*) -->\n.*?^<!-- end -->$")
-MACHINE = re.compile(r"(?ms)^<!-- machine -->\n.*?^<!-- end -->$")
+VARIABLE = re.compile(r"[A-Za-z_]\w*=")
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft")
 
 
@@ -35,6 +35,10 @@ def main() -> int:
     args = parser.parse_args()
     commands = [block["command"] for block in BLOCK.finditer(RESULTS.read_text())]
     chosen = [c for c in commands if not args.only or any(word in c for word in args.only)]
+    if not chosen:
+        parser.error(
+            f"no block of {RESULTS.name} has a command with {' or '.join(args.only) or 'anything in it'}"
+        )
     failed = 0
     for command in chosen:
         print(command, flush=True)
@@ -45,18 +49,21 @@ def main() -> int:
             failed = 1
             continue
         text = RESULTS.read_text()
-        text = BLOCK.sub(lambda block, c=command, o=output: filled(block, c, o), text)
-        RESULTS.write_text(MACHINE.sub(lambda _: f"<!-- machine -->\n{machine()}\n<!-- end -->", text))
+        RESULTS.write_text(BLOCK.sub(lambda block, c=command, o=output: filled(block, c, o), text))
     return failed
 
 
 def run(command: str) -> str | None:
     """What a command prints, run as by a user in this environment; None if it fails."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    words = shlex.split(command)
+    variables = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    while VARIABLE.match(words[0]):
+        name, _, value = words.pop(0).partition("=")
+        variables[name] = value
     found = subprocess.run(
-        shlex.split(command),
+        words,
         cwd=REPOSITORY,
-        env=os.environ | {"PATH": path},
+        env=os.environ | variables,
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -71,7 +78,7 @@ def filled(block: re.Match[str], command: str, output: str) -> str:
     if block["command"] != command:
         return block[0]
     body = output if re.search(r"(?m)^\|", output) else f"```text\n{output}\n```"
-    return f"<!-- bench: {command} -->\n\n    {command}\n\n{body}\n\n<!-- end -->"
+    return f"<!-- bench: {command} -->\n\n    {command}\n\n{body}\n\n*{machine()}*\n\n<!-- end -->"
 
 
 def machine() -> str:

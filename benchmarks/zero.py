@@ -87,6 +87,7 @@ def ddp_step(config: RunConfig, batches: list[Batch]) -> Callable[[], object]:
     model = load_model(build_model_config(config.model, image_size=224), *bases, dtype=torch.float32)
     if config.train.activation_checkpointing:
         model.recompute_layers()
+    model.train()  # or nothing is recomputed
     trainable = model.trainable_parameters()
     optimizer = torch.optim.AdamW(parameter_groups(trainable, config.train.weight_decay), lr=config.train.lr)
     wrapped = DistributedDataParallel(model)

@@ -6,7 +6,8 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -112,8 +113,8 @@ class TrainingLoader(DataLoader):
     ):
         """``drawn`` is iterated in this process; with ``again`` the same workers serve every iteration.
 
-        ``pin_memory`` puts batches into page-locked memory as they are taken: the DataLoader's own thread for
-        it would start CUDA before the workers are forked.
+        ``pin_memory`` puts batches into page-locked memory: the DataLoader's own thread for it would start
+        CUDA before the workers are forked.
         """
         self._pins = pin_memory
         if num_workers:
@@ -146,11 +147,12 @@ class TrainingLoader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:
         """Yields the micro-batches in order; the first unusable sample is a ``UserError``."""
         batches, self._started = self._fork() if self._started is None else self._started, None
+        taken = _taken(batches, pins=self._pins, ahead=self.num_workers > 0)
         try:
-            for batch in batches:
+            for batch in taken:
                 if isinstance(batch, Exception):
                     raise batch
-                yield batch.pin_memory() if self._pins else batch
+                yield batch
         except RuntimeError as error:
             if "exited unexpectedly" not in str(error):
                 raise
@@ -159,6 +161,7 @@ class TrainingLoader(DataLoader):
                 "data.num_workers"
             ) from None
         finally:
+            taken.close()
             # The last reference: workers end here, not in a garbage collection that waits 5 s for each.
             del batches
 
@@ -175,6 +178,33 @@ class TrainingLoader(DataLoader):
                 # Torch's handler raises wherever this process is when a worker dies, even in a clean-up after
                 # an error. Waiting for a batch checks the workers every five seconds anyway.
                 signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
+
+
+def _taken(batches: Iterator[Any], *, pins: bool, ahead: bool) -> Generator[Any]:
+    """Yields batches, page-locked if ``pins``; with ``ahead`` a thread takes the next one meanwhile.
+
+    A worker hands a batch over in milliseconds, in which this process only waits.
+    """
+
+    def take() -> Any:
+        batch = next(batches, None)
+        return batch.pin_memory() if pins and isinstance(batch, Batch) else batch
+
+    if not ahead:
+        yield from iter(take, None)
+        return
+    # The device is a thread's own; page-locked memory would belong to the first one.
+    devices = (torch.cuda.current_device(),) if pins else ()
+    pool = ThreadPoolExecutor(1, "batches", torch.cuda.set_device if pins else None, devices)
+    upcoming = pool.submit(take)
+    try:
+        while (batch := upcoming.result()) is not None:
+            upcoming = pool.submit(take)
+            yield batch
+    finally:
+        # Not for ever: a worker may hang in its file system.
+        wait([upcoming], timeout=5)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def epoch_samples(config: DataConfig, num_examples: int, global_batch_size: int) -> int:

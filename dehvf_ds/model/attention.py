@@ -39,4 +39,5 @@ def known_masks(implementation: str | None, *, masked: bool | None) -> Iterator[
     try:
         yield
     finally:
-        del ALL_MASK_ATTENTION_FUNCTIONS[_ASKING]
+        # Whatever was there before, another's function among it.
+        ALL_MASK_ATTENTION_FUNCTIONS[_ASKING] = build

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
-from transformers.utils import GENERATION_CONFIG_NAME, logging
+from transformers.utils import GENERATION_CONFIG_NAME, find_adapter_config_file, logging
 
 from .configuration import DehvfConfig, ModelError, spaced_layers, square_side
 from .fingerprint import (
@@ -36,9 +36,6 @@ from .fingerprint import (
 )
 from .modeling import DehvfForConditionalGeneration, refuse_incomplete
 from .trial import try_backbones
-
-ADAPTER_FILE = "adapter_config.json"
-"""PEFT's. In a model's directory it makes transformers load that adapter, onto the model that it names."""
 
 MAX_PATCHES = 64
 """Largest number of patches along one side: a tower's attention grows with its fourth power."""
@@ -74,17 +71,21 @@ def load_backbone_config(source: str, *, vision: bool) -> PreTrainedConfig:
         where = "" if directory.is_absolute() else f" in {Path.cwd()}"
         setting = kind.replace(" ", "_")
         raise ModelError(f"{kind} {source}: no such directory{where}; set {setting} to its path")
-    if (directory / ADAPTER_FILE).is_file():
-        raise ModelError(
-            f"{kind} {source}: holds {ADAPTER_FILE}, a PEFT adapter that would be loaded with it; use a "
-            "model that it is merged into, or one without it"
-        )
+    config = None
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            # It makes transformers load that adapter, onto the model that it names.
+            adapter = find_adapter_config_file(source)
+            if adapter is None:
+                config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         hint = "" if directory.is_dir() else f" (nor is there a directory {directory.absolute()})"
         raise ModelError(f"{kind} {source}: {_first_line(error)}{hint}") from None
+    if config is None:
+        raise ModelError(
+            f"{kind} {source}: holds adapter_config.json, a PEFT adapter that would be loaded with it; use a "
+            "model that it is merged into, or one without it"
+        )
     _check_json(directory / GENERATION_CONFIG_NAME)
     if quantisation := getattr(config, "quantization_config", None):
         fields = quantisation if isinstance(quantisation, Mapping) else quantisation.to_dict()

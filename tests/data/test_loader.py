@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from dehvf_ds.batch import IGNORE_INDEX
 from dehvf_ds.config import AugmentConfig, DataConfig, UserError
 from dehvf_ds.data import examples as examples_module
+from dehvf_ds.data import loader as loader_module
 from dehvf_ds.data.examples import open_examples
 from dehvf_ds.data.index import ShardIndex
 from dehvf_ds.data.loader import build_loader, build_validation_loader, epoch_samples, open_validation
@@ -119,6 +121,44 @@ def test_workers_change_nothing(make_shards, build):
             assert torch.equal(a.pixel_values, b.pixel_values)
             assert colours(a) == colours(b)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_next_batch_is_taken_while_a_step_runs_and_no_further() -> None:
+    asked, second = [], threading.Event()
+
+    def batches():
+        for number in range(4):
+            asked.append(number)
+            if number == 1:
+                second.set()
+            yield number
+        raise RuntimeError("a worker exited unexpectedly")
+
+    taken = loader_module._taken(batches(), pins=False, ahead=True)
+    assert next(taken) == 0
+    assert second.wait(timeout=60)
+    time.sleep(0.2)
+    assert asked == [0, 1]
+    assert [next(taken) for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        next(taken)
+    taken = loader_module._taken(iter([5, 6]), pins=False, ahead=True)
+    assert list(taken) == [5, 6]
+
+
+def test_who_stops_does_not_wait_for_a_worker_that_hangs(monkeypatch) -> None:
+    hangs, waited = threading.Event(), []
+    monkeypatch.setattr(loader_module, "wait", lambda futures, timeout: waited.append(timeout))
+
+    def batches():
+        yield 0
+        hangs.wait(timeout=60)
+
+    taken = loader_module._taken(batches(), pins=False, ahead=True)
+    assert next(taken) == 0
+    taken.close()
+    assert waited == [5]
+    hangs.set()
 
 
 @pytest.mark.parametrize("bucket_steps", [0, 2])

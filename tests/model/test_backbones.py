@@ -68,6 +68,20 @@ def test_a_missing_directory_is_named_with_its_remedy(tmp_path, monkeypatch) -> 
         load_backbone_config("runs/llm", vision=False)  # or a hub id
 
 
+def test_an_adapter_beside_the_weights_of_a_hub_id_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "models--someone--llama"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    AutoModelForCausalLM.from_config(text_config()).save_pretrained(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    assert load_backbone_config("someone/llama", vision=False).model_type == "llama"
+    (snapshot / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+    with pytest.raises(ModelError, match=r"language model someone/llama: holds .*a PEFT adapter that"):
+        load_backbone_config("someone/llama", vision=False)
+
+
 def rewrite(llm: Path, change, *, tied: bool) -> None:
     path = llm / "model.safetensors"
     tensors = load_file(path)

@@ -10,9 +10,11 @@ from tiny_artifacts import build_bases
 from tiny_models import LORA, build_model
 from tiny_steps import rows
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CompileConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from dehvf_ds.batch import IGNORE_INDEX
 from dehvf_ds.model import ModelError, modeling
+from dehvf_ds.model.attention import known_masks
 from dehvf_ds.model.backbones import build_config, load_model
 
 FUSIONS = ["ffn", "prefix", "none"]
@@ -37,6 +39,23 @@ def test_a_model_that_is_told_what_is_padding_computes_the_same_bits(fusion, tex
         # The window is seen, or nothing would have been compared.
         model.language_model.config.sliding_window = None
         assert not torch.equal(model(**batch.training_inputs()).loss_sum.detach(), found[0][0])
+
+
+def test_masks_of_another_are_used_and_stay(monkeypatch) -> None:
+    """A library may have put its own function in the place of transformers' (as FSDP patches do)."""
+    own, calls = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def counted(**given):
+        calls.append(given["allow_is_causal_skip"])
+        return own(**given)
+
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", counted)
+    model = build_model()
+    with known_masks("sdpa", masked=True):
+        model(**rows(9, 5, 7).training_inputs())
+        assert calls == [False]
+        model(**rows(9, 5, 7).inputs())
+    assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is counted
 
 
 @pytest.mark.parametrize(("text", "vision"), [("llama", "clip"), ("mistral", "dino")])
@@ -313,9 +332,10 @@ def test_logits_are_kept_where_they_are_asked_for(fusion, monkeypatch) -> None:
         return forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
 
     for step in range(2):
-        assert torch.equal(model(**inputs, logits_to_keep=2).logits, whole[:, -2:])
+        # Not to the bit: the kernel of a product depends on its size, on some processors.
+        torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, whole[:, -2:])
         some = torch.tensor([1, 3])
-        assert torch.equal(model(**inputs, logits_to_keep=some).logits, whole[:, some])
+        torch.testing.assert_close(model(**inputs, logits_to_keep=some).logits, whole[:, some])
         if step == 0:
             monkeypatch.setattr(model.language_model, "forward", without)
 
