@@ -185,17 +185,20 @@ def _taken(batches: Iterator[Any], *, pins: bool, ahead: bool) -> Generator[Any]
 
     A worker hands a batch over in milliseconds, in which this process only waits.
     """
+    device = torch.cuda.current_device() if pins else None
 
     def take() -> Any:
         batch = next(batches, None)
-        return batch.pin_memory() if pins and isinstance(batch, Batch) else batch
+        if pins and isinstance(batch, Batch):
+            # A thread begins with the first one, where this rank has no business.
+            with torch.cuda.device(device):
+                return batch.pin_memory()
+        return batch
 
     if not ahead:
         yield from iter(take, None)
         return
-    # The device is a thread's own; page-locked memory would belong to the first one.
-    devices = (torch.cuda.current_device(),) if pins else ()
-    pool = ThreadPoolExecutor(1, "batches", torch.cuda.set_device if pins else None, devices)
+    pool = ThreadPoolExecutor(1, "batches")
     upcoming = pool.submit(take)
     try:
         while (batch := upcoming.result()) is not None:
