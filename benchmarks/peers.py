@@ -224,7 +224,7 @@ def measure(args: argparse.Namespace, name: str) -> None:
     }
     once = {key: statistics.median(first[key]) for key in variants}
 
-    print(f"\n## {name}\n\n{text.num_hidden_layers} layers of width {text.hidden_size}, vocabulary "
+    print(f"\n### {name}\n\n{text.num_hidden_layers} layers of width {text.hidden_size}, vocabulary "
           f"{text.vocab_size}; tower of {vision.num_hidden_layers} blocks of width {vision.hidden_size}; "
           f"{rows} rows, T = {args.tokens}\n\n"
           "| variant | trains | samples/s | tokens/s | step time | saved MiB | peak MiB | fits "

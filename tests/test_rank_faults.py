@@ -118,7 +118,8 @@ def test_one_rank_of_an_evaluation_ends_all(world, trained, fault, code, lines) 
 
 def test_a_second_job_at_the_same_port_is_refused_and_leaves_the_first_alone(world) -> None:
     port = free_port()
-    first, second = (flags(world, name) for name in ("first", "second"))
+    # Long enough to be there still when the last of the others comes.
+    first, second = [*flags(world, "first"), "--train.steps", "120"], flags(world, "second")
     processes = [start("none", 0, 0, port, first)]
     # The second job's ranks find a store at the port, before and after it is complete.
     for _ in range(600):
@@ -126,7 +127,11 @@ def test_a_second_job_at_the_same_port_is_refused_and_leaves_the_first_alone(wor
             break
         time.sleep(0.1)
     processes += [start("none", 0, 0, port, second), start("none", 1, 0, port, first)]
-    time.sleep(3)
+    metrics = world / "runs/fault-first/metrics.jsonl"
+    for _ in range(600):
+        if metrics.is_file():
+            break
+        time.sleep(0.1)
     processes.append(start("none", 1, 0, port, second))
     codes, outputs = ended(processes)
     assert codes == [0, 2, 0, 2], outputs

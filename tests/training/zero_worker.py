@@ -87,7 +87,9 @@ def run_config(directory: Path, case: dict) -> RunConfig:
         train=TrainConfig(
             global_batch_size=GLOBAL_BATCH,
             micro_batch_size=case["micro_batch_size"],
-            lr=2e-3,
+            # Adam brings gradients that are rounding noise to full size, and the noise depends on the
+            # processor: at 2e-3 losses differed by 2.5e-5 on one of two.
+            lr=5e-4,
             warmup_steps=2,
             activation_checkpointing=case.get("activation_checkpointing", False),
         ),
