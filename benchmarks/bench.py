@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -132,16 +131,18 @@ def median_and_range(values: Sequence[float]) -> str:
     return f"median {statistics.median(values):.3f}, {min(values):.3f} to {max(values):.3f}"
 
 
-def resident() -> int:
-    """Resident bytes of this process."""
-    return psutil.Process().memory_info().rss
+def resident_bytes(field: str = "VmRSS") -> int:
+    """A memory field of this process as Linux counts it: ``VmRSS`` now, ``VmHWM`` at its peak."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
 
 
 class PeakMemory:
     """The most memory that the process holds meanwhile, pages of mapped files included, less what it held."""
 
     def __enter__(self) -> PeakMemory:
-        self.before = self.peak = resident()
+        self.before = self.peak = resident_bytes()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -150,11 +151,11 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        self.bytes = max(self.peak, resident()) - self.before
+        self.bytes = max(self.peak, resident_bytes()) - self.before
 
     def _watch(self) -> None:
         while not self._done.wait(0.005):
-            self.peak = max(self.peak, resident())
+            self.peak = max(self.peak, resident_bytes())
 
 
 def saved_bytes(run: Callable[[], Tensor], known: Iterable[Tensor]) -> int:

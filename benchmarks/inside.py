@@ -6,7 +6,7 @@ python benchmarks/inside.py --model runs/demo --data demo_data/scenes/shards/val
 from __future__ import annotations
 
 import torch
-from bench import MIB, PeakMemory, flags, resident
+from bench import MIB, PeakMemory, flags, resident_bytes
 
 from dehvf_ds.config import InTrainingConfig, ScienceqaConfig
 from dehvf_ds.data.collate import build_image_transform, load_tokenizer
@@ -30,9 +30,9 @@ def main() -> None:
     settings = InTrainingConfig(every_steps=1)
     # What libraries take at their first use is not the copy's.
     questions.ask(model, [0])
-    before = resident()
+    before = resident_bytes()
     copy = full_copy(model, World(0, 0, 1, 1, torch.device("cpu")))
-    held = resident() - before
+    held = resident_bytes() - before
     with PeakMemory() as decoding:
         questions.ask(copy, range(settings.batch_size))
     sharding = Sharding.read({"zero_optimization": {"stage": 3}}, nodes=1, gpus_per_node=1)

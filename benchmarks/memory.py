@@ -26,7 +26,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from bench import MIB, REPOSITORY, flags, random_batch, run_config
+from bench import MIB, REPOSITORY, flags, random_batch, resident_bytes, run_config
 
 from dehvf_ds.data.collate import build_image_transform
 from dehvf_ds.distributed import init_process_group, read_world
@@ -120,13 +120,6 @@ def run_case(args: argparse.Namespace, rows: int, checkpointing: bool) -> list[i
     held["gradient buckets"] = min(held["gradient buckets"], trainable * FP32_BYTES)
     activations = held.pop("activations")
     return [sum(held.values()), activations, measured, rest, load]
-
-
-def resident_bytes(field: str) -> int:
-    """A memory field of this process as Linux counts it: ``VmRSS`` now, ``VmHWM`` at its peak."""
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -34,11 +34,12 @@ from bench import (
     median_and_range,
     print_profile,
     random_batch,
+    resident_bytes,
     saved_bytes,
     seconds_in_turn,
 )
 from decode import random_model
-from memory import RETURNED, resident_bytes
+from memory import RETURNED
 from peer_models import PROMPT_TOKENS, Llava, Ours, Published, Shape, Variant
 from transformers import (
     AutoModel,

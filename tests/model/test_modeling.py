@@ -42,7 +42,7 @@ def test_a_model_that_is_told_what_is_padding_computes_the_same_bits(fusion, tex
 
 
 def test_masks_of_another_are_used_and_stay(monkeypatch) -> None:
-    """A library may have put its own function in the place of transformers' (as FSDP patches do)."""
+    """A library may have put its own function in the place of transformers'."""
     own, calls = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], []
 
     def counted(**given):
@@ -332,7 +332,7 @@ def test_logits_are_kept_where_they_are_asked_for(fusion, monkeypatch) -> None:
         return forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
 
     for step in range(2):
-        # Not to the bit: the kernel of a product depends on its size, on some processors.
+        # Not to the bit, which held on a Xeon and not on an EPYC.
         torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, whole[:, -2:])
         some = torch.tensor([1, 3])
         torch.testing.assert_close(model(**inputs, logits_to_keep=some).logits, whole[:, some])
