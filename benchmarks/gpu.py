@@ -28,12 +28,12 @@ START_S = 30
 GIB = 2**30
 NOTES = """\
 Weights are random and in bf16; trainables too (under ZeRO with fp32 masters), optimizer AdamW. Rows are
-captions of random tokens with a picture of 224 x 224 each, of 0.6 T to T tokens, padded on the right. A step
-is one micro-batch: host to device, forward, backward, clipping, AdamW; its median, and the range. Tokens are
-those of the text without padding; the 256 visual tokens a row of `prefix` and LLaVA are not counted. MFU is
-4 FLOPs x parameters of the language model x tokens / time / 989 TFLOP/s; HFU is the share of that peak with
-all matrix products of the step counted (padding, prefix, attention, tower, branch). `planned` is the memory
-of dehvf_ds/plan.py without CUDA's own.
+captions of T random tokens, without padding, with a picture of 224 x 224 each. A step is one micro-batch:
+host to device, forward, backward, clipping, AdamW; its median, and the range. `compiled` is with
+`train.compile`, its first steps not counted. The 256 visual tokens a row of `prefix` and LLaVA are not
+counted. MFU is 4 FLOPs x parameters of the language model x tokens / time / 989 TFLOP/s; HFU is the share
+of that peak with all matrix products of the step counted (prefix, attention, tower, branch). `planned` is
+the memory of dehvf_ds/plan.py without CUDA's own.
 """
 
 
@@ -43,11 +43,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="directory of the results")
     parser.add_argument("--budget-s", type=float, default=450, help="seconds; what does not fit is left out")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
+    parser.add_argument("--parts", default="", help="a regular expression: only parts whose names it finds")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, in one process")
     args = parser.parse_args()
     deadline = time.time() + args.budget_s
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "parts.jsonl").unlink(missing_ok=True)
+    for name in ("parts.jsonl", "profile.txt"):
+        (args.output / name).unlink(missing_ok=True)
     whole = True
     for groups in [args.groups] if args.rehearse else [[group] for group in args.groups]:
         wrong = {"left out": "no time left"}
@@ -64,7 +66,7 @@ def main() -> int:
 def run_group(groups: list[str], args: argparse.Namespace, deadline: float) -> int:
     """Runs groups in one process and kills it at the deadline; returns its exit code."""
     command = [sys.executable, str(Path(__file__).with_name("gpu_parts.py")), *groups]
-    command += ["--output", str(args.output), "--deadline", str(deadline)]
+    command += ["--output", str(args.output), "--deadline", str(deadline), "--parts", args.parts]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     if args.rehearse:
         command.append("--rehearse")

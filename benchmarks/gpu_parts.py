@@ -6,6 +6,7 @@ import argparse
 import gc
 import itertools
 import os
+import re
 import statistics
 import sys
 import time
@@ -32,7 +33,7 @@ from dehvf_ds.planning.memory import step_bytes
 from dehvf_ds.planning.plan import BACKBONES
 from dehvf_ds.training import engine as engine_module
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
-from dehvf_ds.training.engine import parameter_groups
+from dehvf_ds.training.engine import compile_units, parameter_groups
 from dehvf_ds.training.flops import StepFlops, count_flops
 from dehvf_ds.training.metrics import peak_flops, peak_memory_bytes
 from dehvf_ds.training.step import train_step
@@ -63,8 +64,8 @@ class Sizes:
     tokens: tuple[int, int] = (24, 128)
     decode_batches: tuple[int, ...] = (1, 16)
     new_tokens: int = 32
-    timed_s: float = 3.0
-    least_steps: int = 3
+    timed_s: float = 2.0
+    least_steps: int = 5
     most_rows: int = 4096
 
 
@@ -103,6 +104,7 @@ class Session:
     def __init__(self, args: argparse.Namespace) -> None:
         self.output: Path = args.output
         self.deadline: float = args.deadline
+        self.parts: str = args.parts
         self.rehearsal: bool = args.rehearse
         self.sizes = TINY if args.rehearse else REAL
         self.world = read_world()
@@ -123,6 +125,8 @@ class Session:
 
     def part(self, name: str, run: Callable[[], Found], *, needs_s: float = 15) -> None:
         """Runs one part, whatever comes of it, and writes what came of it."""
+        if not re.search(self.parts, name):
+            return
         if not self.has_time(needs_s):
             append(self.output, {"part": name, "left out": "no time left"})
             return
@@ -152,6 +156,7 @@ def main() -> None:
     parser.add_argument("groups", nargs="+")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--deadline", type=float, required=True)
+    parser.add_argument("--parts", default="")
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
     session = Session(args)
@@ -164,7 +169,7 @@ def main() -> None:
         "plain": plain_steps,
         "zero3": zero_steps,
         "zero2": zero_steps,
-        "decode": decoding_and_profile,
+        "decode": decoding,
         "llava": llava,
         "largest": largest_micro_batches,
     }
@@ -188,14 +193,10 @@ def build(session: Session, size: str, fusion: str, *, lora: bool = True) -> Deh
 
 
 def batch_of(config: DehvfConfig, rows: int, tokens: int) -> Batch:
-    """Captions of 0.6 T to T random tokens and pictures of noise, on the host, as the loader gives them."""
-    lengths = torch.randint(
-        int(0.6 * tokens), tokens + 1, (rows,), generator=torch.Generator().manual_seed(rows)
-    )
+    """Captions of T random tokens each and pictures of noise, on the host, as the loader gives them."""
     return random_batch(
         rows,
         tokens,
-        lengths=[tokens, *lengths.tolist()][:rows],
         prompt_tokens=min(8, tokens // 2),
         vocab=config.text_config.vocab_size,
         image_size=config.image_size,
@@ -407,7 +408,7 @@ def decode(
 
 def profile_step(session: Session, training: Training) -> Found:
     """Two profiled steps: kernels, their kinds, and what the device and the host waited."""
-    batch = batch_of(training.config, session.sizes.rows, session.sizes.tokens[0])
+    batch = batch_of(training.config, session.sizes.rows, session.sizes.tokens[-1])
     wall = statistics.median(timed(session, lambda: training.step(batch)))
     num_steps = 2
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -420,7 +421,8 @@ def profile_step(session: Session, training: Training) -> Found:
             torch.cuda.synchronize()
     events = profile.key_averages()
     sort_by = "self_device_time_total" if session.on_gpu else "self_cpu_time_total"
-    (session.output / "profile.txt").write_text(events.table(sort_by=sort_by, row_limit=40))
+    with (session.output / "profile.txt").open("a", encoding="utf-8") as file:
+        file.write(events.table(sort_by=sort_by, row_limit=40) + "\n")
     wanted = DeviceType.CUDA if session.on_gpu else DeviceType.CPU
     times = [
         (event.key, getattr(event, sort_by) / 1e6 / num_steps, event.count // num_steps)
@@ -455,24 +457,37 @@ def kind_of(kernel: str) -> str:
 
 
 def plain_steps(session: Session, _: str) -> None:
-    """Steps of plain torch: 7B with each fusion, then 13B."""
+    """Steps of plain torch: 7B with each fusion, then 13B with a profile; `ffn` compiled, too."""
     for size, fusion in (("7B", "ffn"), ("7B", "prefix"), ("7B", "none"), ("13B", "ffn")):
-        steps_of(session, f"{size} {fusion}, plain torch", lambda: plain_training(session, size, fusion))  # noqa: B023
+        part, is_ours = f"{size} {fusion}, plain torch", fusion == "ffn"
+        build = lambda: plain_training(session, size, fusion)  # noqa: B023, E731
+        steps_of(session, part, build, compiled=is_ours, profiled=size == "13B")
 
 
 def zero_steps(session: Session, name: str) -> None:
     """Steps of the trainer's own engine under a shipped configuration, then its largest micro-batch."""
     linear = torch.nn.functional.linear
     part = f"7B ffn, {name}"
-    steps_of(session, part, lambda: zero_training(session, name), needs_s=30, largest=True)
+    build = lambda: zero_training(session, name)  # noqa: E731
+    steps_of(session, part, build, needs_s=20, compiled=True, largest=True)
     # ZeRO-3 puts its own in the place of torch's.
     torch.nn.functional.linear = linear
 
 
 def steps_of(
-    session: Session, part: str, build: Callable[[], Training], *, needs_s: float = 15, largest: bool = False
+    session: Session,
+    part: str,
+    build: Callable[[], Training],
+    *,
+    needs_s: float = 15,
+    compiled: bool = False,
+    profiled: bool = False,
+    largest: bool = False,
 ) -> None:
-    """Parts that share a model, which the first builds: a step of each length, the largest micro-batch."""
+    """Parts that share a model, which the first builds: a step of each length, profile, largest micro-batch.
+
+    With ``compiled``, steps and profile again, as `train.compile` has them, and the rest so, too.
+    """
     built: list[Training] = []
 
     def run(measure: Callable[..., Found], *more: int) -> Found:
@@ -480,19 +495,23 @@ def steps_of(
             built.append(build())
         return measure(session, built[0], *more)
 
-    for tokens in session.sizes.tokens:
-        session.part(part, lambda tokens=tokens: run(measure_step, tokens), needs_s=needs_s)
+    for way in ("", ", compiled") if compiled else ("",):
+        if way and built:
+            stage = ((built[0].ds_config or {}).get("zero_optimization") or {}).get("stage")
+            compile_units(built[0].model, partitioned=stage == 3)
+        for tokens in session.sizes.tokens:
+            measure = partial(run, measure_step, tokens)
+            session.part(part + way, measure, needs_s=needs_s + (10 if way else 0))
+        if profiled:
+            session.part(part + way + ", profile", partial(run, profile_step), needs_s=needs_s)
     if largest:
-        session.part(part, lambda: run(largest_rows), needs_s=25)
+        session.part(part + ", largest", partial(run, largest_rows), needs_s=25)
     built.clear()
     session.clean()
 
 
-def decoding_and_profile(session: Session, _: str) -> None:
-    """Where a step's time goes, and decoding against the bare language model."""
-    name = "7B ffn, plain torch"
-    profile = lambda: profile_step(session, plain_training(session, "7B", "ffn"))  # noqa: E731
-    session.part(f"{name}, profile", profile, needs_s=30)
+def decoding(session: Session, _: str) -> None:
+    """Decoding against the bare language model."""
     models: list[Any] = []
 
     def run(batch: int, compiled: bool) -> Found:
@@ -503,7 +522,7 @@ def decoding_and_profile(session: Session, _: str) -> None:
         return decode(session, merged, bare, batch, compiled=compiled)
 
     # Compiling takes a minute or two a model, so it comes last.
-    for way, compiled, needs_s in (("", False, 30), (", static cache, compiled", True, 180)):
+    for way, compiled, needs_s in (("", False, 12), (", static cache, compiled", True, 120)):
         for batch in session.sizes.decode_batches:
             part = partial(run, batch, compiled)
             session.part(f"7B ffn merged, greedy{way}", part, needs_s=needs_s)
@@ -522,7 +541,7 @@ def largest_micro_batches(session: Session, _: str) -> None:
         def run(fusion: str = fusion) -> Found:
             return largest_rows(session, plain_training(session, "7B", fusion))
 
-        session.part(f"7B {fusion}, plain torch", run, needs_s=20)
+        session.part(f"7B {fusion}, plain torch, largest", run, needs_s=20)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/step.py --a dtype=fp32 --b dtype=bf16
     python benchmarks/step.py --a fusion=ffn --b fusion=prefix,prefix_tokens=64
     python benchmarks/step.py --batch 8 --a together=4 --b together=1       # captions that share a picture
+    python benchmarks/step.py --a compile=1 --b compile=0                   # train.compile
 
 Plain torch, no DeepSpeed and no loader. Prints the seconds of each pair and the ratio's median and range.
 """
@@ -17,6 +18,7 @@ import torch
 from bench import DTYPES, LORA, flags, median_and_range, print_profile, random_batch, seconds_in_turn
 
 from dehvf_ds.model.backbones import build_config, load_model
+from dehvf_ds.training.engine import compile_units
 
 
 def main() -> None:
@@ -44,12 +46,16 @@ def build_variant(args: argparse.Namespace, settings: str) -> Callable[[], None]
     """A forward and backward of a model with these settings."""
     given: dict[str, Any] = dict(item.split("=", 1) for item in settings.split(",") if item)
     dtype = DTYPES[given.pop("dtype", "fp32")]
-    together = int(given.pop("together", 1))
+    together, compiled = (
+        int(given.pop(name, default)) for name, default in (("together", 1), ("compile", 0))
+    )
     if "prefix_tokens" in given:
         given["prefix_tokens"] = int(given["prefix_tokens"])
     bases = (args.language_model, args.vision_tower)
     config = build_config(*bases, num_feature_layers=6, image_size=args.image_size, lora=LORA, **given)
-    model = load_model(config, *bases, dtype=dtype)
+    model = load_model(config, *bases, dtype=dtype).train()
+    if compiled:
+        compile_units(model)
     batch = random_batch(args.batch, args.tokens, image_size=args.image_size, together=together)
     batch = batch.to(torch.device("cpu"), dtype)
 

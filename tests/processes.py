@@ -31,8 +31,18 @@ from typing import IO
 
 REPOSITORY = Path(__file__).parents[1]
 
-# The suite is of the CPU, in this process and in those that it starts. Where there is no GPU nothing is set.
-if Path("/dev/nvidiactl").exists():
+HAS_GPU = Path("/dev/nvidiactl").exists()
+
+
+def is_of_the_gpu(arguments: Sequence[str]) -> bool:
+    """Whether a command line of pytest names the GPU's tests, and no others beside them."""
+    named = [argument for argument in arguments if "tests" in Path(argument).parts]
+    return bool(named) and all("tests/gpu" in Path(argument).as_posix() for argument in named)
+
+
+# The suite is of the CPU, in this process and in those that it starts, but for `make test-gpu`. Where there
+# is no GPU nothing is set.
+if HAS_GPU and not is_of_the_gpu(sys.argv[1:]):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 _SETTINGS = ("PYTHONPATH", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR")

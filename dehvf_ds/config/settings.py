@@ -170,6 +170,8 @@ class TrainConfig:
     """global norm that gradients are clipped to; 0 switches clipping off"""
     activation_checkpointing: bool = False
     """recompute LLM layers in backward (non-reentrant)"""
+    compile: bool = False
+    """compile LLM layers and the tower's blocks (torch.compile): a slower start, faster steps on a GPU"""
     max_bad_steps: Positive = 5
     """non-finite steps in a row after which the run stops"""
     save_every: AtLeastZero = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -143,8 +144,12 @@ class VisualFFN(nn.Module):
         self.ffn = ffn
         self.scale_in = nn.Parameter(torch.full((rank,), SCORE_SPREAD))
         self.scale_out = nn.Parameter(torch.full((rank,), READ_SIZE * num_slots**-0.5))
-        self._reader = (reader,)
+        self.read_by(reader)
         self.memory: Tensor | KeysAndValues | None = None
+
+    def read_by(self, reader: Callable[..., Tensor]) -> None:
+        """Sets what reads the memory: the shared reader, or a wrapper of it."""
+        self._reader = (reader,)  # in a tuple, which registers no module
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
         """Adds the visual branch to the layer's FFN."""

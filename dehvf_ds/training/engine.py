@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial, wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dehvf_ds.config import ModelConfig, RunConfig, TrainConfig, UserError, to_plain
 from dehvf_ds.distributed import World
 from dehvf_ds.model import DehvfConfig, DehvfForConditionalGeneration, ModelError
 from dehvf_ds.model.adapter import find_adapter, load_adapter
 from dehvf_ds.model.backbones import build_config, load_model
+from dehvf_ds.model.ffn import decoder_layers
 from dehvf_ds.training.deepspeed_json import compute_dtype
 from dehvf_ds.training.zero import Zero3Partitions, gathered_units, numel
+
+_linear = F.linear
+"""torch's own, before ZeRO-3 puts another in its place"""
 
 
 def build_model_config(
@@ -89,6 +96,8 @@ def build_engine(
             raise UserError(f"--init_from {config.init_from}: {error}") from None
     if config.train.activation_checkpointing:
         model.recompute_layers()
+    if config.train.compile:
+        compile_units(model, partitioned=partitioned)
     trainable = model.trainable_parameters()
     # Where weights are partitioned, DeepSpeed moves and casts nothing itself.
     for parameter in trainable.values():
@@ -112,6 +121,73 @@ def build_engine(
         setattr(model.get_submodule(owner), attribute, buffer)
     engine.train()
     return engine, model
+
+
+def compile_units(
+    model: DehvfForConditionalGeneration, *, partitioned: bool = False, backend: str = "inductor"
+) -> None:
+    """Compiles the decoder's layers and the tower's blocks for training, each kind of layer once.
+
+    What is compiled lies inside the hooks with which ZeRO-3 gathers a unit, so those stay as they are. The
+    reader of the memory is shared by all layers and gathered by hooks of its own, so where weights are
+    ``partitioned`` it stays outside of the graphs. In evaluation mode a unit runs as it did: decoding would
+    be compiled for every length of its cache.
+    """
+    if partitioned and model.config.fusion == "ffn":
+        reader = torch.compiler.disable(model.reader.__call__)
+        for layer in decoder_layers(model.language_model):
+            layer.mlp.read_by(reader)
+    for unit in gathered_units(model):
+        unit.forward = _compiled_in_training(unit, backend, _plain_linear if partitioned else nullcontext)
+
+
+@contextmanager
+def _plain_linear() -> Iterator[None]:
+    """Takes torch's linear map again in the place of ZeRO-3's.
+
+    That one keeps no copy of a gathered weight for backward, which a graph does not either; its look at each
+    weight's partition would have every layer compiled anew.
+    """
+    partitioning, F.linear = F.linear, _linear
+    try:
+        yield
+    finally:
+        F.linear = partitioning
+
+
+def _compiled_in_training(
+    unit: nn.Module, backend: str, within: Callable[[], AbstractContextManager[object]]
+) -> Callable[..., Any]:
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    plain = body = unit.forward
+    # Recent versions of transformers put recomputation around `forward`, older ones around `__call__`.
+    wraps_forward = isinstance(unit, GradientCheckpointingLayer) and "__init_subclass__" in vars(
+        GradientCheckpointingLayer
+    )
+    if wraps_forward:
+        body = type(unit).forward.__wrapped__.__get__(unit)
+    compiled = torch.compile(body, backend=backend)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with within():
+                return compiled(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            reason = str(error).split("\n\n")[0]
+            raise UserError(f"train.compile: {reason}; without a compiler, set it to false") from error
+
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not unit.training:
+            return plain(*args, **kwargs)
+        if wraps_forward and unit.gradient_checkpointing:
+            # Around what is compiled: within, a graph that ends early would leave the layer as it was.
+            checkpoint: Any = unit._gradient_checkpointing_func
+            return checkpoint(partial(run, **kwargs), *args)
+        return run(*args, **kwargs)
+
+    return forward
 
 
 def _gather_by_unit(model: DehvfForConditionalGeneration) -> dict[str, int]:

@@ -30,9 +30,9 @@ RUN_DIRS = (ADAPTER_DIR, "eval", "samples", "tensorboard", "checkpoints", "merge
 
 MAY_CHANGE_ON_RESUME = frozenset(
     """
-    run_dir deepspeed overwrite resume dry_run init_from model.language_model model.vision_tower
-    data.train data.location data.cache_dir data.cache_gb data.on_bad data.max_bad_share data.num_workers
-    data.val data.val_samples train.micro_batch_size train.activation_checkpointing train.max_bad_steps
+    run_dir deepspeed overwrite resume dry_run init_from model.language_model model.vision_tower data.train
+    data.location data.cache_dir data.cache_gb data.on_bad data.max_bad_share data.num_workers data.val
+    data.val_samples train.micro_batch_size train.activation_checkpointing train.compile train.max_bad_steps
     train.save_every train.keep_checkpoints train.max_failed_saves train.validate_every train.router_every
     train.log_every train.trackers train.timeout_minutes train.start_timeout_minutes eval.every_steps
     eval.data eval.max_samples eval.batch_size eval.max_new_tokens eval.num_beams eval.tokenizer

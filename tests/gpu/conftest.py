@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from gpu.runs import Runs
+from processes import HAS_GPU
 
 FACTS: list[str] = []
 """What the tests measured, printed at the end: a bound that holds tells little of by how much."""
@@ -31,6 +33,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     name = request.param
     if name == "cuda" and not torch.cuda.is_available():
+        # A GPU that torch does not see is no reason to skip where these tests alone were asked for.
+        assert not (HAS_GPU and os.environ.get("CUDA_VISIBLE_DEVICES") is None), "torch does not see the GPU"
         pytest.skip("no CUDA device")
     if name == "cuda" and any("runs" in getattr(item, "fixturenames", ()) for item in request.session.items):
         # Started before the first test of any file: they train while the others compute.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from processes import REPOSITORY
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 STEPS = 6
 SAVED = 3
@@ -136,12 +136,17 @@ class Runs:
         return path
 
     def _bulky_llm(self) -> Path:
-        """Half a billion random parameters, so that weights and activations outweigh work spaces."""
+        """Half a billion random parameters, so that weights and activations outweigh work spaces.
+
+        Fewer in a rehearsal; of the tokenizer's vocabulary, as others are refused.
+        """
         path = self.world / "bulky"
         if not path.is_dir():
-            sizes = {"hidden_size": 2048, "intermediate_size": 5632, "vocab_size": 32000}
-            sizes |= {"num_hidden_layers": 8, "num_attention_heads": 16}
-            config = LlamaConfig(**sizes, eos_token_id=0, bos_token_id=None)
+            config = AutoConfig.from_pretrained(self.world / "llm")
+            sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8}
+            config.update(sizes | {"num_attention_heads": 16, "head_dim": 128, "num_key_value_heads": 16})
+            if self.device == "cpu":
+                config.update({"hidden_size": 128, "intermediate_size": 256})
             with torch.device(self.device):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
             model.save_pretrained(path)

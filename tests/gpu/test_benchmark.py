@@ -8,7 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import REPOSITORY
+from processes import REPOSITORY, is_of_the_gpu
+
+
+def test_where_a_gpu_is_its_own_tests_alone_see_it() -> None:
+    for shown in (["-rs", "tests/gpu", "-k", "cuda"], ["/a/tests/gpu/test_runs.py::test_x[cuda]"]):
+        assert is_of_the_gpu(shown)
+    for hidden in ([], ["-q"], ["tests"], ["tests/gpu", "tests/test_plan.py"], ["-n", "2", "-m", "not long"]):
+        assert not is_of_the_gpu(hidden)
 
 
 @pytest.mark.long
@@ -24,13 +31,14 @@ def test_every_part_of_the_benchmark_is_rehearsed(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     assert not [r for r in results if "failed" in r or "left out" in r]
     steps = [r for r in results if "step_s" in r]
-    assert len(steps) == 2 * (4 + 2 + 1)  # two lengths; four models of plain torch, two stages, LLaVA
-    assert all(0 < r["text_tokens"] < r["rows"] * r["tokens"] for r in steps)
-    assert [r["planned_bytes"] > 0 for r in steps if "zero" in r["part"]] == [True] * 4
+    # Two lengths; of plain torch four models, two of them compiled too; two stages, compiled too; LLaVA.
+    assert len(steps) == 2 * (4 + 2 + 2 * 2 + 1)
+    assert all(r["text_tokens"] == r["rows"] * r["tokens"] for r in steps)
+    assert [r["planned_bytes"] > 0 for r in steps if "zero" in r["part"]] == [True] * 8
     # Rows above eight are refused there, as a device refuses what does not fit.
     assert [(r["rows"], r["failed_rows"]) for r in results if "failed_rows" in r] == [(8, 12)] * 6
     assert sum("bare_tokens_per_s" in r for r in results) == 2 * 2  # two batches; plainly and compiled
-    assert sum("kernels" in r for r in results) == 1
+    assert sum("kernels" in r for r in results) == 2
     table = (tmp_path / "results.md").read_text()
     assert all(f"| {r['part']} |" in table for r in steps)
     assert (tmp_path / "profile.txt").stat().st_size > 1000

@@ -146,8 +146,7 @@ def test_evaluation_in_a_process_of_its_own(runs: Runs, device: str, fact) -> No
 def test_peak_memory_is_what_the_plan_says(runs: Runs, stage: str, fact) -> None:
     from dehvf_ds.planning.memory import step_bytes
 
-    # Half a billion parameters are no rehearsal: there it is the plan of the small run.
-    name = f"{stage}-bulky" if runs.device == "cuda" else stage
+    name = f"{stage}-bulky"
     measured = runs.lines(name)[-1]["memory_bytes"]
     run = look_at(runs, name)
     batches = list(run.training_batches(0, run.num_steps))

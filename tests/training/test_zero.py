@@ -84,6 +84,11 @@ CASES = {
     "zero3-prefix-mixed-rows": (3, {"kind": "mixed", "micro_batch_size": 4, "fusion": "prefix"}),
     "zero3-shared-pictures": (3, {"kind": "shared", "micro_batch_size": 4}),
     "zero3-prefix-shared-pictures": (3, {"kind": "shared", "micro_batch_size": 2, "fusion": "prefix"}),
+    "zero3-compiled": (3, {"kind": "mixed", "micro_batch_size": 2, "compile": True}),
+    "zero3-compiled-checkpointing": (
+        3,
+        {"kind": "pictures", "micro_batch_size": 4, "compile": True, "activation_checkpointing": True},
+    ),
     "zero2-accumulation-mixed-rows": (2, {"kind": "mixed", "micro_batch_size": 2}),
 }
 

@@ -92,6 +92,7 @@ def run_config(directory: Path, case: dict) -> RunConfig:
             lr=5e-4,
             warmup_steps=2,
             activation_checkpointing=case.get("activation_checkpointing", False),
+            compile=case.get("compile", False),
         ),
         seed=3,
     )
