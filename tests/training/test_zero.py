@@ -81,6 +81,13 @@ CASES = {
         {"kind": "mixed", "micro_batch_size": 2, "router": "static"},
     ),
     "zero3-small-weights-whole": (3, {"kind": "mixed", "micro_batch_size": 2, "threshold": 300}),
+    "zero3-small-weights-whole-checkpointing-evaluation": (
+        3,
+        {
+            **{"kind": "pictures", "micro_batch_size": 4, "threshold": 300},
+            **{"activation_checkpointing": True, "decode_at": 7},
+        },
+    ),
     "zero3-prefix-mixed-rows": (3, {"kind": "mixed", "micro_batch_size": 4, "fusion": "prefix"}),
     "zero3-shared-pictures": (3, {"kind": "shared", "micro_batch_size": 4}),
     "zero3-prefix-shared-pictures": (3, {"kind": "shared", "micro_batch_size": 2, "fusion": "prefix"}),
