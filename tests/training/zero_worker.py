@@ -138,6 +138,7 @@ def main(directory: Path, case: dict) -> None:
         taken.append(engine.was_step_applied())
         if step == 0:
             found["silent"] = watch.finish()
+        if step == case.get("decode_at", 0):
             # Held, so that whatever is gathered anew lies elsewhere.
             whole = [(p, p.data) for p in model.parameters() if getattr(p, "ds_persist", False)]
     shapes = {tuple(shape) for shape in gather_to_main([*shapes], world)}
