@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     CLIPVisionConfig,
@@ -81,3 +83,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+
+
+def hub_snapshot(monkeypatch: pytest.MonkeyPatch, root: Path, repository: str) -> Path:
+    """The folder of ``OWNER/NAME`` in a hub cache under ``root``, offline; its files are to be put there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    directory = root / "hub" / f"models--{repository.replace('/', '--')}"
+    (directory / "refs").mkdir(parents=True)
+    (directory / "refs" / "main").write_text("0" * 40)
+    return directory / "snapshots" / ("0" * 40)

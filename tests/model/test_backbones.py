@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_artifacts import build_bases, save, trained_model
 from tiny_checkpoints import save_bin
-from tiny_models import text_config, vision_config
+from tiny_models import hub_snapshot, text_config, vision_config
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -69,13 +69,8 @@ def test_a_missing_directory_is_named_with_its_remedy(tmp_path, monkeypatch) -> 
 
 
 def test_an_adapter_beside_the_weights_of_a_hub_id_is_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    repository = tmp_path / "hub" / "models--someone--llama"
-    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot = hub_snapshot(monkeypatch, tmp_path, "someone/llama")
     AutoModelForCausalLM.from_config(text_config()).save_pretrained(snapshot)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
     assert load_backbone_config("someone/llama", vision=False).model_type == "llama"
     (snapshot / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
     with pytest.raises(ModelError, match=r"language model someone/llama: holds .*a PEFT adapter that"):

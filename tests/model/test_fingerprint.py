@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import fingerprint_of, llama, save_bin, state_of
-from tiny_models import text_config, vision_config
+from tiny_models import hub_snapshot, text_config, vision_config
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
 from dehvf_ds.model import ModelError
@@ -195,13 +195,8 @@ def test_a_truncated_file_is_named(tmp_path, layout, kept) -> None:
 
 
 def test_a_hub_id_is_read_from_the_local_cache(tmp_path, base, monkeypatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    repository = tmp_path / "hub" / "models--someone--llama"
-    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot = hub_snapshot(monkeypatch, tmp_path, "someone/llama")
     llama().save_pretrained(snapshot, max_shard_size="20KB")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
     assert weights_fingerprint("someone/llama", vision=False) == weights_fingerprint(base, vision=False)
     next(snapshot.glob("*.safetensors")).unlink()
     with pytest.raises(ModelError, match=r"llama: model-\S+ is missing, which model\.safetensors\.index"):
