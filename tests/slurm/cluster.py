@@ -248,13 +248,22 @@ def _text(path: str | Path) -> str:
 
 
 def _send(pids: set[int], number: signal.Signals) -> None:
-    for pid in pids:
+    """Signals processes, children first.
+
+    Of a process group that is left without a parent outside of it the kernel wakes whoever is frozen, with a
+    SIGHUP: srun would live long enough to end the step on every node.
+    """
+    for pid in sorted(pids, key=_depth, reverse=True):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
 def _parent(pid: int) -> int:
     return int([*_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[1:2], 0][0])
+
+
+def _depth(pid: int) -> int:
+    return 1 + _depth(parent) if (parent := _parent(pid)) else 0
 
 
 def _command(pid: int) -> str:
