@@ -141,7 +141,8 @@ class Trainer:
         self._print(
             f"{self.run_dir}: {self.run.num_steps} steps of {self.config.train.global_batch_size} rows on "
             f"{self.world.size} x {self.world.device.type}, {num_trainable / 1e6:.2f} M trainable "
-            f"parameters, fusion {self.config.model.fusion}{begins}"
+            f"parameters, fusion {self.config.model.fusion}"
+            f"{', compiled in the first steps' if self.config.train.compile else ''}{begins}"
         )
 
     # --- the loop ---

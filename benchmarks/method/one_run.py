@@ -1,0 +1,140 @@
+"""Trains one arm once on one thread, and measures it on scenes that were never shown.
+
+    python benchmarks/method/one_run.py --arm ffn --lr 3e-3 --seed 1 --split test --output FILE
+
+Steps as the demo's recipe has them: 16 rows, AdamW with fp32 masters beside bf16 weights, linear warm-up and
+a cosine. Writes one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from arms import Arm, build, read_arm, trained
+from scenes import Found, Split, of_rows, scores, training_rows
+from tower import PlayedTower
+
+from dehvf_ds.atomic import atomic_file
+from dehvf_ds.config import TrainConfig
+from dehvf_ds.evaluation.coco import CaptionScorer
+from dehvf_ds.evaluation.decode import Decoding, decode
+from dehvf_ds.model import DehvfForConditionalGeneration
+from dehvf_ds.training.engine import learning_rate, parameter_groups
+
+ROWS = 16
+
+
+def main() -> None:
+    """Parses the flags, trains, measures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arm", required=True)
+    parser.add_argument("--lr", type=float, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--split", choices=("val", "test"), default="test")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    arm = read_arm(args.arm)
+    found = run(arm, args.lr, args.seed, args.steps, args.split)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(args.output) as path:
+        path.write_text(json.dumps(vars(args) | found, default=str) + "\n", encoding="utf-8")
+
+
+def run(arm: Arm, lr: float, seed: int, steps: int, split: str) -> Found:
+    """Trains with one seed, which decides the start and the order of the rows."""
+    model = build(arm, seed)
+    tower = None
+    if arm.model["fusion"] != "none":
+        tower = PlayedTower(model.config.vision_config)
+        model.vision_tower = tower
+    learns = trained(model, arm)
+    config = TrainConfig(steps=steps, lr=lr, global_batch_size=ROWS, micro_batch_size=ROWS)
+    found = train(model, tower, arm, Split("train"), config, seed)
+    found |= measure(model, tower, Split(split))
+    return found | {"trained": sum(p.numel() for p in learns.values())}
+
+
+def train(
+    model: DehvfForConditionalGeneration,
+    tower: PlayedTower | None,
+    arm: Arm,
+    split: Split,
+    config: TrainConfig,
+    seed: int,
+) -> Found:
+    """Takes the steps; returns losses and what a step cost."""
+    assert config.steps is not None
+    named = trained(model.train(), arm)
+    masters = {name: torch.nn.Parameter(p.data.float()) for name, p in named.items()}
+    groups = []
+    for is_lora, share in ((False, 1.0), (True, arm.lora_lr)):
+        part = {name: p for name, p in masters.items() if ("lora_" in name) == is_lora}
+        groups += [group | {"share": share} for group in parameter_groups(part, config.weight_decay)]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    drawn = training_rows(split, seed)
+    losses, seconds, tokens = [], [], 0
+    for step in range(config.steps):
+        started = time.process_time()
+        first = step * ROWS % (len(drawn) - ROWS + 1)
+        batch = split.batch(tower, drawn[first : first + ROWS])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config, config.steps) * group["share"]
+        model.zero_grad()
+        output = model(**batch.with_facts().training_inputs())
+        output.loss.backward()
+        for name, parameter in named.items():
+            masters[name].grad = None if parameter.grad is None else parameter.grad.float()
+        torch.nn.utils.clip_grad_norm_(masters.values(), config.max_grad_norm)
+        optimizer.step()
+        for name, parameter in named.items():
+            parameter.data.copy_(masters[name].data)
+        losses.append(output.loss.item())
+        tokens += batch.num_supervised()
+        seconds.append(time.process_time() - started)
+    return {
+        "train_loss": statistics.mean(losses[-20:]),
+        "supervised_tokens": tokens,
+        "step_cpu_s": statistics.median(seconds),
+        "losses": [round(loss, 4) for loss in losses[::10]],
+    }
+
+
+@torch.no_grad()
+def measure(model: DehvfForConditionalGeneration, tower: PlayedTower | None, split: Split) -> Found:
+    """Loss a token of two captions a picture; CIDEr and what is right in greedy captions."""
+    model.eval()
+    loss = tokens = 0.0
+    texts: list[str] = []
+    truths, records = [], []
+    for rows in of_rows(len(split), 20):
+        for caption in (0, 2):
+            output = model(
+                **split.batch(tower, [(row, caption) for row in rows]).with_facts().training_inputs()
+            )
+            loss += output.loss_sum.item()
+            tokens += output.num_supervised.item()
+        batch = split.batch(tower, [(row, 0) for row in rows], asked=True)
+        texts += [a.text for a in decode(model, batch, split.tokenizer, Decoding(max_new_tokens=40))]
+        for row in rows:
+            sample = split.sample(row, 0)
+            truths.append(sample.record["captions"][0])
+            records.append((sample.key, sample.record))
+    scored = CaptionScorer(records, tokenizer="simple").score(texts)
+    pairs = list(zip(texts, truths, strict=True))
+    return {
+        "loss": loss / tokens,
+        "CIDEr": scored.numbers.get("CIDEr"),
+        **scores(pairs),
+        "captions": pairs[:8],
+    }
+
+
+if __name__ == "__main__":
+    main()
