@@ -61,7 +61,9 @@ class Split:
         if tower is not None:
             tower.states = self.states.of([row for row, _ in rows])
         blank = torch.zeros(1, 1, 1, 1, dtype=DTYPE).expand(len(rows), 3, IMAGE_SIZE, IMAGE_SIZE)
-        return replace(batch, pixel_values=blank, has_image=torch.ones(len(rows), dtype=torch.bool))
+        # The collator, which saw no pictures, has all rows share one.
+        present = torch.ones(len(rows), dtype=torch.bool)
+        return replace(batch, pixel_values=blank, has_image=present, picture=None)
 
 
 class _NoPicture:
