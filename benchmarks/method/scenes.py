@@ -19,18 +19,13 @@ from dehvf_ds.batch import Batch, Sample
 from dehvf_ds.data.collate import Collator, load_tokenizer
 from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.demo.scenes import BACKGROUNDS, COLORS, RADII, SHAPES, TEXTURES
+from dehvf_ds.demo import outcome
+from dehvf_ds.demo.scenes import BACKGROUNDS, RADII
 
 DATA = Path("demo_data/scenes/shards")
 CACHE = Path("demo_data/method")
 CAPTIONS_A_PICTURE = 5
-WORDS = {
-    "color": set(COLORS),
-    "texture": set(TEXTURES) - {"plain"},
-    "shape": set(SHAPES),
-    "size": set(RADII) - {"middle"},
-    "background": set(BACKGROUNDS),
-}
+WORDS = outcome.WORDS | {"size": set(RADII) - {"middle"}, "background": set(BACKGROUNDS)}
 """Words by what they hang on, from shallow to deep; those of relations and counts are looked at apart."""
 RELATIONS = ("left of", "right of", "above", "below", "in a row", "in a column")
 GRANULARITIES = (*WORDS, "count", "relation")

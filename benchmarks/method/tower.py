@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from arms import BASES, DTYPE
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 
+from dehvf_ds.atomic import atomic_file
 from dehvf_ds.data.collate import build_image_transform
 from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
@@ -43,15 +43,14 @@ def cached_states(index: ShardIndex, cache: Path) -> States:
         path.parent.mkdir(parents=True, exist_ok=True)
         tower = AutoModel.from_pretrained(BASES[1], dtype=DTYPE).eval()
         transform, rows, shape = build_image_transform(BASES[1], IMAGE_SIZE), range(len(index)), []
-        with path.with_suffix(".part").open("wb") as file, torch.no_grad():
+        with atomic_file(path) as part, part.open("wb") as file, torch.no_grad():
             for first in range(0, len(rows), BATCH):
                 images = [read_sample(index, row).image for row in rows[first : first + BATCH]]
                 pixels = torch.stack([transform(image) for image in images if image])
                 states = torch.stack(hidden_states(tower, pixels.to(DTYPE))[1:], dim=1).contiguous()
                 shape = [len(rows), *states.shape[1:]]
                 file.write(states.view(torch.int16).numpy().tobytes())
-        path.with_suffix(".part").replace(path)
-        path.with_suffix(".json").write_text(json.dumps({"shape": shape, "pid": os.getpid()}))
+        path.with_suffix(".json").write_text(json.dumps({"shape": shape}))
     return States(path)
 
 
