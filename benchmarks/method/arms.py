@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import yaml
+from variants import VARIANTS
 
 from dehvf_ds.model import DehvfForConditionalGeneration
 from dehvf_ds.model.backbones import build_config, load_model
@@ -27,7 +28,8 @@ class Arm:
         model: settings of ``DehvfConfig``; ``lora`` is its rank, for the FFN's output map.
         start: start values: ``scale_in`` of the queries, ``read_size`` (``scale_out`` times sqrt(M)).
         frozen: parts of names of parameters that stay at their start, and do not count as trained.
-        lora_lr: learning rate of the adapters, as a share of the branch's.
+        rates: learning rates of the parameters whose names contain these words, as shares of the run's.
+        variants: of ``variants.py``, with their options.
     """
 
     name: str
@@ -35,7 +37,8 @@ class Arm:
     model: dict[str, Any]
     start: dict[str, float] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
-    lora_lr: float = 1.0
+    rates: dict[str, float] = field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def read_arm(name: str) -> Arm:
@@ -56,10 +59,22 @@ def build(arm: Arm, seed: int) -> DehvfForConditionalGeneration:
             parameter.data.fill_(arm.start["scale_in"])
         if name.endswith("scale_out") and "read_size" in arm.start:
             parameter.data.fill_(arm.start["read_size"] * config.num_slots**-0.5)
+    torch.manual_seed(seed)
+    for name, options in arm.variants.items():
+        VARIANTS[name](model, **options)
     return model
 
 
 def trained(model: DehvfForConditionalGeneration, arm: Arm) -> dict[str, torch.nn.Parameter]:
     """What the arm trains, by name."""
     every = model.trainable_parameters()
-    return {name: p for name, p in every.items() if not any(part in name for part in arm.frozen)}
+    return {
+        name: p
+        for name, p in every.items()
+        if p.requires_grad and not any(part in name for part in arm.frozen)
+    }
+
+
+def share_of(name: str, arm: Arm) -> float:
+    """The share of the run's learning rate that a parameter has."""
+    return next((share for part, share in arm.rates.items() if part in name), 1.0)

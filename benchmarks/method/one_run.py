@@ -1,6 +1,6 @@
-"""Trains one arm once on one thread, and measures it on scenes that were never shown.
+"""Trains one arm once on one thread, and measures it on pictures that were never shown.
 
-    python benchmarks/method/one_run.py --arm ffn --lr 3e-3 --seed 1 --split test --output FILE
+    python benchmarks/method/one_run.py --task scenes --arm ffn --lr 3e-3 --seed 1 --split test --output FILE
 
 Steps as the demo's recipe has them: 16 rows, AdamW with fp32 masters beside bf16 weights, linear warm-up and
 a cosine. Writes one JSON object.
@@ -15,14 +15,13 @@ import time
 from pathlib import Path
 
 import torch
-from arms import Arm, build, read_arm, trained
-from scenes import Found, Split, of_rows, scores, training_rows
+from arms import Arm, build, read_arm, share_of, trained
+from tasks import TASKS, Found, Split, Task
+from torch import Tensor
 from tower import PlayedTower
 
 from dehvf_ds.atomic import atomic_file
 from dehvf_ds.config import TrainConfig
-from dehvf_ds.evaluation.coco import CaptionScorer
-from dehvf_ds.evaluation.decode import Decoding, decode
 from dehvf_ds.model import DehvfForConditionalGeneration
 from dehvf_ds.training.engine import learning_rate, parameter_groups
 
@@ -32,6 +31,7 @@ ROWS = 16
 def main() -> None:
     """Parses the flags, trains, measures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--arm", required=True)
     parser.add_argument("--lr", type=float, required=True)
     parser.add_argument("--seed", type=int, required=True)
@@ -41,14 +41,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     arm = read_arm(args.arm)
-    found = run(arm, args.lr, args.seed, args.steps, args.split)
+    found = run(TASKS[args.task], arm, args.lr, args.seed, args.steps, args.split)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(args.output) as path:
         path.write_text(json.dumps(vars(args) | found, default=str) + "\n", encoding="utf-8")
 
 
-def run(arm: Arm, lr: float, seed: int, steps: int, split: str) -> Found:
-    """Trains with one seed, which decides the start and the order of the rows."""
+def run(task: Task, arm: Arm, lr: float, seed: int, steps: int, name: str) -> Found:
+    """Trains with one seed, which decides the start and the order of rows; only test rows are answered."""
     model = build(arm, seed)
     tower = None
     if arm.model["fusion"] != "none":
@@ -56,8 +56,11 @@ def run(arm: Arm, lr: float, seed: int, steps: int, split: str) -> Found:
         model.vision_tower = tower
     learns = trained(model, arm)
     config = TrainConfig(steps=steps, lr=lr, global_batch_size=ROWS, micro_batch_size=ROWS)
-    found = train(model, tower, arm, Split("train"), config, seed)
-    found |= measure(model, tower, Split(split))
+    found = train(model, tower, arm, Split(task, "train"), config, seed)
+    split = Split(task, name)
+    found |= measure(model, tower, split)
+    if name == "test":
+        found |= task.score(model, tower, split)
     return found | {"trained": sum(p.numel() for p in learns.values())}
 
 
@@ -74,11 +77,11 @@ def train(
     named = trained(model.train(), arm)
     masters = {name: torch.nn.Parameter(p.data.float()) for name, p in named.items()}
     groups = []
-    for is_lora, share in ((False, 1.0), (True, arm.lora_lr)):
-        part = {name: p for name, p in masters.items() if ("lora_" in name) == is_lora}
+    for share in {share_of(name, arm) for name in masters}:
+        part = {name: p for name, p in masters.items() if share_of(name, arm) == share}
         groups += [group | {"share": share} for group in parameter_groups(part, config.weight_decay)]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
-    drawn = training_rows(split, seed)
+    drawn = split.training_rows(seed)
     losses, seconds, tokens = [], [], 0
     for step in range(config.steps):
         started = time.process_time()
@@ -108,32 +111,24 @@ def train(
 
 @torch.no_grad()
 def measure(model: DehvfForConditionalGeneration, tower: PlayedTower | None, split: Split) -> Found:
-    """Loss a token of two captions a picture; CIDEr and what is right in greedy captions."""
+    """Loss a token, over two captions of a picture or an answer, and the fuser's weights."""
     model.eval()
     loss = tokens = 0.0
-    texts: list[str] = []
-    truths, records = [], []
-    for rows in of_rows(len(split), 20):
-        for caption in (0, 2):
-            output = model(
-                **split.batch(tower, [(row, caption) for row in rows]).with_facts().training_inputs()
-            )
+    weights: list[Tensor] = []
+    for rows in split.parts():
+        for text in (0, 2)[: split.task.texts]:
+            batch = split.batch(tower, [(row, text) for row in rows])
+            output = model(**batch.with_facts().training_inputs())
             loss += output.loss_sum.item()
             tokens += output.num_supervised.item()
-        batch = split.batch(tower, [(row, 0) for row in rows], asked=True)
-        texts += [a.text for a in decode(model, batch, split.tokenizer, Decoding(max_new_tokens=40))]
-        for row in rows:
-            sample = split.sample(row, 0)
-            truths.append(sample.record["captions"][0])
-            records.append((sample.key, sample.record))
-    scored = CaptionScorer(records, tokenizer="simple").score(texts)
-    pairs = list(zip(texts, truths, strict=True))
-    return {
-        "loss": loss / tokens,
-        "CIDEr": scored.numbers.get("CIDEr"),
-        **scores(pairs),
-        "captions": pairs[:8],
-    }
+            if output.router_weights is not None:
+                weights.append(output.router_weights.float())
+    found: Found = {"loss": loss / tokens}
+    if weights:
+        every = torch.cat(weights)
+        found["weights"] = every.mean(dim=0).tolist()
+        found["weights_std"] = every.std(dim=0).mean().item()
+    return found
 
 
 if __name__ == "__main__":

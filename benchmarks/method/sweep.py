@@ -1,9 +1,9 @@
 """Runs what is missing of the comparison, two arms side by side on a thread each; stop and start it at will.
 
-    python benchmarks/method/sweep.py [--arms ffn prefix64 ...] [--steps 200] [--minutes 60]
+    python benchmarks/method/sweep.py [--task scenes] [--arms ffn prefix64 ...] [--steps 200] [--minutes 60]
 
-For each arm: a learning rate from the same grid, chosen by the loss of seed 0 on the validation scenes; with
-it seeds 1 to 3, measured on the test scenes. One JSON a run lies in --output; `report.py` makes tables of
+For each arm: a learning rate from the same grid, chosen by the loss of seed 0 on the validation split; with
+it seeds 1 to 3, measured on the test split. One JSON a run lies in --output; `report.py` makes tables of
 them.
 """
 
@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from arms import ARMS
+from tasks import TASKS
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SEEDS = (1, 2, 3)
 AT_ONCE = 2
 RESULTS = Path("runs/method")
@@ -30,6 +31,7 @@ RESULTS = Path("runs/method")
 class Job(NamedTuple):
     """One run."""
 
+    task: str
     arm: str
     lr: float
     seed: int
@@ -38,21 +40,24 @@ class Job(NamedTuple):
 
     def path(self, results: Path) -> Path:
         """Where its result is, once it has ended."""
-        return results / f"{self.arm}-{self.steps}-lr{self.lr:g}-seed{self.seed}-{self.split}.json"
+        name = f"{self.task}-{self.arm}-{self.steps}-lr{self.lr:g}-seed{self.seed}-{self.split}"
+        return results / f"{name}.json"
 
 
 def main() -> None:
     """Parses the flags and runs jobs until none is left or the time is up."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arms", nargs="+", default=sorted(path.stem for path in ARMS.glob("*.yaml")))
+    parser.add_argument("--task", choices=TASKS, default="scenes")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS, help="none: learning rates only")
     parser.add_argument("--minutes", type=float, default=1e6, help="no run is started after them")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     until, running, failed = time.monotonic() + 60 * args.minutes, {}, set()
     while True:
-        waiting = [job for job in jobs(args.arms, args.steps, args.output) if job not in failed]
-        waiting = [job for job in waiting if job not in running]
+        waiting = [job for job in jobs(args) if job not in failed | running.keys()]
         while waiting and len(running) < AT_ONCE and time.monotonic() < until:
             job = waiting.pop(0)
             running[job] = start(job, args.output)
@@ -61,29 +66,36 @@ def main() -> None:
         time.sleep(1)
         for job in [job for job, process in running.items() if process.poll() is not None]:
             code = running.pop(job).returncode
-            print(f"{job.path(args.output).stem}: {'done' if not code else f'failed ({code})'}", flush=True)
+            print(
+                f"{job.path(args.output).stem}: {'done' if not code else f'failed ({code})'}",
+                flush=True,
+            )
             failed |= {job} if code else set()
     sys.exit(bool(failed))
 
 
-def jobs(arms: list[str], steps: int, results: Path) -> Iterator[Job]:
+def jobs(args: argparse.Namespace) -> Iterator[Job]:
     """What is missing and can be run now."""
-    for arm in arms:
-        tries = [Job(arm, lr, 0, "val", steps) for lr in RATES]
-        missing = [job for job in tries if not job.path(results).is_file()]
+    for arm in args.arms:
+        tries = [Job(args.task, arm, lr, 0, "val", args.steps) for lr in args.rates]
+        missing = [job for job in tries if not job.path(args.output).is_file()]
         yield from missing
         if not missing:
-            best = min(tries, key=lambda job: json.loads(job.path(results).read_text())["loss"])
-            chosen = (Job(arm, best.lr, seed, "test", steps) for seed in SEEDS)
-            yield from (job for job in chosen if not job.path(results).is_file())
+            best = min(
+                tries,
+                key=lambda job: json.loads(job.path(args.output).read_text())["loss"],
+            )
+            chosen = (best._replace(seed=seed, split="test") for seed in args.seeds)
+            yield from (job for job in chosen if not job.path(args.output).is_file())
 
 
 def start(job: Job, results: Path) -> subprocess.Popen[bytes]:
     """A run in a process of its own, on one thread."""
     results.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(Path(__file__).with_name("one_run.py")), "--arm", job.arm]
-    command += ["--lr", str(job.lr), "--seed", str(job.seed), "--split", job.split, "--steps", str(job.steps)]
-    command += ["--output", str(job.path(results))]
+    command = [sys.executable, str(Path(__file__).with_name("one_run.py")), "--output"]
+    command.append(str(job.path(results)))
+    for name, value in job._asdict().items():
+        command += [f"--{name}", str(value)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     with job.path(results).with_suffix(".log").open("wb") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)

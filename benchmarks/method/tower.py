@@ -36,17 +36,22 @@ class States:
         return torch.stack([self._all[row] for row in rows])
 
 
-def cached_states(index: ShardIndex, cache: Path) -> States:
-    """The states of all pictures of a split, by row; computed if they are not in the file."""
+def cached_states(index: ShardIndex, count: int, cache: Path) -> States:
+    """The states of the first rows' pictures, or of a blank one; computed if the file has them not."""
     path = cache.with_suffix(".bf16")
     if not path.with_suffix(".json").is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         tower = AutoModel.from_pretrained(BASES[1], dtype=DTYPE).eval()
-        transform, rows, shape = build_image_transform(BASES[1], IMAGE_SIZE), range(len(index)), []
+        transform, rows, shape = (
+            build_image_transform(BASES[1], IMAGE_SIZE),
+            range(count),
+            [],
+        )
         with atomic_file(path) as part, part.open("wb") as file, torch.no_grad():
             for first in range(0, len(rows), BATCH):
                 images = [read_sample(index, row).image for row in rows[first : first + BATCH]]
-                pixels = torch.stack([transform(image) for image in images if image])
+                blank = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
+                pixels = torch.stack([transform(image) if image else blank for image in images])
                 states = torch.stack(hidden_states(tower, pixels.to(DTYPE))[1:], dim=1).contiguous()
                 shape = [len(rows), *states.shape[1:]]
                 file.write(states.view(torch.int16).numpy().tobytes())

@@ -291,8 +291,10 @@ def ask_about_picture(random: Random, scene: Scene) -> Question:
     hint = "The picture shows shapes on a colored background." if random.random() < 0.25 else ""
     nature, place = ("natural science", "physics"), ("social science", "geography")
     background, number = scene.background, numbers[len(scene.things) - 1]
+    texture = f"Which texture has the {thing.shape}?"
     kinds = [
         Question(f"Which color is the {thing.shape}?", thing.color, list(COLORS), *nature, "Name a color", 1),
+        Question(texture, thing.texture, list(TEXTURES), *nature, "Name a texture", 1),
         Question(f"Which shape is {thing.color}?", thing.shape, list(SHAPES), *nature, "Name a shape", 2),
         Question("Which color is the background?", background, list(BACKGROUNDS), *nature, "Name a color", 4),
         Question("How many objects are there?", number, numbers, *nature, "Count objects", 7),
