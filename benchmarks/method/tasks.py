@@ -13,15 +13,14 @@ import torch
 from arms import BASES, DTYPE
 from tower import IMAGE_SIZE, PlayedTower, cached_states
 
-from dehvf_ds.batch import Batch, Sample
-from dehvf_ds.data.collate import Collator, letter_ids, load_tokenizer
+from dehvf_ds.batch import IGNORE_INDEX, Batch, Sample
+from dehvf_ds.data.collate import Collator, encode, encode_prompt, load_tokenizer
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.prompts import SCIENCEQA_ANSWER_PREFIX
 from dehvf_ds.data.records import read_record
 from dehvf_ds.demo import outcome
 from dehvf_ds.demo.scenes import BACKGROUNDS, RADII
 from dehvf_ds.evaluation.coco import CaptionScorer
-from dehvf_ds.evaluation.decode import Decoding, decode, likeliest_options
+from dehvf_ds.evaluation.decode import Decoding, decode
 from dehvf_ds.model import DehvfForConditionalGeneration
 
 DATA = Path("demo_data/method")
@@ -81,10 +80,10 @@ class Split:
         )
         self.tokenizer = load_tokenizer(BASES[0])
         settings: dict[str, Any] = {"task": task.kind, "max_tokens": task.max_tokens}
-        # With a letter, which ``score_answers`` removes again.
-        prefix = f"{SCIENCEQA_ANSWER_PREFIX} A" if task.kind == "scienceqa" else ""
-        self._train = Collator(self.tokenizer, _NoPicture(), **settings)  # pyright: ignore
-        self._ask = replace(self._train, for_generation=True, answer_prefix=prefix)
+        made_by = Collator if task.kind == "caption" else _InWords
+        settings: dict[str, Any] = {"task": task.kind, "max_tokens": task.max_tokens}
+        self._train = made_by(self.tokenizer, _NoPicture(), **settings)  # pyright: ignore
+        self._ask = replace(self._train, for_generation=True)
 
     def record(self, row: int, text: int = 0) -> dict[str, Any]:
         """A row's record, with one of its texts."""
@@ -122,6 +121,23 @@ class Split:
 
 class _NoPicture:
     image_size = 4
+
+
+class _InWords(Collator):
+    """Problems answered in words, not by a letter: this small a decoder does not learn letters in time."""
+
+    def _row(self, sample: Sample) -> tuple[list[int], list[int]]:
+        record = sample.record
+        parts = (
+            record["hint"],
+            f"Question: {record['question']}",
+            f"Options: {', '.join(record['choices'])}",
+        )
+        prompt = "\n".join((*filter(None, parts), "Answer:"))
+        if self.for_generation:
+            ids = encode_prompt(self.tokenizer, prompt)
+            return ids, [IGNORE_INDEX] * len(ids)
+        return encode(self.tokenizer, prompt, record["choices"][record["answer"]], self.max_tokens)
 
 
 def score_captions(
@@ -168,7 +184,7 @@ def _relation(text: str) -> str:
 
 
 SKILLS = {
-    "Name a color": "color",
+    "Name a color": "color",  # of a thing or the background
     "Name a texture": "texture",
     "Name a shape": "shape",
     "Count objects": "count",
@@ -178,19 +194,19 @@ SKILLS = {
 
 
 def score_answers(model: DehvfForConditionalGeneration, tower: PlayedTower | None, split: Split) -> Found:
-    """Shares of right answers, of all and by what a question hangs on; the likeliest letter is taken."""
-    letters = letter_ids(split.tokenizer)
+    """Shares of answers that are right word for word, of all and by what a question hangs on."""
     right, counted = Counter[str](), Counter[str]()
+    pairs = []
     for rows in split.parts():
-        records = [split.record(row) for row in rows]
-        counts = [len(record["choices"]) for record in records]
-        batch = split.batch(tower, [(row, 0) for row in rows], asked=True).without_last()
-        chosen = likeliest_options(model, batch, letters, counts)
-        for record, choice in zip(records, chosen, strict=True):
+        batch = split.batch(tower, [(row, 0) for row in rows], asked=True)
+        answers = decode(model, batch, split.tokenizer, Decoding(max_new_tokens=8))
+        for row, answer in zip(rows, answers, strict=True):
+            record = split.record(row)
+            pairs.append((answer.text, record["choices"][record["answer"]]))
             for kind in ("all", SKILLS.get(record["skill"], "text")):
-                right[kind] += choice == record["answer"]
+                right[kind] += pairs[-1][0] == pairs[-1][1]
                 counted[kind] += 1
-    return {kind: right[kind] / counted[kind] for kind in counted}
+    return {kind: right[kind] / counted[kind] for kind in counted} | {"answers": pairs[:20]}
 
 
 TASKS = {
