@@ -25,7 +25,7 @@ from dehvf_ds.planning.plan import build_plan
 from dehvf_ds.training.deepspeed_json import read_deepspeed_json
 
 RECIPES = {path.stem for path in RECIPES_DIR.glob("*.yaml")}
-LLAMA = ["coco_llama13b", "coco_llama7b", "scienceqa_llama13b", "scienceqa_llama7b"]
+LLAMA = [path.stem for path in sorted(RECIPES_DIR.glob("*_llama*.yaml"))]
 KINDS = [
     (find_recipe, RECIPES_DIR, "*.yaml", ("{}", "{}.yaml", "dehvf_ds/recipes/{}.yaml", "./recipes/{}.yaml")),
     (find_deepspeed_json, DEEPSPEED_DIR, "*.json", ("{}", "{}.json", "ds_configs/{}.json")),

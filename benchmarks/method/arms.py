@@ -25,10 +25,11 @@ class Arm:
     Attributes:
         name: the file's.
         about: one line for the tables.
-        model: settings of ``DehvfConfig``; ``lora`` is its rank, for the FFN's output map.
+        model: settings of ``DehvfConfig``; ``lora`` is its rank, ``targets`` its maps.
         start: start values: ``scale_in`` of the queries, ``read_size`` (``scale_out`` times sqrt(M)).
         frozen: parts of names of parameters that stay at their start, and do not count as trained.
         rates: learning rates of the parameters whose names contain these words, as shares of the run's.
+        train: settings of ``TrainConfig``, the schedule apart.
         variants: of ``variants.py``, with their options.
     """
 
@@ -38,6 +39,7 @@ class Arm:
     start: dict[str, float] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
     rates: dict[str, float] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -50,8 +52,8 @@ def read_arm(name: str) -> Arm:
 def build(arm: Arm, seed: int) -> DehvfForConditionalGeneration:
     """The arm's model at its start, in bf16."""
     settings = {"num_feature_layers": 6} | arm.model
-    rank = settings.pop("lora", 0)
-    lora = {"rank": rank, "alpha": 2.0 * rank, "dropout": 0.0, "targets": ["down_proj"]} if rank else None
+    rank, targets = settings.pop("lora", 0), settings.pop("targets", ["down_proj"])
+    lora = {"rank": rank, "alpha": 2.0 * rank, "dropout": 0.0, "targets": targets} if rank else None
     config = build_config(*BASES, image_size=224, lora=lora, **settings)
     model = load_model(config, *BASES, dtype=DTYPE, seed=seed)
     for name, parameter in model.trainable_parameters().items():

@@ -55,7 +55,7 @@ def run(task: Task, arm: Arm, lr: float, seed: int, steps: int, name: str) -> Fo
         tower = PlayedTower(model.config.vision_config)
         model.vision_tower = tower
     learns = trained(model, arm)
-    config = TrainConfig(steps=steps, lr=lr, global_batch_size=ROWS, micro_batch_size=ROWS)
+    config = TrainConfig(steps=steps, lr=lr, global_batch_size=ROWS, micro_batch_size=ROWS, **arm.train)
     found = train(model, tower, arm, Split(task, "train"), config, seed)
     split = Split(task, name)
     found |= measure(model, tower, split)
@@ -111,7 +111,7 @@ def train(
 
 @torch.no_grad()
 def measure(model: DehvfForConditionalGeneration, tower: PlayedTower | None, split: Split) -> Found:
-    """Loss a token, over two captions of a picture or an answer, and the fuser's weights."""
+    """Loss a token, over two captions of a picture or a conversation, and the fuser's weights."""
     model.eval()
     loss = tokens = 0.0
     weights: list[Tensor] = []

@@ -9,11 +9,16 @@ already is left as it is.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 from tasks import DATA, PICTURES, TASKS, Split
+
+from dehvf_ds.atomic import atomic_file
+from dehvf_ds.demo.scenes import ask_about_picture, ask_in_words, draw_scene
 
 SPLITS = ("train", "val", "test")
 
@@ -30,8 +35,16 @@ def main() -> None:
     for split in SPLITS:
         captions = ("--annotations", world / f"annotations/captions_{split}.json")
         build("coco", *captions, "--images", world / "images" / split, to=DATA / "shards/scenes" / split)
-        root = world / "scienceqa"
-        build("scienceqa", "--root", root, "--split", split, to=DATA / "shards/questions" / split)
+        if not (asked := world / f"questions_{split}.json").exists():
+            write_questions(world, split, asked)
+        build(
+            "llava",
+            "--json",
+            asked,
+            "--images",
+            world / "images" / split,
+            to=DATA / "shards/questions" / split,
+        )
         if args.flickr8k:
             source = (
                 "--dataset",
@@ -43,6 +56,29 @@ def main() -> None:
     for task in TASKS.values():
         for split in SPLITS if (DATA / "shards" / task.name).is_dir() else ():
             print(f"{task.name} {split}: {Split(task, split).size} rows")
+
+
+def write_questions(world: Path, split: str, to: Path) -> None:
+    """Writes a conversation about every picture of the world; every fourth is about a text instead."""
+    pictures = json.loads((world / f"annotations/captions_{split}.json").read_text())["images"]
+    rows = []
+    for number, picture in enumerate(pictures):
+        # As `make_scenes.py` drew it.
+        scene = draw_scene(Random(f"0/{split}/{number}"), split)
+        random, in_words = Random(f"questions/{split}/{number}"), number % 4 == 3
+        turns: list[dict[str, str]] = []
+        for _ in range(12):
+            asked = (ask_in_words if in_words else ask_about_picture)(random, scene)
+            question = f"{asked.hint} {asked.text}" if in_words else asked.text
+            # An answer is not given away by what was said before it; without a text nothing tells it.
+            told = any(asked.right in turn["value"] or question == turn["value"] for turn in turns)
+            if not told and len(turns) < 10 and (asked.hint or not in_words):
+                turns += ({"from": "human", "value": question}, {"from": "gpt", "value": asked.right})
+        rows.append({"id": f"{number:06d}", "conversations": turns})
+        if not in_words:
+            rows[-1]["image"] = picture["file_name"]
+    with atomic_file(to) as path:
+        path.write_text(json.dumps(rows), encoding="utf-8")
 
 
 def build(layout: str, *arguments: object, to: Path) -> None:

@@ -1,23 +1,32 @@
-"""Tables and plots of what `sweep.py` has run so far.
+"""Tables and plots of what `sweep.py` has run.
 
-    python benchmarks/method/report.py [--plots DIR]
+    python benchmarks/method/report.py --task scenes [--arms WORD ...] [--plots DIR]
+    python benchmarks/method/report.py --gather runs/method
 
-Prints, for every task and number of steps: the learning rates tried, the arms' means over seeds, and how far
-each is from the first arm, paired by seed.
+Prints the learning rates tried, the arms' means over seeds, and how far each is from DEHVF as shipped, paired
+by seed. Reads `results.jsonl` beside this file, a line a run, into which `--gather` puts new runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from arms import read_arm
-from sweep import RESULTS
-from tasks import TASKS, Task
+from matplotlib.figure import Figure
+from tasks import TASKS
+
+RESULTS = Path(__file__).with_name("results.jsonl")
+SHIPPED = "ffn"
+TUNING = "val"
+LOWER_IS_BETTER = "loss"
+LEFT_OUT = ("output", "answers")
 
 Run = dict[str, Any]
 
@@ -25,54 +34,181 @@ Run = dict[str, Any]
 def main() -> None:
     """Prints the tables, draws the plots."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--task", choices=TASKS)
+    parser.add_argument("--arms", nargs="+", default=[".*"], help="expressions, one of which an arm matches")
+    parser.add_argument("--plots", type=Path, help="directory of the pictures; none are drawn without")
+    parser.add_argument("--gather", type=Path, help="directory of new runs")
     args = parser.parse_args()
-    runs = [json.loads(path.read_text()) for path in sorted(args.results.glob("*.json"))]
-    for name, task in TASKS.items():
-        for steps in sorted({run["steps"] for run in runs if run["task"] == name}):
-            chosen = [run for run in runs if run["task"] == name and run["steps"] == steps]
-            print(f"\n## {name}, {steps} steps\n")
-            print("\n".join(rates(chosen)), end="\n\n")
-            print("\n".join(arms(task, chosen)))
+    if args.gather:
+        gather(args.gather, RESULTS)
+    if args.task:
+        runs = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+        wanted = [*args.arms, SHIPPED]
+        runs = [
+            run
+            for run in runs
+            if run["task"] == args.task and any(re.fullmatch(word, run["arm"]) for word in wanted)
+        ]
+        columns = ("loss", *TASKS[args.task].columns)
+        tables = (rates(runs), means(columns, runs), differences(columns, runs), abouts(runs))
+        print("\n\n".join("\n".join(table) for table in tables))
+        if args.plots:
+            args.plots.mkdir(parents=True, exist_ok=True)
+            for name, figure in figures(columns, runs):
+                figure.savefig(args.plots / f"{args.task}-{name}.png", dpi=110)
+
+
+def gather(directory: Path, to: Path) -> None:
+    """Puts the runs of a directory into the file, in the place of those of the same names."""
+    known = {}
+    for text in to.read_text(encoding="utf-8").splitlines() if to.is_file() else ():
+        run = json.loads(text)
+        known[_key(run)] = run
+    for path in sorted(directory.glob("*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        known[_key(run)] = {name: _short(value) for name, value in run.items() if name not in LEFT_OUT}
+    lines = (json.dumps(known[key]) + "\n" for key in sorted(known))
+    to.write_text("".join(lines), encoding="utf-8")
+
+
+def _key(run: Run) -> tuple[Any, ...]:
+    return tuple(run[name] for name in ("task", "arm", "steps", "lr", "seed", "split"))
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_short(each) for each in value]
+    return float(f"{value:.4g}") if isinstance(value, float) and value > 0.001 else value
 
 
 def rates(runs: Sequence[Run]) -> Iterator[str]:
     """Loss a token on the validation split, with seed 0, by arm and learning rate."""
-    tried = sorted({run["lr"] for run in runs if run["split"] == "val"})
-    yield "| validation loss, seed 0 | " + " | ".join(f"{lr:g}" for lr in tried) + " |"
-    yield "|---|" + "---|" * len(tried)
-    for name in names(runs):
-        found = {run["lr"]: run["loss"] for run in runs if run["arm"] == name and run["split"] == "val"}
-        yield f"| {name} | " + " | ".join(f"{found[lr]:.3f}" if lr in found else "" for lr in tried) + " |"
+    tuned = [run for run in runs if run["split"] == TUNING]
+    tried = sorted({run["lr"] for run in tuned})
+    yield "| validation loss, seed 0 | steps | " + " | ".join(f"{lr:g}" for lr in tried) + " |"
+    yield "|---|---|" + "---|" * len(tried)
+    for name, steps in groups(tuned):
+        found = {run["lr"]: run["loss"] for run in tuned if (run["arm"], run["steps"]) == (name, steps)}
+        best = min(found.values())
+        cells = [_bold(f"{found[lr]:.3f}", found[lr] == best) if lr in found else "" for lr in tried]
+        yield f"| {name} | {steps} | " + " | ".join(cells) + " |"
 
 
-def arms(task: Task, runs: Sequence[Run]) -> Iterator[str]:
+def means(columns: Sequence[str], runs: Sequence[Run]) -> Iterator[str]:
     """Means and standard deviations over seeds, on the test split."""
-    columns = ("loss", *task.columns)
-    yield "| arm | seeds | lr | trained | CPU s a step | " + " | ".join(columns) + " |"
-    yield "|---|---|---|---|---|" + "---|" * len(columns)
-    for name in names(runs):
-        found = [run for run in runs if run["arm"] == name and run["split"] == "test"]
-        if found:
-            head = [name, len(found), f"{found[0]['lr']:g}", f"{found[0]['trained'] / 1e6:.2f} M"]
-            head.append(f"{statistics.median(run['step_cpu_s'] for run in found):.2f}")
-            cells = [*map(str, head), *(spread([run[column] for run in found]) for column in columns)]
-            yield "| " + " | ".join(cells) + " |"
-    yield ""
-    for name in names(runs):
+    yield (
+        "| test, mean ± SD over seeds | steps | seeds | lr | trained | CPU s | " + " | ".join(columns) + " |"
+    )
+    yield "|---|---|---|---|---|---|" + "---|" * len(columns)
+    for name, steps in groups(measured(runs)):
+        found = list(by_seed(runs, (name, steps)).values())
+        seconds = steps * statistics.median(run["step_cpu_s"] for run in found)
+        head = [name, steps, len(found), f"{found[0]['lr']:g}", f"{found[0]['trained'] / 1e6:.2f} M"]
+        cells = [spread([run[column] for run in found]) for column in columns]
+        yield "| " + " | ".join(map(str, [*head, f"{seconds:.0f}", *cells])) + " |"
+
+
+def differences(columns: Sequence[str], runs: Sequence[Run]) -> Iterator[str]:
+    """How much better an arm is than DEHVF as shipped, paired by seed; bold where beyond two deviations."""
+    yield f"| better than `{SHIPPED}` by | steps | " + " | ".join(columns) + " |"
+    yield "|---|---|" + "---|" * len(columns)
+    shipped = next((group for group in groups(measured(runs)) if group[0] == SHIPPED), (SHIPPED, 0))
+    base = by_seed(runs, shipped)
+    for name, steps in groups(measured(runs)):
+        found = by_seed(runs, (name, steps))
+        pairs = [(found[seed], base[seed]) for seed in sorted(found.keys() & base.keys())]
+        if (name, steps) != shipped and pairs:
+            cells = []
+            for column in columns:
+                sign = -1 if column == LOWER_IS_BETTER else 1
+                values = [sign * (one[column] - other[column]) for one, other in pairs]
+                beyond = len(values) > 2 and abs(statistics.mean(values)) > 2 * statistics.stdev(values)
+                cells.append(_bold(spread(values), beyond))
+            yield f"| {name} | {steps} | " + " | ".join(cells) + " |"
+
+
+def abouts(runs: Sequence[Run]) -> Iterator[str]:
+    """What the arms are."""
+    for name in dict.fromkeys(name for name, _ in groups(runs)):
         yield f"- `{name}`: {read_arm(name).about}"
 
 
-def names(runs: Sequence[Run]) -> list[str]:
-    """Arms, those of the product first."""
-    return sorted({run["arm"] for run in runs}, key=lambda name: (name.startswith("x-"), name != "ffn", name))
+def measured(runs: Sequence[Run]) -> list[Run]:
+    """Runs on the test split."""
+    return [run for run in runs if run["split"] != TUNING]
+
+
+def by_seed(runs: Sequence[Run], group: tuple[str, int]) -> dict[int, Run]:
+    """Test runs of an arm and a number of steps."""
+    return {run["seed"]: run for run in measured(runs) if (run["arm"], run["steps"]) == group}
+
+
+def groups(runs: Sequence[Run]) -> list[tuple[str, int]]:
+    """Arms and their numbers of steps, those of the product first."""
+
+    def order(group: tuple[str, int]) -> tuple[Any, ...]:
+        name, steps = group
+        number = int(re.sub(r"\D", "", name) or 0)
+        return name.startswith("x-"), name != SHIPPED, re.sub(r"\d", "", name), number, -steps
+
+    return sorted({(run["arm"], run["steps"]) for run in runs}, key=order)
 
 
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation."""
-    digits = 1 if max(values) > 10 else 3
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    digits = 1 if max(map(abs, values)) > 10 else 3
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def _bold(text: str, really: bool) -> str:
+    return f"**{text}**" if really else text
+
+
+def figures(columns: Sequence[str], runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:
+    """What each arm has right, the levels that the router weighs, and the losses on the way."""
+    kinds = [column for column in columns if column not in (LOWER_IS_BETTER, "CIDEr")]
+    shown = groups(measured(runs))
+    if not shown:
+        return
+    if kinds:
+        figure = Figure(figsize=(11, 4), layout="constrained")
+        axes = figure.subplots()
+        for number, (name, steps) in enumerate(shown):
+            found = list(by_seed(runs, (name, steps)).values())
+            places = [place + (number - len(shown) / 2) * 0.8 / len(shown) for place in range(len(kinds))]
+            every = [[run[kind] for run in found] for kind in kinds]
+            spans = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in every]
+            centers = [statistics.mean(values) for values in every]
+            style = "o" if number < 10 else "s"
+            label = name if steps == shown[0][1] else f"{name}, {steps} steps"
+            axes.errorbar(places, centers, yerr=spans, fmt=style, markersize=4, capsize=2, label=label)
+        axes.set_xticks(range(len(kinds)), kinds)
+        axes.set_ylabel("right, 0 to 1")
+        axes.grid(axis="y", alpha=0.3)
+        figure.legend(loc="outside right upper")
+        yield "kinds", figure
+    routed = [group for group in shown if "weights" in next(iter(by_seed(runs, group).values()))]
+    routed = [group for group in routed if read_arm(group[0]).model.get("router") in ("layer", "static")]
+    if routed:
+        figure = Figure(figsize=(2.6 * len(routed) + 1, 4.2), layout="constrained")
+        for axes, group in zip(figure.subplots(1, len(routed), squeeze=False)[0], routed, strict=True):
+            weights = torch.tensor([run["weights"] for run in by_seed(runs, group).values()]).mean(dim=0)
+            image = axes.imshow(weights, aspect="auto", vmin=0, cmap="viridis", interpolation="nearest")
+            levels = weights.shape[1]
+            axes.set_xticks(range(levels), [12 * (level + 1) // levels for level in range(levels)])
+            axes.set(title=group[0], xlabel="feature layer", ylabel="LLM layer")
+            figure.colorbar(image, ax=axes)
+        yield "levels", figure
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, steps) in enumerate(shown):
+        curves = torch.tensor([run["losses"] for run in by_seed(runs, (name, steps)).values()])
+        places = range(0, 10 * curves.shape[1], 10)
+        axes.plot(places, curves.mean(dim=0), "-" if number < 10 else "--", label=f"{name}, {steps} steps")
+    axes.set(xlabel="step", ylabel="training loss a token, one step in ten", yscale="log")
+    figure.legend(loc="outside right upper")
+    yield "losses", figure
 
 
 if __name__ == "__main__":

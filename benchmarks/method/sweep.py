@@ -2,9 +2,9 @@
 
     python benchmarks/method/sweep.py [--task scenes] [--arms ffn prefix64 ...] [--steps 200] [--minutes 60]
 
-For each arm: a learning rate from the same grid, chosen by the loss of seed 0 on the validation split; with
-it seeds 1 to 3, measured on the test split. One JSON a run lies in --output; `report.py` makes tables of
-them.
+For each arm: a learning rate, chosen by the loss of seed 0 on the validation split from the same grid, which
+goes on by factors of two where the best lies at its edge; with it seeds 1 to 3, measured on the test split.
+One JSON a run lies in --output; `report.py` makes tables of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from arms import ARMS
 from tasks import TASKS
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (1, 2, 3)
 AT_ONCE = 2
 RESULTS = Path("runs/method")
@@ -77,16 +77,29 @@ def main() -> None:
 def jobs(args: argparse.Namespace) -> Iterator[Job]:
     """What is missing and can be run now."""
     for arm in args.arms:
-        tries = [Job(args.task, arm, lr, 0, "val", args.steps) for lr in args.rates]
+        rates = sorted(args.rates)
+        tries = [Job(args.task, arm, lr, 0, "val", args.steps) for lr in rates]
         missing = [job for job in tries if not job.path(args.output).is_file()]
-        yield from missing
-        if not missing:
-            best = min(
-                tries,
-                key=lambda job: json.loads(job.path(args.output).read_text())["loss"],
-            )
+        if missing:
+            yield from missing
+            continue
+        best = min(tries, key=lambda job: loss(job.path(args.output)))
+        while len(rates) > 1 and best.lr in (rates[0], rates[-1]):
+            rate = rates[0] / 2 if best.lr == rates[0] else rates[-1] * 2
+            rates = sorted((*rates, rate))
+            further = best._replace(lr=rate)
+            if not further.path(args.output).is_file():
+                yield further
+                break
+            best = min(best, further, key=lambda job: loss(job.path(args.output)))
+        else:
             chosen = (best._replace(seed=seed, split="test") for seed in args.seeds)
             yield from (job for job in chosen if not job.path(args.output).is_file())
+
+
+def loss(path: Path) -> float:
+    """What a run ended with."""
+    return json.loads(path.read_text())["loss"]
 
 
 def start(job: Job, results: Path) -> subprocess.Popen[bytes]:

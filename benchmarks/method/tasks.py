@@ -13,10 +13,10 @@ import torch
 from arms import BASES, DTYPE
 from tower import IMAGE_SIZE, PlayedTower, cached_states
 
-from dehvf_ds.batch import IGNORE_INDEX, Batch, Sample
-from dehvf_ds.data.collate import Collator, encode, encode_prompt, load_tokenizer
+from dehvf_ds.batch import Batch, Sample
+from dehvf_ds.data.collate import Collator, load_tokenizer
 from dehvf_ds.data.index import ShardIndex
-from dehvf_ds.data.records import read_record
+from dehvf_ds.data.records import CheckedRecord, read_record
 from dehvf_ds.demo import outcome
 from dehvf_ds.demo.scenes import BACKGROUNDS, RADII
 from dehvf_ds.evaluation.coco import CaptionScorer
@@ -49,7 +49,7 @@ class Task:
     Attributes:
         name: of its shards' directory.
         kind: the product's task.
-        texts: of a training picture; each is a row of its own.
+        texts: of a row; each is learnt for itself, a conversation as a whole.
         max_tokens: longest row in training.
         rows: at most so many of each split are used.
         pictures: a set of ``PICTURES``; row i shows picture i.
@@ -58,7 +58,7 @@ class Task:
     """
 
     name: str
-    kind: Literal["caption", "scienceqa"]
+    kind: Literal["caption", "chat"]
     texts: int
     max_tokens: int
     rows: dict[str, int]
@@ -75,38 +75,39 @@ class Split:
         self.index = ShardIndex(DATA / "shards" / task.name / name)
         self.size = min(len(self.index), task.rows[name])
         shown = ShardIndex(DATA / "shards" / task.pictures / name)
-        self.states = cached_states(
-            shown, PICTURES[task.pictures][name], DATA / f"states/{task.pictures}-{name}"
-        )
+        states = DATA / f"states/{task.pictures}-{name}"
+        self.states = cached_states(shown, PICTURES[task.pictures][name], states)
         self.tokenizer = load_tokenizer(BASES[0])
         settings: dict[str, Any] = {"task": task.kind, "max_tokens": task.max_tokens}
-        made_by = Collator if task.kind == "caption" else _InWords
-        settings: dict[str, Any] = {"task": task.kind, "max_tokens": task.max_tokens}
-        self._train = made_by(self.tokenizer, _NoPicture(), **settings)  # pyright: ignore
+        self._train = Collator(self.tokenizer, _NoPicture(), **settings)  # pyright: ignore
         self._ask = replace(self._train, for_generation=True)
 
-    def record(self, row: int, text: int = 0) -> dict[str, Any]:
-        """A row's record, with one of its texts."""
-        record = read_record(self.index.read(row)).record
-        return record | {"caption": record["captions"][text]} if self.task.kind == "caption" else record
+    def read(self, row: int) -> CheckedRecord:
+        """A row's record."""
+        return read_record(self.index.read(row))
 
     def batch(
-        self,
-        tower: PlayedTower | None,
-        rows: Sequence[tuple[int, int]],
-        *,
-        asked: bool = False,
+        self, tower: PlayedTower | None, rows: Sequence[tuple[int, int]], *, asked: bool = False
     ) -> Batch:
-        """Collates pairs of row and text, and has the tower play their pictures."""
-        records = [self.record(*row) for row in rows]
-        collate = self._ask if asked else self._train
-        batch = collate([Sample(key="", image=None, record=record) for record in records])
+        """Collates pairs of row and text, and has the tower play their pictures.
+
+        A conversation is learnt as a whole; ``asked``, it is one question alone, whose number the text is.
+        """
+        samples, present = [], []
+        for row, text in rows:
+            record, kind, _, messages = self.read(row)
+            if kind == "caption":
+                record = record | {"caption": record["captions"][text]}
+            elif asked:
+                messages = messages[2 * text : 2 * text + 1]
+            samples.append(Sample(key="", image=None, record=record, messages=messages))
+            present.append(kind == "caption" or "image" in record)
+        batch = (self._ask if asked else self._train)(samples)
         if tower is not None:
             tower.states = self.states.of([row for row, _ in rows])
         blank = torch.zeros(1, 1, 1, 1, dtype=DTYPE).expand(len(rows), 3, IMAGE_SIZE, IMAGE_SIZE)
         # The collator, which saw no pictures, has all rows share one.
-        present = torch.tensor([self.task.kind == "caption" or bool(record["image"]) for record in records])
-        return replace(batch, pixel_values=blank, has_image=present, picture=None)
+        return replace(batch, pixel_values=blank, has_image=torch.tensor(present), picture=None)
 
     def training_rows(self, seed: int) -> list[tuple[int, int]]:
         """Every text of every row once, in an order of the seed's."""
@@ -123,23 +124,6 @@ class _NoPicture:
     image_size = 4
 
 
-class _InWords(Collator):
-    """Problems answered in words, not by a letter: this small a decoder does not learn letters in time."""
-
-    def _row(self, sample: Sample) -> tuple[list[int], list[int]]:
-        record = sample.record
-        parts = (
-            record["hint"],
-            f"Question: {record['question']}",
-            f"Options: {', '.join(record['choices'])}",
-        )
-        prompt = "\n".join((*filter(None, parts), "Answer:"))
-        if self.for_generation:
-            ids = encode_prompt(self.tokenizer, prompt)
-            return ids, [IGNORE_INDEX] * len(ids)
-        return encode(self.tokenizer, prompt, record["choices"][record["answer"]], self.max_tokens)
-
-
 def score_captions(
     model: DehvfForConditionalGeneration,
     tower: PlayedTower | None,
@@ -149,14 +133,14 @@ def score_captions(
 ) -> Found:
     """CIDEr of greedy captions; of drawn scenes, what they have right, too."""
     texts: list[str] = []
-    records = [split.record(row) for row in range(split.size)]
+    records = [split.read(row).record for row in range(split.size)]
     for rows in split.parts():
         batch = split.batch(tower, [(row, 0) for row in rows], asked=True)
         texts += [a.text for a in decode(model, batch, split.tokenizer, Decoding(max_new_tokens=40))]
     named = [(str(row), record) for row, record in enumerate(records)]
     scored = CaptionScorer(named, tokenizer="ptb" if java else "simple").score(texts)
-    pairs = [(said, record["caption"]) for said, record in zip(texts, records, strict=True)]
-    found: Found = {"CIDEr": scored.numbers["CIDEr"], "answers": pairs[:20]}
+    pairs = [(said, record["captions"][0]) for said, record in zip(texts, records, strict=True)]
+    found: Found = {"CIDEr": scored.numbers["CIDEr"], "answers": pairs}
     return found if java else found | words_right(pairs)
 
 
@@ -184,29 +168,37 @@ def _relation(text: str) -> str:
 
 
 SKILLS = {
-    "Name a color": "color",  # of a thing or the background
-    "Name a texture": "texture",
-    "Name a shape": "shape",
-    "Count objects": "count",
-    "Read directions": "relation",
+    "Which color is the background": "background",
+    "Which color": "color",
+    "Which texture": "texture",
+    "Which shape": "shape",
+    "How many": "count",
+    "Where": "relation",
 }
-"""Questions about a picture by what they hang on; all others have none."""
+"""What a question about a picture hangs on, by how it begins."""
 
 
 def score_answers(model: DehvfForConditionalGeneration, tower: PlayedTower | None, split: Split) -> Found:
-    """Shares of answers that are right word for word, of all and by what a question hangs on."""
-    right, counted = Counter[str](), Counter[str]()
-    pairs = []
-    for rows in split.parts():
-        batch = split.batch(tower, [(row, 0) for row in rows], asked=True)
+    """Shares of answers that are right word for word, of all and by what a question hangs on.
+
+    Every question is asked alone. Those of rows without a picture, which a text answers, are "text".
+    """
+    right, counted, said = Counter[str](), Counter[str](), []
+    read = [split.read(row) for row in range(split.size)]
+    asked = [(row, turn) for row, found in enumerate(read) for turn in range(len(found.messages) // 2)]
+    for first in range(0, len(asked), 2 * ROWS_AT_ONCE):
+        rows = asked[first : first + 2 * ROWS_AT_ONCE]
+        batch = split.batch(tower, rows, asked=True)
         answers = decode(model, batch, split.tokenizer, Decoding(max_new_tokens=8))
-        for row, answer in zip(rows, answers, strict=True):
-            record = split.record(row)
-            pairs.append((answer.text, record["choices"][record["answer"]]))
-            for kind in ("all", SKILLS.get(record["skill"], "text")):
-                right[kind] += pairs[-1][0] == pairs[-1][1]
-                counted[kind] += 1
-    return {kind: right[kind] / counted[kind] for kind in counted} | {"answers": pairs[:20]}
+        for (row, turn), answer in zip(rows, answers, strict=True):
+            question, true = (message["content"] for message in read[row].messages[2 * turn : 2 * turn + 2])
+            kinds = (kind for begins, kind in SKILLS.items() if question.startswith(begins))
+            kind = next(kinds) if "image" in read[row].record else "text"
+            for each in ("all", kind):
+                right[each] += answer.text == true
+                counted[each] += 1
+            said.append((question, answer.text, true))
+    return {kind: right[kind] / counted[kind] for kind in counted} | {"answers": said}
 
 
 TASKS = {
@@ -224,10 +216,10 @@ TASKS = {
         ),
         Task(
             name="questions",
-            kind="scienceqa",
+            kind="chat",
             texts=1,
-            max_tokens=128,
-            rows=PICTURES["scenes"],
+            max_tokens=160,
+            rows={"train": 3200, "val": 200, "test": 300},
             pictures="scenes",
             score=score_answers,
             columns=("all", *SKILLS.values(), "text"),

@@ -13,10 +13,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dehvf_ds.model import DehvfForConditionalGeneration, ffn
-from dehvf_ds.model.features import HierarchicalFuser, Projector
+from dehvf_ds.model.features import HierarchicalFuser, PrefixProjector, Projector, visual_features
 from dehvf_ds.model.ffn import MemoryReader
 
 Model = DehvfForConditionalGeneration
+
+
+class PartedReader(MemoryReader):
+    """The product's reader in parts that a variant replaces."""
+
+    def forward(self, x: Tensor, memory: Any, scale_in: Tensor, scale_out: Tensor) -> Tensor:
+        """As ``MemoryReader``, of an unprepared memory."""
+        query = F.rms_norm(self.query(x, scale_in), self.w_query.shape[-1:], eps=ffn.QUERY_EPS) * scale_in
+        read = self.read(query, memory + self.positions("key"), memory + self.positions("value"))
+        return self.result(read * scale_out, scale_in)
+
+    def query(self, x: Tensor, scale_in: Tensor) -> Tensor:
+        """What is normalised; a layer is known by its scales."""
+        return x @ self.w_query
+
+    def positions(self, of: str) -> Tensor:
+        """Of keys or values, one a slot."""
+        return self.key_positions if of == "key" else self.value_positions
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """The function of the scores."""
+        return F.silu(scores)
+
+    def read(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The sum of values that a token reads."""
+        return self.weights(query @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5) @ values
+
+    def result(self, read: Tensor, scale_in: Tensor) -> Tensor:
+        """In the LLM's width."""
+        return read @ self.w_out
+
+
+def read_by(model: Model, reader: type[PartedReader], **settings: Any) -> Any:
+    """Has the model read by another class, which decodes without a prepared memory, too."""
+    model.reader.__class__ = reader
+    for name, value in settings.items():
+        setattr(model.reader, name, value)
+    model.prepare_memory = lambda memory: memory  # type: ignore[method-assign]  # pyright: ignore
+    return model.reader
 
 
 class LevelProjector(Projector):
@@ -51,6 +90,32 @@ class OwnProjectors(Projector):
         return F.silu(features @ self.w_levels + self.b_levels[:, None])
 
 
+class LevelsPrefix(PrefixProjector):
+    """A prefix of all feature layers, side by side in every patch."""
+
+    of: tuple[Model]
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Projects what the tower saw last, not only the layer that is passed."""
+        (model,) = self.of
+        pixels = patches.new_zeros(1, 1, 1, 1).expand(len(patches), 3, *2 * (model.config.image_size,))
+        features = visual_features(model.vision_tower, pixels, model.config.feature_layers)
+        return super().forward(features[:, :, 1:].transpose(1, 2).flatten(2))
+
+
+def levels_prefix(model: Model, *, hidden: int) -> None:
+    """All feature layers at the LLM's input (arXiv 2503.06063), by an MLP of this width."""
+    projector = model.prefix_projector
+    projector.__class__ = LevelsPrefix
+    projector.of = (model,)
+    dim, text_dim = projector.w_in.shape
+    scale, dtype = projector.w_out.float().std() * text_dim**0.5, projector.w_out.dtype
+    dim *= len(model.config.feature_layers)
+    projector.w_in = nn.Parameter((torch.randn(dim, hidden) / dim**0.5).to(dtype))
+    projector.b_in = nn.Parameter(torch.zeros(hidden, dtype=dtype))
+    projector.w_out = nn.Parameter((torch.randn(hidden, text_dim) * (scale / hidden**0.5)).to(dtype))
+
+
 def own_projectors(model: Model) -> None:
     """As many maps as levels."""
     projector, levels = model.projector, len(model.config.feature_layers)
@@ -83,6 +148,19 @@ def channel_router(model: Model, *, spread: float = 1.0) -> None:
     fuser.channel_logits = nn.Parameter((torch.randn(shape) * spread).to(model.reader.w_query.dtype))
 
 
+class GatedFuser(HierarchicalFuser):
+    """A gate for each layer and level instead of shares: 1/J at the start, any number later."""
+
+    def _weights(self, class_tokens: Tensor) -> Tensor:
+        gates = 1 / self.router_logits.shape[-1] + self.router_logits.float()
+        return gates.expand(len(class_tokens), -1, -1)
+
+
+def level_gates(model: Model) -> None:
+    """Level weights that do not compete; for the router ``static``."""
+    model.fuser.__class__ = GatedFuser
+
+
 class SlotsFuser(HierarchicalFuser):
     """No fusion: the slots of all levels lie side by side, J times as many, equal for all layers."""
 
@@ -93,62 +171,78 @@ class SlotsFuser(HierarchicalFuser):
         return every[:, None].expand(-1, self.num_layers, -1, -1), weights
 
 
-class SlotsReader(MemoryReader):
+class SlotsReader(PartedReader):
     """Reads the slots of all levels, which share their positions; or weighs levels for each token."""
 
     levels: int
     token_keys: nn.Parameter | None
 
-    def forward(self, x: Tensor, memory: Any, scale_in: Tensor, scale_out: Tensor) -> Tensor:
-        """As ``MemoryReader``; with ``token_keys`` each token weighs what it reads of every level."""
-        projected = x @ self.w_query
-        query = F.rms_norm(projected, self.w_query.shape[-1:], eps=ffn.QUERY_EPS)
-        keys = memory + self.key_positions.repeat(self.levels, 1)
-        values = memory + self.value_positions.repeat(self.levels, 1)
-        scores = F.silu((query * scale_in) @ keys.transpose(1, 2) * memory.shape[-1] ** -0.5)
+    def positions(self, of: str) -> Tensor:
+        """The same for every level."""
+        return super().positions(of).repeat(self.levels, 1)
+
+    def read(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """With ``token_keys`` each token weighs what it reads of every level."""
+        scores = F.silu(query @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5)
         if self.token_keys is not None:
-            weights = (query @ self.token_keys).float().softmax(dim=-1) * self.levels
-            each = scores.unflatten(-1, (self.levels, -1)) * weights.to(scores.dtype)[..., None]
-            scores = each.flatten(2)
-        return ((scores @ values / self.levels) * scale_out) @ self.w_out
+            # Scales are left out of what the levels are weighed by.
+            directions = F.rms_norm(query, query.shape[-1:])
+            weights = (directions @ self.token_keys).float().softmax(dim=-1) * self.levels
+            scores = (scores.unflatten(-1, (self.levels, -1)) * weights.to(scores.dtype)[..., None]).flatten(
+                2
+            )
+        return scores @ values / self.levels
 
 
 def all_slots(model: Model, *, token: bool = False) -> None:
     """Levels side by side in the memory; with ``token`` each token's FFN input weighs them."""
     model.fuser.__class__ = SlotsFuser
-    reader, levels = model.reader, len(model.config.feature_layers)
-    reader.__class__ = SlotsReader
-    reader.levels, reader.token_keys = levels, None
+    levels, keys = len(model.config.feature_layers), None
     if token:
-        reader.token_keys = nn.Parameter(torch.zeros(model.config.rank, levels, dtype=reader.w_query.dtype))
-    model.prepare_memory = lambda memory: memory  # type: ignore[method-assign]  # pyright: ignore
+        start = torch.zeros(model.config.rank, levels, dtype=model.reader.w_query.dtype)
+        keys = nn.Parameter(start)
+    read_by(model, SlotsReader, levels=levels, token_keys=keys)
 
 
-class OtherReader(MemoryReader):
+class OtherReader(PartedReader):
     """Reads with another function of the scores."""
 
     function: Callable[[Tensor], Tensor]
 
-    def forward(self, x: Tensor, memory: Any, scale_in: Tensor, scale_out: Tensor) -> Tensor:
-        """As ``MemoryReader``."""
-        query = F.rms_norm(x @ self.w_query, self.w_query.shape[-1:], eps=ffn.QUERY_EPS) * scale_in
-        scores = query @ (memory + self.key_positions).transpose(1, 2) * memory.shape[-1] ** -0.5
-        read = self.function(scores) @ (memory + self.value_positions)
-        return (read * scale_out) @ self.w_out
+    def weights(self, scores: Tensor) -> Tensor:
+        """Its own."""
+        return self.function(scores)
 
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda scores: F.relu(scores).square(),
+    # As large as SiLU's sum of slots would be.
     "softmax": lambda scores: scores.float().softmax(dim=-1).to(scores.dtype) * scores.shape[-1] ** 0.5,
-    "none": lambda scores: scores,
 }
 
 
 def activation(model: Model, *, name: str) -> None:
     """Another function than SiLU on the scores."""
-    model.reader.__class__ = OtherReader
-    model.reader.function = FUNCTIONS[name]
-    model.prepare_memory = lambda memory: memory  # type: ignore[method-assign]  # pyright: ignore
+    read_by(model, OtherReader, function=FUNCTIONS[name])
+
+
+class HeadsReader(PartedReader):
+    """Splits the rank among heads, which read for themselves."""
+
+    heads: int
+
+    def read(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Each head by its own scores."""
+        query, keys, values = (
+            each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (query, keys, values)
+        )
+        scores = query @ keys.transpose(2, 3) * keys.shape[-1] ** -0.5
+        return (self.weights(scores) @ values).transpose(1, 2).flatten(2)
+
+
+def heads(model: Model, *, number: int) -> None:
+    """Several heads at the same rank."""
+    read_by(model, HeadsReader, heads=number)
 
 
 def router_start(model: Model, *, spread: float) -> None:
@@ -166,71 +260,57 @@ def key_positions(model: Model, *, spread: float) -> None:
     model.reader.key_positions.data.normal_(std=spread)
 
 
-class GridReader(MemoryReader):
+class GridReader(PartedReader):
     """Positions in rows and columns: that of a patch is the sum of its row's and its column's."""
 
     side: int
 
-    def __getattr__(self, name: str) -> Any:
-        """The positions of all slots, of which the reader's code knows."""
-        if name in ("key_positions", "value_positions"):
-            first, rows, columns = (
-                super().__getattr__(name.replace("_", "_grid_")).split([1, self.side, self.side])
-            )
-            return torch.cat([first, (rows[:, None] + columns[None]).flatten(0, 1)])
-        return super().__getattr__(name)
+    def positions(self, of: str) -> Tensor:
+        """The class token's, then the patches'."""
+        first, rows, columns = super().positions(of).split([1, self.side, self.side])
+        return torch.cat([first, (rows[:, None] + columns[None]).flatten(0, 1)])
 
 
 def grid_positions(model: Model, *, spread: float = 0.02) -> None:
     """2-D positions instead of one a patch; those in the keys start with this standard deviation."""
-    reader, side = model.reader, model.config.patches_per_side
-    reader.__class__ = GridReader
-    reader.side = side
-    for name, deviation in (
-        ("key_grid_positions", spread),
-        ("value_grid_positions", 0.0),
-    ):
-        delattr(reader, name.replace("_grid", ""))
+    side = model.config.patches_per_side
+    reader = read_by(model, GridReader, side=side)
+    for name, deviation in (("key_positions", spread), ("value_positions", 0.0)):
         start = torch.randn(1 + 2 * side, model.config.rank) * deviation
         setattr(reader, name, nn.Parameter(start.to(reader.w_query.dtype)))
 
 
-class MixedReader(MemoryReader):
+class MixedReader(PartedReader):
     """Queries and reads of a layer are mixed by low-rank maps of its own, q + (q U_l) V_l."""
 
-    mixes: nn.ParameterDict
+    mixes: nn.ParameterList
+    first_of: dict[int, int]
 
-    def forward(self, x: Tensor, memory: Any, scale_in: Tensor, scale_out: Tensor) -> Tensor:
-        """As ``MemoryReader``; a layer is known by its scales."""
-        down, up, down_out, up_out = self.of_layer[id(scale_in)]  # pyright: ignore
-        query = x @ self.w_query
-        query = query + (query @ down) @ up
-        query = F.rms_norm(query, self.w_query.shape[-1:], eps=ffn.QUERY_EPS) * scale_in
-        scores = query @ (memory + self.key_positions).transpose(1, 2) * memory.shape[-1] ** -0.5
-        read = (F.silu(scores) @ (memory + self.value_positions)) * scale_out
-        return (read + (read @ down_out) @ up_out) @ self.w_out
+    def query(self, x: Tensor, scale_in: Tensor) -> Tensor:
+        """Mixed before it is normalised."""
+        return self._mixed(super().query(x, scale_in), self.first_of[id(scale_in)])
+
+    def result(self, read: Tensor, scale_in: Tensor) -> Tensor:
+        """Mixed before the output map."""
+        return super().result(self._mixed(read, self.first_of[id(scale_in)] + 2), scale_in)
+
+    def _mixed(self, values: Tensor, first: int) -> Tensor:
+        return values + (values @ self.mixes[first]) @ self.mixes[first + 1]
 
 
 def layer_mixes(model: Model, *, rank: int) -> None:
     """Low-rank maps that start at zero, two a layer."""
-    reader, width, dtype = model.reader, model.config.rank, model.reader.w_query.dtype
-    reader.__class__ = MixedReader
-    reader.of_layer = {}
-    for number, layer in enumerate(ffn.decoder_layers(model.language_model)):
-        maps = []
-        for kind in ("query", "read"):
-            down = torch.randn(width, rank) / width**0.5
-            for name, start in (("down", down), ("up", torch.zeros(rank, width))):
-                parameter = nn.Parameter(start.to(dtype))
-                reader.register_parameter(f"{kind}_{name}_{number}", parameter)
-                maps.append(parameter)
-        reader.of_layer[id(layer.mlp.scale_in)] = maps
-    model.prepare_memory = lambda memory: memory  # type: ignore[method-assign]  # pyright: ignore
+    width, dtype = model.config.rank, model.reader.w_query.dtype
+    layers, maps = ffn.decoder_layers(model.language_model), []
+    for _ in range(2 * len(layers)):
+        maps += ((torch.randn(width, rank) / width**0.5).to(dtype), torch.zeros(rank, width, dtype=dtype))
+    first_of = {id(layer.mlp.scale_in): 4 * number for number, layer in enumerate(layers)}
+    read_by(model, MixedReader, mixes=nn.ParameterList(maps), first_of=first_of)
 
 
 def memory_layers(model: Model, *, first: int) -> None:
     """Only the layers from this one on read the memory."""
-    for layer in list(ffn.decoder_layers(model.language_model))[:first]:
+    for layer in ffn.decoder_layers(model.language_model)[:first]:
         layer.mlp.read_by(lambda x, *_: x.new_zeros(()))
         layer.mlp.scale_in.requires_grad_(False)
         layer.mlp.scale_out.requires_grad_(False)
@@ -241,9 +321,12 @@ VARIANTS: dict[str, Callable[..., None]] = {
     for one in (
         level_projector,
         own_projectors,
+        levels_prefix,
         channel_router,
+        level_gates,
         all_slots,
         activation,
+        heads,
         router_start,
         output_start,
         key_positions,
