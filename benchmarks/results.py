@@ -1,8 +1,8 @@
-"""Runs the commands whose output stands in RESULTS.md, one after the other, and writes what they print there.
+"""Runs the commands whose output stands in RESULTS.md and METHOD.md, in turn, and writes what they print there.
 
     python benchmarks/results.py [--only decode branch] [--list]
 
-A block of RESULTS.md from `<!-- bench: COMMAND -->` to `<!-- end -->` holds the command, its last output and
+A block from `<!-- bench: COMMAND -->` to `<!-- end -->` holds the command, its last output and
 what ran it. Variables before a command (`OMP_NUM_THREADS=1 torchrun ...`) are set for it. A command that
 fails leaves its block as it was, and the exit code is 1. Let nothing else run beside it.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 from bench import REPOSITORY, flags
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
+PAGES = [Path(__file__).with_name(name) for name in ("RESULTS.md", "METHOD.md")]
 BLOCK = re.compile(r"(?ms)^<!-- bench: (?P<command>[^\n]*) -->\n.*?^<!-- end -->$")
 VARIABLE = re.compile(r"[A-Za-z_]\w*=")
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft")
@@ -33,14 +33,16 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], help="words, one of which a command has to contain")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     args = parser.parse_args()
-    commands = [block["command"] for block in BLOCK.finditer(RESULTS.read_text())]
-    chosen = [c for c in commands if not args.only or any(word in c for word in args.only)]
+    blocks = [(page, block["command"]) for page in PAGES for block in BLOCK.finditer(page.read_text())]
+    chosen = [
+        (page, command)
+        for page, command in blocks
+        if not args.only or any(word in command for word in args.only)
+    ]
     if not chosen:
-        parser.error(
-            f"no block of {RESULTS.name} has a command with {' or '.join(args.only) or 'anything in it'}"
-        )
+        parser.error(f"no block has a command with {' or '.join(args.only) or 'anything in it'}")
     failed = 0
-    for command in chosen:
+    for page, command in chosen:
         print(command, flush=True)
         if args.list:
             continue
@@ -48,8 +50,8 @@ def main() -> int:
         if output is None:
             failed = 1
             continue
-        text = RESULTS.read_text()
-        RESULTS.write_text(BLOCK.sub(lambda block, c=command, o=output: filled(block, c, o), text))
+        text = page.read_text()
+        page.write_text(BLOCK.sub(lambda block, c=command, o=output: filled(block, c, o), text))
     return failed
 
 

@@ -29,7 +29,7 @@ class Arm:
         start: start values: ``scale_in`` of the queries, ``read_size`` (``scale_out`` times sqrt(M)).
         frozen: parts of names of parameters that stay at their start, and do not count as trained.
         rates: learning rates of the parameters whose names contain these words, as shares of the run's.
-        train: settings of ``TrainConfig``, the schedule apart.
+        train: settings of ``TrainConfig``, as its weight decay or the rows of a step.
         variants: of ``variants.py``, with their options.
     """
 

@@ -55,9 +55,10 @@ def run(task: Task, arm: Arm, lr: float, seed: int, steps: int, name: str) -> Fo
         tower = PlayedTower(model.config.vision_config)
         model.vision_tower = tower
     learns = trained(model, arm)
-    config = TrainConfig(steps=steps, lr=lr, global_batch_size=ROWS, micro_batch_size=ROWS, **arm.train)
-    found = train(model, tower, arm, Split(task, "train"), config, seed)
-    split = Split(task, name)
+    rows = {"global_batch_size": ROWS, "micro_batch_size": ROWS}
+    config = TrainConfig(steps=steps, lr=lr, **rows | arm.train)
+    found = train(model, tower, arm, Split(task, "train", seed), config, seed)
+    split = Split(task, name, seed)
     found |= measure(model, tower, split)
     if name == "test":
         found |= task.score(model, tower, split)
@@ -81,12 +82,12 @@ def train(
         part = {name: p for name, p in masters.items() if share_of(name, arm) == share}
         groups += [group | {"share": share} for group in parameter_groups(part, config.weight_decay)]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
-    drawn = split.training_rows(seed)
+    drawn, rows = split.training_rows(seed), config.global_batch_size
     losses, seconds, tokens = [], [], 0
     for step in range(config.steps):
         started = time.process_time()
-        first = step * ROWS % (len(drawn) - ROWS + 1)
-        batch = split.batch(tower, drawn[first : first + ROWS])
+        first = step * rows % (len(drawn) - rows + 1)
+        batch = split.batch(tower, drawn[first : first + rows])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config, config.steps) * group["share"]
         model.zero_grad()

@@ -45,17 +45,13 @@ def main() -> None:
             world / "images" / split,
             to=DATA / "shards/questions" / split,
         )
-        if args.flickr8k:
-            source = (
-                "--dataset",
-                args.flickr8k / "dataset_flickr8k.json",
-                "--images",
-                args.flickr8k / "Images",
-            )
-            build("karpathy", *source, "--split", split, to=DATA / "shards/flickr8k" / split)
+    if args.flickr8k:
+        source = ("--dataset", args.flickr8k / "dataset_flickr8k.json", "--images", args.flickr8k / "Images")
+        build("karpathy", *source, "--split", "train+val+test", to=DATA / "shards/flickr8k/all")
     for task in TASKS.values():
-        for split in SPLITS if (DATA / "shards" / task.name).is_dir() else ():
-            print(f"{task.name} {split}: {Split(task, split).size} rows")
+        if (DATA / "shards" / task.name).is_dir():
+            for split in ("train", "val") if task.folds else SPLITS:
+                print(f"{task.name} {split}: {len(Split(task, split).rows)} rows")
 
 
 def write_questions(world: Path, split: str, to: Path) -> None:

@@ -26,9 +26,9 @@ from dehvf_ds.model import DehvfForConditionalGeneration
 DATA = Path("demo_data/method")
 PICTURES = {
     "scenes": {"train": 3200, "val": 300, "test": 1000},
-    "flickr8k": {"train": 3000, "val": 200, "test": 500},
+    "flickr8k": {"all": 8000},
 }
-"""How many of each split the tower is shown: the first ones."""
+"""How many of each split the tower is shown at most: the first ones."""
 ROWS_AT_ONCE = 20
 """of an evaluation"""
 WORDS = outcome.WORDS | {
@@ -52,6 +52,7 @@ class Task:
         texts: of a row; each is learnt for itself, a conversation as a whole.
         max_tokens: longest row in training.
         rows: at most so many of each split are used.
+        folds: if not 0, there is one set of pictures, and a seed holds out every so many-th for itself.
         pictures: a set of ``PICTURES``; row i shows picture i.
         score: measures the answers of a model to a split.
         columns: what it finds, in the order of the tables, the loss apart.
@@ -65,18 +66,23 @@ class Task:
     pictures: str
     score: Callable[[DehvfForConditionalGeneration, PlayedTower | None, Split], Found]
     columns: tuple[str, ...]
+    folds: int = 0
 
 
 class Split:
     """Rows of a task's split, and what the tower saw of their pictures."""
 
-    def __init__(self, task: Task, name: str) -> None:
+    def __init__(self, task: Task, name: str, seed: int = 0) -> None:
         self.task = task
-        self.index = ShardIndex(DATA / "shards" / task.name / name)
-        self.size = min(len(self.index), task.rows[name])
-        shown = ShardIndex(DATA / "shards" / task.pictures / name)
-        states = DATA / f"states/{task.pictures}-{name}"
-        self.states = cached_states(shown, PICTURES[task.pictures][name], states)
+        stored = "all" if task.folds else name
+        self.index = ShardIndex(DATA / "shards" / task.name / stored)
+        rows = range(min(len(self.index), task.rows[stored]))
+        if task.folds:
+            rows = [row for row in rows if (row % task.folds == seed % task.folds) == (name != "train")]
+        self.rows = rows
+        shown = ShardIndex(DATA / "shards" / task.pictures / stored)
+        states, count = DATA / f"states/{task.pictures}-{stored}", PICTURES[task.pictures][stored]
+        self.states = cached_states(shown, min(count, len(shown)), states)
         self.tokenizer = load_tokenizer(BASES[0])
         settings: dict[str, Any] = {"task": task.kind, "max_tokens": task.max_tokens}
         self._train = Collator(self.tokenizer, _NoPicture(), **settings)  # pyright: ignore
@@ -84,7 +90,7 @@ class Split:
 
     def read(self, row: int) -> CheckedRecord:
         """A row's record."""
-        return read_record(self.index.read(row))
+        return read_record(self.index.read(self.rows[row]))
 
     def batch(
         self, tower: PlayedTower | None, rows: Sequence[tuple[int, int]], *, asked: bool = False
@@ -104,20 +110,22 @@ class Split:
             present.append(kind == "caption" or "image" in record)
         batch = (self._ask if asked else self._train)(samples)
         if tower is not None:
-            tower.states = self.states.of([row for row, _ in rows])
+            tower.states = self.states.of([self.rows[row] for row, _ in rows])
         blank = torch.zeros(1, 1, 1, 1, dtype=DTYPE).expand(len(rows), 3, IMAGE_SIZE, IMAGE_SIZE)
         # The collator, which saw no pictures, has all rows share one.
         return replace(batch, pixel_values=blank, has_image=torch.tensor(present), picture=None)
 
     def training_rows(self, seed: int) -> list[tuple[int, int]]:
         """Every text of every row once, in an order of the seed's."""
-        order = torch.randperm(self.size * self.task.texts, generator=torch.Generator().manual_seed(seed))
-        return [divmod(int(number), self.task.texts) for number in order]
+        order = torch.randperm(
+            len(self.rows) * self.task.texts, generator=torch.Generator().manual_seed(seed)
+        )
+        return [divmod(number, self.task.texts) for number in order.tolist()]
 
     def parts(self) -> list[range]:
         """All rows in batches of an evaluation."""
-        firsts = range(0, self.size, ROWS_AT_ONCE)
-        return [range(first, min(first + ROWS_AT_ONCE, self.size)) for first in firsts]
+        firsts = range(0, len(self.rows), ROWS_AT_ONCE)
+        return [range(first, min(first + ROWS_AT_ONCE, len(self.rows))) for first in firsts]
 
 
 class _NoPicture:
@@ -133,7 +141,7 @@ def score_captions(
 ) -> Found:
     """CIDEr of greedy captions; of drawn scenes, what they have right, too."""
     texts: list[str] = []
-    records = [split.read(row).record for row in range(split.size)]
+    records = [split.read(row).record for row in range(len(split.rows))]
     for rows in split.parts():
         batch = split.batch(tower, [(row, 0) for row in rows], asked=True)
         texts += [a.text for a in decode(model, batch, split.tokenizer, Decoding(max_new_tokens=40))]
@@ -184,7 +192,7 @@ def score_answers(model: DehvfForConditionalGeneration, tower: PlayedTower | Non
     Every question is asked alone. Those of rows without a picture, which a text answers, are "text".
     """
     right, counted, said = Counter[str](), Counter[str](), []
-    read = [split.read(row) for row in range(split.size)]
+    read = [split.read(row) for row in range(len(split.rows))]
     asked = [(row, turn) for row, found in enumerate(read) for turn in range(len(found.messages) // 2)]
     for first in range(0, len(asked), 2 * ROWS_AT_ONCE):
         rows = asked[first : first + 2 * ROWS_AT_ONCE]
@@ -230,6 +238,7 @@ TASKS = {
             texts=5,
             max_tokens=48,
             rows=PICTURES["flickr8k"],
+            folds=4,
             pictures="flickr8k",
             score=lambda *of: score_captions(*of, java=True),
             columns=("CIDEr",),
