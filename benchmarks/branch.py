@@ -153,7 +153,8 @@ def materialised(
 ) -> Tensor:
     """The same read with [slots, dim] keys and values."""
     size = (x @ reader.w_query).square().mean(dim=-1, keepdim=True).add(1e-8).sqrt()
-    keys = ((memory + reader.key_positions) * scale_in) @ reader.w_query.T
+    keys = memory + reader.key_positions
+    keys = ((keys - keys.mean(dim=1, keepdim=True)) * scale_in) @ reader.w_query.T
     values = ((memory + reader.value_positions) * scale_out) @ reader.w_out
     return F.silu(x @ keys.transpose(1, 2) / size * memory.shape[-1] ** -0.5) @ values
 

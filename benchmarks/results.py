@@ -1,4 +1,4 @@
-"""Runs the commands whose output stands in RESULTS.md and METHOD.md, in turn, and writes what they print there.
+"""Runs the commands whose output stands in RESULTS.md and METHOD.md, and writes there what they print.
 
     python benchmarks/results.py [--only decode branch] [--list]
 

@@ -25,8 +25,13 @@ class PartedReader(MemoryReader):
     def forward(self, x: Tensor, memory: Any, scale_in: Tensor, scale_out: Tensor) -> Tensor:
         """As ``MemoryReader``, of an unprepared memory."""
         query = F.rms_norm(self.query(x, scale_in), self.w_query.shape[-1:], eps=ffn.QUERY_EPS) * scale_in
-        read = self.read(query, memory + self.positions("key"), memory + self.positions("value"))
+        read = self.read(query, self.keys(memory), memory + self.positions("value"))
         return self.result(read * scale_out, scale_in)
+
+    def keys(self, memory: Tensor) -> Tensor:
+        """Of the slots."""
+        keys = memory + self.positions("key")
+        return keys - keys.mean(dim=1, keepdim=True)
 
     def query(self, x: Tensor, scale_in: Tensor) -> Tensor:
         """What is normalised; a layer is known by its scales."""
@@ -226,6 +231,38 @@ def activation(model: Model, *, name: str) -> None:
     read_by(model, OtherReader, function=FUNCTIONS[name])
 
 
+class UncentredReader(PartedReader):
+    """Scores that tell pictures rather than slots apart."""
+
+    def keys(self, memory: Tensor) -> Tensor:
+        """With what all slots have in common."""
+        return memory + self.positions("key")
+
+
+def uncentred_keys(model: Model) -> None:
+    """Keys as they are, as the product read them before."""
+    read_by(model, UncentredReader)
+
+
+class NormedReader(PartedReader):
+    """Reads have a size of their own."""
+
+    norm: str
+
+    def read(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """With ``norm`` sink a mean weighed by |A| and a slot of zeros, with rms brought to a size of 1."""
+        weights = self.weights(query @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5)
+        read = weights @ values
+        if self.norm == "rms":
+            return F.rms_norm(read, read.shape[-1:], eps=1.0)
+        return read / (1 + weights.abs().sum(dim=-1, keepdim=True))
+
+
+def normed_read(model: Model, *, norm: str) -> None:
+    """Reads whose size does not depend on the number of slots that a token reads."""
+    read_by(model, NormedReader, norm=norm)
+
+
 class HeadsReader(PartedReader):
     """Splits the rank among heads, which read for themselves."""
 
@@ -326,6 +363,8 @@ VARIANTS: dict[str, Callable[..., None]] = {
         level_gates,
         all_slots,
         activation,
+        uncentred_keys,
+        normed_read,
         heads,
         router_start,
         output_start,

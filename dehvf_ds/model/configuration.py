@@ -15,9 +15,9 @@ except ImportError:
     if not TYPE_CHECKING:
         Bool = Float = Int = None
 
-FUNCTION_VERSION = 3
+FUNCTION_VERSION = 4
 """Raised when the same weights would compute something else. Version 1 did not normalise the visual FFN's
-queries."""
+queries, version 3 did not centre its keys."""
 
 ROUTERS = ("layer", "static", "last")
 """How an LLM layer may weigh the feature layers; see ``HierarchicalFuser``."""

@@ -78,12 +78,15 @@ class MemoryReader(nn.Module):
     ) -> Float[Tensor, "batch tokens dim"]:
         """Reads a layer's visual memory S for every FFN input x, with the layer's scales a and b (ours).
 
-        q = rms_norm(x W_q) * a;  A = silu(q (S + P_k)^T / sqrt(r));  result = ((A (S + P_v)) * b) W_o.
+        q = rms_norm(x W_q) * a;  A = silu(q K^T / sqrt(r));  result = ((A (S + P_v)) * b) W_o, where K is
+        S + P_k less its mean over the slots.
 
-        It equals an FFN whose hidden units are the M slots, with keys ((S + P_k) * a) W_q^T, scores divided
-        by the root mean square of x W_q, and values ((S + P_v) * b) W_o, without ever building those
-        [slots, dim] matrices. x W_q is normalised so that the spread of the scores does not depend on the
-        LLM: the inputs of an FFN have an RMS of 0.14 in SmolLM2 and of several in other LLMs.
+        It equals an FFN whose hidden units are the M slots, with keys (K * a) W_q^T, scores divided by the
+        root mean square of x W_q, and values ((S + P_v) * b) W_o, without ever building those [slots, dim]
+        matrices. x W_q is normalised so that the spread of the scores does not depend on the LLM: the inputs
+        of an FFN have an RMS of 0.14 in SmolLM2 and of several in other LLMs. Keys are centred because most
+        of a slot is common to all of a picture: it says nothing of where to read, opened or shut all slots
+        at once, and some seeds diverged by it.
 
         A prepared ``memory`` holds the scales already, which halves the operations a token.
         """
@@ -91,7 +94,7 @@ class MemoryReader(nn.Module):
         if isinstance(memory, KeysAndValues):
             return self._read_prepared(query, memory) @ self.w_out
         query = F.rms_norm(query, self.w_query.shape[-1:], eps=QUERY_EPS) * scale_in
-        scores = query @ (memory + self.key_positions).transpose(1, 2) * memory.shape[-1] ** -0.5
+        scores = query @ _centred(memory + self.key_positions).transpose(1, 2) * memory.shape[-1] ** -0.5
         read = F.silu(scores) @ (memory + self.value_positions)
         return (read * scale_out) @ self.w_out
 
@@ -110,10 +113,10 @@ class MemoryReader(nn.Module):
         scale_in: Float[Tensor, "*layers rank"],
         scale_out: Float[Tensor, "*layers rank"],
     ) -> Float[Tensor, "batch *layers 2 slots rank"]:
-        """Keys (S + P_k) * a / sqrt(r) and values (S + P_v) * b, for decoding."""
+        """Keys K * a / sqrt(r) and values (S + P_v) * b, for decoding."""
         to = memory.device
         scale_keys = (scale_in.to(to) * memory.shape[-1] ** -0.5)[..., None, :]
-        keys = (memory + self.key_positions.to(to)) * scale_keys
+        keys = _centred(memory + self.key_positions.to(to)) * scale_keys
         values = (memory + self.value_positions.to(to)) * scale_out.to(to)[..., None, :]
         return torch.stack([keys, values], dim=-3)
 
@@ -130,6 +133,10 @@ class MemoryReader(nn.Module):
         rank = keys.shape[-1]
         least_norm = keys.new_tensor((rank * QUERY_EPS) ** 0.5)
         return KeysAndValues(keys.transpose(1, 2).contiguous() * rank**0.5, values, least_norm)
+
+
+def _centred(keys: Float[Tensor, "*any slots rank"]) -> Float[Tensor, "*any slots rank"]:
+    return keys - keys.mean(dim=-2, keepdim=True)
 
 
 class VisualFFN(nn.Module):

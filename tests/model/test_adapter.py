@@ -72,11 +72,11 @@ def test_weights_of_another_versions_function_are_refused(tmp_path, bases) -> No
     find_trained(tmp_path / "merged")
     for file in (tmp_path / "adapter/manifest.json", tmp_path / "merged/config.json"):
         content = json.loads(file.read_text())
-        assert content.pop("version") == 3
+        assert content.pop("version") == 4
         # The first version wrote none.
         for older, version in (({}, 1), ({"version": 2}, 2)):
             file.write_text(json.dumps(content | older))
-            with pytest.raises(ModelError, match=rf"function of the trained weights \({version}, not 3\)"):
+            with pytest.raises(ModelError, match=rf"function of the trained weights \({version}, not 4\)"):
                 find_trained(file.parent)
 
 

@@ -74,7 +74,8 @@ def build_reader(
 def materialised(reader: MemoryReader, x, memory, scale_in, scale_out) -> Tensor:
     """The plain reference: an FFN whose M hidden units have d-wide keys and values."""
     spread = ((x @ reader.w_query).square().mean(dim=-1, keepdim=True) + 1e-8).sqrt()
-    keys = ((memory + reader.key_positions) * scale_in) @ reader.w_query.T
+    keys = memory + reader.key_positions
+    keys = ((keys - keys.mean(dim=1, keepdim=True)) * scale_in) @ reader.w_query.T
     values = ((memory + reader.value_positions) * scale_out) @ reader.w_out
     hidden = F.silu(torch.einsum("btd,bmd->btm", x, keys) / spread / memory.shape[-1] ** 0.5)
     return torch.einsum("btm,bmd->btd", hidden, values)
