@@ -60,11 +60,11 @@ TRAIN = $(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu )$(BIN)/python -m deepspeed.
 
 # Merged in fp32, in which folding changes nothing: bf16 rounds, which changes captions that hang on little.
 demo: $(DATA)/backbones/.done $(DATA)/scenes/.done
-	@echo "[3/7] training DEHVF: 200 steps, some ten minutes on two CPU cores"
+	@echo "[3/7] training DEHVF: 250 steps, some six minutes on two CPU cores"
 	@$(TRAIN)
 	@echo "[4/7] its captions of 100 scenes of unseen objects, scored"
 	@$(BIN)/python dehvf_ds/eval.py --model runs/demo --data $(DATA)/scenes/shards/test
-	@echo "[5/7] training a model that cannot see, the same way: 200 steps"
+	@echo "[5/7] training a model that cannot see, the same way: 250 steps"
 	@$(TRAIN) --run_dir runs/demo-none --model.fusion none
 	@echo "[6/7] its captions of the same scenes, scored"
 	@$(BIN)/python dehvf_ds/eval.py --model runs/demo-none --data $(DATA)/scenes/shards/test

@@ -83,7 +83,7 @@ def _short(value: Any) -> Any:
 
 def rates(runs: Sequence[Run]) -> Iterator[str]:
     """Loss a token on the validation split, with seed 0, by arm and learning rate."""
-    tuned = [run for run in runs if run["split"] == TUNING]
+    tuned = [run for run in runs if run["split"] == TUNING and run["seed"] == 0]
     tried = sorted({run["lr"] for run in tuned})
     yield "| validation loss, seed 0 | steps | " + " | ".join(f"{lr:g}" for lr in tried) + " |"
     yield "|---|---|" + "---|" * len(tried)

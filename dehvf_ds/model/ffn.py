@@ -25,10 +25,10 @@ ADAPTER_NAME = "default"
 QUERY_EPS = 1e-8
 """Added to a query's mean square before the square root."""
 
-SCORE_SPREAD = 64.0
+SCORE_SPREAD = 32.0
 """Start value of ``scale_in``: how sharply a token distinguishes the slots (ours, from a sweep)."""
 
-READ_SIZE = 0.5
+READ_SIZE = 0.25
 """Start value of ``scale_out`` times sqrt(M), as which a sum over M slots grows (ours, from a sweep)."""
 
 
