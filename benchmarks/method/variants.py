@@ -188,7 +188,7 @@ class SlotsReader(PartedReader):
 
     def read(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """With ``token_keys`` each token weighs what it reads of every level."""
-        scores = F.silu(query @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5)
+        scores = self.weights(query @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5)
         if self.token_keys is not None:
             # Scales are left out of what the levels are weighed by.
             directions = F.rms_norm(query, query.shape[-1:])
