@@ -56,6 +56,7 @@ def test_words_right_counts_each_kind_apart() -> None:
 
 def args_for(results: Path, **settings: Any) -> argparse.Namespace:
     standard = {"task": "scenes", "arms": ["ffn"], "rates": (1e-3, 2e-3, 4e-3), "seeds": (1, 2), "steps": 9}
+    standard |= {"rows": 16, "device": "cpu"}
     return argparse.Namespace(**standard | {"output": results} | settings)
 
 
@@ -91,6 +92,7 @@ def test_one_rate_is_not_tuned(tmp_path: Path) -> None:
 
 def run_of(arm: str, seed: int, loss: float, **more: Any) -> dict[str, Any]:
     head = {"task": "flickr8k", "arm": arm, "steps": 9, "lr": 1e-3, "seed": seed, "split": "test"}
+    head |= {"rows": 2, "device": "cpu"}
     return head | {"trained": 10, "step_cpu_s": 1.0, "loss": loss, "losses": [1.0]} | more
 
 
@@ -108,9 +110,9 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     assert not any("answers" in run for run in runs)
     # The seeds differ by far more than the arms do; within a seed they always differ alike.
     *_, row = differences(("loss", "CIDEr"), runs)
-    assert row == "| lora | 9 | **-0.500 ± 0.000** | -10.0 ± 5.0 |"
+    assert row == "| lora | 9 x 2 | **-0.500 ± 0.000** | -10.0 ± 5.0 |"
     *_, row = means(("loss", "CIDEr"), runs)
-    assert row == "| lora | 9 | 3 | 0.001 | 0.00 M | 9 | 2.500 ± 1.000 | 40.0 ± 5.0 |"
+    assert row == "| lora | 9 x 2 | 3 | 0.001 | 0.00 M | 9 | 2.500 ± 1.000 | 40.0 ± 5.0 |"
 
 
 def test_arms_name_what_exists() -> None:

@@ -1,6 +1,7 @@
 """Runs what is missing of the comparison, two arms side by side on a thread each; stop and start it at will.
 
     python benchmarks/method/sweep.py [--task scenes] [--arms ffn prefix64 ...] [--steps 200] [--minutes 60]
+    python benchmarks/method/sweep.py --device cuda --at-once 14 --rows 64 --steps 400 ...
 
 For each arm: a learning rate, chosen by the loss of seed 0 on the validation split from the same grid, which
 goes on by factors of two where the best lies at its edge; with it seeds 1 to 3, measured on the test split.
@@ -24,7 +25,6 @@ from tasks import TASKS
 
 RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (1, 2, 3)
-AT_ONCE = 2
 RESULTS = Path("runs/method")
 
 
@@ -37,11 +37,13 @@ class Job(NamedTuple):
     seed: int
     split: str
     steps: int
+    rows: int
+    device: str
 
     def path(self, results: Path) -> Path:
         """Where its result is, once it has ended."""
-        name = f"{self.task}-{self.arm}-{self.steps}-lr{self.lr:g}-seed{self.seed}-{self.split}"
-        return results / f"{name}.json"
+        run = f"{self.steps}x{self.rows}-{self.device}-lr{self.lr:g}-seed{self.seed}-{self.split}"
+        return results / f"{self.task}-{self.arm}-{run}.json"
 
 
 def main() -> None:
@@ -50,6 +52,10 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=sorted(path.stem for path in ARMS.glob("*.yaml")))
     parser.add_argument("--task", choices=TASKS, default="scenes")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--at-once", type=int, default=2, help="so many runs side by side")
+    parser.add_argument("--unscored", action="store_true", help="as one_run.py has it")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS, help="none: learning rates only")
     parser.add_argument("--minutes", type=float, default=1e6, help="no run is started after them")
@@ -58,9 +64,9 @@ def main() -> None:
     until, running, failed = time.monotonic() + 60 * args.minutes, {}, set()
     while True:
         waiting = [job for job in jobs(args) if job not in failed | running.keys()]
-        while waiting and len(running) < AT_ONCE and time.monotonic() < until:
+        while waiting and len(running) < args.at_once and time.monotonic() < until:
             job = waiting.pop(0)
-            running[job] = start(job, args.output)
+            running[job] = start(job, args.output, args.unscored)
         if not running:
             break
         time.sleep(1)
@@ -78,7 +84,8 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     """What is missing and can be run now."""
     for arm in args.arms:
         rates = sorted(args.rates)
-        tries = [Job(args.task, arm, lr, 0, "val", args.steps) for lr in rates]
+        setting = (args.steps, args.rows, args.device)
+        tries = [Job(args.task, arm, lr, 0, "val", *setting) for lr in rates]
         missing = [job for job in tries if not job.path(args.output).is_file()]
         if missing:
             yield from missing
@@ -102,14 +109,15 @@ def loss(path: Path) -> float:
     return json.loads(path.read_text())["loss"]
 
 
-def start(job: Job, results: Path) -> subprocess.Popen[bytes]:
+def start(job: Job, results: Path, unscored: bool) -> subprocess.Popen[bytes]:
     """A run in a process of its own, on one thread."""
     results.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(Path(__file__).with_name("one_run.py")), "--output"]
     command.append(str(job.path(results)))
     for name, value in job._asdict().items():
         command += [f"--{name}", str(value)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command += ["--unscored"] * unscored
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": job.device}
     with job.path(results).with_suffix(".log").open("wb") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 

@@ -6,12 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from arms import BASES, DTYPE
-from tower import IMAGE_SIZE, PlayedTower, cached_states
+from tower import IMAGE_SIZE, PlayedTower, States, cached_states
 
 from dehvf_ds.batch import Batch, Sample
 from dehvf_ds.data.collate import Collator, load_tokenizer
@@ -29,8 +30,8 @@ PICTURES = {
     "flickr8k": {"all": 8000},
 }
 """How many of each split the tower is shown at most: the first ones."""
-ROWS_AT_ONCE = 20
-"""of an evaluation"""
+ROWS_AT_ONCE = {"cpu": 20, "cuda": 100}
+"""of an evaluation, by device"""
 WORDS = outcome.WORDS | {
     "size": set(RADII) - {"middle"},
     "background": set(BACKGROUNDS),
@@ -54,7 +55,8 @@ class Task:
         rows: at most so many of each split are used.
         folds: if not 0, there is one set of pictures, and a seed holds out every so many-th for itself.
         pictures: a set of ``PICTURES``; row i shows picture i.
-        score: measures the answers of a model to a split.
+        answer: of a model to every row of a split, or to every question of its rows.
+        score: measures such answers; needs no model and no device.
         columns: what it finds, in the order of the tables, the loss apart.
     """
 
@@ -64,7 +66,8 @@ class Task:
     max_tokens: int
     rows: dict[str, int]
     pictures: str
-    score: Callable[[DehvfForConditionalGeneration, PlayedTower | None, Split], Found]
+    answer: Callable[[DehvfForConditionalGeneration, PlayedTower | None, Split], list[str]]
+    score: Callable[[Split, Sequence[str]], Found]
     columns: tuple[str, ...]
     folds: int = 0
 
@@ -72,21 +75,28 @@ class Task:
 class Split:
     """Rows of a task's split, and what the tower saw of their pictures."""
 
-    def __init__(self, task: Task, name: str, seed: int = 0) -> None:
+    def __init__(self, task: Task, name: str, seed: int = 0, device: str = "cpu") -> None:
         self.task = task
+        self.device = device
         stored = "all" if task.folds else name
         self.index = ShardIndex(DATA / "shards" / task.name / stored)
         rows = range(min(len(self.index), task.rows[stored]))
         if task.folds:
             rows = [row for row in rows if (row % task.folds == seed % task.folds) == (name != "train")]
         self.rows = rows
-        shown = ShardIndex(DATA / "shards" / task.pictures / stored)
-        states, count = DATA / f"states/{task.pictures}-{stored}", PICTURES[task.pictures][stored]
-        self.states = cached_states(shown, min(count, len(shown)), states)
+        self._stored = stored
         self.tokenizer = load_tokenizer(BASES[0])
         settings: dict[str, Any] = {"task": task.kind, "max_tokens": task.max_tokens}
         self._train = Collator(self.tokenizer, _NoPicture(), **settings)  # pyright: ignore
         self._ask = replace(self._train, for_generation=True)
+
+    @cached_property
+    def states(self) -> States:
+        """What the tower saw, computed where no run has asked for it yet."""
+        kind = self.task.pictures
+        shown = ShardIndex(DATA / "shards" / kind / self._stored)
+        count = min(PICTURES[kind][self._stored], len(shown))
+        return cached_states(shown, count, DATA / f"states/{kind}-{self._stored}", self.device)
 
     def read(self, row: int) -> CheckedRecord:
         """A row's record."""
@@ -110,10 +120,11 @@ class Split:
             present.append(kind == "caption" or "image" in record)
         batch = (self._ask if asked else self._train)(samples)
         if tower is not None:
-            tower.states = self.states.of([self.rows[row] for row, _ in rows])
-        blank = torch.zeros(1, 1, 1, 1, dtype=DTYPE).expand(len(rows), 3, IMAGE_SIZE, IMAGE_SIZE)
+            tower.play(self.states, [self.rows[row] for row, _ in rows], self.device)
         # The collator, which saw no pictures, has all rows share one.
-        return replace(batch, pixel_values=blank, has_image=torch.tensor(present), picture=None)
+        batch = replace(batch, has_image=torch.tensor(present), picture=None).with_facts().to(self.device)
+        blank = torch.zeros(1, 1, 1, 1, dtype=DTYPE, device=self.device)
+        return replace(batch, pixel_values=blank.expand(len(rows), 3, IMAGE_SIZE, IMAGE_SIZE))
 
     def training_rows(self, seed: int) -> list[tuple[int, int]]:
         """Every text of every row once, in an order of the seed's."""
@@ -124,32 +135,35 @@ class Split:
 
     def parts(self) -> list[range]:
         """All rows in batches of an evaluation."""
-        firsts = range(0, len(self.rows), ROWS_AT_ONCE)
-        return [range(first, min(first + ROWS_AT_ONCE, len(self.rows))) for first in firsts]
+        size = ROWS_AT_ONCE[self.device]
+        return [range(first, min(first + size, len(self.rows))) for first in range(0, len(self.rows), size)]
 
 
 class _NoPicture:
     image_size = 4
 
 
-def score_captions(
-    model: DehvfForConditionalGeneration,
-    tower: PlayedTower | None,
-    split: Split,
-    *,
-    java: bool,
-) -> Found:
-    """CIDEr of greedy captions; of drawn scenes, what they have right, too."""
+def write_captions(
+    model: DehvfForConditionalGeneration, tower: PlayedTower | None, split: Split
+) -> list[str]:
+    """Greedy captions."""
     texts: list[str] = []
-    records = [split.read(row).record for row in range(len(split.rows))]
     for rows in split.parts():
         batch = split.batch(tower, [(row, 0) for row in rows], asked=True)
         texts += [a.text for a in decode(model, batch, split.tokenizer, Decoding(max_new_tokens=40))]
+    return texts
+
+
+def score_captions(split: Split, texts: Sequence[str], *, java: bool) -> Found:
+    """CIDEr; of drawn scenes, what captions have right, too."""
+    records = [split.read(row).record for row in range(len(split.rows))]
     named = [(str(row), record) for row, record in enumerate(records)]
     scored = CaptionScorer(named, tokenizer="ptb" if java else "simple").score(texts)
-    pairs = [(said, record["captions"][0]) for said, record in zip(texts, records, strict=True)]
-    found: Found = {"CIDEr": scored.numbers["CIDEr"], "answers": pairs}
-    return found if java else found | words_right(pairs)
+    found: Found = {"CIDEr": scored.numbers["CIDEr"]}
+    if java:
+        return found
+    pairs = ((said, record["captions"][0]) for said, record in zip(texts, records, strict=True))
+    return found | words_right(pairs)
 
 
 def words_right(captions: Iterable[tuple[str, str]]) -> Found:
@@ -186,27 +200,38 @@ SKILLS = {
 """What a question about a picture hangs on, by how it begins."""
 
 
-def score_answers(model: DehvfForConditionalGeneration, tower: PlayedTower | None, split: Split) -> Found:
+def asked(split: Split) -> list[tuple[int, int]]:
+    """Every question, by its row and its number in the conversation."""
+    counts = (len(split.read(row).messages) // 2 for row in range(len(split.rows)))
+    return [(row, turn) for row, count in enumerate(counts) for turn in range(count)]
+
+
+def answer_questions(
+    model: DehvfForConditionalGeneration, tower: PlayedTower | None, split: Split
+) -> list[str]:
+    """Answers to questions that are each asked alone."""
+    every, size, said = asked(split), 2 * ROWS_AT_ONCE[split.device], []
+    for first in range(0, len(every), size):
+        batch = split.batch(tower, every[first : first + size], asked=True)
+        said += [a.text for a in decode(model, batch, split.tokenizer, Decoding(max_new_tokens=8))]
+    return said
+
+
+def score_answers(split: Split, answers: Sequence[str]) -> Found:
     """Shares of answers that are right word for word, of all and by what a question hangs on.
 
-    Every question is asked alone. Those of rows without a picture, which a text answers, are "text".
+    Those of rows without a picture, which a text answers, are "text".
     """
-    right, counted, said = Counter[str](), Counter[str](), []
+    right, counted = Counter[str](), Counter[str]()
     read = [split.read(row) for row in range(len(split.rows))]
-    asked = [(row, turn) for row, found in enumerate(read) for turn in range(len(found.messages) // 2)]
-    for first in range(0, len(asked), 2 * ROWS_AT_ONCE):
-        rows = asked[first : first + 2 * ROWS_AT_ONCE]
-        batch = split.batch(tower, rows, asked=True)
-        answers = decode(model, batch, split.tokenizer, Decoding(max_new_tokens=8))
-        for (row, turn), answer in zip(rows, answers, strict=True):
-            question, true = (message["content"] for message in read[row].messages[2 * turn : 2 * turn + 2])
-            kinds = (kind for begins, kind in SKILLS.items() if question.startswith(begins))
-            kind = next(kinds) if "image" in read[row].record else "text"
-            for each in ("all", kind):
-                right[each] += answer.text == true
-                counted[each] += 1
-            said.append((question, answer.text, true))
-    return {kind: right[kind] / counted[kind] for kind in counted} | {"answers": said}
+    for (row, turn), answer in zip(asked(split), answers, strict=True):
+        question, true = (message["content"] for message in read[row].messages[2 * turn : 2 * turn + 2])
+        kinds = (kind for begins, kind in SKILLS.items() if question.startswith(begins))
+        kind = next(kinds) if "image" in read[row].record else "text"
+        for each in ("all", kind):
+            right[each] += answer == true
+            counted[each] += 1
+    return {kind: right[kind] / counted[kind] for kind in counted}
 
 
 TASKS = {
@@ -219,7 +244,8 @@ TASKS = {
             max_tokens=48,
             rows={"train": 3200, "val": 200, "test": 300},
             pictures="scenes",
-            score=lambda *of: score_captions(*of, java=False),
+            answer=write_captions,
+            score=partial(score_captions, java=False),
             columns=("CIDEr", *WORDS, "count", "relation"),
         ),
         Task(
@@ -229,6 +255,7 @@ TASKS = {
             max_tokens=160,
             rows={"train": 3200, "val": 200, "test": 300},
             pictures="scenes",
+            answer=answer_questions,
             score=score_answers,
             columns=("all", *SKILLS.values(), "text"),
         ),
@@ -240,7 +267,8 @@ TASKS = {
             rows=PICTURES["flickr8k"],
             folds=4,
             pictures="flickr8k",
-            score=lambda *of: score_captions(*of, java=True),
+            answer=write_captions,
+            score=partial(score_captions, java=True),
             columns=("CIDEr",),
         ),
     )

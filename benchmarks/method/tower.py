@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from dehvf_ds.model.features import hidden_states
 
 IMAGE_SIZE = 224
 BATCH = 16
+THREADS = 8
 
 
 class States:
@@ -31,47 +34,61 @@ class States:
         size = int(torch.tensor(self.shape).prod())
         self._all = torch.from_file(str(path), size=size, dtype=DTYPE).view(self.shape)
 
-    def of(self, rows: Sequence[int]) -> Tensor:
-        """Of these pictures."""
-        return torch.stack([self._all[row] for row in rows])
+    def of(self, rows: Sequence[int], layer: int) -> Tensor:
+        """Of these pictures, ``[rows, tokens, dim]``; layer 1 is the first block's output."""
+        return torch.stack([self._all[row, layer - 1] for row in rows])
 
 
-def cached_states(index: ShardIndex, count: int, cache: Path) -> States:
+def cached_states(index: ShardIndex, count: int, cache: Path, device: str = "cpu") -> States:
     """The states of the first rows' pictures, or of a blank one; computed if the file has them not."""
     path = cache.with_suffix(".bf16")
     if not path.with_suffix(".json").is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        tower = AutoModel.from_pretrained(BASES[1], dtype=DTYPE).eval()
-        transform, rows, shape = (
-            build_image_transform(BASES[1], IMAGE_SIZE),
-            range(count),
-            [],
-        )
-        with atomic_file(path) as part, part.open("wb") as file, torch.no_grad():
-            for first in range(0, len(rows), BATCH):
-                images = [read_sample(index, row).image for row in rows[first : first + BATCH]]
-                blank = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
-                pixels = torch.stack([transform(image) if image else blank for image in images])
-                states = torch.stack(hidden_states(tower, pixels.to(DTYPE))[1:], dim=1).contiguous()
-                shape = [len(rows), *states.shape[1:]]
+        tower = AutoModel.from_pretrained(BASES[1], dtype=DTYPE).eval().to(device)
+        transform, shape = build_image_transform(BASES[1], IMAGE_SIZE), []
+
+        def pixels_of(row: int) -> Tensor:
+            image = read_sample(index, row).image
+            return transform(image) if image else torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
+
+        with (
+            atomic_file(path) as part,
+            part.open("wb") as file,
+            ThreadPoolExecutor(THREADS) as threads,
+            torch.no_grad(),
+        ):
+            pixels = threads.map(pixels_of, range(count))
+            while batch := list(islice(pixels, BATCH)):
+                shown = torch.stack(batch).to(device, DTYPE)
+                states = torch.stack(hidden_states(tower, shown)[1:], dim=1).cpu()
+                shape = [count, *states.shape[1:]]
                 file.write(states.view(torch.int16).numpy().tobytes())
         path.with_suffix(".json").write_text(json.dumps({"shape": shape}))
     return States(path)
 
 
 class PlayedTower(nn.Module):
-    """Stands in a model's place of the tower: gives the states that were set, whatever the pixels."""
+    """Stands in a model's place of the tower: gives the states that were set, whatever the pixels.
+
+    Only of the layers named; it says the first of them where another is looked for.
+    """
 
     dtype = DTYPE
     _no_split_modules = ()
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PreTrainedConfig, layers: Sequence[int]) -> None:
         super().__init__()
         self.config = config
-        self.states: Tensor | None = None
+        self.layers = list(layers)
+        self._played: dict[int, Tensor] = {}
+
+    def play(self, states: States, rows: Sequence[int], device: str) -> None:
+        """Shows these pictures until others are."""
+        self._played = {layer: states.of(rows, layer).to(device) for layer in self.layers}
 
     def forward(self, pixel_values: Tensor, **_: Any) -> SimpleNamespace:
-        """Hidden states as a tower returns them; those before the first block are the first block's."""
-        assert self.states is not None
-        blocks = self.states.unbind(dim=1)
-        return SimpleNamespace(hidden_states=(blocks[0], *blocks))
+        """Hidden states as a tower returns them."""
+        assert self._played
+        any_of_them = self._played[self.layers[0]]
+        layers = range(self.config.num_hidden_layers + 1)
+        return SimpleNamespace(hidden_states=tuple(self._played.get(n, any_of_them) for n in layers))
