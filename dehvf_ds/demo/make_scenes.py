@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--output", type=Path, required=True, help="directory to write; must not exist yet")
     for split in SPLITS:
-        default = 1200 if split == "train" else 100
+        default = 4000 if split == "train" else 100
         parser.add_argument(f"--{split}", type=int, default=default, help=f"pictures (default {default})")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default 0)")
     args = expand_flags(parser.parse_args(argv))
