@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 import torch
 import yaml
 from processes import REPOSITORY
+from tiny_models import build_model
+from tiny_steps import rows
 from torch import nn
 
 from dehvf_ds.model.ffn import MemoryReader
@@ -144,3 +147,47 @@ def test_a_reader_in_parts_reads_as_the_products(kind: str) -> None:
         setattr(reader, name, value)
     reader.mixes = nn.ParameterList([torch.randn(8, 2), torch.zeros(2, 8)] * 2)
     torch.testing.assert_close(reader(x, memory, scale_in, scale_out), wanted)
+
+
+@pytest.mark.parametrize("fusion", ["ffn", "prefix"])
+def test_a_played_tower_shows_what_the_tower_saw(fusion: str) -> None:
+    from tower import PlayedTower, States
+
+    from dehvf_ds.model.features import hidden_states
+
+    model = build_model(fusion=fusion, trained=True, feature_layers=[1, 2])
+    batch = rows(5, 7, 6)
+    with torch.no_grad():
+        seen = torch.stack(hidden_states(model.vision_tower, batch.pixel_values)[1:], dim=1)
+        wanted = model(**batch.inputs()).loss
+        states = States.__new__(States)
+        states._all = torch.cat([torch.zeros_like(seen), seen])
+        tower = model.vision_tower = PlayedTower(model.config)
+        tower.play(states, [3, 4, 5], "cpu")
+        found = model(**batch.inputs() | {"pixel_values": torch.zeros_like(batch.pixel_values)}).loss
+        # Of all others it says nothing, rather than something else.
+        unread = set(range(1, 5)) - tower.layers
+        assert unread
+        assert all(tower(batch.pixel_values).hidden_states[layer].isnan().all() for layer in unread)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_gathered_answers_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import report
+
+    asked = []
+
+    def score(split: str, answers: list[str]) -> dict[str, Any]:
+        asked.append((split, answers))
+        return {"CIDEr": 7.0}
+
+    monkeypatch.setattr(report, "Split", lambda task, name, seed: f"{task.name} {name} {seed}")
+    monkeypatch.setitem(report.TASKS, "flickr8k", replace(report.TASKS["flickr8k"], score=score))
+    for seed, scores in ((1, {}), (2, {"CIDEr": 5.0})):
+        run = run_of("ffn", seed, 1.0, answers=["a dog"], **scores)
+        (tmp_path / f"{seed}.json").write_text(json.dumps(run))
+    for _ in range(2):
+        report.gather(tmp_path, tmp_path / "kept.jsonl")
+        runs = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+        assert [run["CIDEr"] for run in runs] == [7.0, 5.0]
+    assert asked == [("flickr8k test 1", ["a dog"])]

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> Found:
     model = build(arm, args.seed)
     tower = None
     if arm.model["fusion"] != "none":
-        tower = PlayedTower(model.config.vision_config, model.config.feature_layers)
+        tower = PlayedTower(model.config)
         model.vision_tower = tower
     model.to(args.device)
     learns = trained(model, arm)

@@ -4,8 +4,8 @@
     python benchmarks/method/report.py --gather runs/method
 
 Prints the learning rates tried, the arms' means over seeds, and how far each is from DEHVF as shipped after
-as many steps of as many rows, paired by seed. Reads `results.jsonl` beside this file, a line a run, into which
-`--gather` puts new runs.
+as many steps of as many rows, paired by seed. Reads `results.jsonl` beside this file, a line a run, into
+which `--gather` puts new runs.
 """
 
 from __future__ import annotations
@@ -165,9 +165,9 @@ def _group(run: Run) -> Group:
     return run["arm"], (run["steps"], run["rows"])
 
 
-def _name(group: Group) -> str:
+def _name(group: Group, between: str = " | ") -> str:
     name, (steps, rows) = group
-    return f"{name} | {steps} x {rows}"
+    return f"{name}{between}{steps} x {rows}"
 
 
 def spread(values: Sequence[float]) -> str:
@@ -197,7 +197,7 @@ def figures(columns: Sequence[str], runs: Sequence[Run]) -> Iterator[tuple[str, 
             spans = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in every]
             centers = [statistics.mean(values) for values in every]
             style = "o" if number < 10 else "s"
-            label = {"label": group[0] if group[1] == shown[0][1] else _name(group)}
+            label = {"label": group[0] if group[1] == shown[0][1] else _name(group, ", ")}
             axes.errorbar(places, centers, yerr=spans, fmt=style, markersize=4, capsize=2, **label)
         axes.set_xticks(range(len(kinds)), kinds)
         axes.set_ylabel("right, 0 to 1")
@@ -221,7 +221,7 @@ def figures(columns: Sequence[str], runs: Sequence[Run]) -> Iterator[tuple[str, 
     for number, group in enumerate(shown):
         curves = torch.tensor([run["losses"] for run in by_seed(runs, group).values()])
         places = range(0, 10 * curves.shape[1], 10)
-        axes.plot(places, curves.mean(dim=0), "-" if number < 10 else "--", label=_name(group))
+        axes.plot(places, curves.mean(dim=0), "-" if number < 10 else "--", label=_name(group, ", "))
     axes.set(xlabel="step", ylabel="training loss a token, one step in ten", yscale="log")
     figure.legend(loc="outside right upper")
     yield "losses", figure

@@ -19,6 +19,7 @@ from dehvf_ds.atomic import atomic_file
 from dehvf_ds.data.collate import build_image_transform
 from dehvf_ds.data.examples import read_sample
 from dehvf_ds.data.index import ShardIndex
+from dehvf_ds.model import DehvfConfig
 from dehvf_ds.model.features import hidden_states
 
 IMAGE_SIZE = 224
@@ -70,16 +71,18 @@ def cached_states(index: ShardIndex, count: int, cache: Path, device: str = "cpu
 class PlayedTower(nn.Module):
     """Stands in a model's place of the tower: gives the states that were set, whatever the pixels.
 
-    Only of the layers named; it says the first of them where another is looked for.
+    Only of the layers that the model reads; those of others are NaN.
     """
 
     dtype = DTYPE
     _no_split_modules = ()
 
-    def __init__(self, config: PreTrainedConfig, layers: Sequence[int]) -> None:
+    def __init__(self, config: DehvfConfig) -> None:
         super().__init__()
-        self.config = config
-        self.layers = list(layers)
+        self.config: PreTrainedConfig = config.vision_config
+        self.num_blocks = config.vision_config.num_hidden_layers
+        # A prefix is of the last block but one.
+        self.layers = {*config.feature_layers, *[self.num_blocks - 1] * (config.fusion == "prefix")}
         self._played: dict[int, Tensor] = {}
 
     def play(self, states: States, rows: Sequence[int], device: str) -> None:
@@ -88,7 +91,7 @@ class PlayedTower(nn.Module):
 
     def forward(self, pixel_values: Tensor, **_: Any) -> SimpleNamespace:
         """Hidden states as a tower returns them."""
-        assert self._played
-        any_of_them = self._played[self.layers[0]]
-        layers = range(self.config.num_hidden_layers + 1)
-        return SimpleNamespace(hidden_states=tuple(self._played.get(n, any_of_them) for n in layers))
+        like = next(iter(self._played.values()))
+        unread = like.new_full((1, 1, 1), torch.nan).expand(like.shape)
+        states = (self._played.get(layer, unread) for layer in range(self.num_blocks + 1))
+        return SimpleNamespace(hidden_states=tuple(states))
