@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,6 @@ from dehvf_ds.model.features import hidden_states
 
 IMAGE_SIZE = 224
 BATCH = 16
-THREADS = 8
 
 
 class States:
@@ -52,13 +50,8 @@ def cached_states(index: ShardIndex, count: int, cache: Path, device: str = "cpu
             image = read_sample(index, row).image
             return transform(image) if image else torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
 
-        with (
-            atomic_file(path) as part,
-            part.open("wb") as file,
-            ThreadPoolExecutor(THREADS) as threads,
-            torch.no_grad(),
-        ):
-            pixels = threads.map(pixels_of, range(count))
+        with atomic_file(path) as part, part.open("wb") as file, torch.no_grad():
+            pixels = map(pixels_of, range(count))
             while batch := list(islice(pixels, BATCH)):
                 shown = torch.stack(batch).to(device, DTYPE)
                 states = torch.stack(hidden_states(tower, shown)[1:], dim=1).cpu()
