@@ -205,6 +205,8 @@ def figures(columns: Sequence[str], runs: Sequence[Run]) -> Iterator[tuple[str, 
         figure.legend(loc="outside right upper")
         yield "kinds", figure
     routed = [group for group in shown if "weights" in next(iter(by_seed(runs, group).values()))]
+    # A mean's are frozen.
+    routed = [group for group in routed if not read_arm(group[0]).frozen]
     routed = [group for group in routed if read_arm(group[0]).model.get("router") in ("layer", "static")]
     if routed:
         figure = Figure(figsize=(2.6 * len(routed) + 1, 4.2), layout="constrained")
