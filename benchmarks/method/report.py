@@ -28,6 +28,8 @@ SHIPPED = "ffn"
 TUNING = "val"
 LOWER_IS_BETTER = "loss"
 LEFT_OUT = ("output", "answers")
+NUM_BLOCKS = 12
+"""of the tower"""
 
 Run = dict[str, Any]
 Group = tuple[str, tuple[int, int]]
@@ -170,6 +172,14 @@ def _name(group: Group, between: str = " | ") -> str:
     return f"{name}{between}{steps} x {rows}"
 
 
+def _only_level(group: Group) -> int | None:
+    """The block of the tower that an arm reads alone; None if it reads several, or none."""
+    model = read_arm(group[0]).model
+    if model["fusion"] != "ffn" or model.get("router") != "last":
+        return None
+    return model.get("feature_layers", [NUM_BLOCKS])[-1]
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation."""
     digits = 1 if max(map(abs, values)) > 10 else 3
@@ -214,10 +224,23 @@ def figures(columns: Sequence[str], runs: Sequence[Run]) -> Iterator[tuple[str, 
             weights = torch.tensor([run["weights"] for run in by_seed(runs, group).values()]).mean(dim=0)
             image = axes.imshow(weights, aspect="auto", vmin=0, cmap="viridis", interpolation="nearest")
             levels = weights.shape[1]
-            axes.set_xticks(range(levels), [12 * (level + 1) // levels for level in range(levels)])
+            axes.set_xticks(range(levels), [NUM_BLOCKS * (level + 1) // levels for level in range(levels)])
             axes.set(title=group[0], xlabel="feature layer", ylabel="LLM layer")
             figure.colorbar(image, ax=axes)
         yield "levels", figure
+    alone = sorted((depth, group) for group in shown if (depth := _only_level(group)))
+    if kinds and len(alone) > 2:
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for kind in kinds:
+            means = [
+                statistics.mean(run[kind] for run in by_seed(runs, group).values()) for _, group in alone
+            ]
+            axes.plot([depth for depth, _ in alone], means, "o-", markersize=4, label=kind)
+        axes.set(xlabel="block of the tower, read alone", ylabel="right, 0 to 1")
+        axes.grid(axis="y", alpha=0.3)
+        figure.legend(loc="outside right upper")
+        yield "depth", figure
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for number, group in enumerate(shown):
