@@ -157,12 +157,18 @@ class GatedFuser(HierarchicalFuser):
     """A gate for each layer and level instead of shares: 1/J at the start, any number later."""
 
     def _weights(self, class_tokens: Tensor) -> Tensor:
-        gates = 1 / self.router_logits.shape[-1] + self.router_logits.float()
-        return gates.expand(len(class_tokens), -1, -1)
+        levels = class_tokens.shape[1]
+        if self.router == "static":
+            return (1 / levels + self.router_logits.float()).expand(len(class_tokens), -1, -1)
+        embedding = self.layer_embedding
+        queries = embedding + F.silu(embedding @ self.w_hidden) @ self.w_query
+        keys = class_tokens @ self.w_key
+        scores = torch.einsum("lk,bjk->blj", queries.float(), keys.float()) / queries.shape[-1] ** 0.5
+        return 1 / levels + scores
 
 
 def level_gates(model: Model) -> None:
-    """Level weights that do not compete; for the router ``static``."""
+    """Level weights that do not compete."""
     model.fuser.__class__ = GatedFuser
 
 
